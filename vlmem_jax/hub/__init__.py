@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: one name table a family, tensor by tensor."""

@@ -1,0 +1,133 @@
+"""Tensor names of InternVL2 with an InternLM2 decoder, and of CoMemo on top of it."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vlmem_jax.hub.rules import Rule, nested
+from vlmem_jax.models import ModelConfig
+
+LAYER = "language_model.model.layers.{}."
+NESTED = "decoder_layer."
+"""CoMemo wraps every decoder layer, those without a memory block too; a plain InternVL2 checkpoint does not."""
+
+
+def name_table(config: ModelConfig, wrapped: bool | None = None, vocab: int | None = None) -> list[Rule]:
+    """Every leaf of the model's parameters and the tensor(s) it comes from; linear weights there are [out, in].
+
+    wrapped: decoder layers have the extra level NESTED (default: exactly when the model has memory blocks).
+    vocab: rows of the checkpoint's embedding, if not the model's.
+    """
+    wrapped = config.memory != "none" if wrapped is None else wrapped
+    rules = _vision(config.vision) + _projector(config) + _decoder(config.decoder, NESTED * wrapped, vocab)
+    return rules + (_comemo(config) if config.memory == "comemo" else [])
+
+
+def _section(ours: str, theirs: str, sizes: dict[str, int], rows, layers: range | None = None) -> list[Rule]:
+    names = [theirs] if layers is None else [theirs.format(layer) for layer in layers]
+    return [
+        Rule(ours + leaf, tuple(name + tensor for name in names), pattern, sizes, layers is not None, *pick)
+        for leaf, tensor, pattern, *pick in rows
+    ]
+
+
+def _vision(vision) -> list[Rule]:
+    side = vision.image_size // vision.patch_size
+    sizes = {"D": vision.width, "F": vision.mlp_width, "H": vision.heads, "C": vision.width // vision.heads}
+    sizes |= {"p": vision.patch_size, "q": vision.patch_size, "N": 1 + side * side}
+    embeddings = [
+        ("class_embedding", "class_embedding", "1 1 D -> D"),
+        ("position_embedding", "position_embedding", "1 N D -> N D"),
+        ("patch/kernel", "patch_embedding.weight", "D 3 p q -> p q 3 D"),
+        ("patch/bias", "patch_embedding.bias", "D -> D"),
+    ]
+    layer = [
+        ("ls1", "ls1", "D -> D"),
+        ("ls2", "ls2", "D -> D"),
+        ("attn/qkv/kernel", "attn.qkv.weight", "(3 H C) D -> D 3 H C"),
+        ("attn/qkv/bias", "attn.qkv.bias", "(3 H C) -> 3 H C"),
+        ("attn/proj/kernel", "attn.proj.weight", "D (H C) -> H C D"),
+        ("attn/proj/bias", "attn.proj.bias", "D -> D"),
+        ("mlp/fc1/kernel", "mlp.fc1.weight", "F D -> D F"),
+        ("mlp/fc1/bias", "mlp.fc1.bias", "F -> F"),
+        ("mlp/fc2/kernel", "mlp.fc2.weight", "D F -> F D"),
+        ("mlp/fc2/bias", "mlp.fc2.bias", "D -> D"),
+        ("norm1/scale", "norm1.weight", "D -> D"),
+        ("norm2/scale", "norm2.weight", "D -> D"),
+    ]
+    if vision.norm == "layer_norm":
+        layer += [("norm1/bias", "norm1.bias", "D -> D"), ("norm2/bias", "norm2.bias", "D -> D")]
+    if vision.qk_norm:
+        layer += [("attn/q_norm/scale", "attn.q_norm.weight", "D -> D")]
+        layer += [("attn/k_norm/scale", "attn.k_norm.weight", "D -> D")]
+    return _section("vision/", "vision_model.embeddings.", sizes, embeddings) + _section(
+        "vision/layers/", "vision_model.encoder.layers.{}.", sizes, layer, range(vision.layers)
+    )
+
+
+def _projector(config: ModelConfig) -> list[Rule]:
+    sizes = {"S": 4 * config.vision.width, "D": config.decoder.width, "E": config.decoder.width}
+    rows = [
+        ("norm/scale", "0.weight", "S -> S"),
+        ("norm/bias", "0.bias", "S -> S"),
+        ("fc1/kernel", "1.weight", "D S -> S D"),
+        ("fc1/bias", "1.bias", "D -> D"),
+        ("fc2/kernel", "3.weight", "E D -> D E"),
+        ("fc2/bias", "3.bias", "E -> E"),
+    ]
+    return _section("projector/", "mlp1.", sizes, rows)
+
+
+def _decoder(decoder, level: str, vocab: int | None) -> list[Rule]:
+    groups = decoder.heads // decoder.kv_heads
+    sizes = {"V": vocab or decoder.vocab, "D": decoder.width, "F": decoder.mlp_width}
+    sizes |= {"H": decoder.heads, "K": decoder.kv_heads, "R": groups + 2, "C": decoder.head_dim}
+    # wqkv interleaves: each kv head brings the rows of its G query heads, then its key, then its value
+    layer = [
+        ("attn/q/kernel", "attention.wqkv.weight", "(K R C) D -> D (K R) C", {"R": slice(groups)}),
+        ("attn/k/kernel", "attention.wqkv.weight", "(K R C) D -> D K C", {"R": groups}),
+        ("attn/v/kernel", "attention.wqkv.weight", "(K R C) D -> D K C", {"R": groups + 1}),
+        ("attn/o/kernel", "attention.wo.weight", "D (H C) -> H C D"),
+        ("mlp/gate/kernel", "feed_forward.w1.weight", "F D -> D F"),
+        ("mlp/up/kernel", "feed_forward.w3.weight", "F D -> D F"),
+        ("mlp/down/kernel", "feed_forward.w2.weight", "D F -> F D"),
+        ("attn_norm/scale", "attention_norm.weight", "D -> D"),
+        ("mlp_norm/scale", "ffn_norm.weight", "D -> D"),
+    ]
+    ends = [
+        ("embed", "model.tok_embeddings.weight", "V D -> V D"),
+        ("norm/scale", "model.norm.weight", "D -> D"),
+        ("head/kernel", "output.weight", "V D -> D V"),
+    ]
+    return _section("decoder/layers/", LAYER + level, sizes, layer, range(decoder.layers)) + _section(
+        "decoder/", "language_model.", sizes, ends
+    )
+
+
+def _comemo(config: ModelConfig) -> list[Rule]:
+    comemo = config.comemo
+    sizes = {"D": config.decoder.width, "F": comemo.mlp_width, "H": comemo.heads, "C": comemo.head_dim}
+    rows = [
+        ("attn_gate", "attn_gate", "g -> g"),
+        ("mlp_gate", "ff_gate", "g -> g"),
+        ("attn_norm/scale", "cross_attention_norm.weight", "D -> D"),
+        ("mlp_norm/scale", "ffn_norm_2.weight", "D -> D"),
+        ("attn/q/kernel", "cross_attn.to_q.weight", "(H C) D -> D H C"),
+        ("attn/k/kernel", "cross_attn.to_kv.weight", "(kv H C) D -> D H C", {"kv": 0}),
+        ("attn/v/kernel", "cross_attn.to_kv.weight", "(kv H C) D -> D H C", {"kv": 1}),
+        ("attn/o/kernel", "cross_attn.to_out.weight", "D (H C) -> H C D"),
+        ("mlp/gate/kernel", "ffn_2.w1.weight", "F D -> D F"),
+        ("mlp/up/kernel", "ffn_2.w3.weight", "F D -> D F"),
+        ("mlp/down/kernel", "ffn_2.w2.weight", "D F -> F D"),
+    ]
+    layers = range(comemo.every - 1, config.decoder.layers, comemo.every)
+    return _section("memory/blocks/", LAYER + "gated_cross_attn_layer.", sizes | {"g": 1, "kv": 2}, rows, layers)
+
+
+def from_arrays(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
+    """Tensors by their Hugging Face name -> the model's parameters, as numpy arrays of the same dtype."""
+    leaves = {}
+    for rule in name_table(config):
+        leaf = np.stack([rule.view(np.asarray(tensors[name])) for name in rule.names])
+        leaves[rule.ours] = leaf.reshape(rule.our_shape)
+    return nested(leaves)

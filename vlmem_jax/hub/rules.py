@@ -1,0 +1,87 @@
+"""One tensor name table in, both directions out: a rule says which part of a foreign tensor is which of our leaves."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`ours` is the part `pick` of the tensors `names`, its axes reordered as `pattern` says.
+
+    pattern: "theirs -> ours" in named axes, "(K R)" joins axes that are one there, "1" is an axis of one,
+    e.g. "(K R C) D -> D (K R) C".
+    names: one tensor, or, if `stacked`, one a layer.
+    pick: axis -> index (the axis goes away) or slice.
+    """
+
+    ours: str
+    names: tuple[str, ...]
+    pattern: str
+    sizes: Mapping[str, int]
+    stacked: bool = False
+    pick: Mapping[str, int | slice] = dataclasses.field(default_factory=dict)
+
+    @property
+    def _theirs(self) -> list[list[str]]:
+        return _groups(self.pattern.split("->")[0])
+
+    @property
+    def _ours(self) -> list[list[str]]:
+        return _groups(self.pattern.split("->")[1])
+
+    def _size(self, axis: str) -> int:
+        return int(axis) if axis.isdigit() else self.sizes[axis]
+
+    def _picked(self, axis: str) -> int:
+        pick = self.pick.get(axis, slice(None))
+        return len(range(self._size(axis))[pick])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape that each of `names` must have."""
+        return tuple(math.prod(map(self._size, group)) for group in self._theirs)
+
+    @property
+    def our_shape(self) -> tuple[int, ...]:
+        """Shape of our leaf."""
+        layer = tuple(math.prod(map(self._picked, group)) for group in self._ours)
+        return (len(self.names), *layer) if self.stacked else layer
+
+    def view(self, tensor: np.ndarray) -> np.ndarray:
+        """Their contiguous tensor as one layer of ours, without a copy: read it to import, assign to it to export.
+
+        The elements come in our order, but axes that only ours joins stay apart: reshape ours to the view's shape.
+        """
+        axes = [axis for group in self._theirs for axis in group]
+        tensor = tensor.reshape([self._size(axis) for axis in axes])
+        tensor = tensor[tuple(self.pick.get(axis, 0 if axis == "1" else slice(None)) for axis in axes)]
+        axes = [axis for axis in axes if axis != "1" and not isinstance(self.pick.get(axis), int)]
+        return tensor.transpose([axes.index(axis) for group in self._ours for axis in group])
+
+
+def _groups(axes: str) -> list[list[str]]:
+    return [(joined or single).split() for joined, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
+
+
+def nested(leaves: Mapping[str, object]) -> dict:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": x}} -> {"a/b": x}."""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
