@@ -1,0 +1,105 @@
+"""Rotary positions of text and visual tokens: RoPE-DHR id maps and the walk over a whole sequence. Pure numpy.
+
+A tiled image is seen twice: as a thumbnail of side x side tokens and as tiles of that size. RoPE-DHR (CoMemo sec. 3.2)
+gives each token of a tile the position of the thumbnail cell it lies in, so that an image of any number of tiles
+spends side * side positions.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+DHR_MAPS = ("code", "raster")
+"""`code`: the map of the authors' released weights. `raster`: the geometric map of the paper's text."""
+
+
+def tile_count(cols: int, rows: int, thumbnail: bool = True) -> int:
+    """Tiles of a grid, with the thumbnail that a grid of several tiles gets."""
+    return cols * rows + (thumbnail and cols * rows > 1)
+
+
+def dhr_map(
+    cols: int, rows: int, side: int, base: int = 0, kind: str = "code", thumbnail: bool = True
+) -> Int32[np.ndarray, "N"]:
+    """Positions of one image's tokens, tile after tile and then the thumbnail, all in [base, base + side**2).
+
+    `side` is the number of tokens along a tile. Raises ValueError for an unknown `kind` or an empty grid
+    (CoMemo sec. 3.2).
+    """
+    return _relative_map(int(cols), int(rows), int(side), kind, bool(thumbnail)) + np.int32(base)
+
+
+@functools.lru_cache(maxsize=1024)
+def _relative_map(cols: int, rows: int, side: int, kind: str, thumbnail: bool) -> np.ndarray:
+    if min(cols, rows, side) < 1:
+        raise ValueError(f"a tile grid needs at least one column, row and token; got {cols}x{rows} of side {side}")
+    if kind not in DHR_MAPS:
+        raise ValueError(f"the RoPE-DHR map must be one of {DHR_MAPS}, got {kind!r}; set image.dhr_map")
+    whole = np.arange(side * side, dtype=np.int32)
+    if cols * rows == 1:
+        ids = whole
+    else:
+        axis = _stretched_axis if kind == "code" else _floor_axis
+        x, y = axis(cols, side), axis(rows, side)
+        cells = y[None, :, :, None] * side + x[:, None, None, :]  # [cols, rows, side, side]: columns outer
+        if kind == "raster":
+            cells = cells.swapaxes(0, 1)  # the order in which tiles are cut; `code` keeps the released mismatch
+        tiles = cells.reshape(-1).astype(np.int32)
+        ids = np.concatenate([tiles, whole]) if thumbnail else tiles
+    ids.setflags(write=False)
+    return ids
+
+
+def _stretched_axis(count: int, side: int) -> np.ndarray:
+    """Thumbnail cell of every token along an axis, [count, side]: both ends of a tile's interval are included."""
+    width = side / count - 1e-6  # keeps the last token inside the map; needs float64
+    return np.stack([np.linspace(i * width, (i + 1) * width, side).astype(np.int64) for i in range(count)])
+
+
+def _floor_axis(count: int, side: int) -> np.ndarray:
+    """Thumbnail cell of every token along an axis, [count, side]: the exact integer map."""
+    return (np.arange(count * side) // count).reshape(count, side)
+
+
+def sequence_positions(
+    tokens_T: Int[np.ndarray, "T"],
+    grids: Sequence[tuple[int, int]],
+    side: int,
+    context_id: int,
+    rope_dhr: bool = True,
+    kind: str = "code",
+    thumbnail: bool = True,
+) -> tuple[Int32[np.ndarray, "T"], Int32[np.ndarray, "M"]]:
+    """Positions of a sequence's tokens and of its visual tokens as memory keys.
+
+    `grids` holds (columns, rows) of each image in order, (1, 1) for a video frame; placeholders are the tokens equal
+    to `context_id`. With `rope_dhr` an image advances the counter by side**2 whatever its tile count; without, tokens
+    count 0 ... T-1. Raises ValueError where placeholders and images do not fit (CoMemo sec. 3.2).
+    """
+    placeholder_M = np.flatnonzero(tokens_T == context_id)
+    lengths = [tile_count(cols, rows, thumbnail) * side * side for cols, rows in grids]
+    if len(placeholder_M) != sum(lengths):
+        raise ValueError(
+            f"an image gives {side * side} features for each tile, {sum(lengths)} in all for grids "
+            f"{[tuple(map(int, grid)) for grid in grids]}, but the text holds {len(placeholder_M)} placeholders"
+        )
+    if not rope_dhr or not lengths:
+        return np.arange(len(tokens_T), dtype=np.int32), placeholder_M.astype(np.int32)
+    last = np.cumsum(lengths) - 1
+    first = last - lengths + 1
+    if np.any(placeholder_M[last] - placeholder_M[first] != last - first):
+        raise ValueError("the placeholders of an image must stand next to each other, but text interrupts them")
+    steps_T = np.ones(len(tokens_T), np.int32)
+    steps_T[placeholder_M] = 0
+    steps_T[placeholder_M[last]] = side * side
+    positions_T = np.cumsum(steps_T, dtype=np.int32) - steps_T
+    memory_positions_M = np.concatenate(
+        [
+            dhr_map(cols, rows, side, positions_T[start], kind, thumbnail)
+            for (cols, rows), start in zip(grids, placeholder_M[first], strict=True)
+        ]
+    )
+    positions_T[placeholder_M] = memory_positions_M
+    return positions_T, memory_positions_M

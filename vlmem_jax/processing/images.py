@@ -1,0 +1,176 @@
+"""Images on disk to uint8 tiles: safe opening, dynamic tiling, resizing."""
+
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from vlmem_jax import positions
+
+PILLOW_PIXEL_LIMIT = 178_956_970
+"""Pillow itself refuses to open anything larger."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How an image becomes tiles."""
+
+    size: int = 448
+    """Side of a tile, pixels."""
+    min_tiles: int = 1
+    """Fewest tiles an image is cut into, the thumbnail not counted."""
+    max_tiles: int = 12
+    """Most tiles an image is cut into, the thumbnail not counted; the images of a training sample share it."""
+    thumbnail: bool = True
+    """Whether a tiled image is followed by the whole image as one more tile."""
+    rope_dhr: bool = True
+    """Whether the tokens of all tiles share the positions of the thumbnail (RoPE-DHR)."""
+    dhr_map: str = "code"
+    """Which RoPE-DHR map: `code` (released weights) or `raster` (geometric, for training from scratch)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of each colour, as a fraction of 255; used on the device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of each colour, as a fraction of 255; used on the device."""
+    max_pixels: int = 89_478_485
+    """Largest image that is opened, pixels: a guard against decompression bombs."""
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size must be a positive number of pixels, got {self.size}")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise ValueError(f"1 <= min_tiles <= max_tiles must hold, got {self.min_tiles} and {self.max_tiles}")
+        if self.dhr_map not in positions.DHR_MAPS:
+            raise ValueError(f"dhr_map must be one of {positions.DHR_MAPS}, got {self.dhr_map!r}")
+        if not 1 <= self.max_pixels <= PILLOW_PIXEL_LIMIT:
+            raise ValueError(f"max_pixels must lie in 1 ... {PILLOW_PIXEL_LIMIT}, Pillow's limit; got {self.max_pixels}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+
+def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:
+    """`path` below `root`, links followed. Raises ValueError if it leads out of `root`."""
+    inside = pathlib.Path(root).resolve()
+    full = (inside / path).resolve()
+    if not full.is_relative_to(inside):
+        raise ValueError(f"data may only name files below its root {inside}, but {path!r} leads to {full}; set the root")
+    return full
+
+
+def image_size(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels) -> tuple[int, int]:
+    """(width, height) in pixels from the header alone. Raises ValueError naming the file."""
+    with _open(path, max_pixels) as image:
+        return image.size
+
+
+def open_image(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels) -> Image.Image:
+    """The first frame of an image file as 8-bit RGB. Raises ValueError naming the file if it cannot be had."""
+    with _open(path, max_pixels) as image:
+        try:
+            return to_rgb(image)
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+            raise ValueError(f"image {path} is truncated or damaged: {error}") from error
+
+
+def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"image {path} does not exist") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"image {path} must have at most image.max_pixels={max_pixels} pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        what = "is empty (0 bytes)" if os.path.getsize(path) == 0 else "is not of a known image format"
+        raise ValueError(f"image {path} {what}") from error
+    except Exception as error:  # damaged headers: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"image {path} cannot be opened: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise ValueError(
+            f"image {path} has {width}x{height} = {width * height} pixels but image.max_pixels is {max_pixels}; "
+            "raise image.max_pixels or shrink the image"
+        )
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. Integer modes of more than 8 bits keep their upper 8 of 16; raises ValueError for floating point."""
+    if image.mode == "RGB":
+        image.load()
+        return image.copy() if image.readonly else image
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 and leaves most of such an image white
+        values = np.asarray(image)
+        if values.size and not 0 <= values.min() <= values.max() <= 65535:
+            raise ValueError(f"integer pixels must lie in 0 ... 65535, got {values.min()} ... {values.max()}")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; convert the image to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def jpeg_round_trip(image: Image.Image, quality: int) -> Image.Image:
+    """The image after JPEG compression of `quality` 1 ... 100: an augmentation."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+@functools.lru_cache(maxsize=64)
+def _candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    grids = [
+        (cols, rows)
+        for cols in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // cols + 1)
+        if min_tiles <= cols * rows
+    ]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], *grid)))
+
+
+@functools.lru_cache(maxsize=65536)
+def best_grid(width: int, height: int, size: int, min_tiles: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) of tiles whose shape is nearest to the image's (CoMemo sec. 3.2, as in InternVL).
+
+    Of grids of the same shape the larger wins where the image has more than half its pixels.
+    """
+    best, least = (1, 1), float("inf")
+    for cols, rows in _candidate_grids(min_tiles, max_tiles):
+        distance = abs(width / height - cols / rows)
+        if distance < least or (distance == least and width * height > 0.5 * size * size * cols * rows):
+            best, least = (cols, rows), distance
+    return best
+
+
+def tile_grid(width: int, height: int, config: ImageConfig, max_tiles: int | None = None) -> tuple[int, int]:
+    """(columns, rows) for an image of `width` x `height` pixels; `max_tiles` replaces the config's where given."""
+    return best_grid(width, height, config.size, config.min_tiles, config.max_tiles if max_tiles is None else max_tiles)
+
+
+def tile_image(
+    image: Image.Image, grid: tuple[int, int], size: int, thumbnail: bool = True
+) -> UInt8[np.ndarray, "I S S 3"]:
+    """Tiles of `size` pixels in row-major order, then the thumbnail where there are several tiles."""
+    cols, rows = grid
+    tiles_ISSc = np.empty((positions.tile_count(cols, rows, thumbnail), size, size, 3), np.uint8)
+    write_tiles(image, grid, tiles_ISSc)
+    return tiles_ISSc
+
+
+def write_tiles(image: Image.Image, grid: tuple[int, int], tiles_ISSc: UInt8[np.ndarray, "I S S 3"]) -> None:
+    """`tile_image` into existing memory: the array's length says whether a thumbnail follows the tiles."""
+    cols, rows = grid
+    count, size = cols * rows, tiles_ISSc.shape[1]
+    whole = np.asarray(_resized(image, size * cols, size * rows)).reshape(rows, size, cols, size, 3)
+    tiles_ISSc[:count].reshape(rows, cols, size, size, 3)[...] = whole.swapaxes(1, 2)
+    if len(tiles_ISSc) > count:
+        tiles_ISSc[count] = _resized(image, size, size)
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.mode != "RGB":
+        image = to_rgb(image)
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
