@@ -37,7 +37,8 @@ TEMPLATES = {
         end="<|im_end|>",
         user="user",
         assistant="assistant",
-        system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",
+        system="你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+        "英文名叫InternVL, 是一个有用无害的人工智能助手。",
     )
 }
 
@@ -81,7 +82,7 @@ def read_conversation(conversations: Sequence[Mapping[str, str]], images: int = 
         messages.pop(0)
     speakers = [speaker for speaker, _ in messages]
     if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
-        raise ValueError(f"a conversation must alternate human, gpt and end with gpt; got {', '.join(speakers) or 'none'}")
+        raise ValueError(f"turns must alternate human, gpt and end with gpt; got {', '.join(speakers) or 'none'}")
     turns = [value for _, value in messages]
     turns[0] = _place_images(turns, images, video)
     turns = [turn.strip() for turn in turns]
@@ -133,7 +134,8 @@ def _message(index: int, entry: Mapping[str, str]) -> tuple[str, str]:
     allowed = ("system", "human", "gpt") if index == 0 else ("human", "gpt")
     if speaker not in allowed or not isinstance(value, str):
         raise ValueError(
-            f"a message needs `from` ({' | '.join(allowed)}) and a text `value`, but message {index + 1} is {entry!r:.200}"
+            f"a message needs `from` ({' | '.join(allowed)}) and a text `value`, "
+            f"but message {index + 1} is {repr(entry)[:200]}"
         )
     return speaker, value
 
@@ -142,8 +144,7 @@ def _place_images(turns: Sequence[str], images: int, video: bool) -> str:
     """The first turn with markers for images that no turn marks, and with frame lines for a video."""
     first = turns[0]
     if video:
-        marked = sum(turn.count(IMAGE_MARKER) for turn in turns)
-        marker = IMAGE_MARKER if VIDEO_MARKER not in first and marked == 1 else VIDEO_MARKER
+        marker = IMAGE_MARKER if VIDEO_MARKER not in first and first.count(IMAGE_MARKER) == 1 else VIDEO_MARKER
         if marker not in first:
             first = f"{marker}\n{first}"
         return first.replace(marker, frame_lines(images), 1)

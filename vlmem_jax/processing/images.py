@@ -47,7 +47,7 @@ class ImageConfig:
         if self.dhr_map not in positions.DHR_MAPS:
             raise ValueError(f"dhr_map must be one of {positions.DHR_MAPS}, got {self.dhr_map!r}")
         if not 1 <= self.max_pixels <= PILLOW_PIXEL_LIMIT:
-            raise ValueError(f"max_pixels must lie in 1 ... {PILLOW_PIXEL_LIMIT}, Pillow's limit; got {self.max_pixels}")
+            raise ValueError(f"max_pixels must be 1 ... {PILLOW_PIXEL_LIMIT}, Pillow's limit; got {self.max_pixels}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -57,7 +57,7 @@ def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:
     inside = pathlib.Path(root).resolve()
     full = (inside / path).resolve()
     if not full.is_relative_to(inside):
-        raise ValueError(f"data may only name files below its root {inside}, but {path!r} leads to {full}; set the root")
+        raise ValueError(f"data may only name files below its root {inside}, but {path!r} leads to {full}; change root")
     return full
 
 
@@ -102,7 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB. Integer modes of more than 8 bits keep their upper 8 of 16; raises ValueError for floating point."""
     if image.mode == "RGB":
         image.load()
-        return image.copy() if image.readonly else image
+        return image
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 and leaves most of such an image white
         values = np.asarray(image)
         if values.size and not 0 <= values.min() <= values.max() <= 65535:
