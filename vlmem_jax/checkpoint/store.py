@@ -1,0 +1,202 @@
+"""The checkpoints of one training stage: written in the background, committed by a rename, kept by age and by loss.
+
+On disk: `FOLDER/STEP/params` (every parameter, a nested dict), `train` (what only training needs), `meta` (JSON) and
+`metrics` (the evaluation loss). A folder still being written has another name, so a step that is there is whole.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vlmem_jax.checkpoint.folder import committed_steps
+
+Tree = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a stage is saved and what stays on disk."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step of a stage is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_best: int = 1
+    """Checkpoints with the lowest evaluation loss to keep as well."""
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep_last < 1 or self.keep_best < 0:
+            raise ValueError(f"every and keep_last must be at least 1 and keep_best at least 0; got {self}")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the message says which one is still good."""
+
+
+class Store:
+    """Checkpoints of one stage in `folder`.
+
+    `save` returns as soon as the device may overwrite its arrays; a failed write shows at the next `check`, `save` or
+    `wait` as CheckpointError, and leaves every earlier checkpoint as it was.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2, keep_best: int = 1):
+        self.folder = Path(folder).absolute()
+        best = policies.BestN(get_metric_fn=_loss_of, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
+            best_fn=_loss_of,  # without it the loss is not written, whatever the policy says
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
+        self._writing: int | None = None
+        logging.getLogger("absl").addFilter(_drop_orbax)
+        with self._failures():
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest committed step."""
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    def steps(self) -> list[int]:
+        """All committed steps, oldest first."""
+        return committed_steps(self.folder)
+
+    def best(self) -> tuple[int, float] | None:
+        """The committed step with the lowest evaluation loss, and that loss."""
+        losses = {step: loss for step in self.steps() if (loss := _eval_loss(self.folder / str(step))) is not None}
+        return min(losses.items(), key=lambda item: item[1]) if losses else None
+
+    def save(self, step: int, params: Tree, train: Tree, meta: Tree, eval_loss: float | None = None) -> None:
+        """Starts to write `step`, after the write before it has ended. Raises CheckpointError."""
+        self.wait()
+        if step == self.latest():
+            return
+        with self._failures(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(params), train=ocp.args.PyTreeSave(train), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics=None if eval_loss is None else {"loss": eval_loss},
+                force=True,
+            )
+            self._writing = step
+
+    def check(self) -> None:
+        """Raises CheckpointError if the last write has failed; does not wait for one still running."""
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last write is committed. Raises CheckpointError if it failed."""
+        if self._writing is not None:
+            with self._failures(self._writing):
+                self._manager.wait_until_finished()
+            self._writing = None
+
+    def restore(self, step: int, params: Tree, train: Tree) -> tuple[Any, Any, dict]:
+        """`(params, train, meta)` of `step`, in the shapes, dtypes and shardings of the two target trees."""
+        folder = self.folder / str(step)
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+        return _restore(folder / "params", params), _restore(folder / "train", train), meta
+
+    def close(self) -> None:
+        """Waits for the last write, and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it raises the failure that `wait` has already reported
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures(self, step: int | None = None):
+        try:
+            yield
+        except Exception as error:
+            self._writing = None
+            if step is None:
+                raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {_first_line(error)}") from error
+            for unfinished in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            last = self.latest()
+            good = "no earlier checkpoint exists" if last is None else f"the checkpoint of step {last} is whole"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {_first_line(error)}; {good}. "
+                "Make room on the disk or lower checkpoint.keep_last, then start again: it continues from there"
+            ) from error
+
+
+def save_params(folder: str | Path, params: Tree) -> None:
+    """Writes parameters alone as `folder/params`, whole or not at all."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(Path(folder).absolute() / "params", args=ocp.args.PyTreeSave(params))
+
+
+def load_params(step_folder: str | Path, target: Tree) -> Any:
+    """Parameters of `step_folder` (from `folder.find`) in the shapes, dtypes and shardings of `target`.
+
+    Raises ValueError that lists every parameter that is missing, unknown, or of another shape.
+    """
+    return _restore(Path(step_folder).absolute() / "params", target)
+
+
+def _restore(folder: Path, target: Tree) -> Any:
+    if not folder.is_dir():
+        raise ValueError(f"{folder.parent} is no checkpoint: it has no folder {folder.name!r}")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.metadata(folder).item_metadata
+        _check_fit(folder, {"/".join(path): leaf.shape for path, leaf in _leaves(stored.tree)}, target)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
+
+
+def _check_fit(folder: Path, stored: dict[str, tuple], target: Tree) -> None:
+    wanted = {"/".join(path): tuple(leaf.shape) for path, leaf in _leaves(target)}
+    lines = [f"  {name}: not in the checkpoint" for name in wanted if name not in stored]
+    lines += [f"  {name}: not in the model" for name in stored if name not in wanted]
+    lines += [
+        f"  {name}: {tuple(stored[name])} in the checkpoint, {shape} in the model"
+        for name, shape in wanted.items()
+        if name in stored and tuple(stored[name]) != shape
+    ]
+    if lines:
+        raise ValueError(
+            f"the checkpoint {folder} does not fit the model of the config; {len(lines)} arrays differ:\n"
+            + "\n".join(sorted(lines))
+        )
+
+
+def _leaves(tree: Tree, path: tuple[str, ...] = ()):
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _eval_loss(step_folder: Path) -> float | None:
+    file = step_folder / "metrics" / "metrics"
+    return json.loads(file.read_text())["loss"] if file.is_file() else None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _loss_of(metrics: Tree) -> float:
+    return metrics["loss"]
+
+
+def _drop_orbax(record: logging.LogRecord) -> bool:
+    """Keeps orbax from printing each failure a dozen times from its threads: `Store` raises it once."""
+    return "orbax" not in record.pathname
