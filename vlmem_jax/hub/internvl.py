@@ -32,7 +32,7 @@ def _section(ours: str, theirs: str, sizes: dict[str, int], rows, layers: range 
 
 
 def _vision(vision) -> list[Rule]:
-    side = vision.image_size // vision.patch_size
+    side = vision.position_grid or vision.grid
     sizes = {"D": vision.width, "F": vision.mlp_width, "H": vision.heads, "C": vision.width // vision.heads}
     sizes |= {"p": vision.patch_size, "q": vision.patch_size, "N": 1 + side * side}
     embeddings = [
@@ -70,10 +70,10 @@ def _projector(config: ModelConfig) -> list[Rule]:
     rows = [
         ("norm/scale", "0.weight", "S -> S"),
         ("norm/bias", "0.bias", "S -> S"),
-        ("fc1/kernel", "1.weight", "D S -> S D"),
-        ("fc1/bias", "1.bias", "D -> D"),
-        ("fc2/kernel", "3.weight", "E D -> D E"),
-        ("fc2/bias", "3.bias", "E -> E"),
+        ("mlp/fc1/kernel", "1.weight", "D S -> S D"),
+        ("mlp/fc1/bias", "1.bias", "D -> D"),
+        ("mlp/fc2/kernel", "3.weight", "E D -> D E"),
+        ("mlp/fc2/bias", "3.bias", "E -> E"),
     ]
     return _section("projector/", "mlp1.", sizes, rows)
 
