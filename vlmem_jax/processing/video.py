@@ -1,0 +1,97 @@
+"""Frames of a video file. Needs PyAV, the extra `video`."""
+
+import bisect
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from vlmem_jax.processing.images import ImageConfig
+
+
+def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Generator | None = None) -> list[int]:
+    """Which of `available` frames to take, in order: one of each of equal intervals (CoMemo, training data).
+
+    With `rng` a random number of intervals, `minimum` to `maximum`, and a random frame of each; without, `maximum`
+    intervals and the middle of each. A shorter video gives all its frames.
+    """
+    count = min(maximum if rng is None else int(rng.integers(minimum, maximum + 1)), available)
+    edges = np.linspace(0, available, count + 1).astype(np.int64)
+    first, last = edges[:-1], edges[1:] - 1
+    return ((first + last) // 2 if rng is None else rng.integers(first, last + 1)).tolist()
+
+
+def frame_count(path: str | os.PathLike) -> int:
+    """Number of frames, nothing decoded: from the header where it says so, else by reading the packets.
+
+    Raises ValueError naming the file if it is missing, damaged or empty.
+    """
+    with _open(path) as (container, stream):
+        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    if not count:
+        raise ValueError(f"video {path} holds no frame")
+    return count
+
+
+def read_frames(
+    path: str | os.PathLike, indices: Sequence[int], max_pixels: int = ImageConfig.max_pixels
+) -> list[Image.Image]:
+    """The frames at `indices` as RGB images; decodes only from the nearest key frame before each.
+
+    Raises ValueError naming the file if it is missing, damaged, shorter than its header says, or too large.
+    """
+    with _open(path) as (container, stream):
+        if stream.width * stream.height > max_pixels:
+            raise ValueError(
+                f"video {path} has frames of {stream.width}x{stream.height} pixels but image.max_pixels is {max_pixels}"
+            )
+        stream.thread_type = "AUTO"
+        packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+        if max(indices) >= len(packets):
+            raise ValueError(f"video {path} ends at frame {len(packets)}, but frame {max(indices)} is asked for")
+        wanted, timed = sorted(set(indices)), all(time is not None for time, _ in packets)
+        if timed:
+            times, keys = sorted(time for time, _ in packets), sorted(time for time, is_key in packets if is_key)
+            images = _seek_frames(container, stream, {i: times[i] for i in wanted}, keys)
+    if not timed:  # a raw stream can neither seek nor rewind
+        with _open(path) as (container, stream):
+            frames = enumerate(itertools.islice(container.decode(stream), wanted[-1] + 1))
+            images = {i: frame.to_image() for i, frame in frames if i in wanted}
+    if missing := set(indices) - images.keys():
+        raise ValueError(f"video {path} is damaged: frame {min(missing)} cannot be decoded")
+    return [images[i] for i in indices]
+
+
+def _seek_frames(container, stream, times: dict[int, int], keys: list[int]) -> dict[int, Image.Image]:
+    """Images by index for presentation `times` in ascending order."""
+    images, frames, position = {}, iter(()), None
+    for index, time in times.items():
+        key = keys[max(bisect.bisect_right(keys, time) - 1, 0)] if keys else 0
+        if position is None or key > position:  # otherwise decoding on is as short
+            container.seek(key, stream=stream)
+            frames = container.decode(stream)
+        for frame in frames:
+            position = frame.pts
+            if position is not None and position >= time:
+                images[index] = frame.to_image()
+                break
+    return images
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike) -> Iterator:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"reading video {path} needs PyAV; install vlmem_jax[video]") from error
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video stream")
+            yield container, container.streams.video[0]
+    except av.error.FFmpegError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise ValueError(f"video {path} {what}") from error
