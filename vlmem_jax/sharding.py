@@ -12,20 +12,21 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
-    "slots": None,
-    "features": None,
     # parameters: the input side of a weight is split over fsdp and gathered before use, the parallel side over tensor
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    # small or never worth splitting
-    "vision_embed": "fsdp",
+    # too small to split
     "head_dim": None,
+    "qkv": None,
+    "positions": None,
     "pixels": None,
-    "scalar": None,
+    "pixels_x": None,
+    "channels": None,
     "norm": None,
+    "scalar": None,
 }
 
 
@@ -54,7 +55,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, dataclasses.astuple(config), strict=True))
+        wanted = ", ".join(
+            f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, dataclasses.astuple(config), strict=True)
+        )
         raise ValueError(f"the mesh must use all {len(devices)} devices, but {wanted} do not multiply to that number")
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 

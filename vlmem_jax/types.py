@@ -1,10 +1,12 @@
 """The data that crosses package borders: one sample on the host, one packed batch on the device."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 IGNORED = -100
 """Label of a token that is not a training target."""
@@ -53,3 +55,51 @@ class Batch:
     pixels_BISSc: UInt8[Array, "... B I S S 3"]
     memory_positions_BM: Int32[Array, "... B M"]
     memory_segments_BM: Int32[Array, "... B M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Rotated keys and values of every decoder layer, S slots a row; slot = index of the token in its row."""
+
+    k_LBSKC: Float[Array, "L B S K C"]
+    v_LBSKC: Float[Array, "L B S K C"]
+
+    @classmethod
+    def empty(cls, layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype) -> "KVCache":
+        shape = (layers, rows, capacity, kv_heads, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer, k_BTKC, v_BTKC, index_BT=None) -> "KVCache":
+        """Puts T tokens into one layer: at slots `index_BT` (those beyond the capacity are dropped), or from slot 0."""
+
+        def put(cache_LBSKC, new_BTKC):
+            new_BTKC = new_BTKC.astype(cache_LBSKC.dtype)
+            if index_BT is None:
+                return jax.lax.dynamic_update_slice(cache_LBSKC, new_BTKC[None], (layer, 0, 0, 0, 0))
+            rows = jnp.arange(index_BT.shape[0])[:, None]
+            return cache_LBSKC.at[layer, rows, index_BT].set(new_BTKC, mode="drop", unique_indices=True)
+
+        return KVCache(put(self.k_LBSKC, k_BTKC), put(self.v_LBSKC, v_BTKC))
+
+    def layer(self, layer) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, C] of one layer."""
+        return self.k_LBSKC[layer], self.v_LBSKC[layer]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """All that generation carries from token to token; a fixed-capacity pytree, donated at every step."""
+
+    cache: KVCache
+    length_B: Int32[Array, "B"]
+    """Tokens in the cache: the slot of the next one."""
+    position_B: Int32[Array, "B"]
+    """Rotary position of the next token."""
+    memory_position_B: Int32[Array, "B"]
+    """Rotary position of the next token as a memory query."""
+    frequencies_BR: Float32[Array, "B R"]
+    """Rotary frequencies of the row, fixed at prefill (dynamic NTK depends on the prompt's length)."""
+    recalled: Any
+    """What the memory prepared for its blocks to read."""

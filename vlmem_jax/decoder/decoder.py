@@ -1,0 +1,172 @@
+"""A pre-norm decoder with grouped-query attention, scanned over groups of layers.
+
+It knows that something may stand before the last layer of every group (`Interleaved`), not what.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from vlmem_jax.nn.attention import attend, causal_attention
+from vlmem_jax.nn.linear import Linear, param
+from vlmem_jax.nn.mlp import GatedMLP
+from vlmem_jax.nn.norm import RMSNorm
+from vlmem_jax.nn.rope import Rotation, rotate
+from vlmem_jax.nn.stack import remat, stack
+from vlmem_jax.sharding import constrain
+from vlmem_jax.types import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the language model; positions in tokens."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    ntk_factor: float = 0.0
+    """Dynamic NTK scaling of rows longer than max_positions; 0: none."""
+    max_positions: int = 32768
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads {self.kv_heads}, got {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """A block before every `every`-th layer: `apply(block, xs, x) -> x`, `blocks` and `xs` stacked over blocks."""
+
+    every: int
+    blocks: Any
+    xs: Any
+    apply: Callable[[Any, Any, jax.Array], jax.Array]
+
+
+class SelfAttention(nnx.Module):
+    """Projections around `core(q, k, v) -> (out, extra)`, which decides what attends to what."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        embed, C = {"embed": config.width}, {"head_dim": config.head_dim}
+        self.q = Linear(embed, {"heads": config.heads} | C, rngs=rngs)
+        self.k = Linear(embed, {"kv_heads": config.kv_heads} | C, rngs=rngs)
+        self.v = Linear(embed, {"kv_heads": config.kv_heads} | C, rngs=rngs)
+        self.o = Linear({"heads": config.heads} | C, embed, rngs=rngs)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable) -> tuple[jax.Array, Any]:
+        q_BTHC, k_BTKC = rotate(self.q(x_BTD), tables), rotate(self.k(x_BTD), tables)
+        out_BTHC, extra = core(q_BTHC, k_BTKC, self.v(x_BTD))
+        return self.o(out_BTHC), extra
+
+
+class DecoderLayer(nnx.Module):
+    """Self-attention and gated MLP, each normalised before and added after."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        self.attn = SelfAttention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        self.mlp = GatedMLP(config.width, config.mlp_width, rngs=rngs)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable) -> tuple[jax.Array, Any]:
+        attended, extra = self.attn(self.attn_norm(x_BTD), tables, core)
+        x_BTD = constrain(x_BTD + attended, "batch", "tokens", None)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "tokens", None), extra
+
+
+class Decoder(nnx.Module):
+    """Token table, layers, final norm and head."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(0.02)
+        self.embed = param(init, (config.vocab, config.width), ("vocab", "embed"), rngs)
+        self.layers = stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.layers, rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        self.head = Linear({"embed": config.width}, {"vocab": config.vocab}, rngs=rngs)
+
+    def embeddings(self, tokens_BT: Int32[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        """Rows of the token table."""
+        return constrain(self.embed[...].astype(dtype)[tokens_BT], "batch", "tokens", None)
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of every token, in fp32."""
+        kernel = self.head.kernel[...].astype(x_BTD.dtype)
+        return jnp.einsum("BTD,DV->BTV", x_BTD, kernel, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tables: Rotation,
+        segments_BT: Int32[Array, "B T"],
+        *,
+        between: Interleaved | None = None,
+        cache: KVCache | None = None,
+        cache_index_BT: Int32[Array, "B T"] | None = None,
+        remat_policy: str = "none",
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Hidden states after the final norm, and the cache with this call's keys and values.
+
+        Without `cache_index_BT` the tokens attend to each other (training; prefill where a cache is given, written
+        from slot 0). With it, token t is written to that slot of its row's cache (a slot beyond the capacity: nowhere)
+        and attends to all slots up to it.
+        """
+        graph, layers = nnx.split(self.layers)
+
+        def layer(x_BTD, cache, state, index):
+            def core(q_BTHC, k_BTKC, v_BTKC):
+                if cache is None:
+                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), None
+                updated = cache.write(index, k_BTKC, v_BTKC, cache_index_BT)
+                if cache_index_BT is None:
+                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), updated
+                k_BSKC, v_BSKC = updated.layer(index)
+                allowed_BTS = jnp.arange(k_BSKC.shape[1]) <= cache_index_BT[:, :, None]
+                return attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS), updated
+
+            return nnx.merge(graph, state)(x_BTD, tables, core)
+
+        every = between.every if between else 1
+        groups = self.config.layers // every
+
+        def group(carry, xs):
+            x_BTD, cache = carry
+            states, block, block_xs, first = xs
+            for n in range(every):
+                one = jax.tree.map(lambda leaf, n=n: leaf[n], states)
+
+                def step(x_BTD, cache, one, block, block_xs, n=n):
+                    if between and n == every - 1:
+                        x_BTD = between.apply(block, block_xs, x_BTD)
+                    return layer(x_BTD, cache, one, first + n)
+
+                x_BTD, cache = remat(step, remat_policy)(x_BTD, cache, one, block, block_xs)
+            return (x_BTD, cache), None
+
+        grouped = jax.tree.map(lambda leaf: leaf[: groups * every].reshape(groups, every, *leaf.shape[1:]), layers)
+        block_xs = (between.blocks, between.xs) if between else (None, None)
+        carry, _ = jax.lax.scan(group, (x_BTD, cache), (grouped, *block_xs, jnp.arange(groups) * every))
+
+        # layers after the last full group have no block before them
+        def last(carry, xs):
+            state, index = xs
+            return remat(layer, remat_policy)(*carry, state, index), None
+
+        if groups * every < self.config.layers:
+            rest = jax.tree.map(lambda leaf: leaf[groups * every :], layers)
+            carry, _ = jax.lax.scan(last, carry, (rest, jnp.arange(groups * every, self.config.layers)))
+        x_BTD, cache = carry
+        return self.norm(x_BTD), cache

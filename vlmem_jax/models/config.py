@@ -1,0 +1,37 @@
+"""What a model is made of."""
+
+import dataclasses
+from typing import Literal
+
+from vlmem_jax.decoder import DecoderConfig
+from vlmem_jax.memory import MEMORIES, CoMemoConfig
+from vlmem_jax.nn.stack import REMAT_POLICIES
+from vlmem_jax.vision import ProjectorConfig, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One model; `presets.resolve` fills it from a preset's name and the keys that differ."""
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    memory: str = "comemo"
+    """Which memory lives in the model: a name of memory.MEMORIES, or none."""
+    comemo: CoMemoConfig = CoMemoConfig()
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and matmuls; softmax, norms, angles and logits are fp32 always."""
+    remat: str = "none"
+    """What layers recompute in the backward pass: none, dots (all but weight matmuls) or full."""
+
+    def __post_init__(self):
+        for key, value, allowed in (
+            ("memory", self.memory, ("none", *MEMORIES)),
+            ("remat", self.remat, tuple(REMAT_POLICIES)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {value!r}")
+        if self.vision.grid % 2:
+            raise ValueError(
+                f"vision.image_size / vision.patch_size must be even for pixel shuffle, got {self.vision.grid}"
+            )

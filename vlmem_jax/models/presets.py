@@ -1,0 +1,60 @@
+"""Sizes of the published models, and of two small ones. A config names one and changes what it must."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmem_jax.config import ConfigError, build
+from vlmem_jax.models.config import ModelConfig
+
+_INTERN_VIT_300M = dict(width=1024, layers=24, heads=16, mlp_width=4096, image_size=448, patch_size=14, drop_path=0.1)
+_INTERNLM2 = dict(vocab=92553, head_dim=128, rope_theta=1e6, ntk_factor=2.0, max_positions=32768)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # CoMemo, arXiv 2506.06279. The widths of its memory blocks are not published: those here are assumed.
+    "comemo_2b": dict(
+        vision=_INTERN_VIT_300M,
+        decoder=dict(_INTERNLM2, width=2048, layers=24, heads=16, kv_heads=8, mlp_width=8192),
+        comemo=dict(every=4, heads=16, head_dim=128, mlp_width=8192),
+    ),
+    "comemo_9b": dict(
+        vision=_INTERN_VIT_300M,
+        decoder=dict(_INTERNLM2, width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336),
+        comemo=dict(every=4, heads=16, head_dim=128, mlp_width=16384),
+    ),
+    # reads mosaics of handwritten digits: 16 visual tokens a tile of 32 px
+    "digits": dict(
+        vision=dict(width=64, layers=2, heads=2, mlp_width=192, image_size=32, patch_size=4),
+        decoder=dict(
+            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=1e4,
+        ),
+        comemo=dict(every=2, heads=3, head_dim=32, mlp_width=192, rope_theta=1e4),
+        compute_dtype="float32",
+    ),
+    # as small as it can be with every part in place
+    "tiny": dict(
+        vision=dict(width=32, layers=2, heads=4, mlp_width=64, image_size=28, patch_size=7),
+        decoder=dict(vocab=128, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp_width=96),
+        comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
+        compute_dtype="float32",
+    ),
+}  # fmt: skip
+
+
+def resolve(config: Mapping[str, Any], where: str = "config.model") -> ModelConfig:
+    """ModelConfig from `config.preset` (optional) overlaid with the other keys of `config`.
+
+    Raises ConfigError (a ValueError) that names the key: unknown preset or key, wrong type, value out of range.
+    """
+    given = {key: value for key, value in config.items() if key != "preset"}
+    name = config.get("preset")
+    if name is not None and name not in PRESETS:
+        raise ConfigError(f"{where}.preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    return build(ModelConfig, _overlay(PRESETS.get(name, {}), given), where)
+
+
+def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged

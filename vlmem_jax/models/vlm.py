@@ -1,0 +1,216 @@
+"""The vision-language model as pure functions of a parameter tree.
+
+    pixels -> vision tower -> projector --+--> spliced into the tokens -> decoder -> logits
+                                          |                                  ^
+                                          +--> memory ---- door ATTEND ------+
+
+Modules are defined with Flax NNX and merged with plain arrays inside each function, so everything here goes through
+jax.jit, grad and scan as any function of pytrees does.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from vlmem_jax.decoder import Decoder
+from vlmem_jax.memory import MEMORIES, Memory, VisualTokens
+from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
+from vlmem_jax.sharding import constrain
+from vlmem_jax.types import Batch, DecodeState, KVCache
+from vlmem_jax.vision import InternViT, Projector, normalise
+
+Params = dict[str, Any]
+"""Nested dict of arrays; layers of one kind are stacked on a leading axis."""
+
+
+class _Modules(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.vision = InternViT(config.vision, rngs=rngs)
+        self.projector = Projector(config.projector, config.vision.width, config.decoder.width, rngs=rngs)
+        self.decoder = Decoder(config.decoder, rngs=rngs)
+        self.memory = _memory(config, rngs)
+
+
+def _memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
+    if config.memory == "none":
+        return None
+    return MEMORIES[config.memory](getattr(config, config.memory), config.decoder, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class VLM:
+    """A model without its parameters: hashable, so that it can be a static argument of jax.jit."""
+
+    config: ModelConfig
+
+    @functools.cached_property
+    def _graph(self) -> tuple[Any, nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: _Modules(self.config, rngs=nnx.Rngs(0))))
+
+    def _merge(self, params: Params) -> _Modules:
+        """The modules with parameters in the compute dtype."""
+        return nnx.merge(self._graph[0], jax.tree.map(lambda leaf: leaf.astype(self.dtype), params))
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.config.compute_dtype)
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Visual tokens along a side of a tile."""
+        return self.config.vision.grid // 2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.tokens_per_side**2
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def abstract(self) -> Params:
+        """Shapes of the parameters, as jax.ShapeDtypeStruct in fp32."""
+        return nnx.to_pure_dict(self._graph[1])
+
+    def axes(self) -> dict[str, Any]:
+        """The same tree with the meaning of each axis (see `sharding.LOGICAL_AXES`), leading stack axes left out."""
+        flat = {path: leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(self._graph[1])}
+        return nnx.traversals.unflatten_mapping(flat)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random fp32 parameters."""
+        return nnx.to_pure_dict(nnx.state(_Modules(self.config, rngs=nnx.Rngs(key))))
+
+    def metrics(self, params: Params) -> dict[str, jax.Array]:
+        """Scalars that the memory wants plotted, in fp32."""
+        memory = nnx.merge(self._graph[0], params).memory
+        return memory.metrics() if memory else {}
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def encode_images(self, params: Params, pixels_BISSc: Array, key: jax.Array | None = None) -> Float[Array, "B M D"]:
+        """Visual tokens of all tiles of each row, M = I * P. uint8 pixels are normalised; floats already are.
+
+        With a key, the tower drops paths as in training.
+        """
+        return self._encode(self._merge(params), pixels_BISSc, key)
+
+    def _encode(self, modules: _Modules, pixels_BISSc: Array, key: jax.Array | None) -> Float[Array, "B M D"]:
+        B, I, S = pixels_BISSc.shape[:3]
+        tiles = pixels_BISSc.reshape(B * I, S, S, 3)
+        tiles = normalise(tiles, self.dtype) if tiles.dtype == jnp.uint8 else tiles.astype(self.dtype)
+        tiles = constrain(tiles, "batch", None, None, None)
+        patches = modules.vision(tiles, drop_path_key=key, remat_policy=self.config.remat)
+        tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
+        return constrain(tokens_BMD, "batch", None, None)
+
+    def _splice(self, modules: _Modules, batch: Batch, features_BMD: Array | None) -> Float[Array, "B T D"]:
+        """Token embeddings with each image placeholder replaced by its visual token."""
+        x_BTD = modules.decoder.embeddings(batch.tokens_BT, self.dtype)
+        if features_BMD is None:
+            return x_BTD
+        visual_BTD = jnp.take_along_axis(features_BMD, jnp.maximum(batch.slots_BT, 0)[..., None], axis=1)
+        return jnp.where((batch.slots_BT >= 0)[..., None], visual_BTD, x_BTD)
+
+    def _frequencies(self, length_B: Int32[Array, "B"], longest: int) -> Float[Array, "B R"]:
+        c = self.config.decoder
+        theta_B = jnp.full(length_B.shape, c.rope_theta, jnp.float32)
+        if c.ntk_factor and longest > c.max_positions:
+            theta_B = dynamic_theta(length_B, c.rope_theta, c.ntk_factor, c.max_positions, c.head_dim)
+        return frequencies(c.head_dim, theta_B)
+
+    def _run(self, modules: _Modules, batch: Batch, key: jax.Array | None, cache: KVCache | None):
+        """Hidden states of whole rows, and all that decoding needs afterwards."""
+        T, capacity = batch.tokens_BT.shape[1], cache.k_LBSKC.shape[2] if cache else 0
+        # a batch without tile slots has no vision tower and no memory in its program
+        features_BMD = self._encode(modules, batch.pixels_BISSc, key) if batch.pixels_BISSc.shape[1] else None
+        x_BTD = self._splice(modules, batch, features_BMD)
+        frequencies_BR = self._frequencies((batch.segments_BT > 0).sum(-1), max(T, capacity))
+        between, seen = None, None
+        if modules.memory and features_BMD is not None:
+            seen = VisualTokens(features_BMD, batch.memory_positions_BM, batch.memory_segments_BM)
+            if cache is not None:
+                seen = modules.memory.recall(seen)
+            between = modules.memory.attend(seen, batch.positions_BT, batch.segments_BT)
+        tables = rotation(batch.positions_BT, frequencies_BR)
+        hidden_BTD, cache = modules.decoder(
+            x_BTD, tables, batch.segments_BT, between=between, cache=cache, remat_policy=self.config.remat
+        )
+        return hidden_BTD, cache, frequencies_BR, seen
+
+    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """States after the final norm, in the compute dtype; the head turns them into logits, see `head_kernel`."""
+        return self._run(self._merge(params), batch, key, cache=None)[0]
+
+    def head_kernel(self, params: Params) -> Float[Array, "D V"]:
+        return params["decoder"]["head"]["kernel"]
+
+    def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
+        """fp32 scores of every token at every position. Large: for tests and small models."""
+        modules = self._merge(params)
+        return modules.decoder.logits(self._run(modules, batch, None, cache=None)[0])
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def prefill(self, params: Params, batch: Batch, capacity: int) -> tuple[Float[Array, "B V"], DecodeState]:
+        """Reads prompts of one segment a row; scores of the token after each, and the state to go on from.
+
+        `capacity`: tokens that each row of the cache can hold, prompt included.
+        """
+        c = self.config.decoder
+        B, T = batch.tokens_BT.shape
+        if capacity < T:
+            raise ValueError(f"the cache must hold the prompts of {T} token slots, got a capacity of {capacity}")
+        modules = self._merge(params)
+        cache = KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype)
+        hidden_BTD, cache, frequencies_BR, recalled = self._run(modules, batch, None, cache)
+        length_B = (batch.segments_BT > 0).sum(-1, dtype=jnp.int32)
+        last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+        position_B = jnp.take_along_axis(batch.positions_BT, last_B1, axis=1)[:, 0] + 1
+        by_length = self.config.memory == "comemo" and self.config.comemo.decode_position == "length"
+        state = DecodeState(
+            cache=cache,
+            length_B=length_B,
+            position_B=position_B,
+            memory_position_B=length_B if by_length else position_B,
+            frequencies_BR=frequencies_BR,
+            recalled=recalled,
+        )
+        last_B1D = jnp.take_along_axis(hidden_BTD, last_B1[..., None], axis=1)
+        return modules.decoder.logits(last_B1D)[:, 0], state
+
+    def extend(
+        self, params: Params, state: DecodeState, tokens_BT: Int32[Array, "B T"], counts_B: Int32[Array, "B"]
+    ) -> tuple[Float[Array, "B V"], DecodeState]:
+        """Appends the first `counts_B` of T tokens to each row; scores of the token after the last one.
+
+        T = 1 is a decoding step. A row with count 0 is left as it was and its scores mean nothing.
+        """
+        modules = self._merge(params)
+        T, capacity = tokens_BT.shape[1], state.cache.k_LBSKC.shape[2]
+        offsets_T = jnp.arange(T, dtype=jnp.int32)
+        real_BT = offsets_T < counts_B[:, None]
+        index_BT = jnp.where(real_BT, state.length_B[:, None] + offsets_T, capacity + offsets_T)
+        segments_BT = real_BT.astype(jnp.int32)
+        between = None
+        if modules.memory and state.recalled is not None:
+            memory_positions_BT = state.memory_position_B[:, None] + offsets_T
+            between = modules.memory.attend(state.recalled, memory_positions_BT, segments_BT)
+        x_BTD = modules.decoder.embeddings(tokens_BT, self.dtype)
+        tables = rotation(state.position_B[:, None] + offsets_T, state.frequencies_BR)
+        hidden_BTD, cache = modules.decoder(
+            x_BTD, tables, segments_BT, between=between, cache=state.cache, cache_index_BT=index_BT
+        )
+        state = dataclasses.replace(
+            state,
+            cache=cache,
+            length_B=state.length_B + counts_B,
+            position_B=state.position_B + counts_B,
+            memory_position_B=state.memory_position_B + counts_B,
+        )
+        last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
+        return modules.decoder.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1))[:, 0], state

@@ -1,0 +1,56 @@
+"""Linear maps, possibly over several axes (heads), and their initialisation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def param(init, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.Param:
+    """fp32 parameter whose axes mean `axes` (names of `sharding.LOGICAL_AXES`)."""
+    if len(axes) != len(shape):
+        raise ValueError(f"a parameter of shape {shape} needs as many axis names, got {axes}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def zeros(key, shape, dtype):
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype):
+    del key
+    return jnp.ones(shape, dtype)
+
+
+def fan_in_uniform(fan_in: int):
+    """Uniform in +-1/sqrt(fan_in), the default of PyTorch's Linear, which the published systems start from."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Linear(nnx.Module):
+    """Contracts the last axes of x, `inputs`, into `outputs`. The kernel is cast to the dtype of x."""
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """`inputs` and `outputs` map the meaning of each axis to its size, as in `{"embed": 64}, {"heads": 4, ...}`."""
+        in_shape, out_shape = tuple(inputs.values()), tuple(outputs.values())
+        self.contracted = len(in_shape)
+        init = fan_in_uniform(math.prod(in_shape))
+        self.kernel = param(init, in_shape + out_shape, (*inputs, *outputs), rngs)
+        self.bias = param(zeros, out_shape, tuple(outputs), rngs) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        n = self.contracted
+        contraction = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (contraction, ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -1,0 +1,35 @@
+"""Rotary positions, half-split: the pair of element i is element i + C/2. Angles are fp32 throughout."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+Rotation = tuple[Float32[Array, "B T R"], Float32[Array, "B T R"]]
+"""cos and sin of every position's angles."""
+
+
+def frequencies(head_dim: int, theta: Float32[Array, "*B"] | float) -> Float32[Array, "*B R"]:
+    """Angle per unit of position of each pair: theta^(-2i/C)."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    return 1.0 / jnp.asarray(theta, jnp.float32)[..., None] ** exponents
+
+
+def dynamic_theta(
+    length_B: Int32[Array, "B"], theta: float, factor: float, max_positions: int, head_dim: int
+) -> Float32[Array, "B"]:
+    """Base of the rotation of rows of `length_B` tokens: raised beyond `max_positions` (dynamic NTK scaling)."""
+    stretch = factor * length_B.astype(jnp.float32) / max_positions - (factor - 1)
+    return theta * jnp.maximum(stretch, 1.0) ** (head_dim / (head_dim - 2))
+
+
+def rotation(positions_BT: Int32[Array, "B T"], frequencies: Float32[Array, "*B R"]) -> Rotation:
+    """Tables for `rotate`, made once and shared by all layers; frequencies may differ from row to row."""
+    per_row = frequencies[:, None] if frequencies.ndim == 2 else frequencies
+    angles = positions_BT[..., None].astype(jnp.float32) * per_row
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHC: Float[Array, "B T H C"], tables: Rotation) -> Float[Array, "B T H C"]:
+    """x turned by its position's angles, computed in fp32."""
+    cos, sin = (table[:, :, None] for table in tables)
+    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHC.dtype)

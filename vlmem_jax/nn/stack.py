@@ -1,0 +1,29 @@
+"""Layers of one shape as one module with a leading layer axis, so that programs do not grow with depth."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a layer keeps for the backward pass: everything, its inputs only, or the results of weight matmuls."""
+
+
+def stack(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Module:
+    """`layers` independently initialised copies of `make(rngs)`; every parameter gets a leading axis."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(layers))
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """`body` recomputed in the backward pass under one of REMAT_POLICIES."""
+    if policy == "none":
+        return body
+    # layers run inside lax.scan, where common-subexpression elimination cannot undo the recomputation
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
