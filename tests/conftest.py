@@ -1,0 +1,35 @@
+"""What every test runs under: eight CPU devices, a compilation cache, and checked array shapes."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# read once, when jax is first imported; commands that tests start inherit them
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402 - the environment comes first
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+_register_dataclass = jax.tree_util.register_dataclass
+
+
+def _register_unchecked(cls, *args, **kwargs):
+    """A pytree also holds shapes, shardings and arrays with more axes when jax rebuilds it, so its fields go unchecked."""
+    cls.__no_type_check__ = True
+    return _register_dataclass(cls, *args, **kwargs)
+
+
+jax.tree_util.register_dataclass = _register_unchecked
+install_import_hook("vlmem_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of reference numbers, a subfolder a system; VLMEM_GOLDEN names another set of the same format."""
+    return Path(os.environ.get("VLMEM_GOLDEN", ROOT / "tests" / "golden"))
