@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,6 @@ class Store:
             self._writing = None
             if step is None:
                 raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {_first_line(error)}") from error
-            for unfinished in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
             last = self.latest()
             good = "no earlier checkpoint exists" if last is None else f"the checkpoint of step {last} is whole"
             raise CheckpointError(
