@@ -20,7 +20,7 @@ _register_dataclass = jax.tree_util.register_dataclass
 
 
 def _register_unchecked(cls, *args, **kwargs):
-    """A pytree also holds shapes, shardings and arrays with more axes when jax rebuilds it, so its fields go unchecked."""
+    """Rebuilt by jax, a pytree also holds shapes, shardings and arrays with other axes: its fields go unchecked."""
     cls.__no_type_check__ = True
     return _register_dataclass(cls, *args, **kwargs)
 

@@ -107,7 +107,7 @@ def _set(node: Any, keys: list[str], value: Any, where: str) -> None:
         key = _index(node, key, where)
         child = node[key]
     else:
-        child = node[key] if key in node else None
+        child = node.get(key)
     where = f"{where}.{key}"
     if rest:
         if child is None:

@@ -174,7 +174,14 @@ def test_usage_errors_exit_2(command, experiment, capsys, words, expected):
 
 
 def test_help_lists_every_command_and_does_not_load_jax():
-    code = "import sys; from vlmem_jax.cli.main import main\ntry: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    code = """
+import sys
+from vlmem_jax.cli.main import main
+try:
+    main(["--help"])
+finally:
+    assert "jax" not in sys.modules
+"""
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     for name in cli.COMMANDS:
@@ -194,7 +201,8 @@ def test_bad_keys_end_with_one_line_and_code_2(experiment, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: config.stages.pretrian: no element of config.stages has this name; did you mean config.stages.pretrain?\n"
+        "error: config.stages.pretrian: no element of config.stages has this name; "
+        "did you mean config.stages.pretrain?\n"
     )
 
 
