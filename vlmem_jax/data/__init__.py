@@ -1,0 +1,16 @@
+"""Training and evaluation data: JSONL files to packed batches on the devices."""
+
+from vlmem_jax.data.config import DataConfig, SourceConfig
+from vlmem_jax.data.pipeline import EvalData, HostBatch, TrainData, local_rows, to_device
+from vlmem_jax.data.plan import Plan
+
+__all__ = [
+    "DataConfig",
+    "EvalData",
+    "HostBatch",
+    "Plan",
+    "SourceConfig",
+    "TrainData",
+    "local_rows",
+    "to_device",
+]

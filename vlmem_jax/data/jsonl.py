@@ -1,0 +1,79 @@
+"""Conversations from JSONL files, found by line; every error names `file:line`."""
+
+import array
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line: a conversation and the paths of its images, or of its video."""
+
+    name: str
+    """`file:line`, counted from 1."""
+    conversations: Sequence[Mapping[str, str]]
+    images: tuple[str, ...] = ()
+    video: str | None = None
+
+
+class JsonLines:
+    """The lines of a JSONL file by number; blank lines do not count. Reading is safe from many threads."""
+
+    def __init__(self, path: str):
+        """Finds the lines. Raises ValueError if there is no such file or no line in it."""
+        self.path = path
+        self._starts, self._ends, self._numbers = array.array("q"), array.array("q"), array.array("q")
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115 - stays open for as long as the object lives
+        except OSError as error:
+            raise ValueError(f"data must be a JSONL file that can be read; {path}: {error.strerror}") from error
+        start = 0
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                self._starts.append(start)
+                self._ends.append(start + len(line))
+                self._numbers.append(number)
+            start += len(line)
+        if not self._starts:
+            raise ValueError(f"data must have at least one sample, but {path} has no line")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def name(self, index: int) -> str:
+        """`file:line` of sample `index`."""
+        return f"{self.path}:{self._numbers[index]}"
+
+    def __getitem__(self, index: int) -> Record:
+        """The sample. Raises ValueError if its line is not a JSON object of the expected form."""
+        line = os.pread(self._file.fileno(), self._ends[index] - self._starts[index], self._starts[index])
+        name = self.name(index)
+        try:
+            return _record(name, json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}: a line must be one JSON object; {error.msg} at column {error.colno}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: a line must be UTF-8; {error.reason} at byte {error.start + 1}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _record(name: str, fields: Any) -> Record:
+    if not isinstance(fields, dict):
+        raise ValueError(f"a line must be a JSON object, got {type(fields).__name__}")
+    conversations = fields.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise ValueError(f"`conversations` must be a list of messages; this line has the keys {sorted(fields)}")
+    images = fields.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise ValueError(f"`image` must be a path or a list of paths, got {images!r:.200}")
+    video = fields.get("video") or None
+    if not isinstance(video, str | None):
+        raise ValueError(f"`video` must be a path, got {video!r:.200}")
+    if images and video:
+        raise ValueError("a sample has either `image` or `video`, this one has both")
+    return Record(name, conversations, tuple(images), video)

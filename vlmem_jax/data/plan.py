@@ -1,0 +1,191 @@
+"""The pack plan: which samples share a row, from sizes alone. Row after row it is a function of files and seed."""
+
+import array
+import dataclasses
+import itertools
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from vlmem_jax.data.config import DataConfig
+from vlmem_jax.data.rows import sample_weight
+from vlmem_jax.data.samples import Key, Samples
+from vlmem_jax.processing import Processor
+
+MEASURED_AT_ONCE = 1024
+"""Samples that threads measure before they are packed."""
+SKIP_HINT = "data.on_bad_sample=skip leaves out what cannot be used"
+SKIPPED_NAMED = 3
+"""Skipped samples whose reason the report gives."""
+
+
+def draws(counts: Sequence[int], weights: Sequence[float], seed: int) -> Iterator[Key]:
+    """Endless mixture of files with `counts` samples each: keys in the order of training.
+
+    Samples of a file are drawn in proportion to its weight, evenly spread; each file in a new order every time it has
+    been gone through. With equal weights, sum(counts) draws hold every sample exactly once.
+    """
+    shares = np.multiply(counts, weights).astype(float)
+    credit, drawn = np.zeros(len(counts)), [0] * len(counts)
+    orders: list[np.ndarray] = [np.empty(0, int)] * len(counts)
+    while True:
+        credit += shares
+        file = int(credit.argmax())
+        credit[file] -= shares.sum()
+        epoch, place = divmod(drawn[file], counts[file])
+        if place == 0:
+            orders[file] = np.random.default_rng([seed, file, epoch]).permutation(counts[file])
+        drawn[file] += 1
+        yield file, int(orders[file][place])
+
+
+@dataclasses.dataclass
+class _Pack:
+    born: int
+    keys: list[Key] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    tiles: int = 0
+
+
+def pack(
+    sized: Iterable[tuple[Key, int, int]], max_tokens: int, max_tiles: int, open_packs: int
+) -> Iterator[list[Key]]:
+    """Packs samples of (key, tokens, tiles) into rows of at most `max_tokens` and `max_tiles`.
+
+    Best fit instead of the first fit of CoMemo sec. 4: a sample goes to that of the `open_packs` open packs which it
+    fills most. When there are too many, the fullest leaves; age counts as fullness, so no sample waits for ever.
+    Input and output are streams: what comes later never changes a row that left.
+    """
+    packs: list[_Pack] = []
+    left = 0
+    for key, tokens, tiles in sized:
+        fitting = [p for p in packs if p.tokens + tokens <= max_tokens and p.tiles + tiles <= max_tiles]
+        if fitting:
+            chosen = max(fitting, key=lambda p: p.tokens / max_tokens + p.tiles / max_tiles)
+        else:
+            chosen = _Pack(born=left)
+            packs.append(chosen)
+        chosen.keys.append(key)
+        chosen.tokens += tokens
+        chosen.tiles += tiles
+        if len(packs) > open_packs:
+            fullest = max(
+                packs,
+                key=lambda p: max(p.tokens / max_tokens, p.tiles / max_tiles) + (left - p.born) / (10 * open_packs),
+            )
+            packs.remove(fullest)
+            left += 1
+            yield fullest.keys
+    yield from (p.keys for p in packs)
+
+
+class Plan:
+    """Rows of sample keys, made as far as they are asked for; thread-safe. See `train` and `eval`."""
+
+    def __init__(self, samples: Samples, keys: Iterator[Key]):
+        self.samples, self.config = samples, samples.config
+        self.skipped: dict[str, str] = {}
+        """Samples left out so far (`data.on_bad_sample=skip`), and why."""
+        config = self.config
+        self._rows = pack(self._measured(keys), config.pack_tokens, config.pack_tiles, config.open_packs)
+        self._files, self._lines, self._ends = array.array("i"), array.array("i"), array.array("q", [0])
+        self._used = np.zeros(2, np.int64)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def train(cls, config: DataConfig, processor: Processor, seed: int) -> "Plan":
+        """Of the endless mixture of `data.train`, every file shuffled anew each time it has been gone through."""
+        samples = Samples(config.train, config, processor, seed)
+        return cls(samples, draws([len(lines) for lines in samples.files], samples.weights, seed))
+
+    @classmethod
+    def eval(cls, config: DataConfig, processor: Processor) -> "Plan":
+        """Of one pass over `data.eval`, in order."""
+        samples = Samples(config.eval, config, processor)
+        return cls(samples, ((file, line) for file, lines in enumerate(samples.files) for line in range(len(lines))))
+
+    def __len__(self) -> int:
+        """Rows made so far."""
+        return len(self._ends) - 1
+
+    def extend(self, rows: int | None = None) -> None:
+        """Makes the plan at least `rows` long, or complete; a progress bar shows long work.
+
+        Raises ValueError for a sample that cannot be used under `data.on_bad_sample=raise`.
+        """
+        console = Console(stderr=True)
+        with self._lock, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            missing = None if rows is None else max(rows - len(self), 0)
+            for keys in progress.track(itertools.islice(self._rows, missing), missing, description="planning rows"):
+                for key in keys:
+                    self._files.append(key[0])
+                    self._lines.append(key[1])
+                    size = self.samples.size(key)
+                    self._used += size.tokens, size.tiles
+                self._ends.append(len(self._files))
+
+    def row(self, row: int) -> list[Key]:
+        """The samples of a row, in order."""
+        if row >= len(self):
+            self.extend(row + 1)
+        if row >= len(self):
+            raise IndexError(f"the plan ends after {len(self)} rows; there is no row {row}")
+        span = slice(self._ends[row], self._ends[row + 1])
+        return list(zip(self._files[span], self._lines[span], strict=True))
+
+    def weight(self, keys: Iterable[Key]) -> float:
+        """Sum of the loss weights of the targets of samples."""
+        counts = (self.samples.size(key).targets for key in keys)
+        return sum(count * float(sample_weight(self.config.loss_weight, count)) for count in counts)
+
+    @property
+    def fill(self) -> dict[str, float]:
+        """Fraction of the `tokens` and of the `tiles` slots of the rows made so far that hold something."""
+        tokens, tiles = self._used / max(len(self), 1)
+        return {"tokens": tokens / self.config.pack_tokens, "tiles": tiles / self.config.pack_tiles}
+
+    def fingerprint(self, rows: int) -> int:
+        """Checksum of the first `rows` rows: equal plans, equal numbers."""
+        end = self._ends[rows]
+        parts = self._ends[: rows + 1], self._files[:end], self._lines[:end]
+        return zlib.crc32(b"".join(part.tobytes() for part in parts))
+
+    def report(self) -> str:
+        """One line on what was planned: samples, rows, fill rates, skipped samples."""
+        fill = self.fill
+        text = (
+            f"{len(self._files)} samples in {len(self)} rows of {self.config.pack_tokens} tokens and "
+            f"{self.config.pack_tiles} tiles; tokens fill {fill['tokens']:.1%}, tiles fill {fill['tiles']:.1%}"
+        )
+        if fill["tokens"] < 0.9 < fill["tiles"]:
+            text += " (tiles are the limit: raise data.pack_tiles or lower data.pack_tokens)"
+        if self.skipped:
+            reasons = "; ".join(list(self.skipped.values())[:SKIPPED_NAMED])
+            text += f"; {len(self.skipped)} samples skipped: {reasons}" + "; ..." * (len(self.skipped) > SKIPPED_NAMED)
+        return text
+
+    def _measured(self, keys: Iterator[Key]) -> Iterator[tuple[Key, int, int]]:
+        """`keys` with their tokens and tiles, without the samples that are skipped."""
+        samples, unusable = self.samples, 0
+        while chunk := list(itertools.islice(keys, MEASURED_AT_ONCE)):
+            samples.measure(chunk)
+            for key in chunk:
+                try:
+                    size = samples.size(key)
+                except ValueError as error:
+                    self._skip(key, error)
+                    unusable += 1
+                    if unusable > 2 * sum(map(len, samples.files)):
+                        raise ValueError(f"no sample of the data can be used; one of them: {error}") from error
+                    continue
+                unusable = 0
+                yield key, size.tokens, size.tiles
+
+    def _skip(self, key: Key, error: ValueError) -> None:
+        if self.config.on_bad_sample == "raise":
+            raise ValueError(f"{error}; {SKIP_HINT}") from error
+        self.skipped[self.samples.name(key)] = str(error)
