@@ -102,7 +102,10 @@ class VLM:
     def _encode(self, modules: _Modules, pixels_BISSc: Array, key: jax.Array | None) -> Float[Array, "B M D"]:
         B, I, S = pixels_BISSc.shape[:3]
         tiles = pixels_BISSc.reshape(B * I, S, S, 3)
-        tiles = normalise(tiles, self.dtype) if tiles.dtype == jnp.uint8 else tiles.astype(self.dtype)
+        if tiles.dtype == jnp.uint8:
+            c = self.config.vision
+            tiles = normalise(tiles, c.pixel_mean, c.pixel_std, self.dtype)
+        tiles = tiles.astype(self.dtype)
         tiles = constrain(tiles, "batch", None, None, None)
         patches = modules.vision(tiles, drop_path_key=key, remat_policy=self.config.remat)
         tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)

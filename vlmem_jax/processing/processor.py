@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,8 @@ from vlmem_jax.processing.images import ImageConfig, tile_grid, write_tiles
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.types import IGNORED, Sample
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Any
+"""A list of {`from`: human | gpt, `value`: text}, as JSON gives it: checked here, not by its type."""
 Grid = tuple[int, int]
 
 
@@ -121,6 +122,18 @@ class Processor:
             grids = [tile_grid(*image.size, self.image, max_tiles=1 if video else None) for image in images]
             rope_dhr = self.image.rope_dhr if rope_dhr is None else rope_dhr
             return self._sample(ids, np.zeros(len(ids), bool), images, grids, rope_dhr, name)
+
+    def follow_up(self, question: str) -> list[int]:
+        """Ids that go on from an answer without its closing token to the start of the next answer.
+
+        Raises ValueError if the question holds a control token or an image marker.
+        """
+        template = self.template
+        with _naming("follow-up question"):
+            dialogue = chat.read_question(question)
+            chat.check_text(dialogue, template)
+            text = f"{template.start}{template.user}\n{question}{template.end}{template.answer_start}"
+            return [self.stop_id, *self.tokenizer.encode(text)]
 
     def _ids(self, dialogue: chat.Dialogue) -> np.ndarray:
         """Ids of the prompt with one placeholder for each image. The text is tokenised once and whole."""

@@ -35,6 +35,9 @@ class VisionConfig:
     layer_scale_init: float = 1.0
     drop_path: float = 0.0
     """Stochastic depth of the last layer while training; earlier layers less, linearly from 0."""
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of each colour, as a fraction of 255."""
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     select_layer: int = -1
     """Which hidden state is the output: -1 the last layer's, 0 the embeddings."""
 

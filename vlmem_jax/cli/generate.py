@@ -1,0 +1,30 @@
+"""Answers one question about images."""
+
+import argparse
+import sys
+
+from vlmem_jax.cli import answering
+from vlmem_jax.processing.images import open_image
+
+EXAMPLE = """vlmem generate --checkpoint runs/comemo --image a.jpg --image b.jpg --prompt "What differs?"
+vlmem generate --checkpoint runs/comemo --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    answering.add_arguments(parser)
+    parser.add_argument("--prompt", required=True, help="the question; <image> in it marks where the images belong")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling = answering.sampling(args)
+    images = [open_image(path) for path in args.image]
+    model = answering.load(args)
+    sample = model.processor.prompt(args.prompt, images, rope_dhr=answering.rope_dhr(args), name="--prompt")
+    text = model.processor.tokenizer.stream()
+    session = model.generator().start([sample], sampling.max_new_tokens)
+    for tokens_B in session.stream(sampling):
+        sys.stdout.write(text.push(int(tokens_B[0])))
+        sys.stdout.flush()
+    print(text.flush())
+    return 0

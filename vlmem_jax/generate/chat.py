@@ -1,0 +1,71 @@
+"""A conversation: the cache is kept from turn to turn, and made anew when an image comes in.
+
+Earlier tokens attend to all images of the conversation, so a new image changes what they were: the whole conversation
+is read again. Without one, only the new question is.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+
+from vlmem_jax.generate.loop import Generator, Session
+from vlmem_jax.generate.sampling import SamplingConfig
+from vlmem_jax.processing.chat import IMAGE_MARKER
+from vlmem_jax.processing.processor import Processor
+
+ROOM = 512
+"""Tokens kept free for later turns when a conversation is read."""
+
+
+class Chat:
+    """One user's conversation with a model."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        processor: Processor,
+        sampling: SamplingConfig = SamplingConfig(),
+        rope_dhr: bool | None = None,
+    ):
+        self.generator = generator
+        self.processor = processor
+        self.sampling = sampling
+        self.rope_dhr = rope_dhr
+        self.history: list[tuple[str, str]] = []
+        self.images: list[Image.Image] = []
+        self._session: Session | None = None
+
+    def ask(self, question: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
+        """Pieces of the answer as they come. New images stand before the question unless it marks them `<image>`."""
+        missing = len(images) - question.count(IMAGE_MARKER)
+        if missing > 0:
+            question = f"{IMAGE_MARKER}\n" * missing + question
+        every_image = [*self.images, *images]
+        session = None if images else self._continued(question)
+        if session is None:
+            sample = self.processor.prompt(question, every_image, self.history, rope_dhr=self.rope_dhr, name="chat")
+            session = self.generator.start([sample], self.sampling.max_new_tokens + ROOM)
+        # broken off before its end, an answer leaves a cache that does not match the history
+        self._session = None
+        self.images = every_image
+        answer = ""
+        text = self.processor.tokenizer.stream()
+        try:
+            for tokens_B in session.stream(self.sampling):
+                piece = text.push(int(tokens_B[0]))
+                answer += piece
+                yield piece
+            piece = text.flush()
+            answer += piece
+            yield piece
+            self._session = session
+        finally:
+            self.history.append((question, answer))
+
+    def _continued(self, question: str) -> Session | None:
+        """The last turn's session with the question added, if there is one with room for it and an answer."""
+        ids = self.processor.follow_up(question)
+        if self._session is None or self._session.free < len(ids) + self.sampling.max_new_tokens:
+            return None
+        self._session.append(ids)
+        return self._session

@@ -1,0 +1,59 @@
+"""A model and its processor from a folder: a workdir of training, a converted checkpoint, or a Hugging Face folder."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from vlmem_jax.checkpoint import folder, store
+from vlmem_jax.config import build
+from vlmem_jax.generate.loop import Generator
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+from vlmem_jax.models.vlm import Params
+from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.processing.processor import Processor
+from vlmem_jax.processing.tokenizer import Tokenizer
+from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """What answering needs."""
+
+    vlm: VLM
+    params: Params
+    processor: Processor
+    mesh: Mesh
+
+    def generator(self) -> Generator:
+        """Stops at the end of an answer and never samples a control token."""
+        unknown = range(self.processor.tokenizer.vocab_size, self.vlm.config.decoder.vocab)
+        return Generator(
+            self.vlm,
+            self.params,
+            stop_ids=[self.processor.stop_id],
+            banned_ids=[*self.processor.control_ids, *unknown],
+            mesh=self.mesh,
+        )
+
+
+def load_model(path: str | Path, mesh: MeshConfig = MeshConfig()) -> LoadedModel:
+    """The newest checkpoint at `path`, its parameters in the compute dtype and sharded over `mesh`.
+
+    Raises ValueError if there is none, or it does not fit its own config.
+    """
+    checkpoint = folder.find(path)
+    described = checkpoint.model
+    vlm = VLM(resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model"))
+    image = build(ImageConfig, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
+    tokenizer = Tokenizer.load(checkpoint.tokenizer)
+    processor = Processor(tokenizer, image, vlm.tokens_per_side, described["system"], described["template"])
+    devices = make_mesh(mesh)
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, vlm.dtype, sharding=sharding),
+        vlm.abstract(),
+        param_shardings(devices, vlm.abstract(), vlm.axes()),
+    )
+    return LoadedModel(vlm, store.load_params(checkpoint.step_folder, target), processor, devices)

@@ -1,0 +1,60 @@
+"""Prompts of unequal length as batches of few shapes, so that generation compiles once a bucket."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmem_jax.types import Batch, Sample
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The least of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...) that holds `size`, rounded up; 0 stays 0."""
+    if size == 0:
+        return 0
+    step = smallest
+    while step < size:
+        if (step * 3 + 1) // 2 >= size:
+            return (step * 3 + 1) // 2
+        step *= 2
+    return step
+
+
+def pad_prompts(
+    samples: Sequence[Sample], rows: int, tile_size: int, tokens_per_tile: int, smallest: int = 64
+) -> Batch:
+    """A batch with a row for each prompt, padded on the right to bucketed lengths; rows beyond the prompts are empty.
+
+    Raises ValueError if there are more prompts than rows, or a prompt's tiles do not fit the model.
+    """
+    if len(samples) > rows:
+        raise ValueError(f"{len(samples)} prompts do not fit a batch of {rows} rows")
+    T = bucket(max(len(sample.tokens_T) for sample in samples), smallest)
+    I = bucket(max(len(sample.pixels_ISSc) for sample in samples))
+    M = I * tokens_per_tile
+    batch = Batch(
+        tokens_BT=np.zeros((rows, T), np.int32),
+        targets_BT=np.zeros((rows, T), np.int32),
+        weights_BT=np.zeros((rows, T), np.float32),
+        positions_BT=np.zeros((rows, T), np.int32),
+        segments_BT=np.zeros((rows, T), np.int32),
+        slots_BT=np.full((rows, T), -1, np.int32),
+        pixels_BISSc=np.zeros((rows, I, tile_size, tile_size, 3), np.uint8),
+        memory_positions_BM=np.zeros((rows, M), np.int32),
+        memory_segments_BM=np.zeros((rows, M), np.int32),
+    )
+    for row, sample in enumerate(samples):
+        t, tiles, m = len(sample.tokens_T), len(sample.pixels_ISSc), len(sample.memory_positions_M)
+        if sample.pixels_ISSc.shape[1] != tile_size or m != tiles * tokens_per_tile:
+            raise ValueError(
+                f"the model sees tiles of {tile_size} px as {tokens_per_tile} tokens each, but the prompt "
+                f"{sample.name} has {tiles} tiles of {sample.pixels_ISSc.shape[1]} px and {m} tokens; "
+                "image.size must be vision.image_size"
+            )
+        batch.tokens_BT[row, :t] = sample.tokens_T
+        batch.positions_BT[row, :t] = sample.positions_T
+        batch.segments_BT[row, :t] = 1
+        batch.slots_BT[row, :t] = sample.slots_T
+        batch.pixels_BISSc[row, :tiles] = sample.pixels_ISSc
+        batch.memory_positions_BM[row, :m] = sample.memory_positions_M
+        batch.memory_segments_BM[row, :m] = 1
+    return batch

@@ -1,0 +1,63 @@
+"""How many floating-point operations a model needs, counted from its sizes."""
+
+from collections.abc import Collection
+
+from vlmem_jax.models.config import ModelConfig
+
+
+def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained: Collection[str]) -> float:
+    """FLOPs of one training step on `rows` rows of `tokens` token and `tiles` tile slots, padding included.
+
+    Counts what the step needs, not what it recomputes: 2 per multiply-add of matrix products alone; causal attention at
+    half of all pairs, attention of memory and vision tower at all of them. The backward pass costs a part as much again
+    for the gradient of its input, where something before it (or in it) is trained, and as much again for that of its
+    weights, where they are. `trained` are parameter paths.
+    """
+    trains = {part: any(path.startswith(part) for path in trained) for part in ("vision", "projector", "memory")}
+    head = "decoder/head/kernel" in trained
+    body = any(path.startswith("decoder") and path != "decoder/head/kernel" for path in trained)
+    reaches_text = body or any(trains.values())
+
+    def step(weights: float, attention: float, weights_trained: bool, input_gradient: bool) -> float:
+        return weights * (1 + weights_trained + input_gradient) + attention * (1 + 2 * input_gradient)
+
+    per_row = step(*decoder_flops(config, tokens), body, reaches_text)
+    per_row += step(2 * tokens * config.decoder.width * config.decoder.vocab, 0, head, reaches_text)
+    if tiles:
+        reaches_projector = trains["projector"] or trains["vision"]
+        per_row += tiles * step(*vision_flops(config), trains["vision"], trains["vision"])
+        per_row += tiles * step(projector_flops(config), 0, trains["projector"], reaches_projector)
+        per_row += step(*memory_flops(config, tokens, tiles), trains["memory"], reaches_text)
+    return float(rows * per_row)
+
+
+def vision_flops(config: ModelConfig) -> tuple[float, float]:
+    """Forward FLOPs of the tower for one tile: in its weights, and in attention."""
+    c = config.vision
+    patches, queries = c.grid**2, c.grid**2 + 1
+    weights = 2 * patches * 3 * c.patch_size**2 * c.width
+    weights += c.layers_used * 2 * queries * c.width * (4 * c.width + 2 * c.mlp_width)
+    return weights, c.layers_used * 4 * queries**2 * c.width
+
+
+def projector_flops(config: ModelConfig) -> float:
+    """Forward FLOPs of the projector for one tile."""
+    width = config.decoder.width
+    return 2 * (config.vision.grid // 2) ** 2 * (4 * config.vision.width * width + width * width)
+
+
+def decoder_flops(config: ModelConfig, tokens: int) -> tuple[float, float]:
+    """Forward FLOPs of the decoder's layers for one row: in their weights, and in attention. The head is apart."""
+    c = config.decoder
+    weights = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp_width
+    return c.layers * 2 * tokens * weights, c.layers * 2 * tokens**2 * c.heads * c.head_dim
+
+
+def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[float, float]:
+    """Forward FLOPs of the memory blocks for one row: in their weights, and in attention."""
+    if config.memory == "none":
+        return 0.0, 0.0
+    c, width = config.comemo, config.decoder.width
+    blocks, slots, inner = config.decoder.layers // c.every, tiles * (config.vision.grid // 2) ** 2, c.heads * c.head_dim
+    weights = 2 * width * (2 * inner * (tokens + slots) + 3 * c.mlp_width * tokens)
+    return blocks * weights, blocks * 4 * tokens * slots * inner
