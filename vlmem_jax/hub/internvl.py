@@ -1,15 +1,24 @@
 """Tensor names of InternVL2 with an InternLM2 decoder, and of CoMemo on top of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from vlmem_jax.hub.fit import check_fit
+from vlmem_jax.hub.leaves import FromTensors
 from vlmem_jax.hub.rules import Rule, nested
 from vlmem_jax.models import ModelConfig
 
 LAYER = "language_model.model.layers.{}."
 NESTED = "decoder_layer."
 """CoMemo wraps every decoder layer, those without a memory block too; a plain InternVL2 checkpoint does not."""
+EMBEDDING = "language_model.model.tok_embeddings.weight"
+HEAD = "language_model.output.weight"
+
+
+def is_wrapped(names: Iterable[str]) -> bool:
+    """Whether the tensors of a checkpoint have the level NESTED."""
+    return any(f".{NESTED}" in name for name in names)
 
 
 def name_table(config: ModelConfig, wrapped: bool | None = None, vocab: int | None = None) -> list[Rule]:
@@ -125,9 +134,10 @@ def _comemo(config: ModelConfig) -> list[Rule]:
 
 
 def from_arrays(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
-    """Tensors by their Hugging Face name -> the model's parameters, as numpy arrays of the same dtype."""
-    leaves = {}
-    for rule in name_table(config):
-        leaf = np.stack([rule.view(np.asarray(tensors[name])) for name in rule.names])
-        leaves[rule.ours] = leaf.reshape(rule.our_shape)
-    return nested(leaves)
+    """Tensors by their Hugging Face name -> the model's parameters, as numpy arrays of the same dtype.
+
+    Raises ValueError listing all tensors that are missing, unknown or of another shape.
+    """
+    rules = name_table(config)
+    check_fit(rules, tensors, "the set of tensors")
+    return nested({rule.ours: FromTensors(rule, tensors).read(()) for rule in rules})

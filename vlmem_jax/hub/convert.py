@@ -1,0 +1,283 @@
+"""A folder in the released Hugging Face layout -> our checkpoint, or straight into sharded arrays; and back."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vlmem_jax.checkpoint import find
+from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER
+from vlmem_jax.config import build, to_dict
+from vlmem_jax.hub import internvl, orbax_io
+from vlmem_jax.hub.fit import check_fit
+from vlmem_jax.hub.internvl_config import Released, read_config, write_config
+from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Leaf
+from vlmem_jax.hub.rules import flat, nested
+from vlmem_jax.hub.safetensors_io import Tensors, Writer
+from vlmem_jax.hub.tokenizer_files import TokenizerFiles
+from vlmem_jax.models import VLM, ModelConfig, presets
+from vlmem_jax.models.vlm import Params
+from vlmem_jax.processing.images import ImageConfig
+
+RELEASED_CONFIG = "released_config.json"
+"""The config.json a checkpoint came with; export keeps its keys that mean nothing here."""
+SHARD_BYTES = 5_000_000_000
+Progress = Callable[[int], None]
+"""Told the bytes of each piece of work as it is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    folder: Path
+    parameters: int
+    nbytes: int
+    fresh: tuple[str, ...] = ()
+    """Paths that no tensor was there for: newly initialised."""
+    new_rows: int = 0
+    """Rows added to the vocabulary."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens added to the tokenizer."""
+
+
+def import_folder(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    model: ModelConfig | None = None,
+    image: ImageConfig | None = None,
+    seed: int = 0,
+    progress: Progress = lambda nbytes: None,
+) -> Summary:
+    """Converts the Hugging Face folder `source` into a new checkpoint folder `target`, dtypes kept.
+
+    model, image: what to make of it (default: what its config.json says). A model with memory blocks may start from a
+    checkpoint without, and one with a larger vocabulary from a smaller one; `seed` is that of what is made new.
+    Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at all.
+    """
+    source = Path(source)
+    tensors, content, released = _open(source)
+    tokenizer = TokenizerFiles.of(source)
+    if model is None:
+        vocab = max(released.model.decoder.vocab, tokenizer.new_size)
+        model = dataclasses.replace(released.model, decoder=dataclasses.replace(released.model.decoder, vocab=vocab))
+    if model.decoder.vocab < tokenizer.new_size:
+        raise ValueError(
+            f"model.decoder.vocab must be at least {tokenizer.new_size}, the size of the tokenizer with "
+            f"{len(tokenizer.added)} added tokens; got {model.decoder.vocab}"
+        )
+    leaves, fresh, new_rows = _leaves(VLM(model), tensors, released.model, seed, source)
+    with whole_folder(target, sum(leaf.nbytes for leaf in leaves.values())) as folder:
+        orbax_io.write_leaves(folder / "0" / "params", leaves, progress)
+        tokenizer.copy(folder / TOKENIZER_FOLDER)
+        about = {"model": to_dict(model), "image": to_dict(image or released.image)}
+        about |= {"template": released.template, "system": None}
+        _write_json(folder / MODEL_FILE, about)
+        _write_json(folder / RELEASED_CONFIG, content)
+    return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added)
+
+
+def load_folder(
+    source: str | os.PathLike, vlm: VLM, shardings: Mapping, *, dtype: jax.typing.DTypeLike | None = None, seed: int = 0
+) -> Params:
+    """Parameters of `vlm` straight from a Hugging Face folder; each host reads only what its devices hold.
+
+    shardings: a tree like `vlm.abstract()`. dtype: of all parameters (default: as stored). See `import_folder` for what
+    may be missing, and for what raises ValueError.
+    """
+    source = Path(source)
+    tensors, _, released = _open(source)
+    leaves = _leaves(vlm, tensors, released.model, seed, source)[0]
+    where = flat(shardings)
+    return nested({path: leaf.array(where[path], dtype) for path, leaf in leaves.items()})
+
+
+def export_folder(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda nbytes: None,
+) -> Summary:
+    """Writes a checkpoint (workdir, stage, step or converted folder) as a new Hugging Face folder `target`.
+
+    dtype: float32, bfloat16 or float16 (default: as stored). `target` appears whole or not at all.
+    """
+    checkpoint = find(source)
+    about = checkpoint.model
+    model = presets.resolve(about["model"])
+    rules = internvl.name_table(model)
+    stored = orbax_io.read_leaves(checkpoint.step_folder / "params")
+    _check_leaves({rule.ours: rule.our_shape for rule in rules}, stored, checkpoint.step_folder)
+    layout = {
+        name: (rule.shape, np.dtype(dtype) if dtype else stored[rule.ours].dtype)
+        for rule in rules
+        for name in rule.names
+    }
+    with whole_folder(target, sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())) as folder:
+        tensors = Writer(folder, layout, shard_bytes)
+        for rule in rules:
+            start = 0
+            for slab in stored[rule.ours].slabs():
+                _assign(rule, tensors, slab, start)
+                start += len(slab)
+                progress(slab.nbytes)
+        tensors.flush()
+        TokenizerFiles(checkpoint.tokenizer).copy(folder)
+        kinds = [kind.name for _, kind in layout.values()]
+        image = build(ImageConfig, about["image"], f"{MODEL_FILE} image")
+        content = write_config(model, image, about["template"], max(kinds, key=kinds.count))
+        original = checkpoint.root / RELEASED_CONFIG
+        _write_json(folder / CONFIG_FILE, _merged(_read_json(original) if original.is_file() else {}, content))
+    return _summary(target, stored)
+
+
+def _assign(rule, tensors: Mapping[str, np.ndarray], slab: np.ndarray, start: int) -> None:
+    """Puts rows `start` ... of a leaf's first axis where they belong."""
+    if rule.stacked:
+        for name, layer in zip(rule.names[start : start + len(slab)], slab, strict=True):
+            view = rule.view(tensors[name])
+            view[...] = layer.reshape(view.shape)
+    else:
+        rule.view(tensors[rule.names[0]])[start : start + len(slab)] = slab
+
+
+def _open(folder: Path) -> tuple[Tensors, dict, Released]:
+    if not folder.is_dir():
+        raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_FILE}; a folder in the Hugging Face layout must hold it")
+    content = _read_json(folder / CONFIG_FILE)
+    tensors = Tensors(folder)
+    try:
+        released = read_config(content, {name: tensor.shape for name, tensor in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    return tensors, content, released
+
+
+def _leaves(
+    vlm: VLM, tensors: Tensors, released: ModelConfig, seed: int, source: Path
+) -> tuple[dict[str, Leaf], tuple[str, ...], int]:
+    """path -> leaf; the paths that are made new; and how many vocabulary rows are."""
+    config = vlm.config
+    _check_settings(config, released, source)
+    bare = config.memory != "none" and released.memory == "none"
+    rows = len(tensors[internvl.EMBEDDING]) if internvl.EMBEDDING in tensors else config.decoder.vocab
+    new_rows = max(config.decoder.vocab - rows, 0)
+    rules = internvl.name_table(
+        dataclasses.replace(config, memory="none") if bare else config,
+        wrapped=internvl.is_wrapped(tensors),
+        vocab=config.decoder.vocab - new_rows,
+    )
+    check_fit(rules, tensors, str(source))
+    leaves: dict[str, Leaf] = {rule.ours: FromTensors(rule, tensors) for rule in rules}
+    dtype = leaves["decoder/embed"].dtype
+    if new_rows:
+        _extend_vocabulary(leaves, tensors, new_rows, seed)
+    fresh = [path for path in flat(vlm.abstract()) if path not in leaves]
+    for path in fresh:
+        leaves[path] = Fresh(lambda path=path: flat(vlm.init(jax.random.key(seed)))[path].astype(dtype))
+    return leaves, tuple(fresh), new_rows
+
+
+def _extend_vocabulary(leaves: dict[str, Leaf], tensors: Tensors, count: int, seed: int) -> None:
+    """New tokens embed as normal(0, 0.02) and score as the mean of the old ones (CoMemo's way)."""
+    embed, head = leaves["decoder/embed"], leaves["decoder/head/kernel"]
+    new = np.random.default_rng(seed).normal(0.0, 0.02, (count, embed.shape[1]))
+    mean_D = np.add.reduce(tensors[internvl.HEAD], axis=0, dtype=np.float64) / embed.shape[0]
+    leaves["decoder/embed"] = Extended(embed, new, axis=0)
+    leaves["decoder/head/kernel"] = Extended(head, np.repeat(mean_D[:, None], count, axis=1), axis=1)
+
+
+_FREE = ("vision.drop_path", "vision.layer_scale_init", "decoder.vocab")
+"""Keys that may differ from the checkpoint's: they matter to training alone, or to what is made new."""
+
+
+def _check_settings(config: ModelConfig, released: ModelConfig, source: Path) -> None:
+    """Shapes do not tell rotary bases, norms or head counts; a model that differs there would load, and be wrong."""
+    parts = ["vision", "projector", "decoder"]
+    if config.memory == released.memory == "comemo":
+        parts.append("comemo")
+    wrong = []
+    for part in parts:
+        ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(released, part))
+        wrong += [
+            f"model.{part}.{key} is {ours[key]!r}, there it is {theirs[key]!r}"
+            for key in ours
+            if ours[key] != theirs[key] and f"{part}.{key}" not in _FREE and key != "decode_position"
+        ]
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise ValueError(f"the model differs from {source / CONFIG_FILE}; change one of the two:\n  {lines}")
+
+
+def _check_leaves(wanted: Mapping[str, tuple], stored: Mapping[str, Leaf], folder: Path) -> None:
+    lines = [f"missing: {path}" for path in wanted if path not in stored]
+    lines += [f"unknown: {path}" for path in stored if path not in wanted]
+    lines += [
+        f"wrong shape: {path} is {list(stored[path].shape)}, must be {list(shape)}"
+        for path, shape in wanted.items()
+        if path in stored and stored[path].shape != shape
+    ]
+    if lines:
+        raise ValueError(f"the parameters in {folder} do not fit its {MODEL_FILE}:\n  " + "\n  ".join(lines))
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | os.PathLike, nbytes: int) -> Iterator[Path]:
+    """A folder to write into that gets its name `target` when the block ends well; otherwise nothing stays.
+
+    Raises ValueError if `target` is in use, OSError if the disk has no room for `nbytes`.
+    """
+    target = Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already; name a new folder to write to")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes:
+        raise OSError(f"{target} needs {nbytes / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB free")
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        part.chmod(0o755)
+        yield part
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _summary(target: str | os.PathLike, leaves: Mapping[str, Leaf], **more) -> Summary:
+    parameters = sum(leaf.size for leaf in leaves.values())
+    return Summary(Path(target), parameters, sum(leaf.nbytes for leaf in leaves.values()), **more)
+
+
+def _merged(base: dict, top: Mapping) -> dict:
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), dict)
+        base[key] = _merged(base[key], value) if both else value
+    return base
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: Mapping) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

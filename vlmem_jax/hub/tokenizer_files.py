@@ -1,0 +1,74 @@
+"""The tokenizer that travels with a checkpoint: copied, and given the image tokens if it has none yet."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import tokenizers
+
+from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
+from vlmem_jax.processing.tokenizer import Tokenizer
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+ADDED = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+"""What InternVL adds to the tokenizer of its language model, in the order of their ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer of `folder`; `added` go behind its `size` ids."""
+
+    folder: Path
+    size: int = 0
+    added: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike) -> "TokenizerFiles":
+        """Finds out what is missing. A folder without a tokenizer has size 0 and gets none."""
+        folder = Path(folder)
+        if not any((folder / name).is_file() for name in FILES[:2]):
+            return cls(folder)
+        tokenizer = Tokenizer.load(folder)
+        if all(_has(tokenizer, token) for token in IMAGE_TOKENS):
+            return cls(folder, tokenizer.vocab_size)
+        return cls(folder, tokenizer.vocab_size, tuple(token for token in ADDED if not _has(tokenizer, token)))
+
+    @property
+    def new_size(self) -> int:
+        """The smallest vocabulary a model may have."""
+        return self.size + len(self.added)
+
+    def copy(self, target: Path) -> None:
+        """Writes the files into the folder `target`."""
+        present = [name for name in FILES if (self.folder / name).is_file()]
+        if present:
+            target.mkdir(exist_ok=True)
+        for name in present:
+            shutil.copyfile(self.folder / name, target / name)
+        if not self.added:
+            return
+        if "tokenizer.json" in present:
+            fast = tokenizers.Tokenizer.from_file(str(target / "tokenizer.json"))
+            fast.add_special_tokens(list(self.added))
+            fast.save(str(target / "tokenizer.json"))
+        path = target / "added_tokens.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known |= {token: self.size + i for i, token in enumerate(self.added)}
+        path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _has(tokenizer: Tokenizer, token: str) -> bool:
+    try:
+        tokenizer.id(token)
+    except ValueError:
+        return False
+    return True
