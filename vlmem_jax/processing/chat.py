@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 IMAGE_MARKER = "<image>"
 """Stands in a conversation for an image."""
@@ -67,13 +68,15 @@ def frame_lines(frames: int) -> str:
     return "\n".join(f"Frame{index}:{IMAGE_MARKER}" for index in range(1, frames + 1))
 
 
-def read_conversation(conversations: Sequence[Mapping[str, str]], images: int = 0, video: bool = False) -> Dialogue:
-    """A training conversation of `from` human | gpt (and perhaps a first system) and `value`, ready for the template.
+def read_conversation(conversations: Any, images: int = 0, video: bool = False) -> Dialogue:
+    """A training conversation, ready for the template: a list of {`from`: human | gpt, `value`: text} as JSON gives it.
 
-    Texts are stripped. Where no turn marks the `images`, they stand before the first question; with `video` they are
+    The first message may be from system. Texts are stripped. Where no turn marks the `images`, they stand before the first question; with `video` they are
     the frames of one video, marked `<video>`. A conversation that starts with gpt loses that turn. Raises ValueError
     for any other order, and for an empty answer.
     """
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
+        raise ValueError(f"conversations must be a list of messages, got {repr(conversations)[:200]}")
     messages = [_message(index, entry) for index, entry in enumerate(conversations)]
     system = None
     if messages and messages[0][0] == "system":
@@ -129,7 +132,7 @@ def check_text(dialogue: Dialogue, chat: Template) -> None:
                 raise ValueError(f"a text must not hold the control token {token}; got {_around(text, token)!r}")
 
 
-def _message(index: int, entry: Mapping[str, str]) -> tuple[str, str]:
+def _message(index: int, entry: Any) -> tuple[str, str]:
     speaker, value = (entry.get("from"), entry.get("value")) if isinstance(entry, Mapping) else (None, None)
     allowed = ("system", "human", "gpt") if index == 0 else ("human", "gpt")
     if speaker not in allowed or not isinstance(value, str):

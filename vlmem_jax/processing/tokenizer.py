@@ -7,7 +7,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 import sentencepiece
 import tokenizers
@@ -42,7 +43,7 @@ class Tokenizer:
         """Ids of `text`, with no start token added."""
         return self._backend.encode(text)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         """Text of `ids`; special tokens are left out or written as they are. Bytes of no character become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special)
 

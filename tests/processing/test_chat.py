@@ -1,0 +1,118 @@
+"""From conversations to the text of a prompt."""
+
+import pytest
+
+from vlmem_jax.processing import chat
+
+TEMPLATE = chat.template("internlm2-chat")
+
+
+def turn(speaker, value):
+    return {"from": speaker, "value": value}
+
+
+def text(*values, images=0, video=False, system="S"):
+    """The prompt of a training conversation whose turns are `values`, without its system turn."""
+    conversation = [turn(("human", "gpt")[index % 2], value) for index, value in enumerate(values)]
+    prompt = chat.render(chat.read_conversation(conversation, images, video), TEMPLATE, system)
+    return prompt.removeprefix(f"<|im_start|>system\n{system}<|im_end|>")
+
+
+def test_no_newline_follows_the_end_of_a_turn():
+    assert text("a", "b", "c", "d") == (
+        "<|im_start|>user\na<|im_end|><|im_start|>assistant\nb<|im_end|>"
+        "<|im_start|>user\nc<|im_end|><|im_start|>assistant\nd<|im_end|>"
+    )
+
+
+def test_texts_are_stripped_in_training():
+    assert text("  a\n", "\tb ") == text("a", "b")
+
+
+def test_an_unmarked_image_stands_before_the_question():
+    assert text("a", "b", images=1) == text("<image>\na", "b", images=1)
+    assert "user\n<img><IMG_CONTEXT></img>\na<|im_end|>" in text("a", "b", images=1)
+    assert text("a", "b", images=2) == text("<image>\n<image>\na", "b", images=2)
+
+
+def test_images_may_come_in_later_questions():
+    assert "user\nc <img><IMG_CONTEXT></img><|im_end|>" in text("a", "b", "c <image>", "d", images=1)
+
+
+def test_video_frames_take_a_line_each():
+    frames = "Frame1:<img><IMG_CONTEXT></img>\nFrame2:<img><IMG_CONTEXT></img>\na"
+    assert f"user\n{frames}<|im_end|>" in text("<video>\na", "b", images=2, video=True)
+    assert text("a", "b", images=2, video=True) == text("<video>\na", "b", images=2, video=True)
+    assert text("<image>\na", "b", images=2, video=True) == text("<video>\na", "b", images=2, video=True)
+
+
+def test_the_conversations_own_system_text_comes_first():
+    dialogue = chat.read_conversation([turn("system", "T"), turn("human", "a"), turn("gpt", "b")])
+    assert chat.render(dialogue, TEMPLATE, "S").startswith("<|im_start|>system\nT<|im_end|>")
+    without = chat.read_conversation([turn("human", "a"), turn("gpt", "b")])
+    assert chat.render(without, TEMPLATE).startswith(f"<|im_start|>system\n{TEMPLATE.system}<|im_end|>")
+    assert chat.render(without, TEMPLATE, "").startswith("<|im_start|>system\n<|im_end|>")
+
+
+def test_an_opening_answer_is_dropped():
+    dialogue = chat.read_conversation([turn("gpt", "hello"), turn("human", "a"), turn("gpt", "b")])
+    assert dialogue.turns == ("a", "b")
+
+
+def test_a_question_leaves_the_prompt_open():
+    prompt = chat.render(chat.read_question("c", history=[("a", "b")]), TEMPLATE, "S")
+    assert prompt.endswith("b<|im_end|><|im_start|>user\nc<|im_end|><|im_start|>assistant\n")
+
+
+def test_a_question_is_not_stripped():
+    assert chat.read_question(" a ").turns == (" a ",)
+
+
+def test_images_are_put_before_a_first_question_only():
+    assert chat.read_question("a", 1).turns == ("<image>\na",)
+    assert chat.read_question("a", 2).turns == ("<image>\n<image>\na",)
+    assert chat.read_question("a <image>", 1).turns == ("a <image>",)
+    with pytest.raises(ValueError, match="holds 0 <image> but there are 1 images"):
+        chat.read_question("a", 1, history=[("b", "c")])
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([], "alternate human, gpt and end with gpt; got none"),
+        ([turn("human", "a")], "end with gpt; got human"),
+        ([turn("human", "a"), turn("human", "b")], "got human, human"),
+        ([turn("human", "a"), turn("gpt", "b"), turn("human", "c")], "got human, gpt, human"),
+        ([turn("human", "a"), turn("gpt", " \n")], "an answer must not be empty, but answer 1 is"),
+        ([turn("human", "a"), turn("system", "b")], r"needs `from` \(human \| gpt\).*message 2"),
+        ([turn("user", "a")], r"needs `from` \(system \| human \| gpt\).*message 1"),
+        ([{"from": "human"}], "a text `value`"),
+        ([turn("human", ["a"])], "a text `value`"),
+        (["a", "b"], "message 1 is 'a'"),
+        ("a", "must be a list of messages, got 'a'"),
+        (None, "must be a list of messages, got None"),
+        ([turn("human", "<image>"), turn("gpt", "b")], "holds 1 <image> but there are 0 images"),
+        ([turn("human", "a"), turn("gpt", "an <image>")], "in a question only"),
+    ],
+)
+def test_bad_conversations(conversation, message):
+    with pytest.raises(ValueError, match=message):
+        chat.read_conversation(conversation)
+
+
+@pytest.mark.parametrize("marked", [1, 3])
+def test_markers_must_match_the_images(marked):
+    with pytest.raises(ValueError, match=f"holds {marked} <image> but there are 2 images"):
+        text("<image>" * marked, "b", images=2)
+
+
+@pytest.mark.parametrize("token", TEMPLATE.control_tokens)
+def test_control_tokens_may_not_be_smuggled_in(token):
+    for dialogue in (chat.Dialogue((f"a {token}",)), chat.Dialogue(("a", token)), chat.Dialogue(("a",), token)):
+        with pytest.raises(ValueError, match=f"must not hold the control token {token}"):
+            chat.check_text(dialogue, TEMPLATE)
+
+
+def test_unknown_template():
+    with pytest.raises(ValueError, match=r"one of \['internlm2-chat'\], got 'vicuna'"):
+        chat.template("vicuna")

@@ -1,0 +1,233 @@
+"""Samples from conversations and images."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlmem_jax.processing import ImageConfig, Processor
+from vlmem_jax.types import IGNORED
+
+SIDE, SIZE = 2, 8
+QUESTION = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is seven"}]
+
+
+def image(width, height, level=100):
+    return Image.new("RGB", (width, height), (level, level, level))
+
+
+def make(tokenizer, **config):
+    return Processor(tokenizer, ImageConfig(size=SIZE, **config), SIDE, system="system")
+
+
+@pytest.fixture
+def processor(char_tokenizer):
+    return make(char_tokenizer)
+
+
+def targets(processor, sample):
+    """The text of the sample's targets, an item for each unbroken run."""
+    kept = np.flatnonzero(sample.labels_T != IGNORED)
+    runs = np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
+    return [processor.tokenizer.decode(sample.labels_T[run], skip_special=False) for run in runs]
+
+
+# training samples
+
+
+def test_tokens_are_those_of_the_whole_expanded_text(tokenizer):
+    processor = make(tokenizer)
+    sample = processor.encode(QUESTION, [image(16, 8)])
+    placeholders = "<IMG_CONTEXT>" * (3 * SIDE * SIDE)
+    text = (
+        "<|im_start|>system\nsystem<|im_end|>"
+        f"<|im_start|>user\n<img>{placeholders}</img>\nWhat is it?<|im_end|>"
+        "<|im_start|>assistant\nIt is seven<|im_end|>"
+    )
+    assert sample.tokens_T.tolist() == [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def test_answers_and_their_ends_are_targets(tokenizer):
+    processor = make(tokenizer)
+    conversation = [*QUESTION, {"from": "human", "value": "And"}, {"from": "gpt", "value": "the picture shows digits."}]
+    sample = processor.encode(conversation, [image(16, 8)])
+    assert targets(processor, sample) == ["It is seven<|im_end|>", "the picture shows digits.<|im_end|>"]
+    kept = sample.labels_T != IGNORED
+    np.testing.assert_array_equal(sample.labels_T[kept], sample.tokens_T[kept])
+
+
+def test_each_placeholder_names_its_visual_token(processor):
+    sample = processor.encode(QUESTION, [image(16, 8)])
+    is_placeholder = sample.tokens_T == processor.context_id
+    assert sample.slots_T[is_placeholder].tolist() == list(range(3 * SIDE * SIDE))
+    assert set(sample.slots_T[~is_placeholder].tolist()) == {-1}
+    np.testing.assert_array_equal(sample.memory_positions_M, sample.positions_T[is_placeholder])
+
+
+def test_images_of_a_sample_share_the_tiles(processor):
+    wide = image(1600, 400)  # a 4x1 grid where four tiles are allowed
+    assert len(processor.encode(QUESTION, [wide]).pixels_ISSc) == 5
+    assert len(processor.encode(QUESTION, [wide] * 3).pixels_ISSc) == 3 * 5
+    assert len(processor.encode(QUESTION, [wide] * 4).pixels_ISSc) == 4 * 4, "3 tiles each: a 3x1 grid"
+    assert len(processor.encode(QUESTION, [wide] * 13).pixels_ISSc) == 13, "less than a tile each: one"
+
+
+def test_pixels_stand_in_the_order_of_the_images(processor):
+    sample = processor.encode(QUESTION, [image(8, 8, 10), image(16, 8, 20), image(8, 8, 30)])
+    assert sample.pixels_ISSc[:, 0, 0, 0].tolist() == [10, 20, 20, 20, 30]
+
+
+def test_a_text_sample_sees_a_blank_tile_that_no_token_stands_for(processor):
+    sample = processor.encode(QUESTION)
+    assert sample.pixels_ISSc.shape == (1, SIZE, SIZE, 3) and sample.pixels_ISSc.min() == 255
+    assert sample.memory_positions_M.tolist() == list(range(SIDE * SIDE))
+    assert sample.slots_T.max() == -1
+    assert sample.positions_T.tolist() == list(range(len(sample.tokens_T)))
+
+
+def test_a_text_sample_can_do_without(processor):
+    sample = processor.encode(QUESTION, mask_text_only=True)
+    assert sample.pixels_ISSc.shape == (0, SIZE, SIZE, 3) and sample.memory_positions_M.shape == (0,)
+
+
+def test_video_frames_have_one_tile_each(processor):
+    sample = processor.encode(QUESTION, [image(1600, 400)] * 5, video=True)
+    assert len(sample.pixels_ISSc) == 5
+    assert "Frame1:" in processor.tokenizer.decode(sample.tokens_T)
+
+
+def test_no_thumbnail(char_tokenizer):
+    processor = make(char_tokenizer, thumbnail=False)
+    sample = processor.encode(QUESTION, [image(16, 8)])
+    assert len(sample.pixels_ISSc) == 2 and len(sample.memory_positions_M) == 2 * SIDE * SIDE
+    assert processor.plan(QUESTION, [(16, 8)]).tokens == len(sample.tokens_T)
+
+
+@st.composite
+def samples(draw):
+    turns = draw(st.integers(1, 3))
+    words = st.sampled_from(["What", "is the digit", "row 1", "你是", "It\nis", "😀"])
+    values = [draw(words) for _ in range(2 * turns)]
+    sizes = draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=4))
+    video = bool(sizes) and draw(st.booleans())
+    if sizes and not video and draw(st.booleans()):  # marked, anywhere in the questions
+        for _ in sizes:
+            values[2 * draw(st.integers(0, turns - 1))] += " <image>"
+    speakers = ["human", "gpt"] * turns
+    conversation = [{"from": speaker, "value": value} for speaker, value in zip(speakers, values, strict=True)]
+    return conversation, sizes, {"video": video, "mask_text_only": draw(st.booleans())}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(sample=samples(), rope_dhr=st.booleans(), kind=st.sampled_from(["code", "raster"]), most=st.integers(1, 12))
+def test_the_plan_is_what_encode_gives(tokenizer, sample, rope_dhr, kind, most):
+    conversation, sizes, options = sample
+    processor = make(tokenizer, rope_dhr=rope_dhr, dhr_map=kind, max_tiles=most)
+    encoded = processor.encode(conversation, [image(*size) for size in sizes], **options)
+    plan = processor.plan(conversation, sizes, **options)
+    assert plan == (len(encoded.tokens_T), len(encoded.pixels_ISSc), int((encoded.labels_T != IGNORED).sum()))
+    assert len(encoded.memory_positions_M) == plan.tiles * SIDE * SIDE
+    lengths = {len(x) for x in (encoded.tokens_T, encoded.labels_T, encoded.positions_T, encoded.slots_T)}
+    assert lengths == {plan.tokens}
+    assert len(targets(processor, encoded)) == len(conversation) // 2
+
+
+# prompts
+
+
+def test_a_prompt_has_no_targets_and_waits_for_an_answer(processor):
+    sample = processor.prompt("What is it?", [image(16, 8)])
+    assert set(sample.labels_T.tolist()) == {IGNORED}
+    text = processor.tokenizer.decode(sample.tokens_T, skip_special=False)
+    assert text.endswith("</img>\nWhat is it?<|im_end|><|im_start|>assistant\n")
+
+
+def test_a_prompt_is_the_start_of_the_training_sample(tokenizer):
+    processor = make(tokenizer)
+    trained, prompt = processor.encode(QUESTION, [image(16, 8)]), processor.prompt("What is it?", [image(16, 8)])
+    length = len(prompt.tokens_T)
+    np.testing.assert_array_equal(prompt.tokens_T, trained.tokens_T[:length])
+    np.testing.assert_array_equal(prompt.positions_T, trained.positions_T[:length])
+    assert (trained.labels_T[length:] != IGNORED).all() and (trained.labels_T[:length] == IGNORED).all()
+
+
+def test_every_image_of_a_prompt_gets_all_tiles(processor):
+    sample = processor.prompt("What is it?", [image(400, 300)] * 2)
+    assert len(sample.pixels_ISSc) == 2 * 13
+
+
+def test_a_text_prompt_has_no_tiles(processor):
+    sample = processor.prompt("What is it?")
+    assert sample.pixels_ISSc.shape == (0, SIZE, SIZE, 3) and sample.memory_positions_M.shape == (0,)
+
+
+def test_history_images_come_first(processor):
+    history = [("<image>\nWhat is it?", "It is one")]
+    sample = processor.prompt("And <image> this?", [image(8, 8, 10), image(16, 8, 20)], history)
+    assert sample.pixels_ISSc[:, 0, 0, 0].tolist() == [10, 20, 20, 20]
+    text = processor.tokenizer.decode(sample.tokens_T)
+    assert text.index("It is one") < text.index("And")
+
+
+def test_dhr_is_chosen_per_call(processor):
+    with_dhr, without = (processor.prompt("a", [image(16, 8)], rope_dhr=rope_dhr) for rope_dhr in (None, False))
+    assert without.positions_T.tolist() == list(range(len(without.tokens_T)))
+    assert with_dhr.positions_T[-1] == len(with_dhr.tokens_T) - 1 - 2 * SIDE * SIDE
+    off = make(processor.tokenizer, rope_dhr=False)
+    np.testing.assert_array_equal(off.prompt("a", [image(16, 8)]).positions_T, without.positions_T)
+    np.testing.assert_array_equal(off.prompt("a", [image(16, 8)], rope_dhr=True).positions_T, with_dhr.positions_T)
+
+
+def test_a_video_prompt(processor):
+    sample = processor.prompt("What is it?", [image(100, 20)] * 3, video=True)
+    assert len(sample.pixels_ISSc) == 3
+    assert "Frame3:" in processor.tokenizer.decode(sample.tokens_T)
+
+
+# ids and errors
+
+
+def test_control_ids_are_input_only(tokenizer):
+    processor = make(tokenizer)
+    assert set(processor.control_ids) == {tokenizer.id(t) for t in ("<img>", "</img>", "<IMG_CONTEXT>", "</s>")}
+    assert processor.stop_id == tokenizer.id("<|im_end|>") not in processor.control_ids
+
+
+@pytest.mark.parametrize("call", ["plan", "encode"])
+def test_errors_name_the_sample(processor, call):
+    conversation = [{"from": "human", "value": "<image> and <image>"}, {"from": "gpt", "value": "b"}]
+    images = [(8, 8)] if call == "plan" else [image(8, 8)]
+    with pytest.raises(ValueError, match=r"2 <image> but there are 1 images \(sample train\.jsonl:88\)"):
+        getattr(processor, call)(conversation, images, name="train.jsonl:88")
+
+
+def test_prompt_errors_name_the_sample(processor):
+    with pytest.raises(ValueError, match=r"control token <img>.* \(sample q7\)"):
+        processor.prompt("an <img>", name="q7")
+
+
+def test_a_tokenizer_without_the_control_tokens(char_tokenizer, tmp_path):
+    text = (char_tokenizer.folder / "tokenizer.json").read_text().replace("<IMG_CONTEXT>", "<OTHER>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no token '<IMG_CONTEXT>'"):
+        make(type(char_tokenizer).load(tmp_path))
+
+
+def test_control_tokens_must_be_single_ids(char_tokenizer, tmp_path):
+    content = json.loads((char_tokenizer.folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"<\|im_start\|> must be one id"):
+        make(type(char_tokenizer).load(tmp_path))
+
+
+def test_a_tokenizer_that_joins_role_and_answer_voids_the_sample(char_tokenizer, tmp_path):
+    content = json.loads((char_tokenizer.folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pattern"] = {"Regex": r"\nIt|[\s\S]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"joins the start of an answer.*\(sample a:1\)"):
+        make(type(char_tokenizer).load(tmp_path)).encode(QUESTION, name="a:1")

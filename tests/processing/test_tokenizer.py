@@ -1,0 +1,102 @@
+"""Tokenizers from both kinds of folder."""
+
+import json
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlmem_jax.processing import Tokenizer
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufffd▁", exclude_categories=["Cs"]), max_size=20)
+PER_TOKENIZER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+
+
+def test_known_text_survives(tokenizer):
+    text = "What is the digit?\nIt is seven."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_control_tokens_are_single_ids_in_any_text(tokenizer):
+    ids = tokenizer.encode("is<img>the<IMG_CONTEXT><IMG_CONTEXT></img>\n<|im_end|>")
+    context = tokenizer.id("<IMG_CONTEXT>")
+    assert ids.count(context) == 2 and ids[-1] == tokenizer.id("<|im_end|>")
+    assert tokenizer.id("<img>") in ids and tokenizer.id("</img>") in ids
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_encode_adds_no_start_token(tokenizer):
+    assert tokenizer.bos_id not in tokenizer.encode("the digit")
+    assert tokenizer.bos_id == tokenizer.id("<s>") and tokenizer.pad_id == tokenizer.id("</s>")
+
+
+def test_decode_can_show_special_tokens(tokenizer):
+    ids = tokenizer.encode("is<|im_end|>")
+    assert tokenizer.decode(ids) == "is"
+    assert tokenizer.decode(ids, skip_special=False) == "is<|im_end|>"
+
+
+def test_sentencepiece_encodes_the_pieces_between_added_tokens_alone(tokenizer_folders):
+    folder = tokenizer_folders["sentencepiece"]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer = Tokenizer.load(folder)
+    expected = model.encode("the digit") + [tokenizer.id("<img>")] + model.encode(" at row")
+    assert tokenizer.encode("the digit<img> at row") == expected
+    assert tokenizer.vocab_size == model.get_piece_size() + 5
+
+
+def test_pad_falls_back_to_the_end_token(tokenizer_folders, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folders["characters"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": None}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.pad_id == tokenizer.id("<|im_end|>")
+
+
+@PER_TOKENIZER
+@given(text=TEXT)
+def test_a_stream_gives_the_whole_text_in_whole_characters(tokenizer, text):
+    ids = tokenizer.encode(text)
+    stream = tokenizer.stream()
+    pieces = [stream.push(i) for i in ids] + [stream.flush()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_stream_holds_half_a_character_back(tokenizer_folders):
+    tokenizer = Tokenizer.load(tokenizer_folders["bytes"])
+    ids = tokenizer.encode("a😀b")
+    stream = tokenizer.stream()
+    assert [stream.push(i) for i in ids] == ["a", "", "", "", "😀", "b"]
+    broken = tokenizer.stream()
+    assert [broken.push(i) for i in ids[:3]] == ["a", "", ""] and broken.flush() == "\ufffd"
+
+
+def test_a_stream_leaves_special_tokens_out(tokenizer):
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("is<|im_end|> the")
+    assert "".join(stream.push(i) for i in ids) == tokenizer.decode(ids)
+
+
+def test_missing_token_names_the_folder(char_tokenizer):
+    with pytest.raises(ValueError, match=rf"{char_tokenizer.folder} has no token '<quad>'"):
+        char_tokenizer.id("<quad>")
+
+
+def test_missing_piece(tokenizer_folders):
+    with pytest.raises(ValueError, match="has no token '<quad>'"):
+        Tokenizer.load(tokenizer_folders["sentencepiece"]).id("<quad>")
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer.json or tokenizer.model"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_damaged_file_is_named(tokenizer_folders, tmp_path, file):
+    if file == "tokenizer_config.json":
+        (tmp_path / "tokenizer.json").write_bytes((tokenizer_folders["characters"] / "tokenizer.json").read_bytes())
+    (tmp_path / file).write_bytes(b"{broken")
+    with pytest.raises(ValueError, match=file):
+        Tokenizer.load(tmp_path)
