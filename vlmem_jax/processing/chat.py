@@ -71,9 +71,9 @@ def frame_lines(frames: int) -> str:
 def read_conversation(conversations: Any, images: int = 0, video: bool = False) -> Dialogue:
     """A training conversation, ready for the template: a list of {`from`: human | gpt, `value`: text} as JSON gives it.
 
-    The first message may be from system. Texts are stripped. Where no turn marks the `images`, they stand before the first question; with `video` they are
-    the frames of one video, marked `<video>`. A conversation that starts with gpt loses that turn. Raises ValueError
-    for any other order, and for an empty answer.
+    The first message may be from system. Texts are stripped. Where no turn marks the `images`, they stand before the
+    first question; with `video` they are the frames of one video, marked `<video>`. A conversation that starts with
+    gpt loses that turn. Raises ValueError for any other order, and for an empty answer.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise ValueError(f"conversations must be a list of messages, got {repr(conversations)[:200]}")
