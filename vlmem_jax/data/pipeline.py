@@ -58,7 +58,8 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 def to_device(batch: Batch, mesh: Mesh) -> Batch:
     """Global arrays of this host's [accumulation, rows, ...] arrays, rows split over the mesh. Does not wait."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), batch)
+    with jax.transfer_guard_host_to_device("allow"):  # of several hosts, jax takes it for an implicit transfer
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), batch)
 
 
 class PackedData:

@@ -1,0 +1,51 @@
+"""One of two hosts, as test_hosts.py starts them: host number, coordinator, JSONL file of each host, tokenizer."""
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax  # noqa: E402 - the environment comes first
+import numpy as np  # noqa: E402
+
+from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows  # noqa: E402
+from vlmem_jax.processing import ImageConfig, Processor, Tokenizer  # noqa: E402
+from vlmem_jax.sharding import MeshConfig, make_mesh  # noqa: E402
+
+
+def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator, num_processes=2, process_id=host)
+    jax.config.update("jax_transfer_guard", "disallow")
+    processor = Processor(Tokenizer.load(tokenizer), ImageConfig(size=8, max_tiles=4), tokens_per_side=2, system="s")
+    config = DataConfig(
+        train=(SourceConfig(path),), pack_tokens=300, pack_tiles=8, rows=16, threads=2, on_bad_sample="skip"
+    )
+    everything = TrainData(Plan.train(config, processor, 0), 2, accumulation=2)
+    odd_order = [jax.devices()[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
+    layouts = [
+        (MeshConfig(data=2, fsdp=4), None, [host * 4 + i for i in range(4)]),
+        (MeshConfig(data=8, fsdp=1), odd_order, [2 * i + host for i in range(4)]),
+        (MeshConfig(data=2, fsdp=1, tensor=4), odd_order, list(range(8))),  # both hosts hold every row
+    ]
+    for mesh_config, devices, rows in layouts:
+        mesh = make_mesh(mesh_config, devices)
+        assert local_rows(mesh, 8).tolist() == rows, local_rows(mesh, 8)
+        data = TrainData(Plan.train(config, processor, 0), 2, accumulation=2, mesh=mesh)
+        for sent in data.on_devices(mesh):
+            whole, part = everything[sent.step], data[sent.step]
+            assert (sent.denominator, sent.tokens, sent.tiles) == (whole.denominator, whole.tokens, whole.tiles)
+            np.testing.assert_array_equal(part.batch.tokens_BT, whole.batch.tokens_BT[:, rows])
+            jax.tree.map(check_shards, sent.batch, whole.batch)
+    print("rows agree", flush=True)
+
+
+def check_shards(sent: jax.Array, whole: np.ndarray) -> None:
+    assert sent.shape == whole.shape
+    for shard in sent.addressable_shards:
+        np.testing.assert_array_equal(jax.device_get(shard.data), whole[shard.index])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
