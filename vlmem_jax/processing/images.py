@@ -68,7 +68,10 @@ def image_size(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels
 
 
 def open_image(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB. Raises ValueError naming the file if it cannot be had."""
+    """The first frame of an image file as 8-bit RGB, as stored: rotation tags and transparency are not applied.
+
+    Raises ValueError naming the file if it cannot be had.
+    """
     with _open(path, max_pixels) as image:
         try:
             return to_rgb(image)

@@ -51,7 +51,10 @@ class Tokenizer:
         """Id of a token. Raises ValueError if the vocabulary lacks it."""
         found = self._backend.id(token)
         if found is None:
-            raise ValueError(f"the tokenizer in {self.folder} has no token {token!r}; add it to its added tokens")
+            raise ValueError(
+                f"the tokenizer in {self.folder} has no token {token!r}; add it there, or, if it is the start or pad "
+                "token, name the right one in tokenizer_config.json (bos_token, pad_token)"
+            )
         return found
 
     def stream(self) -> "TextStream":
