@@ -22,12 +22,33 @@ def attend(
     """
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32) / math.sqrt(C)
+    # the query heads of a group become neighbouring queries: contractions over 4 axes run twice as fast as over 5 on CPU
+    grouped = (q_BTHC / math.sqrt(C)).reshape(B, T, K, H // K, C).swapaxes(2, 3).reshape(B, T * H // K, K, C)
+    scores = jnp.einsum("BQKC,BSKC->BKQS", grouped, k_BSKC, preferred_element_type=jnp.float32)
     if allowed_BTS is not None:
-        scores += jnp.where(allowed_BTS, 0.0, MASKED)[:, None, None]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C)
+        allowed_BQS = jnp.repeat(allowed_BTS, H // K, axis=1)
+        scores += jnp.where(allowed_BQS, 0.0, MASKED)[:, None]
+    out = jnp.einsum("BKQS,BSKC->BQKC", _softmax(scores).astype(v_BSKC.dtype), v_BSKC)
+    return out.reshape(B, T, H // K, K, C).swapaxes(2, 3).reshape(B, T, H, C)
+
+
+@jax.custom_vjp
+def _softmax(scores: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Over the last axis. Its backward pass reads the result alone, which saves a pass over the scores."""
+    unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return unnormalised / unnormalised.sum(axis=-1, keepdims=True)
+
+
+def _softmax_forward(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights = _softmax(scores)
+    return weights, weights
+
+
+def _softmax_backward(weights: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (weights * (gradient - (weights * gradient).sum(axis=-1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def same_segment(segments_BT: Int32[Array, "B T"], segments_BS: Int32[Array, "B S"]) -> Bool[Array, "B T S"]:
