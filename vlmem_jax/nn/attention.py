@@ -22,7 +22,7 @@ def attend(
     """
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
-    # the query heads of a group become neighbouring queries: contractions over 4 axes run twice as fast as over 5 on CPU
+    # the query heads of a group become neighbouring queries: 4-axis contractions run twice as fast on CPU
     grouped = (q_BTHC / math.sqrt(C)).reshape(B, T, K, H // K, C).swapaxes(2, 3).reshape(B, T * H // K, K, C)
     scores = jnp.einsum("BQKC,BSKC->BKQS", grouped, k_BSKC, preferred_element_type=jnp.float32)
     if allowed_BTS is not None:
