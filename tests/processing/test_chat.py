@@ -76,6 +76,11 @@ def test_images_are_put_before_a_first_question_only():
         chat.read_question("a", 1, history=[("b", "c")])
 
 
+def test_a_marker_in_an_earlier_answer_is_plain_text():
+    dialogue = chat.read_question("b", history=[("a", "write <image>")])
+    assert "write <image><|im_end|>" in chat.render(dialogue, TEMPLATE)
+
+
 @pytest.mark.parametrize(
     ("conversation", "message"),
     [

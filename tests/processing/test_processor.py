@@ -187,6 +187,21 @@ def test_a_video_prompt(processor):
     assert "Frame3:" in processor.tokenizer.decode(sample.tokens_T)
 
 
+def test_a_follow_up_goes_on_as_the_whole_prompt_does(tokenizer):
+    processor = make(tokenizer)
+    whole = processor.prompt("And the picture?", [image(16, 8)], [("<image>\nWhat is it?", "It is seven")])
+    start = processor.prompt("What is it?", [image(16, 8)])
+    follow_up = processor.follow_up("And the picture?")
+    answer = whole.tokens_T[len(start.tokens_T) : -len(follow_up)]
+    assert tokenizer.decode(answer).strip() == "It is seven"
+    assert whole.tokens_T.tolist() == [*start.tokens_T, *answer, *follow_up]
+
+
+def test_a_follow_up_has_no_images(processor):
+    with pytest.raises(ValueError, match=r"holds 1 <image> but there are 0 images \(sample follow-up question\)"):
+        processor.follow_up("<image>")
+
+
 # ids and errors
 
 
@@ -194,6 +209,13 @@ def test_control_ids_are_input_only(tokenizer):
     processor = make(tokenizer)
     assert set(processor.control_ids) == {tokenizer.id(t) for t in ("<img>", "</img>", "<IMG_CONTEXT>", "</s>")}
     assert processor.stop_id == tokenizer.id("<|im_end|>") not in processor.control_ids
+
+
+def test_an_end_token_that_also_pads_may_be_generated(char_tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((char_tokenizer.folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|im_end|>"}))
+    processor = make(type(char_tokenizer).load(tmp_path))
+    assert processor.stop_id == processor.tokenizer.pad_id not in processor.control_ids
 
 
 @pytest.mark.parametrize("call", ["plan", "encode"])

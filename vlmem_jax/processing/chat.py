@@ -91,6 +91,8 @@ def read_conversation(conversations: Any, images: int = 0, video: bool = False) 
     turns = [turn.strip() for turn in turns]
     if "" in turns[1::2]:
         raise ValueError(f"an answer must not be empty, but answer {turns[1::2].index('') + 1} is")
+    if any(IMAGE_MARKER in turn for turn in turns[1::2]):
+        raise ValueError(f"{IMAGE_MARKER} may stand in a question only, but an answer holds it")
     return _checked(Dialogue(tuple(turns), system), images)
 
 
@@ -157,8 +159,6 @@ def _place_images(turns: Sequence[str], images: int, video: bool) -> str:
 
 
 def _checked(dialogue: Dialogue, images: int) -> Dialogue:
-    if any(IMAGE_MARKER in turn for turn in dialogue.turns[1::2]):
-        raise ValueError(f"{IMAGE_MARKER} may stand in a question only, but an answer holds it")
     if dialogue.image_count != images:
         raise ValueError(f"the text holds {dialogue.image_count} {IMAGE_MARKER} but there are {images} images")
     return dialogue
