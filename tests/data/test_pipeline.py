@@ -38,6 +38,7 @@ def test_a_step_is_what_the_plan_says(folder, processor):
     assert host.batch.pixels_BISSc.dtype == np.uint8
     assert host.tokens == (host.batch.segments_BT > 0).sum()
     assert host.tiles * processor.tokens_per_side**2 == (host.batch.memory_segments_BM > 0).sum()
+    assert host.images == sum(int(name.rpartition(":")[2]) % 3 != 1 for name in names)  # see `lines`
     np.testing.assert_allclose(host.denominator, host.batch.weights_BT.sum(dtype=np.float64), rtol=1e-6)
 
 

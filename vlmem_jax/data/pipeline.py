@@ -36,6 +36,8 @@ class HostBatch:
     """Tokens over all hosts, padding not counted."""
     tiles: int
     """Image tiles over all hosts, padding not counted."""
+    images: int
+    """Images and video frames over all hosts."""
     sample_ids: list[str]
     """`file:line` of this host's samples, in the order of the batch."""
 
@@ -181,6 +183,7 @@ class PackedData:
             denominator=plan.weight(keys),
             tokens=sum(size.tokens for size in sizes),
             tiles=sum(size.tiles for size in sizes),
+            images=sum(size.images for size in sizes),
             sample_ids=[name for _, _, names in rows for name in names],
         )
 

@@ -4,17 +4,28 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.jsonl import JsonLines
-from vlmem_jax.processing import Plan as Size
 from vlmem_jax.processing import Processor, images, video
 from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]
 """Number of a file, and of a sample in it."""
+
+
+class Size(NamedTuple):
+    """What a sample takes of a row."""
+
+    tokens: int
+    tiles: int
+    targets: int
+    """Tokens that the loss counts."""
+    images: int
+    """Images or video frames; none in a sample whose one tile is blank."""
 
 
 class Samples:
@@ -38,7 +49,7 @@ class Samples:
         return self.files[key[0]].name(key[1])
 
     def size(self, key: Key) -> Size:
-        """Tokens, tiles and targets of a sample that was measured. Raises ValueError if it cannot be used."""
+        """Size of a sample that was measured. Raises ValueError if it cannot be used."""
         if key in self._errors:
             raise ValueError(self._errors[key])
         return Size(*self._sizes[key[0]][key[1]].tolist())
@@ -77,7 +88,9 @@ class Samples:
             mask_text_only=self.config.mask_text_only,
             name=record.name,
         )
-        found = Size(len(sample.tokens_T), len(sample.pixels_ISSc), int((sample.labels_T != IGNORED).sum()))
+        found = Size(
+            len(sample.tokens_T), len(sample.pixels_ISSc), int((sample.labels_T != IGNORED).sum()), len(pictures)
+        )
         if found != self.size(key):
             raise ValueError(f"data must not change under a run: {self.size(key)} was planned, now it is {found} "
                              f"(sample {record.name}); start again")  # fmt: skip
@@ -94,13 +107,14 @@ class Samples:
                 else:
                     limit = self.processor.image.max_pixels
                     image_sizes = [images.image_size(self._path(key, path), limit) for path in record.images]
-            size = self.processor.plan(
+            plan = self.processor.plan(
                 record.conversations,
                 image_sizes,
                 video=record.video is not None,
                 mask_text_only=self.config.mask_text_only,
                 name=record.name,
             )
+            size = Size(plan.tokens, plan.tiles, plan.targets, len(image_sizes))
             with _naming(record.name):
                 self._check_limits(size)
             return size
