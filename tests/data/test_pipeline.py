@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -204,6 +205,19 @@ def test_batches_arrive_on_the_devices_in_order(folder, processor, mesh_config):
         assert pixels.shape == (2, 8, 8, 8, 8, 3) and pixels.dtype == np.uint8
         assert pixels.sharding.shard_shape(pixels.shape)[1] == 8 // (mesh_config.data * mesh_config.fsdp)
         assert_equal(host, data[host.step])
+
+
+def test_closing_early_ends_the_threads(folder, processor):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    batches = train(folder.config(*lines(folder)), processor, steps=50).on_devices(mesh)
+    next(batches)
+    batches.close()
+    assert not [thread.name for thread in threading.enumerate() if "grain-thread" in thread.name]
+
+
+def test_rows_that_do_not_fit_the_mesh_are_refused_at_once(folder, processor):
+    with pytest.raises(ValueError, match="mesh.data x mesh.fsdp = 8 must divide the 2 rows"):
+        train(folder.config(*lines(folder)), processor, mesh=make_mesh(MeshConfig()))
 
 
 def test_local_rows_are_all_rows_of_a_single_process():

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax  # noqa: E402 - the environment comes first
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows  # noqa: E402
 from vlmem_jax.processing import ImageConfig, Processor, Tokenizer  # noqa: E402
@@ -32,6 +33,9 @@ def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
     for mesh_config, devices, rows in layouts:
         mesh = make_mesh(mesh_config, devices)
         assert local_rows(mesh, 8).tolist() == rows, local_rows(mesh, 8)
+        if len(rows) < 8:
+            with pytest.raises(ValueError, match="data must be made for the mesh they go to"):
+                everything.on_devices(mesh)
         data = TrainData(Plan.train(config, processor, 0), 2, accumulation=2, mesh=mesh)
         for sent in data.on_devices(mesh):
             whole, part = everything[sent.step], data[sent.step]

@@ -1,6 +1,7 @@
 """The config keys of training and evaluation data."""
 
 import dataclasses
+import os
 from typing import Literal
 
 
@@ -51,9 +52,9 @@ class DataConfig:
     jpeg_augment: bool = False
     """Whether training images go through JPEG compression of random quality 75 to 100."""
     threads: int = 0
-    """Threads that read and decode on this host; 0: one a core."""
+    """Threads that read and decode on this host; 0: one a core, at most 16."""
     prefetch: int = 2
-    """Steps that are decoded ahead, held in host memory."""
+    """Steps that are decoded ahead, held in host memory; at least a row for every thread."""
 
     def __post_init__(self):
         for key in ("rows", "pack_tokens", "pack_tiles", "max_sample_tokens", "open_packs", "min_frames", "prefetch"):
@@ -63,3 +64,8 @@ class DataConfig:
             raise ValueError(f"threads must be a number of threads, or 0 for one a core; got {self.threads}")
         if self.max_frames < self.min_frames:
             raise ValueError(f"min_frames <= max_frames must hold, got {self.min_frames} and {self.max_frames}")
+
+    @property
+    def thread_count(self) -> int:
+        """`threads`, with the 0 filled in."""
+        return self.threads or min(os.cpu_count() or 1, 16)

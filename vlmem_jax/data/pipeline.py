@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -80,9 +79,7 @@ class PackedData:
         self.unreadable: dict[str, str] = {}
         """Samples that this host could not decode so far, and why."""
         self._first_row, self._steps = first_row, steps
-        micro = config.rows // accumulation
-        held = np.arange(micro) if mesh is None else local_rows(mesh, micro)
-        self._local_rows = (np.arange(accumulation)[:, None] * micro + held).ravel().tolist()
+        self._local_rows = self._rows_of_step(mesh)
         if jax.process_count() > 1:
             message = "hosts must see the same data files, but their pack plans differ"
             multihost_utils.assert_equal(np.uint32(plan.fingerprint(len(plan))), message)
@@ -107,14 +104,22 @@ class PackedData:
 
     def on_devices(self, mesh: Mesh, start: int = 0) -> Iterator[HostBatch]:
         """`iterate` with batches of global arrays, sent by a thread while the step before them computes."""
+        if self._rows_of_step(mesh) != self._local_rows:
+            raise ValueError("data must be made for the mesh they go to; give it when making them")
 
         def send(host: HostBatch) -> HostBatch:
             return dataclasses.replace(host, batch=jax.block_until_ready(to_device(host.batch, mesh)))
 
         return iter(ThreadPrefetchIterDataset(self._dataset(start).map(send), prefetch_buffer_size=1))
 
+    def _rows_of_step(self, mesh: Mesh | None) -> list[int]:
+        """Which rows of a step the devices of this host hold; all without a mesh."""
+        micro = self.config.rows // self.accumulation
+        held = np.arange(micro) if mesh is None else local_rows(mesh, micro)
+        return (np.arange(self.accumulation)[:, None] * micro + held).ravel().tolist()
+
     def _dataset(self, start: int) -> grain.IterDataset:
-        rows, threads = len(self._local_rows), self.config.threads or os.cpu_count()
+        rows, threads = len(self._local_rows), self.config.thread_count
         options = grain.ReadOptions(threads, max(threads, self.config.prefetch * rows))
         return (
             grain.MapDataset.range(start * rows, len(self) * rows)

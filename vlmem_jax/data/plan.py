@@ -30,12 +30,13 @@ def draws(counts: Sequence[int], weights: Sequence[float], seed: int) -> Iterato
     been gone through. With equal weights, sum(counts) draws hold every sample exactly once.
     """
     shares = np.multiply(counts, weights).astype(float)
+    total = sum(shares.tolist())
     credit, drawn = np.zeros(len(counts)), [0] * len(counts)
     orders: list[np.ndarray] = [np.empty(0, int)] * len(counts)
     while True:
         credit += shares
         file = int(credit.argmax())
-        credit[file] -= shares.sum()
+        credit[file] -= total
         epoch, place = divmod(drawn[file], counts[file])
         if place == 0:
             orders[file] = np.random.default_rng([seed, file, epoch]).permutation(counts[file])
@@ -170,7 +171,7 @@ class Plan:
 
     def _measured(self, keys: Iterator[Key]) -> Iterator[tuple[Key, int, int]]:
         """`keys` with their tokens and tiles, without the samples that are skipped."""
-        samples, unusable = self.samples, 0
+        samples = self.samples
         while chunk := list(itertools.islice(keys, MEASURED_AT_ONCE)):
             samples.measure(chunk)
             for key in chunk:
@@ -178,14 +179,12 @@ class Plan:
                     size = samples.size(key)
                 except ValueError as error:
                     self._skip(key, error)
-                    unusable += 1
-                    if unusable > 2 * sum(map(len, samples.files)):
-                        raise ValueError(f"no sample of the data can be used; one of them: {error}") from error
-                    continue
-                unusable = 0
-                yield key, size.tokens, size.tiles
+                else:
+                    yield key, size.tokens, size.tiles
 
     def _skip(self, key: Key, error: ValueError) -> None:
         if self.config.on_bad_sample == "raise":
             raise ValueError(f"{error}; {SKIP_HINT}") from error
         self.skipped[self.samples.name(key)] = str(error)
+        if len(self.skipped) == sum(map(len, self.samples.files)):
+            raise ValueError(f"no sample of the data can be used; one of them: {error}") from error

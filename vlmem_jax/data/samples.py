@@ -59,7 +59,7 @@ class Samples:
         new = [key for key in dict.fromkeys(keys) if key not in self._errors and not self._sizes[key[0]][key[1], 0]]
         if not new:
             return
-        with ThreadPoolExecutor(self.config.threads or os.cpu_count()) as executor:
+        with ThreadPoolExecutor(self.config.thread_count) as executor:
             for key, result in zip(new, executor.map(self._measure, new), strict=True):
                 if isinstance(result, str):
                     self._errors[key] = result
