@@ -88,12 +88,13 @@ class Samples:
             mask_text_only=self.config.mask_text_only,
             name=record.name,
         )
-        found = Size(
-            len(sample.tokens_T), len(sample.pixels_ISSc), int((sample.labels_T != IGNORED).sum()), len(pictures)
-        )
-        if found != self.size(key):
-            raise ValueError(f"data must not change under a run: {self.size(key)} was planned, now it is {found} "
-                             f"(sample {record.name}); start again")  # fmt: skip
+        targets = int((sample.labels_T != IGNORED).sum())
+        found, planned = Size(len(sample.tokens_T), len(sample.pixels_ISSc), targets, len(pictures)), self.size(key)
+        if found != planned:
+            raise ValueError(
+                f"data must not change under a run, but {planned} was planned and now it is {found} "
+                f"(sample {record.name}); start again"
+            )
         return sample
 
     def _measure(self, key: Key) -> Size | str:
