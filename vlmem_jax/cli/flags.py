@@ -15,17 +15,18 @@ class Line:
     overrides: dict[str, str]
 
 
-def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_config(parser: argparse.ArgumentParser, default: str | None = None, optional: bool = False) -> None:
     """Lets a command read an experiment: `args.experiment` is then its ConfigDict with all overrides applied.
 
-    `default`: the `file[:profile]` to read where the line has no --config; without one, --config is required.
+    `default`: the `file[:profile]` to read where the line has no --config; without one, --config is required, or, if
+    `optional`, `args.experiment` is None and the command applies `args.overrides` to what it starts from.
     """
     group = parser.add_argument_group("experiment")
     group.add_argument(
         "--config",
         metavar="FILE[:PROFILE]",
         default=default,
-        required=default is None,
+        required=default is None and not optional,
         help="Python file whose get_config() gives the experiment" + (f" (default: {default})" if default else ""),
     )
     group.add_argument(
@@ -72,6 +73,6 @@ def resolve(args: argparse.Namespace, line: Line) -> None:
     """Sets `args.experiment` and `args.overrides`. Raises ConfigError where the command reads no experiment."""
     if hasattr(args, "config"):
         args.overrides = line.overrides
-        args.experiment = override(load(args.config), line.overrides)
+        args.experiment = override(load(args.config), line.overrides) if args.config else None
     elif line.overrides:
         raise ConfigError(f"this command reads no experiment; drop --config.{next(iter(line.overrides))}")

@@ -30,8 +30,8 @@ from vlmem_jax.processing.images import ImageConfig
 RELEASED_CONFIG = "released_config.json"
 """The config.json a checkpoint came with; export keeps its keys that mean nothing here."""
 SHARD_BYTES = 5_000_000_000
-Progress = Callable[[int], None]
-"""Told the bytes of each piece of work as it is done."""
+Progress = Callable[[int, int], None]
+"""Told, as work goes on, the bytes that are done and those there are in all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def import_folder(
     model: ModelConfig | None = None,
     image: ImageConfig | None = None,
     seed: int = 0,
-    progress: Progress = lambda nbytes: None,
+    progress: Progress = lambda done, total: None,
 ) -> Summary:
     """Converts the Hugging Face folder `source` into a new checkpoint folder `target`, dtypes kept.
 
@@ -65,22 +65,23 @@ def import_folder(
     Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at all.
     """
     source = Path(source)
-    tensors, content, released = _open(source)
+    tensors, content, found = _open(source)
     tokenizer = TokenizerFiles.of(source)
     if model is None:
-        vocab = max(released.model.decoder.vocab, tokenizer.new_size)
-        model = dataclasses.replace(released.model, decoder=dataclasses.replace(released.model.decoder, vocab=vocab))
+        vocab = max(found.model.decoder.vocab, tokenizer.new_size)
+        model = dataclasses.replace(found.model, decoder=dataclasses.replace(found.model.decoder, vocab=vocab))
     if model.decoder.vocab < tokenizer.new_size:
         raise ValueError(
             f"model.decoder.vocab must be at least {tokenizer.new_size}, the size of the tokenizer with "
             f"{len(tokenizer.added)} added tokens; got {model.decoder.vocab}"
         )
-    leaves, fresh, new_rows = _leaves(VLM(model), tensors, released.model, seed, source)
-    with whole_folder(target, sum(leaf.nbytes for leaf in leaves.values())) as folder:
-        orbax_io.write_leaves(folder / "0" / "params", leaves, progress)
+    leaves, fresh, new_rows = _leaves(VLM(model), tensors, found.model, seed, source)
+    total = sum(leaf.nbytes for leaf in leaves.values())
+    with whole_folder(target, total) as folder:
+        orbax_io.write_leaves(folder / "0" / "params", leaves, lambda done: progress(done, total))
         tokenizer.copy(folder / TOKENIZER_FOLDER)
-        about = {"model": to_dict(model), "image": to_dict(image or released.image)}
-        about |= {"template": released.template, "system": None}
+        about = {"model": to_dict(model), "image": to_dict(image or found.image)}
+        about |= {"template": found.template, "system": None}
         _write_json(folder / MODEL_FILE, about)
         _write_json(folder / RELEASED_CONFIG, content)
     return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added)
@@ -95,8 +96,8 @@ def load_folder(
     may be missing, and for what raises ValueError.
     """
     source = Path(source)
-    tensors, _, released = _open(source)
-    leaves = _leaves(vlm, tensors, released.model, seed, source)[0]
+    tensors, _, found = _open(source)
+    leaves = _leaves(vlm, tensors, found.model, seed, source)[0]
     where = flat(shardings)
     return nested({path: leaf.array(where[path], dtype) for path, leaf in leaves.items()})
 
@@ -107,7 +108,7 @@ def export_folder(
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = lambda nbytes: None,
+    progress: Progress = lambda done, total: None,
 ) -> Summary:
     """Writes a checkpoint (workdir, stage, step or converted folder) as a new Hugging Face folder `target`.
 
@@ -124,6 +125,8 @@ def export_folder(
         for rule in rules
         for name in rule.names
     }
+    total = sum(leaf.nbytes for leaf in stored.values())
+    done = 0
     with whole_folder(target, sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())) as folder:
         tensors = Writer(folder, layout, shard_bytes)
         for rule in rules:
@@ -131,7 +134,8 @@ def export_folder(
             for slab in stored[rule.ours].slabs():
                 _assign(rule, tensors, slab, start)
                 start += len(slab)
-                progress(slab.nbytes)
+                done += slab.nbytes
+                progress(done, total)
         tensors.flush()
         TokenizerFiles(checkpoint.tokenizer).copy(folder)
         kinds = [kind.name for _, kind in layout.values()]
@@ -152,6 +156,11 @@ def _assign(rule, tensors: Mapping[str, np.ndarray], slab: np.ndarray, start: in
         rule.view(tensors[rule.names[0]])[start : start + len(slab)] = slab
 
 
+def released(source: str | os.PathLike) -> Released:
+    """What a Hugging Face folder says of its model. Raises ValueError naming what is missing or not supported."""
+    return _open(Path(source))[2]
+
+
 def _open(folder: Path) -> tuple[Tensors, dict, Released]:
     if not folder.is_dir():
         raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
@@ -160,10 +169,9 @@ def _open(folder: Path) -> tuple[Tensors, dict, Released]:
     content = _read_json(folder / CONFIG_FILE)
     tensors = Tensors(folder)
     try:
-        released = read_config(content, {name: tensor.shape for name, tensor in tensors.items()})
+        return tensors, content, read_config(content, {name: tensor.shape for name, tensor in tensors.items()})
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
-    return tensors, content, released
 
 
 def _leaves(
@@ -187,8 +195,19 @@ def _leaves(
         _extend_vocabulary(leaves, tensors, new_rows, seed)
     fresh = [path for path in flat(vlm.abstract()) if path not in leaves]
     for path in fresh:
-        leaves[path] = Fresh(lambda path=path: flat(vlm.init(jax.random.key(seed)))[path].astype(dtype))
+        leaves[path] = _fresh_blocks(config, path, dtype, seed)
     return leaves, tuple(fresh), new_rows
+
+
+def _fresh_blocks(config: ModelConfig, path: str, dtype: np.dtype, seed: int) -> Fresh:
+    """A leaf of the memory blocks as the model initialises it, a block at a time."""
+    every = config.comemo.every
+    one_block = VLM(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=every)))
+
+    def init(block):
+        return flat(one_block.init(jax.random.fold_in(jax.random.key(seed), block)))[path][0].astype(dtype)
+
+    return Fresh(init, config.decoder.layers // every)
 
 
 def _extend_vocabulary(leaves: dict[str, Leaf], tensors: Tensors, count: int, seed: int) -> None:

@@ -91,18 +91,20 @@ class Extended(Leaf):
 
 
 class Fresh(Leaf):
-    """What `init`, a function that jax.jit takes, makes; not before it is asked for, and not kept."""
+    """`layers` layers that `init(number)`, a function that jax.jit takes, makes when they are asked for."""
 
-    def __init__(self, init: Callable[[], jax.Array]):
-        made = jax.eval_shape(init)
-        super().__init__(made.shape, made.dtype)
+    def __init__(self, init: Callable[[jax.Array], jax.Array], layers: int):
+        made = jax.eval_shape(init, 0)
+        super().__init__((layers, *made.shape), made.dtype)
         self._init = init
 
     def slabs(self, rows: int) -> Iterator[np.ndarray]:
-        made = np.asarray(jax.jit(self._init)())
+        init = jax.jit(self._init)
         for start in range(0, self.shape[0], rows):
-            yield made[start : start + rows]
+            yield np.stack([np.asarray(init(layer)) for layer in range(start, min(start + rows, self.shape[0]))])
 
     def array(self, sharding: jax.sharding.Sharding, dtype=None) -> jax.Array:
         dtype = self.dtype if dtype is None else dtype
-        return jax.jit(lambda: self._init().astype(dtype), out_shardings=sharding)()
+        layers = np.arange(self.shape[0])
+        # one after the other: random bits take several times the memory of what they become
+        return jax.jit(lambda: jax.lax.map(self._init, layers).astype(dtype), out_shardings=sharding)()

@@ -4,7 +4,6 @@ orbax by itself holds whole leaves, several times over. Here a leaf is a `Leaf`:
 of that type moves the data slab by slab. What is written restores like any other checkpoint.
 """
 
-import asyncio
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,12 +18,12 @@ from vlmem_jax.hub.rules import flat, nested
 
 CHUNK_BYTES = 32 << 20
 """Of a chunk in the file, unless one row of the first axis is more: a layer of a stacked leaf is read alone."""
-SLAB_BYTES = 128 << 20
+SLAB_BYTES = 64 << 20
 """Read or written at once."""
 
 
 def write_leaves(folder: Path, leaves: Mapping[str, Leaf], progress: Callable[[int], None]) -> None:
-    """Writes `folder` (an item of an orbax checkpoint) from path -> leaf; `progress` is told bytes as they are done."""
+    """Writes `folder`, an item of an orbax checkpoint, from path -> leaf; `progress` is told the bytes done so far."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, _Handler(progress)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -38,6 +37,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
     def __init__(self, progress: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
+        self._done = 0
 
     def typestr(self) -> str:
         return "jax.Array"  # what restoring gives
@@ -56,8 +56,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             # the slab outlives the write, so that tensorstore need not copy it
             await stored[start : start + len(slab)].write(slab, can_reference_source_data_indefinitely=True)
             start += len(slab)
-            self._progress(slab.nbytes)
-            await asyncio.sleep(0)
+            self._done += slab.nbytes
+            self._progress(self._done)
 
 
 class Stored(Leaf):

@@ -1,0 +1,104 @@
+"""Converts a checkpoint: a Hugging Face folder of InternVL2 or CoMemo (config.json, safetensors, tokenizer files) to
+ours, or any of ours (a workdir, a stage, a step, a converted folder) to a Hugging Face folder. SOURCE decides which.
+
+Memory follows the size of a layer, not of the model. TARGET is a new folder; it appears whole or not at all.
+A plain InternVL2 checkpoint gets fresh memory blocks with --config.model.memory=comemo.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE
+from vlmem_jax.cli.flags import add_config
+from vlmem_jax.config import build, override, to_dict
+from vlmem_jax.hub.convert import SHARD_BYTES, Summary, export_folder, import_folder, released
+from vlmem_jax.models import presets
+from vlmem_jax.processing.images import ImageConfig
+
+EXAMPLE = "vlmem convert CoMemo-2B checkpoints/comemo-2b\n  vlmem convert runs/mine CoMemo-2B-mine --dtype bfloat16"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="the checkpoint to read")
+    parser.add_argument("target", metavar="TARGET", help="the new folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of fresh memory blocks and vocabulary rows (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of tensors written to a Hugging Face folder (default: as stored)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="largest safetensors file to write, such as 500MB (default: 5GB)",
+    )
+    add_config(parser, optional=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    source = Path(args.source)
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if _is_ours(source):
+            if args.experiment is not None or args.overrides:
+                raise ValueError("--config says what to make of a Hugging Face folder; this SOURCE is one of ours")
+            summary = export_folder(
+                source, args.target, dtype=args.dtype, shard_bytes=args.max_shard_size, progress=progress
+            )
+        else:
+            if args.dtype:
+                raise ValueError("--dtype is for writing a Hugging Face folder; reading one keeps its dtypes")
+            model, image = _wanted(args, source)
+            summary = import_folder(source, args.target, model=model, image=image, seed=args.seed, progress=progress)
+    print(_describe(summary))
+    return 0
+
+
+def _wanted(args: argparse.Namespace, source: Path):
+    """The model and image config that the line asks for; None for what config.json says."""
+    experiment = args.experiment
+    if experiment is None and args.overrides:
+        found = released(source)
+        start = ConfigDict({"model": to_dict(found.model), "image": to_dict(found.image)})
+        experiment = override(start, args.overrides)
+    if experiment is None:
+        return None, None
+    return presets.resolve(experiment.model), build(ImageConfig, experiment.image, "config.image")
+
+
+def _is_ours(source: Path) -> bool:
+    if not source.is_dir() or ((source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file()):
+        return False
+    return any((folder / MODEL_FILE).is_file() for folder in (source, *source.absolute().parents[:2]))
+
+
+def _describe(summary: Summary) -> str:
+    lines = [f"{summary.folder}: {summary.parameters:,} parameters, {summary.nbytes / 1e9:.2f} GB"]
+    if summary.fresh:
+        lines.append(f"not in the source, newly initialised: {', '.join(summary.fresh)}")
+    if summary.new_tokens:
+        lines.append(f"added to the tokenizer: {' '.join(summary.new_tokens)}")
+    if summary.new_rows:
+        lines.append(f"rows added to the vocabulary: {summary.new_rows}")
+    return "\n".join(lines)
+
+
+def _bytes(text: str) -> int:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if size is None or not float(size[1]):
+        raise argparse.ArgumentTypeError(f"a size is a number and B, KB, MB or GB, such as 500MB; got {text!r}")
+    return int(float(size[1]) * _UNITS[size[2].upper()])
