@@ -14,11 +14,19 @@ import numpy as np
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("<i1"),
+    "U8": np.dtype("<u1"),
     "BOOL": np.dtype(np.bool_),
-} | {f"{kind.upper()}{8 * n}": np.dtype(f"<{kind}{n}") for kind, n in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")}
+}
 _HEADER_LIMIT = 100_000_000  # bytes; what other readers of the format accept
 
 

@@ -1,0 +1,49 @@
+"""Run as a program: converts a folder and prints, in MB, how far its own memory rose at most; mapped files apart."""
+
+import sys
+import threading
+
+import jax
+
+from vlmem_jax import sharding
+from vlmem_jax.hub import convert
+from vlmem_jax.models import VLM
+
+
+def anonymous_mb() -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+
+class Peak:
+    """The highest memory seen while in the block."""
+
+    def __enter__(self):
+        self.mb, self._end = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._end.wait(0.004):
+            self.mb = max(self.mb, anonymous_mb())
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+
+
+def main(direction: str, source: str, target: str, *more: str) -> None:
+    jax.devices()
+    with Peak() as peak:
+        if direction == "export":
+            convert.export_folder(source, target)
+        else:
+            changes = {"memory": "comemo"} if more else {}
+            found = convert.released(source).model
+            convert.import_folder(source, target, model=convert.dataclasses.replace(found, **changes))
+    print(peak.mb)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
