@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vlmem_jax.checkpoint.folder import committed_steps
@@ -84,7 +86,7 @@ class Store:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(params), train=ocp.args.PyTreeSave(train), meta=ocp.args.JsonSave(meta)
+                    params=_layerwise(params), train=_layerwise(train), meta=ocp.args.JsonSave(meta)
                 ),
                 metrics=None if eval_loss is None else {"loss": eval_loss},
                 force=True,
@@ -136,7 +138,7 @@ class Store:
 def save_params(folder: str | Path, params: Tree) -> None:
     """Writes parameters alone as `folder/params`, whole or not at all."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(Path(folder).absolute() / "params", args=ocp.args.PyTreeSave(params))
+        checkpointer.save(Path(folder).absolute() / "params", args=_layerwise(params))
 
 
 def load_params(step_folder: str | Path, target: Tree) -> Any:
@@ -147,38 +149,35 @@ def load_params(step_folder: str | Path, target: Tree) -> Any:
     return _restore(Path(step_folder).absolute() / "params", target)
 
 
+def _layerwise(tree: Tree) -> ocp.args.PyTreeSave:
+    """Stacked arrays as a chunk a layer: they are compressed in parallel, and can be read a layer at a time."""
+    by_layer, whole = ocp.SaveArgs(shard_axes=(0,)), ocp.SaveArgs()
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda x: by_layer if x.ndim >= 3 else whole, tree))
+
+
 def _restore(folder: Path, target: Tree) -> Any:
     if not folder.is_dir():
         raise ValueError(f"{folder.parent} is no checkpoint: it has no folder {folder.name!r}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata
-        _check_fit(folder, {"/".join(path): leaf.shape for path, leaf in _leaves(stored.tree)}, target)
+        _check_fit(folder, flatten_dict(stored.tree, sep="/"), flatten_dict(target, sep="/"))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
 
 
-def _check_fit(folder: Path, stored: dict[str, tuple], target: Tree) -> None:
-    wanted = {"/".join(path): tuple(leaf.shape) for path, leaf in _leaves(target)}
+def _check_fit(folder: Path, stored: Tree, wanted: Tree) -> None:
     lines = [f"  {name}: not in the checkpoint" for name in wanted if name not in stored]
     lines += [f"  {name}: not in the model" for name in stored if name not in wanted]
     lines += [
-        f"  {name}: {tuple(stored[name])} in the checkpoint, {shape} in the model"
-        for name, shape in wanted.items()
-        if name in stored and tuple(stored[name]) != shape
+        f"  {name}: {tuple(stored[name].shape)} in the checkpoint, {tuple(leaf.shape)} in the model"
+        for name, leaf in wanted.items()
+        if name in stored and tuple(stored[name].shape) != tuple(leaf.shape)
     ]
     if lines:
         raise ValueError(
             f"the checkpoint {folder} does not fit the model of the config; {len(lines)} arrays differ:\n"
             + "\n".join(sorted(lines))
         )
-
-
-def _leaves(tree: Tree, path: tuple[str, ...] = ()):
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
 
 
 def _eval_loss(step_folder: Path) -> float | None:

@@ -58,6 +58,10 @@ def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[float, f
     if config.memory == "none":
         return 0.0, 0.0
     c, width = config.comemo, config.decoder.width
-    blocks, slots, inner = config.decoder.layers // c.every, tiles * (config.vision.grid // 2) ** 2, c.heads * c.head_dim
+    blocks, slots, inner = (
+        config.decoder.layers // c.every,
+        tiles * (config.vision.grid // 2) ** 2,
+        c.heads * c.head_dim,
+    )
     weights = 2 * width * (2 * inner * (tokens + slots) + 3 * c.mlp_width * tokens)
     return blocks * weights, blocks * 4 * tokens * slots * inner

@@ -1,0 +1,174 @@
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import standin
+from vlmem_jax import sharding
+from vlmem_jax.checkpoint import Store, load_params
+from vlmem_jax.train.config import OptimizerConfig
+from vlmem_jax.train.loop import NonFiniteError, fit, interruption
+from vlmem_jax.train.metrics import Recorder
+from vlmem_jax.train.stages import flatten
+
+
+def mesh_of(data, fsdp, tensor):
+    config = sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
+
+
+def train(folder, experiment=None, task=None, mesh=None, until=None):
+    """Fits the stand-in; `until`: the step in which a Ctrl-C comes. Gives the steps done and the task."""
+    experiment = experiment or standin.experiment()
+    stage = experiment.stages[0]
+    mesh = mesh or mesh_of(1, 1, 1)
+    task = task or standin.Task(experiment, stage, None, mesh)
+    if until is not None:
+        work = task.work
+
+        def interrupting(step, params):
+            if step == until:
+                signal.raise_signal(signal.SIGINT)
+            return work(step, params)
+
+        task.work = interrupting
+    store = Store(folder / stage.name, experiment.checkpoint.keep_last, experiment.checkpoint.keep_best)
+
+    def start(target):
+        places = jax.tree.map(lambda t: t.sharding, target)
+        return jax.jit(lambda: task.model.init(jax.random.key(0)), out_shardings=places)()
+
+    def recorder(done, flops):
+        return Recorder(folder, stage.name, stage.steps, done, flops=flops)
+
+    try:
+        done = fit(task, experiment, stage, mesh, store, recorder, start)
+    finally:
+        store.close()
+    return done, task
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def test_the_loss_goes_down_and_everything_is_recorded(tmp_path):
+    done, task = train(tmp_path, standin.experiment(steps=60, learning_rate=3e-2))
+    values = losses(tmp_path)
+    assert done == 60 and list(values) == list(range(1, 61))
+    assert values[60] < values[1] / 3
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last.keys() >= {"loss", "absolute", "grad_norm", "learning_rate", "gate/first", "tokens_per_s", "mfu"}
+    assert last["fill"] == 0.75
+    assert task.evaluations == 15 and task.closed
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_checkpoints_come_at_their_steps_and_at_the_end(tmp_path):
+    train(tmp_path, standin.experiment(steps=10))
+    assert set(Store(tmp_path / "only").steps()) >= {8, 10}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(tmp_path, shape):
+    mesh = mesh_of(*shape)
+    train(tmp_path / "whole", mesh=mesh)
+    first = 0
+    for stop in (0, 3, 4, 6):  # the first step, one before a checkpoint, one at it, one after
+        done, task = train(tmp_path / "parts", mesh=mesh, until=stop)
+        assert done == stop + 1, "the step in which the signal comes is finished"
+        assert task.seen == list(range(first, stop + 1))
+        assert Store(tmp_path / "parts" / "only").latest() == done
+        first = done
+    done, task = train(tmp_path / "parts", mesh=mesh)
+    assert done == 12 and task.restored == {"worked": 7 - 5}, "the task gets back what it had given"
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_records_after_the_last_checkpoint_are_dropped_when_a_killed_run_goes_on(tmp_path):
+    train(tmp_path, until=5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # what a run killed in step 9 leaves behind
+        file.write('{"stage": "only", "step": 7, "loss": -1.0}\n{"stage": "only", "st')
+    train(tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, 13)) and -1.0 not in losses(tmp_path).values()
+
+
+def test_a_finished_stage_is_left_alone(tmp_path):
+    train(tmp_path)
+    done, task = train(tmp_path)
+    assert done == 12 and task.seen == []
+
+
+@pytest.mark.parametrize("poison, saved", [(1, None), (5, 4), (11, 8)])
+def test_a_step_that_is_not_finite_stops_and_saves_nothing(tmp_path, poison, saved):
+    experiment = standin.experiment()
+    task = standin.Task(experiment, experiment.stages[0], None, mesh_of(1, 1, 1), poison=poison)
+    with pytest.raises(NonFiniteError) as error:
+        train(tmp_path, experiment, task)
+    assert f"step {poison + 1} of stage only gave loss nan" in str(error.value)
+    assert f"numbers.jsonl:{poison * standin.ROWS + 3}" in str(error.value)
+    assert Store(tmp_path / "only").latest() == saved
+    assert task.closed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Losses of a run on one device."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return list(losses(folder).values())
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_every_mesh_gives_the_losses_of_one_device(tmp_path, whole, shape):
+    train(tmp_path, mesh=mesh_of(*shape))
+    np.testing.assert_allclose(list(losses(tmp_path).values()), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_run_on_eight_devices_goes_on_with_fewer(tmp_path, whole, devices):
+    train(tmp_path, mesh=mesh_of(2, 2, 2), until=5)
+    train(tmp_path, mesh=mesh_of(1, devices, 1))
+    np.testing.assert_allclose(list(losses(tmp_path).values()), whole, rtol=1e-5)
+
+
+def test_accumulation_changes_memory_not_numbers(tmp_path):
+    values = []
+    for parts in (1, 4):
+        experiment = standin.experiment(accumulation=parts)
+        task = standin.Task(experiment, experiment.stages[0], None, mesh_of(1, 1, 1), noise=0)
+        train(tmp_path / str(parts), experiment, task)
+        values.append(list(losses(tmp_path / str(parts)).values()))
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_frozen_stays_bit_for_bit_and_has_no_optimizer_state(tmp_path, optimizer):
+    config = OptimizerConfig(name=optimizer, weight_decay=0.1)
+    train(tmp_path, standin.experiment(trainable=("first/", "second/scale"), frozen=(".*bias",), optimizer=config))
+    model = standin.Model()
+    before = flatten(jax.jit(model.init)(jax.random.key(0)))
+    after = flatten(load_params(tmp_path / "only" / "12", model.abstract()))
+    changed = {path for path in before if np.any(before[path] != after[path])}
+    assert changed == {"first/kernel", "second/scale"}
+    stored = (tmp_path / "only" / "12" / "train" / "_METADATA").read_text()
+    assert "scale" in stored and "bias" not in stored and "second', 'kernel" not in stored
+
+
+def test_the_second_ctrl_c_ends_the_program():
+    with pytest.raises(KeyboardInterrupt), interruption() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked.is_set()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_program_is_compiled_once_a_stage(tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **kwargs: compiled.append(kwargs.get("fun_name")) if "backend_compile" in event else None
+    )
+    train(tmp_path, standin.experiment(steps=12))
+    assert compiled.count("jit(step)") == 1

@@ -1,0 +1,1 @@
+"""Training: one loop over a Task, stages as data, and what they need."""

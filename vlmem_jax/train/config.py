@@ -1,0 +1,137 @@
+"""The keys of a whole experiment: everything that `vlmem train` needs to know."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vlmem_jax.checkpoint import CheckpointConfig
+from vlmem_jax.config import build
+from vlmem_jax.data.config import DataConfig
+from vlmem_jax.models import ModelConfig, presets
+from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on everything, or Muon on the matrices inside layers and AdamW on the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Times the learning rate; on every trained parameter."""
+    clip_norm: float = 1.0
+    """Gradients whose global norm is larger are scaled down to it."""
+    muon_momentum: float = 0.95
+    muon_rms: float = 0.2
+    """Root mean square of a Muon update before the learning rate; 0.2 is that of AdamW (arXiv 2502.16982)."""
+
+    def __post_init__(self):
+        for key in ("b1", "b2", "muon_momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 0 and below 1, got {getattr(self, key)}")
+        for key in ("eps", "clip_norm", "muon_rms"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key} must be positive, got {getattr(self, key)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stretch of training. It starts from the last checkpoint of the stage before it."""
+
+    name: str
+    """Folder of its checkpoints; unique in an experiment."""
+    steps: int
+    """Optimizer steps."""
+    learning_rate: float
+    """After warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: as it is, or along half a cosine to final_fraction at the last step."""
+    final_fraction: float = 0.0
+    warmup_fraction: float = 0.03
+    """Part of the steps in which the learning rate rises linearly."""
+    trainable: tuple[str, ...] = ("",)
+    """Regular expressions; a parameter is trained if one matches the start of its path, such as memory/blocks/attn."""
+    frozen: tuple[str, ...] = ()
+    """Regular expressions that take parameters out of `trainable` again."""
+    accumulation: int = 1
+    """Parts that the rows of a step are cut into, worked on one after the other to save memory."""
+    task: str = "next_token"
+    """What is learned: a name of train.run.TASKS."""
+    optimizer: OptimizerConfig | None = None
+    """In place of the experiment's."""
+    data: DataConfig | None = None
+    """In place of the experiment's."""
+
+    def __post_init__(self):
+        if self.steps < 1 or self.accumulation < 1:
+            raise ValueError(f"steps and accumulation must be at least 1, got {self.steps} and {self.accumulation}")
+        if not self.name or set(self.name) & set("/\\.") or self.name.isdigit():
+            raise ValueError(f"name becomes a folder: letters, digits, - and _, not digits alone; got {self.name!r}")
+        for key in ("final_fraction", "warmup_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be from 0 to 1, got {getattr(self, key)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Model, data, stages and how to run them."""
+
+    model: ModelConfig
+    tokenizer: str
+    """Folder with tokenizer.json or tokenizer.model."""
+    stages: tuple[StageConfig, ...]
+    data: DataConfig = DataConfig()
+    image: ImageConfig = ImageConfig()
+    template: Literal["internlm2-chat"] = "internlm2-chat"
+    system: str | None = None
+    """System message of the prompt; None: that of the template."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    init: str | None = None
+    """Where the first stage starts: a checkpoint folder or one in the Hugging Face layout; None: random."""
+    seed: int = 42
+    eval_every: int = 500
+    """Steps between evaluations on data.eval; the last step of a stage is always evaluated."""
+    log_every: int = 10
+    """Steps between records of metrics."""
+    loss_chunk: int = 1024
+    """Tokens of a row whose logits exist at the same time."""
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"stages must have at least one element, and names of their own; got {names}")
+        for key in ("eval_every", "log_every", "loss_chunk"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.checkpoint.keep_best and self.checkpoint.every % self.eval_every:
+            raise ValueError(
+                f"checkpoint.every {self.checkpoint.every} must be a multiple of eval_every {self.eval_every}, so that "
+                "each checkpoint has an evaluation loss; or set checkpoint.keep_best=0"
+            )
+        for stage in self.stages:
+            rows = self.data_of(stage).rows
+            if rows % stage.accumulation:
+                raise ValueError(
+                    f"data.rows {rows} must be a multiple of stages.{stage.name}.accumulation {stage.accumulation}"
+                )
+
+    def data_of(self, stage: StageConfig) -> DataConfig:
+        """Data of a stage."""
+        return stage.data or self.data
+
+    def optimizer_of(self, stage: StageConfig) -> OptimizerConfig:
+        """Optimizer of a stage."""
+        return stage.optimizer or self.optimizer
+
+
+def experiment(config: Mapping[str, Any]) -> Experiment:
+    """Experiment from a ConfigDict, or from the dict of a config.json. Raises ConfigError, which names the key."""
+    values = dict(config.items())
+    if "model" in values:
+        values["model"] = presets.resolve(values["model"])
+    return build(Experiment, values)

@@ -1,0 +1,242 @@
+"""The training loop: batches in, steps done, numbers out, checkpoints kept. It works on any Task."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from vlmem_jax.checkpoint import Store
+from vlmem_jax.sharding import batch_sharding, param_shardings
+from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.metrics import Recorder
+from vlmem_jax.train.optimizer import make_optimizer, make_schedule
+from vlmem_jax.train.stages import Flat, Split, flatten, storage, unflatten
+from vlmem_jax.train.step import TrainState, init_state, make_step, state_shardings
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Parameters that can be trained; `models.VLM` is one."""
+
+    dtype: Any
+
+    def abstract(self) -> dict: ...
+    def axes(self) -> dict: ...
+    def metrics(self, params: dict) -> dict[str, Float[Array, ""]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one step works on."""
+
+    batch: Any
+    """Global arrays, each with leading axes [accumulation, rows]."""
+    denominator: float
+    """What the sum of losses is divided by: the weights of the whole step."""
+    sample_ids: list[str]
+    """Where the samples come from, for error messages."""
+    counts: dict[str, int]
+    """Tokens, images, tiles (of all hosts, padding not counted) and token slots of the step."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is learned. A task depends on the step and the parameters alone, plus what `state` gives."""
+
+    model: Model
+
+    def work(self, step: int, params: dict) -> Work:
+        """What to do at `step`, counted from 0. Called in order, from any first step."""
+
+    def loss(self, params: dict, rows: Any, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `step.Loss`; `rows` is one part of a batch."""
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Numbers on held-out data; `loss` decides which checkpoint is best. Empty where there is no such data."""
+
+    def flops(self, trained: frozenset[str]) -> float:
+        """Useful FLOPs of one step when the parameters at these paths are trained."""
+
+    def state(self) -> dict:
+        """What a checkpoint needs to hold of the task, ready for JSON."""
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a state that `state` gave."""
+
+    def close(self) -> None:
+        """Ends its threads."""
+
+
+class NonFiniteError(ValueError):
+    """The loss or its gradient was not a finite number; the update was refused."""
+
+
+def fit(
+    task: Task,
+    experiment: Experiment,
+    stage: StageConfig,
+    mesh: Mesh,
+    store: Store,
+    recorder: Callable[[int, float], Recorder],
+    start: Callable[[dict], dict],
+) -> int:
+    """Trains one stage from its newest checkpoint, if it has one, to its last step; gives the steps done.
+
+    `start(target)` gives the parameters of step 0 in the shapes, dtypes and shardings of `target`;
+    `recorder(done, flops)` makes the recorder. On SIGTERM and Ctrl-C the step is finished and saved,
+    and fewer steps are done. Raises NonFiniteError and CheckpointError; the last checkpoint is then as it was.
+    """
+    with jax.set_mesh(mesh), interruption() as interrupted, contextlib.ExitStack() as closing:
+        program = Program(task, experiment, stage, mesh)
+        closing.callback(task.close)
+        step = store.latest() or 0
+        state, frozen = program.restore(store, step) if step else program.begin(start)
+        records = recorder(step, task.flops(program.split.trainable))
+        closing.callback(records.close)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        in_flight: tuple[int, Work, dict] | None = None
+
+        def settle() -> None:
+            """Reads the numbers of the step in flight; that waits for it."""
+            nonlocal in_flight
+            if in_flight is not None:
+                done, work, metrics = in_flight
+                in_flight = None
+                values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+                if not values.pop("finite"):
+                    raise NonFiniteError(_non_finite(stage, done, values, work, store.latest()))
+                records.step(done, values, work.counts)
+
+        stopping = False
+        while step < stage.steps and not stopping:
+            with jax.transfer_guard("disallow"):
+                work = task.work(step, unflatten({**frozen, **state.params}))
+                denominator = jax.device_put(np.float32(work.denominator), replicated)
+                state, metrics = program.step(state, frozen, work.batch, denominator)
+                settle()
+                step += 1
+                in_flight = step, work, metrics
+            store.check()
+            scores = {}
+            if step % experiment.eval_every == 0 or step == stage.steps:
+                settle()
+                with records.pause():
+                    scores = task.evaluate(unflatten({**frozen, **state.params}))
+                if scores:
+                    records.write(step, {f"eval/{name}": value for name, value in scores.items()})
+            stopping = interrupted.is_set()
+            if step % experiment.checkpoint.every == 0 or step == stage.steps or stopping:
+                settle()
+                with records.pause():
+                    program.save(store, step, state, frozen, scores.get("loss"))
+        store.wait()
+        return step
+
+
+class Program:
+    """A stage made ready to run on a mesh: where each array lies, and the compiled step."""
+
+    def __init__(self, task: Task, experiment: Experiment, stage: StageConfig, mesh: Mesh):
+        self.task = task
+        optimizer_config = experiment.optimizer_of(stage)
+        abstract, axes = flatten(task.model.abstract()), flatten(task.model.axes())
+        shardings = flatten(param_shardings(mesh, task.model.abstract(), task.model.axes()))
+        self.split = Split.of(stage, list(abstract))
+        self.held = storage(self.split, abstract, axes, shardings, task.model.dtype)
+        schedule = make_schedule(stage)
+        self.optimizer = make_optimizer(optimizer_config, schedule, axes)
+        trainable, _ = self.split.part(self.held)
+        shapes = jax.eval_shape(lambda params: init_state(params, self.optimizer), trainable)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        places = state_shardings(shapes, shardings, replicated)
+        self.state = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        )
+        stage_number = experiment.stages.index(stage)
+        step = make_step(
+            task.loss,
+            self.optimizer,
+            schedule,
+            optimizer_config.clip_norm,
+            lambda: jax.random.fold_in(jax.random.key(experiment.seed), stage_number),
+            task.model.metrics,
+        )
+        self.step = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(places, self.split.part(shardings)[1], batch_sharding(mesh, leading=1), replicated),
+            out_shardings=(places, replicated),
+        )
+
+    def begin(self, start: Callable[[dict], dict]) -> tuple[TrainState, Flat]:
+        """State and frozen parameters before the first step."""
+        trainable, frozen = self.split.part(flatten(start(unflatten(self.held))))
+        places = jax.tree.map(lambda x: x.sharding, self.state)
+        begin = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=places, donate_argnums=0)
+        return begin(trainable), frozen
+
+    def restore(self, store: Store, step: int) -> tuple[TrainState, Flat]:
+        """State and frozen parameters of a checkpoint of this stage."""
+        params, train, meta = store.restore(step, unflatten(self.held), _by_name(self.state.optimizer))
+        trainable, frozen = self.split.part(flatten(params))
+        saved = flatten(train)
+        optimizer = jax.tree.map_with_path(lambda path, _: saved[_name(path)], self.state.optimizer)
+        self.task.restore(meta["task"])
+        return TrainState(jax.device_put(jnp.int32(step), self.state.step.sharding), trainable, optimizer), frozen
+
+    def save(self, store: Store, step: int, state: TrainState, frozen: Flat, eval_loss: float | None) -> None:
+        """Starts to write a checkpoint."""
+        params = unflatten({**frozen, **state.params})
+        store.save(step, params, _by_name(state.optimizer), {"step": step, "task": self.task.state()}, eval_loss)
+
+
+def _name(path: tuple) -> str:
+    return "optimizer/" + jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_name(optimizer: Any) -> dict:
+    """The optimizer's arrays as a nested dict, whatever it keeps them in."""
+    return unflatten({_name(path): leaf for path, leaf in jax.tree.leaves_with_path(optimizer)})
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; a second one ends the program the usual way."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(*_):
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: Any) -> None:
+        event.set()
+        restore()
+
+    for number in former:
+        signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        restore()
+
+
+def _non_finite(stage: StageConfig, step: int, values: dict[str, float], work: Work, last: int | None) -> str:
+    ids = ", ".join(work.sample_ids)
+    good = "no checkpoint has been written yet" if last is None else f"the last checkpoint, step {last}, is good"
+    return (
+        f"step {step} of stage {stage.name} gave loss {values['loss']} and gradient norm {values['grad_norm']}; the "
+        f"update was refused, nothing was saved and {good}. Look at its samples ({ids}), or lower "
+        f"stages.{stage.name}.learning_rate"
+    )

@@ -1,0 +1,107 @@
+"""Next-token cross-entropy whose logits are never all there at once."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int32
+
+from vlmem_jax.sharding import LOGICAL_AXES, constrain
+
+
+def cross_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_BT: Int32[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Sum over tokens of weight x cross-entropy of the target, in fp32 (CoMemo sec. 4: divided by the caller).
+
+    `chunk` tokens of each row have logits at the same time. The loss is a scalar, so its gradients are computed along
+    with it, chunk by chunk, and only scaled in the backward pass: no logits are stored or computed twice. The head's
+    gradient is not computed where the head is frozen.
+    """
+    return _cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, min(chunk, targets_BT.shape[1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk):
+    return _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, False, False)[0]
+
+
+def _forward(hidden, kernel, targets, weights, chunk):
+    args = (hidden.value, kernel.value, targets.value, weights.value)
+    loss, d_hidden_BTD, d_kernel_DV = _run(*args, chunk, hidden.perturbed, kernel.perturbed)
+    return loss, (d_hidden_BTD, d_kernel_DV)
+
+
+def _backward(chunk, saved, g):
+    if isinstance(g, SymbolicZero):
+        return None, None, None, None
+    d_hidden_BTD, d_kernel_DV = (None if d is None else (d * g).astype(d.dtype) for d in saved)
+    return d_hidden_BTD, d_kernel_DV, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kernel_too):
+    """(loss, its gradient by the hidden states or None, its gradient by the kernel or None)."""
+    B, T, D = hidden_BTD.shape
+    V = kernel_DV.shape[1]
+    dtype = hidden_BTD.dtype
+    chunks = -(-T // chunk)
+    kernel = constrain(kernel_DV.astype(dtype), None, "vocab")  # gathered over fsdp once, not in each chunk
+    # S: the shards of the batch. Each adds up its own share of the kernel's gradient; one reduction ends the loop
+    S = _batch_shards()
+    if B % S:
+        S = 1
+
+    def cut(x_BT):
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, chunks * chunk - T)) + ((0, 0),) * (x_BT.ndim - 2))
+        x = x_BT.reshape(S, B // S, chunks, chunk, *x_BT.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(chunks, S, B // S * chunk, *x_BT.shape[2:])
+
+    def body(carry, xs):
+        loss_S, d_kernel_SDV = carry
+        hidden_SND, targets_SN, weights_SN = xs
+        logits_SNV = jnp.einsum("SND,DV->SNV", hidden_SND, kernel, preferred_element_type=jnp.float32)
+        logits_SNV = constrain(logits_SNV, "batch", None, "vocab")
+        log_sum_SN1 = jax.nn.logsumexp(logits_SNV, axis=-1, keepdims=True)
+        # a comparison instead of a gather: it stays where its part of the vocabulary is
+        is_target_SNV = jax.lax.broadcasted_iota(jnp.int32, logits_SNV.shape, 2) == targets_SN[..., None]
+        target_SN = jnp.where(is_target_SNV, logits_SNV, 0.0).sum(-1)
+        loss_S += jnp.sum(weights_SN * (log_sum_SN1[..., 0] - target_SN), axis=-1)
+        if not (hidden_too or kernel_too):
+            return (loss_S, None), None
+        d_logits_SNV = (jnp.exp(logits_SNV - log_sum_SN1) - is_target_SNV) * weights_SN[..., None]
+        d_logits_SNV = constrain(d_logits_SNV.astype(dtype), "batch", None, "vocab")
+        d_hidden_SND = jnp.einsum("SNV,DV->SND", d_logits_SNV, kernel) if hidden_too else None
+        if kernel_too:
+            d_kernel_SDV += jnp.einsum("SND,SNV->SDV", hidden_SND, d_logits_SNV, preferred_element_type=jnp.float32)
+            d_kernel_SDV = constrain(d_kernel_SDV, "batch", None, "vocab")
+        return (loss_S, d_kernel_SDV), d_hidden_SND
+
+    xs = jax.tree.map(cut, (hidden_BTD, targets_BT, weights_BT))
+    start = (jnp.zeros(S, jnp.float32), jnp.zeros((S, D, V), jnp.float32) if kernel_too else None)
+    if chunks == 1:
+        carry, d_hidden = body(start, jax.tree.map(lambda x: x[0], xs))
+        d_hidden = None if d_hidden is None else d_hidden[None]
+    else:
+        carry, d_hidden = jax.lax.scan(body, start, xs)
+    loss_S, d_kernel_SDV = carry
+    if d_hidden is not None:
+        d_hidden = jnp.moveaxis(d_hidden.reshape(chunks, S, B // S, chunk, D), 0, 2).reshape(B, chunks * chunk, D)[
+            :, :T
+        ]
+    d_kernel = None if d_kernel_SDV is None else d_kernel_SDV.sum(0).astype(kernel_DV.dtype)
+    return loss_S.sum(), d_hidden, d_kernel
+
+
+def _batch_shards() -> int:
+    """Parts that the rows are split into under the ambient mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])

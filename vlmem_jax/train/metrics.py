@@ -1,0 +1,214 @@
+"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar (plain lines where there is no terminal).
+
+MFU is useful FLOPs a second over the peak of all devices: `models.flops.train_flops`, that is forward and backward pass
+of the padded program without recomputation, and for frozen parts no weight gradients. Seconds include waiting for data,
+not evaluation and saving.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 920e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+"""Dense bf16 FLOPs a second by the start of, or a word in, a device's kind; the first that fits counts."""
+
+
+@functools.cache
+def peak_flops() -> float | None:
+    """FLOPs a second that all devices together could do; None for an unknown kind. A CPU is measured once, in fp32."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return _measured_peak()
+    return next((peak * jax.device_count() for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def _measured_peak(size: int = 1024, tries: int = 5) -> float:
+    x = jax.device_put(np.ones((size, size), np.float32), jax.local_devices()[0])
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    fastest = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
+
+
+class Recorder:
+    """Takes the numbers of each step of one stage, and writes those of every `log_every`-th.
+
+    `before`: steps of all earlier stages, so that curves in TensorBoard join. `done`: steps of this stage that are
+    behind us; records of later ones, left by a run that was killed, are dropped. On hosts other than the first nothing
+    is written.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        stage: str,
+        steps: int,
+        done: int = 0,
+        before: int = 0,
+        log_every: int = 1,
+        flops: float = 0,
+    ):
+        self._stage, self._steps, self._before, self._log_every, self._flops = stage, steps, before, log_every, flops
+        self._peak = peak_flops() if flops else None
+        self._window: list[dict[str, int]] = []
+        self._clock: float | None = None
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            file = workdir / "metrics.jsonl"
+            _forget(file, stage, done)
+            self._file = file.open("a")
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=before + done + 1, flush_secs=10)
+            self._terminal = Terminal(stage, steps, done)
+
+    def step(self, step: int, values: dict[str, float], counts: dict[str, int]) -> None:
+        """Numbers of the step that makes `step` steps done. `counts`: tokens, images, tiles, slots of its batch."""
+        now = time.perf_counter()
+        if self._clock is None:  # the first step has also compiled: time runs from its end
+            self._clock = now
+        else:
+            self._window.append(counts)
+        if step % self._log_every and step != self._steps:
+            return
+        record = {**values, **self._rates(now - self._clock)}
+        if counts.get("slots"):
+            record["fill"] = counts["tokens"] / counts["slots"]
+        self._window, self._clock = [], now
+        self.write(step, record)
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        if not self._window or seconds <= 0:
+            return {}
+        totals = {key: sum(counts[key] for counts in self._window) for key in self._window[0] if key != "slots"}
+        rates = {f"{key}_per_s": total / seconds for key, total in totals.items()}
+        rates["steps_per_s"] = len(self._window) / seconds
+        if self._peak:
+            rates["mfu"] = self._flops * rates["steps_per_s"] / self._peak
+        return rates
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same numbers everywhere else."""
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"stage": self._stage, "step": step, **record}) + "\n")
+        self._file.flush()
+        for key, value in record.items():
+            self._board.add_scalar(key if "/" in key else f"train/{key}", value, self._before + step)
+        self._terminal.show(step, record)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self._writes:
+            self._terminal.say(text)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in here does not count as training."""
+        start = time.perf_counter()
+        yield
+        if self._clock is not None:
+            self._clock += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the progress bar and the files."""
+        if self._writes:
+            self._terminal.close()
+            self._board.close()
+            self._file.close()
+
+
+class Terminal:
+    """Progress of one stage: a bar in a terminal, one line a record elsewhere."""
+
+    def __init__(self, stage: str, steps: int, done: int, console: Console | None = None):
+        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._stage, self._steps = stage, steps
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, refresh_per_second=2)
+            self._task = self._bar.add_task(stage, total=steps, completed=done, text="compiling")
+            self._bar.start()
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """What of a record fits on a line."""
+        text = "  ".join(f"{name} {form(record[key])}" for key, name, form in _SHOWN if key in record)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        if record.get("steps_per_s"):
+            text += f"  ETA {_duration((self._steps - step) / record['steps_per_s'])}"
+        self.say(f"{self._stage} {step}/{self._steps}  {text}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _quantity(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+_SHOWN = (
+    ("eval/loss", "eval loss", "{:.4f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("learning_rate", "lr", "{:.2e}".format),
+    ("tokens_per_s", "tokens/s", _quantity),
+    ("images_per_s", "images/s", _quantity),
+    ("mfu", "MFU", "{:.1%}".format),
+)
+
+
+def _forget(file: Path, stage: str, done: int) -> None:
+    """Drops records of `stage` after step `done`, and a last line that was cut off."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["stage"] != stage or record["step"] <= done:
+            kept.append(line + "\n")
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, file)

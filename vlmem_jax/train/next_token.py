@@ -1,0 +1,110 @@
+"""Supervised training: predict the next token of packed conversations about images."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData
+from vlmem_jax.models import VLM
+from vlmem_jax.models.flops import train_flops
+from vlmem_jax.processing import Processor, Tokenizer
+from vlmem_jax.sharding import batch_sharding
+from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.loop import Work
+from vlmem_jax.train.loss import cross_entropy
+from vlmem_jax.types import Batch
+
+
+class NextToken:
+    """The `next_token` task (CoMemo sec. 4): weighted cross-entropy of the answers' tokens.
+
+    Its data continue where those of earlier stages with the same data ended.
+    """
+
+    def __init__(self, experiment: Experiment, stage: StageConfig, model: VLM, mesh: Mesh):
+        self.model = model
+        self._mesh, self._chunk, self._accumulation = mesh, experiment.loss_chunk, stage.accumulation
+        self._config = config = experiment.data_of(stage)
+        processor = make_processor(experiment, model)
+        earlier = experiment.stages[: experiment.stages.index(stage)]
+        first = sum(other.steps for other in earlier if experiment.data_of(other) == config)
+        plan = Plan.train(config, processor, experiment.seed)
+        self._data = TrainData(plan, stage.steps, accumulation=stage.accumulation, mesh=mesh, first_step=first)
+        self.report = plan.report()
+        self._eval = EvalData(Plan.eval(config, processor), mesh=mesh) if config.eval else None
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._eval_loss = jax.jit(
+            lambda params, batch: self.loss(params, jax.tree.map(lambda x: x[0], batch), None)[0],
+            in_shardings=(None, batch_sharding(mesh, leading=1)),
+            out_shardings=replicated,
+        )
+        self._batches: Iterator[HostBatch] | None = None
+        self._next = -1
+
+    def work(self, step: int, params: dict) -> Work:
+        """The packed rows of `step`."""
+        if step != self._next:
+            self.close()
+            self._batches = self._data.on_devices(self._mesh, step)
+        host = next(self._batches)
+        self._next = step + 1
+        slots = self._config.rows * self._config.pack_tokens
+        counts = {"tokens": host.tokens, "images": host.images, "tiles": host.tiles, "slots": slots}
+        return Work(host.batch, host.denominator, host.sample_ids, counts)
+
+    def loss(
+        self, params: dict, rows: Batch, key: Array | None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Weighted sum of the cross-entropies of `rows`; with a key, paths of the vision tower are dropped."""
+        hidden_BTD = self.model.hidden(params, rows, key)
+        kernel_DV = self.model.head_kernel(params)
+        return cross_entropy(hidden_BTD, kernel_DV, rows.targets_BT, rows.weights_BT, self._chunk), {}
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Mean loss on `data.eval`, weighted as in training."""
+        if self._eval is None:
+            return {}
+        losses, weight = [], 0.0
+        with contextlib.closing(self._eval.on_devices(self._mesh)) as batches:
+            for host in batches:
+                losses.append(self._eval_loss(params, host.batch))
+                weight += host.denominator
+        return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
+
+    def flops(self, trained: frozenset[str]) -> float:
+        """Of one step, see `models.flops`."""
+        c = self._config
+        return train_flops(self.model.config, c.rows, c.pack_tokens, c.pack_tiles, trained)
+
+    def state(self) -> dict:
+        """Empty: the data depend on the step alone."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Ends the threads that decode ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches, self._next = None, -1
+
+
+def make_processor(experiment: Experiment, model: VLM) -> Processor:
+    """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
+    vision, image = model.config.vision, experiment.image
+    if image.size != vision.image_size:
+        raise ValueError(f"image.size {image.size} must equal model.vision.image_size {vision.image_size}, in pixels")
+    tokenizer = Tokenizer.load(experiment.tokenizer)
+    processor = Processor(tokenizer, image, model.tokens_per_side, experiment.system, experiment.template)
+    highest, vocab = max(*processor.control_ids, processor.stop_id), model.config.decoder.vocab
+    if highest >= vocab:
+        raise ValueError(
+            f"model.decoder.vocab must be above every token id, but the tokenizer in {experiment.tokenizer} has the id "
+            f"{highest} and the model a vocabulary of {vocab}; set model.decoder.vocab={highest + 1} or more"
+        )
+    return processor

@@ -1,0 +1,143 @@
+"""A whole experiment: its stages one after the other, each from the last checkpoint of the one before."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlmem_jax.checkpoint import Store, find, load_params
+from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, committed_steps
+from vlmem_jax.config import ConfigError
+from vlmem_jax.hub.convert import load_folder
+from vlmem_jax.models import VLM
+from vlmem_jax.sharding import make_mesh
+from vlmem_jax.train import workdir as folder
+from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.loop import Task, fit
+from vlmem_jax.train.metrics import Recorder
+from vlmem_jax.train.next_token import NextToken
+from vlmem_jax.train.stages import Split, flatten
+
+MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh], Task]
+
+TASKS: dict[str, MakeTask] = {"next_token": NextToken}
+"""`stages.N.task` -> what makes it."""
+
+
+def run(
+    experiment: Experiment,
+    workdir: str | Path,
+    only: str | None = None,
+    tasks: Mapping[str, MakeTask] = TASKS,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Trains the stages that are not done yet, or the one named `only`, in `workdir`.
+
+    True when they are done, False if interrupted: calling it again goes on. Raises ValueError for what does not fit
+    together, NonFiniteError and CheckpointError from the loop.
+    """
+    workdir = Path(workdir).absolute()
+    stages = {stage.name: stage for stage in experiment.stages}
+    if only is not None and only not in stages:
+        raise ConfigError(f"there is no stage {only!r}; the experiment has {', '.join(stages)}")
+    for stage in experiment.stages:
+        if stage.task not in tasks:
+            raise ConfigError(f"stages.{stage.name}.task must be one of {', '.join(tasks)}; got {stage.task!r}")
+    mesh, model = make_mesh(experiment.mesh), VLM(experiment.model)
+    folder.prepare(workdir, experiment)
+    for stage in [stages[only]] if only else experiment.stages:
+        if _last(workdir, stage) == stage.steps:
+            say(f"stage {stage.name} is done")
+        elif not _run_stage(experiment, stage, model, mesh, workdir, tasks[stage.task], say):
+            return False
+    return True
+
+
+def _run_stage(
+    experiment: Experiment,
+    stage: StageConfig,
+    model: VLM,
+    mesh: Mesh,
+    workdir: Path,
+    make_task: MakeTask,
+    say: Callable[[str], None],
+) -> bool:
+    start, origin = _origin(experiment, stage, model, workdir)
+    shapes = flatten(model.abstract())
+    trained = sum(shapes[path].size for path in Split.of(stage, list(shapes)).trainable)
+    done = _last(workdir, stage)
+    say(
+        f"stage {stage.name}: {stage.steps} steps from {f'its checkpoint of step {done}' if done else origin}, trains "
+        f"{trained:,} of {sum(x.size for x in shapes.values()):,} parameters"
+    )
+    task = make_task(experiment, stage, model, mesh)
+    before = sum(other.steps for other in experiment.stages[: experiment.stages.index(stage)])
+    keep = experiment.checkpoint
+    store = Store(workdir / stage.name, keep.keep_last, keep.keep_best)
+    try:
+        done = fit(
+            task,
+            experiment,
+            stage,
+            mesh,
+            store,
+            lambda done, flops: Recorder(workdir, stage.name, stage.steps, done, before, experiment.log_every, flops),
+            start,
+        )
+    finally:
+        store.close()
+    if done < stage.steps:
+        say(f"stopped at step {done} of stage {stage.name}, which is saved; the same command goes on from there")
+        return False
+    best = store.best()
+    say(f"stage {stage.name} is done" + (f"; lowest evaluation loss {best[1]:.4f} at step {best[0]}" if best else ""))
+    return True
+
+
+def _last(workdir: Path, stage: StageConfig) -> int:
+    steps = committed_steps(workdir / stage.name)
+    return steps[-1] if steps else 0
+
+
+def _origin(
+    experiment: Experiment, stage: StageConfig, model: VLM, workdir: Path
+) -> tuple[Callable[[dict], dict], str]:
+    """What gives the parameters of step 0, and its name."""
+    number = experiment.stages.index(stage)
+    if number:
+        before = experiment.stages[number - 1]
+        if _last(workdir, before) != before.steps:
+            raise ConfigError(
+                f"stage {stage.name} starts from the end of stage {before.name}, of which {_last(workdir, before)} of "
+                f"{before.steps} steps are done in {workdir}; run it first, or without --stage"
+            )
+        step = workdir / before.name / str(before.steps)
+        return (lambda target: load_params(step, target)), f"the end of stage {before.name}"
+    if experiment.init is None:
+        return (lambda target: _random(model, experiment.seed, target)), f"seed {experiment.seed}"
+    source = Path(experiment.init)
+    if (source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file():
+        return (lambda target: _released(model, source, experiment.seed, target)), str(source)
+    step = find(source).step_folder
+    return (lambda target: load_params(step, target)), str(step)
+
+
+def _random(model: VLM, seed: int, target: dict) -> dict:
+    make = jax.jit(lambda: _cast(model.init(jax.random.key(seed)), target), out_shardings=_places(target))
+    return make()
+
+
+def _released(model: VLM, source: Path, seed: int, target: dict) -> dict:
+    params = load_folder(source, model, _places(target), seed=seed)
+    return jax.jit(lambda params: _cast(params, target), out_shardings=_places(target), donate_argnums=0)(params)
+
+
+def _cast(params: dict, target: dict) -> dict:
+    return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), params, target)
+
+
+def _places(target: dict) -> Any:
+    return jax.tree.map(lambda t: t.sharding, target)
