@@ -178,7 +178,7 @@ def test_nothing_readable_at_all_is_an_error(folder, processor):
     folder.image("a.png", 64, 32)
     config = folder.config(folder.talk(image="a.png"), on_bad_sample="skip")
     folder.truncate("a.png")
-    with pytest.raises(ValueError, match="no sample of the data can be read; one of them: .*a.png"):
+    with pytest.raises(ValueError, match="no sample can be read any more; the last that failed: .*a.png"):
         train(config, processor)[0]
 
 

@@ -21,6 +21,9 @@ from vlmem_jax.types import Batch, Sample
 
 log = logging.getLogger(__name__)
 
+SUBSTITUTES = 100
+"""Rows that are tried in place of one with nothing readable, before data count as gone."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
@@ -134,7 +137,8 @@ class PackedData:
         row = self._first_row + step * self.config.rows + self._local_rows[place]
         if row >= len(self.plan):  # padding of the last step of one pass
             return step, self._pack([]), []
-        for candidate in itertools.chain(range(row, -1, -1), range(row + 1, len(self.plan))):
+        candidates = itertools.chain(range(row, -1, -1), range(row + 1, len(self.plan)))
+        for candidate in itertools.islice(candidates, 1 + SUBSTITUTES):
             keys = self.plan.row(candidate)
             samples = [self._load(key, candidate, place) for place, key in enumerate(keys)]
             kept = [key for key, sample in zip(keys, samples, strict=True) if sample is not None]
@@ -145,7 +149,7 @@ class PackedData:
                 scale = self.plan.weight(self.plan.row(row)) / self.plan.weight(kept)
                 packed = dataclasses.replace(packed, weights_BT=packed.weights_BT * np.float32(scale))
             return step, packed, [self.plan.samples.name(key) for key in keys]
-        raise ValueError(f"no sample of the data can be read; one of them: {next(iter(self.unreadable.values()))}")
+        raise ValueError(f"no sample can be read any more; the last that failed: {[*self.unreadable.values()][-1]}")
 
     def _load(self, key: Key, row: int, place: int) -> Sample | None:
         """The sample at a place of the plan, or None if it is to be skipped."""
