@@ -59,10 +59,8 @@ class NextToken:
     def loss(
         self, params: dict, rows: Batch, key: Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Weighted sum of the cross-entropies of `rows`; with a key, paths of the vision tower are dropped."""
-        hidden_BTD = self.model.hidden(params, rows, key)
-        kernel_DV = self.model.head_kernel(params)
-        return cross_entropy(hidden_BTD, kernel_DV, rows.targets_BT, rows.weights_BT, self._chunk), {}
+        """See `next_token_loss`."""
+        return next_token_loss(self.model, params, rows, self._chunk, key), {}
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean loss on `data.eval`, weighted as in training."""
@@ -92,6 +90,15 @@ class NextToken:
         if self._batches is not None:
             self._batches.close()
             self._batches, self._next = None, -1
+
+
+def next_token_loss(model: VLM, params: dict, rows: Batch, chunk: int, key: Array | None = None) -> Float[Array, ""]:
+    """Sum of the weighted cross-entropies of packed rows, `chunk` tokens of each row at a time.
+
+    With a key, paths of the vision tower are dropped.
+    """
+    hidden_BTD = model.hidden(params, rows, key)
+    return cross_entropy(hidden_BTD, model.head_kernel(params), rows.targets_BT, rows.weights_BT, chunk)
 
 
 def make_processor(experiment: Experiment, model: VLM) -> Processor:

@@ -1,0 +1,62 @@
+"""Loss and gradients of CoMemo's packed training batch against numbers of the published implementation."""
+
+import dataclasses
+
+import comemo_golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.parity import test_comemo_packing as packing
+from vlmem_jax.hub import internvl
+from vlmem_jax.train.next_token import next_token_loss
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    return comemo_golden.load(golden / "comemo", "packed_training")
+
+
+def batch(arrays, loss_weight="square"):
+    """The packed samples, with padding behind them, as a batch of one row."""
+    row = packing.packed(arrays, loss_weight)
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], row)
+
+
+def test_logits_of_a_packed_row(case):
+    logits = jax.jit(case.vlm.logits)(case.params, batch(case.arrays))
+    expected = case.arrays["logits"]
+    np.testing.assert_allclose(logits[:, : expected.shape[1]], expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [16, 10_000])
+@pytest.mark.parametrize("loss_weight", ["token", "sample", "square"])
+def test_loss(case, loss_weight, chunk):
+    rows = batch(case.arrays, loss_weight)
+    loss = jax.jit(lambda params: next_token_loss(case.vlm, params, rows, chunk))(case.params) / rows.weights_BT.sum()
+    np.testing.assert_allclose(loss, case.arrays[f"loss_{loss_weight}"], rtol=1e-5)
+
+
+def test_loss_of_the_plain_mean_over_targets(case):
+    rows = batch(case.arrays, "token")
+    rows = dataclasses.replace(rows, weights_BT=(rows.weights_BT > 0).astype(jnp.float32))
+    loss = next_token_loss(case.vlm, case.params, rows, 64) / rows.weights_BT.sum()
+    np.testing.assert_allclose(loss, case.arrays["loss_plain_mean"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradient_of_every_parameter(case, remat):
+    vlm = dataclasses.replace(case.vlm, config=dataclasses.replace(case.vlm.config, remat=remat))
+    rows = batch(case.arrays, "square")
+    total = float(rows.weights_BT.sum())
+    grads = jax.jit(jax.grad(lambda params: next_token_loss(vlm, params, rows, 32) / total))(case.params)
+    arrays = {
+        key.removeprefix("grad_square/"): value for key, value in case.arrays.items() if key.startswith("grad_square/")
+    }
+    expected = flatten_dict(internvl.from_arrays(vlm.config, arrays), sep="/")
+    grads = flatten_dict(grads, sep="/")
+    assert grads.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(grads[path], value, atol=2e-5, rtol=1e-4, err_msg=path)
