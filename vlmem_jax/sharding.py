@@ -82,6 +82,12 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, spec(*(None,) * leading, "batch"))
 
 
+def platform() -> str:
+    """What the program being traced will run on: the ambient mesh's platform, else that of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation whose axes mean `axes` to the ambient mesh (`jax.set_mesh`); without one, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -4,7 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int32
+
+from vlmem_jax.sharding import platform, spec
 
 MASKED = -1e30
 """Additive score of a forbidden key: finite, so that a row without any allowed key stays free of NaN."""
@@ -62,7 +66,37 @@ def causal_attention(
     v_BTKC: Float[Array, "B T K C"],
     segments_BT: Int32[Array, "B T"],
 ) -> Float[Array, "B T H C"]:
-    """Self-attention to earlier tokens of the same sample; order is by index, since rotary positions may repeat."""
-    T = q_BTHC.shape[1]
+    """Self-attention to earlier tokens of the same sample; order is by index, since rotary positions may repeat.
+
+    On a TPU, JAX's splash attention does it where the shapes allow (T and C multiples of 128), so that the T x T scores
+    never exist; elsewhere XLA does.
+    """
+    T, C = q_BTHC.shape[1], q_BTHC.shape[3]
+    if platform() == "tpu" and T % SPLASH_LANES == 0 and C % SPLASH_LANES == 0:
+        return _splash_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT)
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
     return attend(q_BTHC, k_BTKC, v_BTKC, same_segment(segments_BT, segments_BT) & earlier_TT)
+
+
+SPLASH_LANES = 128
+
+
+def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
+    """Rows and heads are split over the mesh; each device runs the kernel on its own."""
+    T = q_BTHC.shape[1]
+    q, kv = (next(size for size in (largest, 512, 256, 128) if T % size == 0) for largest in (512, 1024))
+    blocks = splash_attention.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        use_fused_bwd_kernel=True,
+    )  # fmt: skip
+
+    def local(q_BTHC, k_BTKC, v_BTKC, segments_BT):
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * q_BTHC.shape[2])
+        kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=blocks)
+        heads_first = (x.swapaxes(1, 2) for x in (q_BTHC / math.sqrt(q_BTHC.shape[3]), k_BTKC, v_BTKC))
+        segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)
+        return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
+
+    heads, kv_heads = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
+    specs = (heads, kv_heads, kv_heads, spec("batch", None))
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)

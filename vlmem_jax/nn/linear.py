@@ -50,7 +50,9 @@ class Linear(nnx.Module):
         self.bias = param(zeros, out_shape, tuple(outputs), rngs) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        n = self.contracted
-        contraction = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (contraction, ((), ())))
+        n, kernel = self.contracted, self.kernel[...].astype(x.dtype)
+        # as a product of two matrices: the TPU compiler makes a convolution of a contraction over several axes
+        matrix = kernel.reshape(math.prod(kernel.shape[:n]), -1)
+        y = x.reshape(*x.shape[: x.ndim - n], -1) @ matrix
+        y = y.reshape(*y.shape[:-1], *kernel.shape[n:])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

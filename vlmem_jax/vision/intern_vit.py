@@ -14,6 +14,7 @@ from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
+from vlmem_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class VisionLayer(nnx.Module):
         for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, self.attn), (self.ls2, self.norm2, self.mlp))):
             residual = scale[...].astype(x_BTD.dtype) * block(norm(x_BTD))
             x_BTD += residual if keep_2B is None else residual * keep_2B[n, :, None, None].astype(x_BTD.dtype)
+            x_BTD = constrain(x_BTD, "batch", None, None)
         return x_BTD
 
 
@@ -114,7 +116,7 @@ class InternViT(nnx.Module):
         self.class_embedding = param(nnx.initializers.normal(1.0), (width,), ("norm",), rngs)
         stored = config.position_grid or config.grid
         init = nnx.initializers.normal(0.02)
-        self.position_embedding = param(init, (1 + stored**2, width), ("positions", "embed"), rngs)
+        self.position_embedding = param(init, (1 + stored**2, width), ("positions", "norm"), rngs)
         self.patch = Linear({"pixels": p, "pixels_x": p, "channels": 3}, {"embed": width}, bias=True, rngs=rngs)
         self.layers = stack(lambda rngs: VisionLayer(config, rngs=rngs), config.layers, rngs)
 
@@ -142,6 +144,7 @@ class InternViT(nnx.Module):
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (B, 1, config.width))
         x_BTD = jnp.concatenate([class_token, self.patch(patches)], axis=1)
         x_BTD += resample_positions(self.position_embedding[...], grid).astype(dtype)
+        x_BTD = constrain(x_BTD, "batch", None, None)
 
         graph, layers = nnx.split(self.layers)
         layers = jax.tree.map(lambda leaf: leaf[: config.layers_used], layers)
