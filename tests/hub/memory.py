@@ -1,13 +1,12 @@
 """Run as a program: converts a folder and prints, in MB, how far its own memory rose at most; mapped files apart."""
 
+import dataclasses
 import sys
 import threading
 
 import jax
 
-from vlmem_jax import sharding
 from vlmem_jax.hub import convert
-from vlmem_jax.models import VLM
 
 
 def anonymous_mb() -> float:
@@ -41,7 +40,7 @@ def main(direction: str, source: str, target: str, *more: str) -> None:
         else:
             changes = {"memory": "comemo"} if more else {}
             found = convert.released(source).model
-            convert.import_folder(source, target, model=convert.dataclasses.replace(found, **changes))
+            convert.import_folder(source, target, model=dataclasses.replace(found, **changes))
     print(peak.mb)
 
 

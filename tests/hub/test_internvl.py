@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from vlmem_jax.hub import internvl
+from vlmem_jax.hub.internvl_config import read_config
 from vlmem_jax.hub.rules import flat
 from vlmem_jax.models import VLM, presets
 
@@ -51,8 +52,6 @@ def test_blocks_stand_before_every_fourth_layer_and_wrap_all():
 
 
 def test_arrays_go_to_their_leaves(weights, released_config):
-    from vlmem_jax.hub.internvl_config import read_config
-
     params = internvl.from_arrays(read_config(released_config, {}).model, weights)
     block = "language_model.model.layers.1.gated_cross_attn_layer."
     to_kv = weights[block + "cross_attn.to_kv.weight"]
@@ -65,8 +64,6 @@ def test_arrays_go_to_their_leaves(weights, released_config):
 
 
 def test_arrays_that_do_not_fit_are_listed(weights, released_config):
-    from vlmem_jax.hub.internvl_config import read_config
-
     config = read_config(released_config, {}).model
     broken = {name: value for name, value in weights.items() if not name.startswith("mlp1.0")}
     with pytest.raises(ValueError, match=r"(?s)2 differences.*missing: mlp1\.0\.weight.*missing: mlp1\.0\.bias"):

@@ -77,7 +77,11 @@ def _wanted(args: argparse.Namespace, source: Path):
         experiment = override(start, args.overrides)
     if experiment is None:
         return None, None
-    return presets.resolve(experiment.model), build(ImageConfig, experiment.image, "config.image")
+    wanted = experiment.to_dict()
+    for key in ("model", "image"):
+        if key not in wanted:
+            raise ValueError(f"config.{key} must be given; {args.config} has none")
+    return presets.resolve(wanted["model"]), build(ImageConfig, wanted["image"], "config.image")
 
 
 def _is_ours(source: Path) -> bool:
