@@ -11,6 +11,9 @@ from vlmem_jax.positions import dhr_map, sequence_positions
 from vlmem_jax.processing import ImageConfig, Processor, Tokenizer, chat
 from vlmem_jax.processing.images import tile_grid, tile_image
 from vlmem_jax.types import IGNORED
+from vlmem_jax.vision import VisionConfig, normalise
+
+MEAN, STD = VisionConfig.pixel_mean, VisionConfig.pixel_std
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +68,8 @@ def test_pixels(folder):
         tiles = tile_image(image, grid, config.size)
         # other versions of Pillow may round another way
         np.testing.assert_allclose(tiles.astype(int), data[f"{name}/tiles_u8"], atol=1, err_msg=name)
-        normalised = (tiles / 255 - config.mean) / config.std
-        atol = 1.01 / 255 / min(config.std)
+        normalised = np.asarray(normalise(tiles, MEAN, STD, np.float32))
+        atol = 1.01 / 255 / min(STD)
         np.testing.assert_allclose(normalised.transpose(0, 3, 1, 2), data[f"{name}/pixel_values"], atol=atol)
 
 
@@ -171,5 +174,5 @@ def test_training_samples(processor, packed):
         assert plan == (len(expected["input_ids"]), tiles, (expected["labels"] != IGNORED).sum()), name
         if expected["kind"] == "text":
             blank = packed["batch/pixel_values"][np.flatnonzero(packed["batch/image_flags"] == 0)[0]]
-            normalised = (sample.pixels_ISSc[0] / 255 - processor.image.mean) / processor.image.std
+            normalised = np.asarray(normalise(sample.pixels_ISSc[0], MEAN, STD, np.float32))
             np.testing.assert_allclose(normalised.transpose(2, 0, 1), blank, atol=1e-5)

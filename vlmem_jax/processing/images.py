@@ -32,10 +32,6 @@ class ImageConfig:
     """Whether the tokens of all tiles share the positions of the thumbnail (RoPE-DHR)."""
     dhr_map: str = "code"
     """Which RoPE-DHR map: `code` (released weights) or `raster` (geometric, for training from scratch)."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of each colour, as a fraction of 255; used on the device."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of each colour, as a fraction of 255; used on the device."""
     max_pixels: int = 89_478_485
     """Largest image that is opened, pixels: a guard against decompression bombs."""
 
@@ -48,8 +44,6 @@ class ImageConfig:
             raise ValueError(f"dhr_map must be one of {positions.DHR_MAPS}, got {self.dhr_map!r}")
         if not 1 <= self.max_pixels <= PILLOW_PIXEL_LIMIT:
             raise ValueError(f"max_pixels must be 1 ... {PILLOW_PIXEL_LIMIT}, Pillow's limit; got {self.max_pixels}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
 
 
 def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:
