@@ -205,7 +205,6 @@ def test_paths_stay_below_the_root(tmp_path):
         ({"min_tiles": 7, "max_tiles": 6}, "min_tiles <= max_tiles"),
         ({"dhr_map": "spiral"}, "dhr_map must be one of"),
         ({"max_pixels": 10**9}, "max_pixels"),
-        ({"std": (0.2, 0.0, 0.2)}, "std"),
     ],
 )
 def test_bad_settings(values, message):
