@@ -1,0 +1,211 @@
+"""What holds for a model whatever its sizes: packing, gates, padding, depth, recomputation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vlmem_jax.config import ConfigError
+from vlmem_jax.memory import VisualTokens
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import PRESETS, resolve
+from vlmem_jax.nn.attention import causal_attention
+from vlmem_jax.nn.rope import rotation
+from vlmem_jax.types import Batch
+
+
+def with_open_gates(params, value=0.7):
+    """Fresh gates are 0, where a memory block does nothing."""
+    blocks = dict(params["memory"]["blocks"])
+    blocks |= {gate: jnp.full_like(blocks[gate], value) for gate in ("attn_gate", "mlp_gate")}
+    return params | {"memory": {"blocks": blocks}}
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return VLM(resolve({"preset": "tiny"}))
+
+
+@pytest.fixture(scope="module")
+def params(vlm):
+    return with_open_gates(jax.jit(vlm.init)(jax.random.key(1)))
+
+
+def row(vlm, samples, T, I, seed=0):
+    """A batch of one row holding `samples`, given as (text tokens, tiles); each starts with its tiles' placeholders."""
+    P, size = vlm.tokens_per_tile, vlm.config.vision.image_size
+    a = {
+        "tokens_BT": np.zeros(T, np.int32),
+        "positions_BT": np.zeros(T, np.int32),
+        "segments_BT": np.zeros(T, np.int32),
+        "slots_BT": np.full(T, -1, np.int32),
+        "pixels_BISSc": np.zeros((I, size, size, 3), np.uint8),
+        "memory_positions_BM": np.zeros(I * P, np.int32),
+        "memory_segments_BM": np.zeros(I * P, np.int32),
+    }
+    t = tile = 0
+    for number, (text, tiles, sample_seed) in enumerate(samples, 1):
+        rng, n = np.random.default_rng(sample_seed), tiles * P
+        span = slice(t, t + n + text)
+        a["tokens_BT"][span] = rng.integers(5, 100, n + text)
+        a["positions_BT"][span] = np.arange(n + text)
+        a["segments_BT"][span] = number
+        a["slots_BT"][t : t + n] = tile * P + np.arange(n)
+        a["pixels_BISSc"][tile : tile + tiles] = rng.integers(0, 256, (tiles, size, size, 3))
+        a["memory_positions_BM"][tile * P : tile * P + n] = np.arange(n)
+        a["memory_segments_BM"][tile * P : tile * P + n] = number
+        t, tile = t + n + text, tile + tiles
+    a |= {"targets_BT": np.zeros(T, np.int32), "weights_BT": np.zeros(T, np.float32)}
+    return Batch(**{key: jnp.asarray(value[None]) for key, value in a.items()})
+
+
+FIRST, TEXT, LAST = (7, 2, 11), (9, 0, 12), (5, 1, 13)
+
+
+def test_a_packed_sample_equals_that_sample_alone(vlm, params):
+    logits = jax.jit(vlm.logits)
+    together = logits(params, row(vlm, [FIRST, TEXT, LAST], 48, 4))[0]
+    start = 0
+    for text, tiles, seed in (FIRST, TEXT, LAST):
+        length = text + tiles * vlm.tokens_per_tile
+        alone = logits(params, row(vlm, [(text, tiles, seed)], 48, 4))[0]
+        np.testing.assert_allclose(together[start : start + length], alone[:length], atol=1e-5)
+        start += length
+
+
+def test_padding_tiles_and_tokens_change_nothing(vlm, params):
+    short = vlm.logits(params, row(vlm, [FIRST], 20, 2))
+    long = vlm.logits(params, row(vlm, [FIRST], 32, 5))
+    length = FIRST[0] + FIRST[1] * vlm.tokens_per_tile
+    np.testing.assert_allclose(short[0, :length], long[0, :length], atol=1e-5)
+
+
+def test_with_closed_gates_the_model_is_the_plain_one(vlm, params):
+    closed = with_open_gates(params, 0.0)
+    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    batch = row(vlm, [FIRST, LAST], 48, 4)
+    without = {name: part for name, part in params.items() if name != "memory"}
+    np.testing.assert_array_equal(vlm.logits(closed, batch), plain.logits(without, batch))
+    assert not np.allclose(vlm.logits(params, batch), plain.logits(without, batch), atol=1e-3)
+
+
+def test_a_plain_model_has_no_memory_parameters_and_no_metrics(vlm, params):
+    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    assert set(vlm.abstract()) - set(plain.abstract()) == {"memory"}
+    assert plain.metrics({name: part for name, part in params.items() if name != "memory"}) == {}
+    gates = vlm.metrics(params)
+    assert set(gates) == {"gate/attn/1", "gate/attn/3", "gate/mlp/1", "gate/mlp/3"}
+    np.testing.assert_allclose(list(gates.values()), np.tanh(0.7), rtol=1e-6)
+
+
+def test_a_sample_without_memory_skips_the_whole_block(vlm, params):
+    """Also its MLP: a text-only sample in a mixed row equals the plain model's answer to it."""
+    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    without = {name: part for name, part in params.items() if name != "memory"}
+    mixed = vlm.logits(params, row(vlm, [FIRST, TEXT], 48, 4))[0]
+    start = FIRST[0] + FIRST[1] * vlm.tokens_per_tile
+    alone = plain.logits(without, row(vlm, [TEXT], 48, 0))[0]
+    np.testing.assert_allclose(mixed[start : start + TEXT[0]], alone[: TEXT[0]], atol=1e-5)
+
+
+def test_memory_is_not_causal(vlm, params):
+    """A token before an image reads it through the memory, though not through self-attention."""
+    batch = row(vlm, [FIRST], 48, 4)
+    text_first = dataclasses.replace(batch, slots_BT=jnp.roll(batch.slots_BT, FIRST[0], axis=1))
+    dark = dataclasses.replace(text_first, pixels_BISSc=jnp.zeros_like(text_first.pixels_BISSc))
+    moved = np.abs(vlm.logits(params, text_first) - vlm.logits(params, dark))[0].max(axis=-1)
+    assert moved[: FIRST[0]].min() > 1e-4
+    closed = with_open_gates(params, 0.0)
+    still = np.abs(vlm.logits(closed, text_first) - vlm.logits(closed, dark))[0].max(axis=-1)
+    assert still[: FIRST[0]].max() == 0
+
+
+@pytest.mark.parametrize("layers, every", [(4, 1), (5, 2), (4, 4), (5, 4)])
+def test_scanned_groups_equal_a_plain_loop(layers, every):
+    config = resolve({"preset": "tiny", "decoder": {"layers": layers}, "comemo": {"every": every}})
+    vlm = VLM(config)
+    params = with_open_gates(jax.jit(vlm.init)(jax.random.key(2)))
+    batch = row(vlm, [FIRST, LAST], 48, 4)
+    modules = vlm._merge(params)
+    seen_by = modules.memory.attend(vlm_seen(vlm, modules, batch), batch.positions_BT, batch.segments_BT)
+    x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None))
+    tables = rotation(batch.positions_BT, vlm._frequencies(jnp.array([1]), 1))
+    graph, states = nnx.split(modules.decoder.layers)
+    for number in range(layers):
+        if (number + 1) % every == 0:
+            block = jax.tree.map(lambda leaf, n=number: leaf[n // every], seen_by.blocks)
+            x = seen_by.apply(block, None, x)
+        layer = nnx.merge(graph, jax.tree.map(lambda leaf, n=number: leaf[n], states))
+
+        def core(q, k, v):
+            return causal_attention(q, k, v, batch.segments_BT), None
+
+        x, _ = layer(x, tables, core)
+    wanted = modules.decoder.logits(modules.decoder.norm(x))
+    np.testing.assert_allclose(vlm.logits(params, batch), wanted, atol=1e-5)
+
+
+def vlm_seen(vlm, modules, batch):
+    features = vlm._encode(modules, batch.pixels_BISSc, None)
+    return VisualTokens(features, batch.memory_positions_BM, batch.memory_segments_BM)
+
+
+@pytest.mark.parametrize("policy", ["full", "dots"])
+def test_recomputation_changes_no_gradient(vlm, params, policy):
+    batch = row(vlm, [FIRST, LAST], 48, 4)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda params: (model.hidden(params, batch) ** 2).mean()))(params)
+
+    recomputed = VLM(dataclasses.replace(vlm.config, remat=policy))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradient(vlm), gradient(recomputed))
+
+
+def test_drop_path_depends_on_the_key_and_not_on_a_rate_of_zero(vlm, params):
+    pixels = row(vlm, [FIRST], 48, 4).pixels_BISSc
+    dropping = VLM(dataclasses.replace(vlm.config, vision=dataclasses.replace(vlm.config.vision, drop_path=0.5)))
+    first, second = (dropping.encode_images(params, pixels, jax.random.key(n)) for n in range(2))
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(dropping.encode_images(params, pixels), vlm.encode_images(params, pixels))
+    np.testing.assert_array_equal(
+        vlm.encode_images(params, pixels, jax.random.key(0)), vlm.encode_images(params, pixels)
+    )
+
+
+def test_half_precision_stays_near_full_precision(vlm, params):
+    batch = row(vlm, [FIRST, LAST], 48, 4)
+    half = VLM(dataclasses.replace(vlm.config, compute_dtype="bfloat16"))
+    assert half.hidden(params, batch).dtype == jnp.bfloat16 and half.logits(params, batch).dtype == jnp.float32
+    np.testing.assert_allclose(half.logits(params, batch), vlm.logits(params, batch), atol=0.15)
+
+
+def test_published_sizes():
+    def count(name, part):
+        return sum(leaf.size for leaf in jax.tree.leaves(VLM(resolve({"preset": name})).abstract()[part]))
+
+    for name in PRESETS:
+        VLM(resolve({"preset": name})).axes()
+    assert count("comemo_2b", "decoder") == 1_889_146_880  # InternLM2-1.8B with 9 more tokens
+    assert count("comemo_2b", "vision") == 304_012_288  # InternViT-300M
+    assert count("comemo_9b", "decoder") == 7_737_782_272
+
+
+def test_bad_models_name_the_key():
+    for config, message in (
+        ({"preset": "comemo_3b"}, "config.model.preset must be one of comemo_2b"),
+        ({"preset": "tiny", "memory": "comemoo"}, "memory must be one of none, comemo"),
+        (
+            {"preset": "tiny", "decoder": {"kv_heads": 3}},
+            "config.model.decoder.*heads must be a multiple of kv_heads 3",
+        ),
+        ({"preset": "tiny", "decoder": {"layer": 3}}, "layers"),
+        ({"preset": "tiny", "vision": {"image_size": 30}}, "image_size must be a multiple of patch_size 7"),
+        ({"preset": "tiny", "remat": "some"}, "remat must be one of none, full, dots"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve(config)
+    with pytest.raises(ValueError, match="comemo.every must be at most decoder.layers 4, got 9"):
+        VLM(resolve({"preset": "tiny", "comemo": {"every": 9}})).abstract()

@@ -1,0 +1,33 @@
+import jax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from vlmem_jax import sharding
+from vlmem_jax.sharding import MeshConfig, make_mesh
+
+
+def test_one_axis_takes_the_rest():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": len(jax.devices()) // 4, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_sizes_that_do_not_fit_name_the_keys():
+    with pytest.raises(ValueError, match="all 8 devices, but mesh.data=3, mesh.fsdp=-1, .* mesh.tensor=1"):
+        make_mesh(MeshConfig(data=3))
+    with pytest.raises(ValueError, match="at most one of them -1"):
+        MeshConfig(data=-1, fsdp=-1)
+    with pytest.raises(ValueError, match="mesh.context must be 1"):
+        MeshConfig(context=2)
+
+
+def test_stacked_parameters_keep_their_layer_axis_whole():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    stacked = sharding.param_sharding(mesh, ("embed", "heads", "head_dim"), ndim=4)
+    assert stacked.spec == PartitionSpec(None, "fsdp", "tensor", None)
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert sharding.platform() == jax.default_backend()
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert sharding.platform() == "cpu"
