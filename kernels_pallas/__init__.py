@@ -1,0 +1,6 @@
+"""Attention kernels for TPU and GPU; needs jax alone."""
+
+from kernels_pallas.memory_attention.api import choose, memory_attention
+from kernels_pallas.rotary import Tables, rotary_tables, tables_of_angles
+
+__all__ = ["Tables", "choose", "memory_attention", "rotary_tables", "tables_of_angles"]

@@ -1,0 +1,58 @@
+"""Block sizes of the TPU kernels, by direction, number of memory slots and chip.
+
+Each row of the tables was found by `python -m benchmarks.tpu_static --search`, which compiles every candidate for the
+chip and keeps the one with the fewest cycles (matmuls held for their full time).
+"""
+
+import dataclasses
+
+LANES = 128
+VMEM_LIMIT = {"v5e": 110 * 2**20, "v5p": 88 * 2**20, "v6e": 110 * 2**20}
+MAX_SLOTS = 12288
+"""Slots that one call keeps in VMEM; more are attended in parts that are merged by their log-sum-exp."""
+MAX_QUERIES = 32768
+"""Queries times query heads a kv head whose dq one backward call gathers in VMEM; more go in parts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Rows of q a grid step, rows whose scores are in flight together, and slots a matmul."""
+
+    q: int = 1024
+    rows: int = 512
+    slots: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """Rows of q and slots a grid step, and rows of q a matmul."""
+
+    q: int = 2048
+    slots: int = 1024
+    rows: int = 512
+
+
+def up(count: int, unit: int) -> int:
+    """count, rounded up to a multiple of unit."""
+    return -(-count // unit) * unit
+
+
+def forward(num_queries: int, num_slots: int, chip: str = "v5e") -> Forward:
+    """Blocks for T queries and M slots; queries are padded to whole blocks, slots to 128."""
+    if num_queries <= 16:
+        return Forward(16, 16, 512)
+    if num_queries <= 512:
+        rows = up(num_queries, LANES)
+        return Forward(rows, rows, 512)
+    rows = min(512, up(-(-num_queries // 2), LANES))
+    return Forward(2 * rows, rows, 512)
+
+
+def backward(num_queries: int, num_slots: int, chip: str = "v5e") -> Backward:
+    """Blocks for T queries and M slots; both are padded to whole blocks."""
+    rows = min(512, up(num_queries, LANES))
+    q = min(2048, up(num_queries, rows))
+    if num_slots <= 1024:
+        return Backward(q, up(num_slots, LANES), rows)
+    slots = min(range(640, 1793, LANES), key=lambda size: (up(num_slots, size), abs(size - 1024)))
+    return Backward(q, slots, rows)

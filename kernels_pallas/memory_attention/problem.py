@@ -1,0 +1,75 @@
+"""What crosses from the API to a backend."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import rotary
+
+Positions = jax.Array | rotary.Tables | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Static side of one call."""
+
+    theta: float = 1e6
+    chip: str = "v5e"
+    """TPU whose block sizes to use."""
+    interpret: bool = False
+
+    @property
+    def cores(self) -> int:
+        """TensorCores of a chip that share a kernel's heads."""
+        return 2 if self.chip == "v5p" else 1
+
+
+class Inputs(NamedTuple):
+    """Arrays of one call. q [B, T, H, C], k, v [B, M, K, C]; segments [B, .], 0 or less attends to nothing; limit
+    [B, T]: slots from there on are out of reach. k_pos is None where k is turned already."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q_pos: Positions = None
+    k_pos: Positions = None
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+    limit: jax.Array | None = None
+
+    def slots(self, start: int, stop: int) -> "Inputs":
+        """The part of the memory in [start, stop)."""
+        if start == 0 and stop >= self.k.shape[1]:
+            return self
+        k, v, k_pos, k_segments = jax.tree.map(
+            lambda x: x[:, start:stop], (self.k, self.v, self.k_pos, self.k_segments)
+        )
+        limit = None if self.limit is None else jnp.clip(self.limit - start, 0, k.shape[1])
+        return self._replace(k=k, v=v, k_pos=k_pos, k_segments=k_segments, limit=limit)
+
+    def queries(self, start: int, stop: int) -> "Inputs":
+        """The part of the queries in [start, stop)."""
+        if start == 0 and stop >= self.q.shape[1]:
+            return self
+        q, q_pos, q_segments, limit = jax.tree.map(
+            lambda x: x[:, start:stop], (self.q, self.q_pos, self.q_segments, self.limit)
+        )
+        return self._replace(q=q, q_pos=q_pos, q_segments=q_segments, limit=limit)
+
+    def allowed(self) -> jax.Array | None:
+        """bool [B, T, M], or None when each query reaches each slot. For reductions and for plain JAX."""
+        allowed = None
+        if self.k_segments is not None:
+            k_segments = self.k_segments[:, None]
+            allowed = (self.q_segments[:, :, None] == k_segments) & (k_segments > 0)
+        if self.limit is not None:
+            near = jnp.arange(self.k.shape[1]) < self.limit[:, :, None]
+            allowed = near if allowed is None else allowed & near
+        return allowed
+
+    def has_memory(self) -> jax.Array | None:
+        """bool [B, T]; XLA fuses the comparison into the reduction, so that no [T, M] array is stored."""
+        allowed = self.allowed()
+        return None if allowed is None else allowed.any(axis=-1)

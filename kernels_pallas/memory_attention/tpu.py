@@ -1,0 +1,222 @@
+"""TPU backend: pads to whole blocks, splits what VMEM cannot hold, and calls the kernels."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import rotary
+from kernels_pallas.memory_attention import blocks as block_sizes
+from kernels_pallas.memory_attention import tpu_backward, tpu_forward
+from kernels_pallas.memory_attention.blocks import LANES, up
+from kernels_pallas.memory_attention.problem import Inputs, Problem
+from kernels_pallas.memory_attention.tpu_forward import NEVER, Spec
+
+_LN2 = math.log(2)
+
+
+def unsupported(problem: Problem, inputs: Inputs) -> str | None:
+    """Why this backend cannot serve, or None."""
+    width = inputs.q.shape[-1]
+    if width > LANES or width % 2:
+        return f"head dim must be even and at most {LANES}, got {width}"
+    if inputs.q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q must be bfloat16 or float32, got {inputs.q.dtype}"
+    return None
+
+
+def forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, C] and lse [B, H, T] (natural; -inf without memory)."""
+    num_slots = inputs.k.shape[1]
+    parts = [_forward(problem, inputs.slots(start, start + block_sizes.MAX_SLOTS))
+             for start in range(0, num_slots, block_sizes.MAX_SLOTS)]  # fmt: skip
+    o, lse = parts[0]
+    for other, other_lse in parts[1:]:
+        o, lse = merge(o, lse, other, other_lse)
+    return o, lse
+
+
+def merge(o: jax.Array, lse: jax.Array, other: jax.Array, other_lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One softmax out of two over different keys: outputs [B, T, H, C] and log-sum-exps [B, H, T]."""
+    both = jnp.logaddexp(lse, other_lse)
+    finite = jnp.where(jnp.isfinite(both), both, 0.0)
+    first, second = (jnp.exp(x - finite).swapaxes(1, 2)[..., None] for x in (lse, other_lse))
+    return (o * first + other * second).astype(o.dtype), both
+
+
+def backward(
+    problem: Problem, inputs: Inputs, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk, dv in the shapes and types of q, k, v."""
+    delta = jnp.einsum("bthc,bthc->bht", o.astype(jnp.float32), do.astype(jnp.float32))
+    if dlse is not None:
+        delta -= dlse
+    log2 = jnp.where(jnp.isfinite(lse), lse / _LN2, -NEVER)
+    num_queries, num_slots = inputs.q.shape[1], inputs.k.shape[1]
+    group = inputs.q.shape[2] // inputs.k.shape[2]
+    q_step = max(512, block_sizes.MAX_QUERIES // group // 2048 * 2048)
+    dq, dk, dv = [], [], []
+    for m in range(0, num_slots, block_sizes.MAX_SLOTS):
+        columns = []
+        for t in range(0, num_queries, q_step):
+            rows = slice(t, t + q_step)
+            some = inputs.slots(m, m + block_sizes.MAX_SLOTS).queries(t, t + q_step)
+            columns.append(_backward(problem, some, log2[..., rows], delta[..., rows], do[:, rows]))
+        dq.append(jnp.concatenate([c[0] for c in columns], axis=1))
+        dk.append(_total([c[1] for c in columns]))
+        dv.append(_total([c[2] for c in columns]))
+    return _total(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
+
+
+def _total(parts: list[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else sum(p.astype(jnp.float32) for p in parts).astype(parts[0].dtype)
+
+
+def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    (batch, num_queries, heads, width), (kv_heads, num_slots) = inputs.q.shape, (inputs.k.shape[2], inputs.k.shape[1])
+    group = heads // kv_heads
+    folded = group > 1 and num_queries * group <= 16 and isinstance(inputs.q_pos, rotary.Tables | None)
+    if folded:  # decoding: the heads that share a kv head are rows of one matmul
+        return _unfold(*_forward(problem, _fold(inputs, group)), group)
+    blocks = block_sizes.forward(num_queries, num_slots, problem.chip)
+    spec, arrays = _prepare(problem, inputs, up(num_queries, blocks.q), up(num_slots, LANES))
+    if spec.masked:
+        arrays["active"] = _chunk_range(arrays, blocks.q, tpu_forward.chunk_width(up(num_slots, LANES), blocks))
+    o, lse = tpu_forward.forward(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
+    lse = lse[:, :, 0, :num_queries]
+    return _unpad(o, num_queries, width), jnp.where(lse == -NEVER, -jnp.inf, lse * _LN2)
+
+
+def _backward(problem, inputs, log2, delta, do):
+    (_, num_queries, heads, width), num_slots = inputs.q.shape, inputs.k.shape[1]
+    blocks = block_sizes.backward(num_queries, num_slots, problem.chip)
+    padded_queries, padded_slots = up(num_queries, blocks.q), up(num_slots, blocks.slots)
+    spec, arrays = _prepare(problem, inputs, padded_queries, padded_slots)
+    more = padded_queries - num_queries
+    arrays["do"] = _pad(do, padded_queries)
+    arrays["lse"], arrays["delta"] = (jnp.pad(x, ((0, 0), (0, 0), (0, more)))[:, :, None] for x in (log2, delta))
+    if spec.masked:
+        reach = _reach(arrays, blocks.rows, blocks.slots)
+        arrays["active"] = reach.swapaxes(1, 2).astype(jnp.int32)
+    dq, dk, dv = tpu_backward.backward(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
+    return _unpad(dq, num_queries, width), _unpad(dk, num_slots, width), _unpad(dv, num_slots, width)
+
+
+def _fold(inputs: Inputs, group: int) -> Inputs:
+    batch, num_queries, heads, width = inputs.q.shape
+    q = inputs.q.reshape(batch, num_queries, heads // group, group, width).swapaxes(2, 3)
+    repeat = lambda x: None if x is None else jnp.repeat(x, group, axis=1)  # noqa: E731 - a name for a tree map
+    return inputs._replace(
+        q=q.reshape(batch, num_queries * group, heads // group, width),
+        q_pos=jax.tree.map(repeat, inputs.q_pos),
+        q_segments=repeat(inputs.q_segments),
+        limit=repeat(inputs.limit),
+    )
+
+
+def _unfold(o: jax.Array, lse: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    batch, rows, kv_heads, width = o.shape
+    o = o.reshape(batch, rows // group, group, kv_heads, width).swapaxes(2, 3)
+    lse = lse.reshape(batch, kv_heads, rows // group, group).swapaxes(2, 3)
+    return o.reshape(batch, rows // group, kv_heads * group, width), lse.reshape(batch, kv_heads * group, -1)
+
+
+def _halves(x: jax.Array) -> jax.Array:
+    """Lanes to 128, each half padded by itself so that pairs stay 64 lanes apart."""
+    width = x.shape[-1]
+    if width == LANES:
+        return x
+    x = x.reshape(*x.shape[:-1], 2, width // 2)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, (LANES - width) // 2)])
+    return x.reshape(*x.shape[:-2], LANES)
+
+
+def _pad(x: jax.Array, rows: int) -> jax.Array:
+    """[B, N, H, C] to [B, rows, H*128]."""
+    x = _halves(x)
+    x = x.reshape(*x.shape[:2], -1)
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))
+
+
+def _unpad(x: jax.Array, rows: int, width: int) -> jax.Array:
+    x = x[:, :rows].reshape(x.shape[0], rows, -1, LANES)
+    if width == LANES:
+        return x
+    x = x.reshape(*x.shape[:-1], 2, LANES // 2)[..., : width // 2]
+    return x.reshape(*x.shape[:-2], width)
+
+
+def _row(x: jax.Array, count: int, fill: int) -> jax.Array:
+    return jnp.pad(x.astype(jnp.int32), ((0, 0), (0, count - x.shape[1])), constant_values=fill)[:, None]
+
+
+def _prepare(problem: Problem, inputs: Inputs, num_queries: int, num_slots: int) -> tuple[Spec, dict[str, jax.Array]]:
+    """The kernel's arrays, padded, with rows that have no memory marked by segment -1 or limit 0."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    width = q.shape[-1]
+    arrays = {"q": _pad(q, num_queries), "k": _pad(k, num_slots), "v": _pad(v, num_slots)}
+    limit = inputs.limit
+    if inputs.k_segments is None and limit is None and num_slots > k.shape[1]:
+        limit = jnp.full(q.shape[:2], k.shape[1], jnp.int32)
+    some = inputs.has_memory()
+    if inputs.k_segments is not None:
+        arrays["q_segments"] = _row(jnp.where(some, inputs.q_segments, -1), num_queries, -1)
+        arrays["k_segments"] = _row(jnp.where(inputs.k_segments > 0, inputs.k_segments, -2), num_slots, -2)
+    if limit is not None:
+        limit = limit if some is None else jnp.where(some, limit, 0)
+        arrays["q_limit"] = _row(limit, num_queries, 0)
+    rotation = "none"
+    if inputs.q_pos is not None:
+        rotation = "tables" if isinstance(inputs.q_pos, rotary.Tables) else "positions"
+        for side, pos, rows in (("q", inputs.q_pos, num_queries), ("k", inputs.k_pos, num_slots)):
+            if pos is None:
+                continue
+            if rotation == "tables":
+                tables = [jnp.pad(_halves(t), ((0, 0), (0, rows - t.shape[1]), (0, 0))) for t in pos]
+                arrays[f"{side}_cos"], arrays[f"{side}_sin"] = tables
+            else:
+                arrays[f"{side}_pos"] = _row(pos, rows, 0)
+        if rotation == "positions":
+            arrays["angles"] = jnp.asarray(rotary.angle_row(width, LANES, problem.theta))
+    spec = Spec(
+        head_dim=width,
+        theta=problem.theta,
+        rotation=rotation,
+        k_rotated=inputs.k_pos is None,
+        segments="q_segments" in arrays,
+        limit="q_limit" in arrays,
+        chip=problem.chip,
+        interpret=problem.interpret,
+    )
+    return spec, arrays
+
+
+def _reach(arrays: dict[str, jax.Array], rows: int, width: int) -> jax.Array:
+    """bool [B, T/rows, M/width]: blocks in which some query may attend to some slot; never wrongly False."""
+    num_slots = arrays["k"].shape[1]
+    starts = jnp.arange(0, num_slots, width)
+    reach = jnp.ones((1, 1, len(starts)), bool)
+    big = jnp.iinfo(jnp.int32).max
+    if "q_segments" in arrays:
+        q_segments, k_segments = arrays["q_segments"][:, 0], arrays["k_segments"][:, 0]
+        low, high = [], []
+        for segments, size in ((q_segments, rows), (k_segments, width)):
+            parts = segments.reshape(segments.shape[0], -1, size)
+            low.append(jnp.where(parts > 0, parts, big).min(axis=-1))
+            high.append(jnp.where(parts > 0, parts, -1).max(axis=-1))
+        reach = (high[0][:, :, None] >= low[1][:, None]) & (low[0][:, :, None] <= high[1][:, None])
+    if "q_limit" in arrays:
+        limit = arrays["q_limit"][:, 0]
+        furthest = limit.reshape(limit.shape[0], -1, rows).max(axis=-1)
+        reach = reach & (starts < furthest[:, :, None])
+    return reach
+
+
+def _chunk_range(arrays: dict[str, jax.Array], rows: int, width: int) -> jax.Array:
+    """int32 [B, T/rows, 2]: first chunk that a block of queries reaches, and the one after its last."""
+    reach = _reach(arrays, rows, width)
+    count = reach.shape[-1]
+    first = jnp.argmax(reach, axis=-1)
+    last = count - jnp.argmax(reach[..., ::-1], axis=-1)
+    some = reach.any(axis=-1)
+    return jnp.stack([jnp.where(some, first, 0), jnp.where(some, last, 0)], axis=-1).astype(jnp.int32)

@@ -1,0 +1,315 @@
+"""Forward kernel for TPUs: one grid step attends a block of queries of one head to all memory slots, held in VMEM.
+
+The softmax is anchored: each row is shifted by its maximum over the first slots alone, so that nothing is rescaled on
+the way. That is exact in floating point as long as the sum stays within 2^+-80; when a row's does not, the block is
+computed again with a running maximum. The same loop serves blocks whose segments reach only a part of the slots.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import rotary
+from kernels_pallas.memory_attention import blocks as block_sizes
+from kernels_pallas.memory_attention.blocks import LANES
+
+LOG2_E = math.log2(math.e)
+NEVER = -1e30
+_SAFE = 2.0**80
+_NT = (((1,), (1,)), ((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What one compiled kernel does; C is 128 by now, T and M are whole blocks."""
+
+    head_dim: int
+    """Before padding; sets the scale and the angles."""
+    theta: float
+    rotation: str
+    """"tables", "positions" (tables made in the kernel) or "none"."""
+    k_rotated: bool = False
+    segments: bool = False
+    limit: bool = False
+    save_lse: bool = True
+    chip: str = "v5e"
+    interpret: bool = False
+
+    @property
+    def masked(self) -> bool:
+        return self.segments or self.limit
+
+    @property
+    def scale(self) -> float:
+        """Scores come out in powers of two."""
+        return self.head_dim**-0.5 * LOG2_E
+
+
+def column(row: jax.Array) -> jax.Array:
+    """[1, N] along the lanes to [N, 128], alike in each lane."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def precision(dtype) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def mask(
+    spec: Spec, q_columns: dict[str, jax.Array], k_segments: jax.Array | None, first_slot, width: int
+) -> jax.Array:
+    """bool [N, width]: who may attend to slots first_slot.. ; q_columns are [N, 128]."""
+    rows = next(iter(q_columns.values())).shape[0]
+    allowed = []
+    for start in range(0, width, LANES):
+        here = None
+        if spec.segments:
+            here = q_columns["segments"] == k_segments[:, start : start + LANES]
+        if spec.limit:
+            slot = first_slot + start + jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+            before = slot < q_columns["limit"]
+            here = before if here is None else here & before
+        allowed.append(here)
+    return jnp.concatenate(allowed, axis=1)
+
+
+def lane_sums(p: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
+
+
+def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ...], num_slots: int):
+    ref = dict(zip(names, refs, strict=True))
+    q_ref, v_ref = ref["q"], ref["v"]
+    dtype = q_ref.dtype
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(dtype))
+    batch, step = pl.program_id(0), pl.program_id(4)
+    first_of_head = (pl.program_id(3) == 0) & (step == 0)
+    q_rows = q_ref.shape[0]
+
+    if spec.rotation == "positions":
+
+        @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+        def _():
+            at = pl.multiple_of(step * q_rows, LANES)
+            for r in range(0, q_rows, blocks.rows):
+                here = pl.ds(at + r, blocks.rows)
+                tables = rotary.tables_in_kernel(column(ref["q_pos"][:, pl.ds(r, blocks.rows)]), ref["angles"][...])
+                ref["q_cos"][here], ref["q_sin"][here] = tables
+
+    if not spec.k_rotated:
+        k_ref = ref["k_turned"]
+        step_rows = math.gcd(num_slots, 1024)
+
+        if spec.rotation == "positions":
+
+            @pl.when(first_of_head & (pl.program_id(2) == 0))
+            def _():
+                for r in range(0, num_slots, step_rows):
+                    here = pl.ds(r, step_rows)
+                    tables = rotary.tables_in_kernel(column(ref["k_pos"][:, here]), ref["angles"][...])
+                    ref["k_cos"][here], ref["k_sin"][here] = tables
+
+        @pl.when(first_of_head)
+        def _():
+            for r in range(0, num_slots, step_rows):
+                here = pl.ds(r, step_rows)
+                k_ref[here] = rotary.turned(ref["k"][here], ref["k_cos"][here], ref["k_sin"][here]).astype(dtype)
+    else:
+        k_ref = ref["k"]
+
+    def queries(here):
+        if spec.rotation == "none":
+            q = q_ref[here].astype(jnp.float32)
+        else:
+            at = here if spec.rotation == "tables" else pl.ds(step * q_rows + here.start, here.size)
+            q = rotary.turned(q_ref[here], ref["q_cos"][at], ref["q_sin"][at])
+        return (q * spec.scale).astype(dtype)
+
+    def columns(here):
+        return {kind: column(ref[f"q_{kind}"][:, here]) for kind in ("segments", "limit") if f"q_{kind}" in ref}
+
+    def has_memory(columns):
+        some = True
+        if spec.segments:
+            some = columns["segments"][:, :1] >= 0
+        if spec.limit:
+            some = some & (columns["limit"][:, :1] > 0)
+        return some
+
+    def write(here, o, l, m, columns):
+        inverse = 1 / l
+        log = m + jnp.log2(l)
+        if spec.masked:
+            inverse = jnp.where(has_memory(columns), inverse, 0.0)
+            log = jnp.where(has_memory(columns), log, -NEVER)
+        ref["o"][here] = (o * inverse).astype(ref["o"].dtype)
+        if spec.save_lse:
+            ref["lse"][:, here] = jnp.broadcast_to(log, (o.shape[0], LANES)).T[:1]
+
+    def anchored():
+        worst = jnp.ones((1, 1), jnp.float32)
+        for r in range(0, q_rows, blocks.rows):
+            here = pl.ds(r, blocks.rows)
+            q, cols = queries(here), columns(here)
+            o = jnp.zeros((blocks.rows, LANES), jnp.float32)
+            l = jnp.zeros((blocks.rows, LANES), jnp.float32)
+            for c in range(0, num_slots, blocks.slots):
+                width = min(blocks.slots, num_slots - c)
+                slots = pl.ds(c, width)
+                s = dot(q, k_ref[slots], _NT)
+                if c == 0:
+                    m = jnp.max(s, axis=1, keepdims=True)
+                s = s - m
+                if spec.masked:
+                    k_segments = ref["k_segments"][:, slots] if spec.segments else None
+                    s = jnp.where(mask(spec, cols, k_segments, c, width), s, NEVER)
+                p = jnp.exp2(s)
+                l += lane_sums(p)
+                o += dot(p.astype(dtype), v_ref[slots], (((1,), (0,)), ((), ())))
+            l = jnp.sum(l, axis=1, keepdims=True)
+            write(here, o, l, m, cols)
+            strain = jnp.maximum(l, 1 / l)
+            if spec.masked:
+                strain = jnp.where(has_memory(cols), strain, 1.0)
+            worst = jnp.maximum(worst, jnp.max(strain, axis=0, keepdims=True))
+        return worst[0, 0]
+
+    def running(low, high):
+        """Slots of chunks low to high, with a running maximum."""
+        width = chunk_width(num_slots, blocks)
+
+        def rows(r, _):
+            here = pl.ds(pl.multiple_of(r * blocks.rows, LANES), blocks.rows)
+            q, cols = queries(here), columns(here)
+
+            def chunk(i, carry):
+                m, l, o = carry
+                slots = pl.ds(pl.multiple_of(i * width, LANES), width)
+                s = dot(q, k_ref[slots], _NT)
+                if spec.masked:
+                    k_segments = ref["k_segments"][:, slots] if spec.segments else None
+                    s = jnp.where(mask(spec, cols, k_segments, i * width, width), s, NEVER)
+                top = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
+                fade, p = jnp.exp2(m - top), jnp.exp2(s - top)
+                o = o * fade + dot(p.astype(dtype), v_ref[slots], (((1,), (0,)), ((), ())))
+                return top, l * fade + lane_sums(p), o
+
+            ones = jnp.ones((blocks.rows, 1), jnp.float32)
+            zeros = jnp.zeros((blocks.rows, LANES), jnp.float32)
+            m, l, o = jax.lax.fori_loop(low, high, chunk, (ones * NEVER, zeros, zeros))
+            l = jnp.sum(l, axis=1, keepdims=True)
+            l = jnp.where(m > NEVER / 2, l, 1.0)  # rows without memory
+            write(here, o, l, m, cols)
+            return 0
+
+        jax.lax.fori_loop(0, q_rows // blocks.rows, rows, 0)
+
+    count = num_slots // chunk_width(num_slots, blocks)
+    ref["again"][0] = 0
+    if spec.masked:
+        low, high = ref["active"][batch, step, 0], ref["active"][batch, step, 1]
+        few = (high - low) * 4 < count * 3  # then the loop is the shorter way
+    else:
+        low, high, few = 0, count, False
+
+    def whole():
+        ref["again"][0] = jnp.where(anchored() < _SAFE, 0, 1)
+
+    if spec.masked:
+        pl.when(jnp.logical_not(few))(whole)
+    else:
+        whole()
+    pl.when((ref["again"][0] == 1) | few)(lambda: running(low, high))
+
+
+def chunk_width(num_slots: int, blocks: block_sizes.Forward) -> int:
+    """Slots of one chunk of `active`."""
+    return math.gcd(num_slots, blocks.slots)
+
+
+def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks: block_sizes.Forward, cores: int = 1):
+    """o [B, T, H*128] and lse [B, H, 1, T] (log2; +1e30 without memory) or None.
+
+    arrays: q [B, T, H*128], k, v [B, M, K*128]; q_cos.. k_sin [B, ., 128] | q_pos, k_pos [B, 1, .] and angles [1, 128];
+    q_segments, k_segments, q_limit [B, 1, .]; active [B, T/q, 2]: chunks that a block of queries reaches.
+    """
+    q, k = arrays["q"], arrays["k"]
+    (batch, num_queries, _), num_slots = q.shape, k.shape[1]
+    kv_heads = k.shape[2] // LANES
+    group = num_heads // kv_heads
+    cores = cores if kv_heads % cores == 0 else 1
+    per_core = kv_heads // cores
+
+    def kv_head(core, j):
+        return core * per_core + j
+
+    def rows(array, lanes=LANES, by_head=False):
+        def index(b, core, j, g, i, *_):
+            return b, i, (kv_head(core, j) * group + g if by_head else 0)
+
+        return pl.BlockSpec((None, blocks.q, lanes), index)
+
+    def slots(by_head):
+        return pl.BlockSpec(
+            (None, num_slots, LANES), lambda b, core, j, g, i, *_: (b, 0, kv_head(core, j) if by_head else 0)
+        )
+
+    q_row = pl.BlockSpec((None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, 0, i))
+    k_row = pl.BlockSpec((None, 1, num_slots), lambda b, core, j, g, i, *_: (b, 0, 0))
+    layout = {
+        "q": rows(q, by_head=True),
+        "k": slots(True),
+        "v": slots(True),
+        "q_cos": rows(q),
+        "q_sin": rows(q),
+        "k_cos": slots(False),
+        "k_sin": slots(False),
+        "q_pos": q_row,
+        "k_pos": k_row,
+        "angles": pl.BlockSpec((1, LANES), lambda *_: (0, 0)),
+        "q_segments": q_row,
+        "q_limit": q_row,
+        "k_segments": k_row,
+    }
+    inputs = [name for name in layout if name in arrays]
+    outputs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+    out_specs = [rows(q, by_head=True)]
+    if spec.save_lse:
+        outputs["lse"] = jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32)
+        out_specs.append(
+            pl.BlockSpec(
+                (None, None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, i)
+            )
+        )
+    scratch = {"again": pltpu.SMEM((1,), jnp.int32)}
+    if not spec.k_rotated:
+        scratch["k_turned"] = pltpu.VMEM((num_slots, LANES), k.dtype)
+    if spec.rotation == "positions":
+        for name, count in (("q", num_queries), ("k", num_slots)):
+            if name == "q" or not spec.k_rotated:
+                scratch[f"{name}_cos"] = pltpu.VMEM((count, LANES), jnp.float32)
+                scratch[f"{name}_sin"] = pltpu.VMEM((count, LANES), jnp.float32)
+    scalars = ["active"] if spec.masked else []
+    names = (*scalars, *inputs, *outputs, *scratch)
+    results = pl.pallas_call(
+        functools.partial(_kernel, spec=spec, blocks=blocks, names=names, num_slots=num_slots),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, cores, per_core, group, num_queries // blocks.q),
+            in_specs=[layout[name] for name in inputs],
+            out_specs=out_specs,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=list(outputs.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=block_sizes.VMEM_LIMIT[spec.chip],
+        ),
+        interpret=spec.interpret,
+        name="memory_attention_forward",
+    )(*(arrays[name] for name in (*scalars, *inputs)))
+    return results[0], results[1] if spec.save_lse else None
