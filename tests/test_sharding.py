@@ -31,3 +31,14 @@ def test_the_platform_is_that_of_the_mesh():
     assert sharding.platform() == jax.default_backend()
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert sharding.platform() == "cpu"
+
+
+def test_what_cannot_be_split_evenly_stays_whole():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    shapes = {"head": jax.ShapeDtypeStruct((8, 93), "float32"), "stacked": jax.ShapeDtypeStruct((3, 8, 4), "float32")}
+    places = sharding.param_shardings(mesh, shapes, {"head": ("embed", "vocab"), "stacked": ("embed", "heads")})
+    assert places["head"].spec == PartitionSpec("fsdp", None)
+    assert places["stacked"].spec == PartitionSpec(None, "fsdp", "tensor")
+    with jax.set_mesh(mesh):
+        rows = jax.jit(lambda x: sharding.constrain(x, "batch", None))(jax.numpy.ones((3, 5)))
+    assert rows.sharding.is_fully_replicated

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -73,8 +73,24 @@ def param_sharding(mesh: Mesh, axes: tuple[str, ...], ndim: int) -> NamedShardin
 
 
 def param_shardings(mesh: Mesh, abstract, axes):
-    """`param_sharding` for a tree of shapes and the matching tree of axis names."""
-    return jax.tree.map(lambda x, names: param_sharding(mesh, names, x.ndim), abstract, axes)
+    """`param_sharding` for a tree of shapes and the matching tree of axis names.
+
+    An axis that the mesh cannot split evenly stays whole, such as a vocabulary of odd size.
+    """
+
+    def place(x, names: tuple[str, ...]) -> NamedSharding:
+        return NamedSharding(mesh, _even(param_sharding(mesh, names, x.ndim).spec, x.shape, mesh))
+
+    return jax.tree.map(place, abstract, axes)
+
+
+def _even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec` without the axes of `shape` that the mesh cannot split evenly."""
+
+    def parts(names: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+    return PartitionSpec(*(None if size % parts(names) else names for size, names in zip(shape, spec, strict=False)))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
@@ -88,8 +104,12 @@ def platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into; their number must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation whose axes mean `axes` to the ambient mesh (`jax.set_mesh`); without one, does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _even(spec(*axes), x.shape, mesh))

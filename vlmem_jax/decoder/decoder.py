@@ -100,7 +100,9 @@ class Decoder(nnx.Module):
 
     def embeddings(self, tokens_BT: Int32[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Rows of the token table."""
-        return constrain(self.embed[...].astype(dtype)[tokens_BT], "batch", "tokens", None)
+        # whole rows: where they are split, the lookup would gather its result, the activations
+        table_VD = constrain(self.embed[...].astype(dtype), "vocab", None)
+        return constrain(table_VD[tokens_BT], "batch", "tokens", None)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every token, in fp32."""

@@ -78,11 +78,17 @@ class VisionAttention(nnx.Module):
         self.k_norm = RMSNorm(width, config.norm_eps, rngs=rngs) if config.qk_norm else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        q, k, v = jnp.moveaxis(self.qkv(x_BTD), 2, 0)
+        # three products: the result of a single one, [3, heads, head_dim], could not stay split over the heads
+        q, k, v = (self._project(x_BTD, n) for n in range(3))
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(x_BTD.shape)).reshape(q.shape)
             k = self.k_norm(k.reshape(x_BTD.shape)).reshape(k.shape)
         return self.proj(attend(q, k, v, allowed_BTS=None))
+
+    def _project(self, x_BTD: Float[Array, "B T D"], n: int) -> Float[Array, "B T H C"]:
+        kernel_DHC, bias_HC = (leaf[...].astype(x_BTD.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
+        y = x_BTD @ kernel_DHC.reshape(len(kernel_DHC), -1)
+        return y.reshape(*x_BTD.shape[:2], *bias_HC.shape) + bias_HC
 
 
 class VisionLayer(nnx.Module):
