@@ -6,11 +6,11 @@ from scipy.special import log_softmax
 
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
-from vlmem_jax.processing import ImageConfig
 from vlmem_jax.types import IGNORED, Sample
+from vlmem_jax.vision import VisionConfig
 
 PADDING_TOKENS, PADDING_TILES = 5, 2
-MEAN, STD = np.array(ImageConfig.mean), np.array(ImageConfig.std)
+MEAN, STD = np.array(VisionConfig.mean), np.array(VisionConfig.std)
 
 
 @pytest.fixture(scope="module")
