@@ -48,7 +48,7 @@ class StageConfig:
     learning_rate: float
     """After warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: as it is, or along half a cosine to final_fraction at the last step."""
+    """After warm-up: as it is, or down half a cosine to final_fraction of it at the end."""
     final_fraction: float = 0.0
     warmup_fraction: float = 0.03
     """Part of the steps in which the learning rate rises linearly."""

@@ -1,18 +1,18 @@
 """Supervised training: predict the next token of packed conversations about images."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
 from vlmem_jax.processing import Processor, Tokenizer
-from vlmem_jax.sharding import batch_sharding
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import cross_entropy
@@ -36,12 +36,6 @@ class NextToken:
         self._data = TrainData(plan, stage.steps, accumulation=stage.accumulation, mesh=mesh, first_step=first)
         self.report = plan.report()
         self._eval = EvalData(Plan.eval(config, processor), mesh=mesh) if config.eval else None
-        replicated = NamedSharding(mesh, PartitionSpec())
-        self._eval_loss = jax.jit(
-            lambda params, batch: self.loss(params, jax.tree.map(lambda x: x[0], batch), None)[0],
-            in_shardings=(None, batch_sharding(mesh, leading=1)),
-            out_shardings=replicated,
-        )
         self._batches: Iterator[HostBatch] | None = None
         self._next = -1
 
@@ -69,7 +63,7 @@ class NextToken:
         losses, weight = [], 0.0
         with contextlib.closing(self._eval.on_devices(self._mesh)) as batches:
             for host in batches:
-                losses.append(self._eval_loss(params, host.batch))
+                losses.append(_eval_loss(self.model, params, host.batch, self._chunk))
                 weight += host.denominator
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
 
@@ -99,6 +93,12 @@ def next_token_loss(model: VLM, params: dict, rows: Batch, chunk: int, key: Arra
     """
     hidden_BTD = model.hidden(params, rows, key)
     return cross_entropy(hidden_BTD, model.head_kernel(params), rows.targets_BT, rows.weights_BT, chunk)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=PartitionSpec())
+def _eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Array, ""]:
+    """Of a batch that is in one part. Compiled once for all stages."""
+    return next_token_loss(model, params, jax.tree.map(lambda x: x[0], batch), chunk)
 
 
 def make_processor(experiment: Experiment, model: VLM) -> Processor:

@@ -16,7 +16,7 @@ def make_schedule(stage: StageConfig) -> optax.Schedule:
     after = max(1, stage.steps - warmup)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        progress = jnp.clip((step + 1 - warmup) / after, 0.0, 1.0)
+        progress = jnp.clip((step - warmup) / after, 0.0, 1.0)
         if stage.schedule == "cosine":
             shape = stage.final_fraction + (1 - stage.final_fraction) * (1 + jnp.cos(jnp.pi * progress)) / 2
         else:

@@ -126,8 +126,10 @@ def _origin(
 
 
 def _random(model: VLM, seed: int, target: dict) -> dict:
+    # the program runs once: on a CPU, optimising its random numbers takes longer than anything else it does
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     make = jax.jit(lambda: _cast(model.init(jax.random.key(seed)), target), out_shardings=_places(target))
-    return make()
+    return make.lower().compile(compiler_options=options)()
 
 
 def _released(model: VLM, source: Path, seed: int, target: dict) -> dict:
