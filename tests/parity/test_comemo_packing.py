@@ -10,7 +10,7 @@ from vlmem_jax.types import IGNORED, Sample
 from vlmem_jax.vision import VisionConfig
 
 PADDING_TOKENS, PADDING_TILES = 5, 2
-MEAN, STD = np.array(VisionConfig.mean), np.array(VisionConfig.std)
+MEAN, STD = np.array(VisionConfig.pixel_mean), np.array(VisionConfig.pixel_std)
 
 
 @pytest.fixture(scope="module")
