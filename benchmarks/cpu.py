@@ -1,0 +1,332 @@
+"""What the design buys, measured on a CPU as ratios of runs that take turns.
+
+    python -m benchmarks.cpu [--only NAME ...] [--json FILE]
+
+Ratios hold on a noisy machine where times do not; still, nothing else should be running. Takes about ten minutes.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from benchmarks.measure import RUNS, Row, compilations, in_turns, packed_batch, report, unrolled
+from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
+from vlmem_jax.demo.tokenizer import write_tokenizer
+from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.sampling import Choice, SamplingConfig
+from vlmem_jax.models import VLM, presets
+from vlmem_jax.processing import Processor, Tokenizer
+from vlmem_jax.processing.images import ImageConfig, tile_grid
+from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.next_token import NextToken
+from vlmem_jax.train.run import run as train
+
+DEEP = {"preset": "tiny", "decoder": {"layers": 24}, "comemo": {"every": 4}}
+"""24 layers of tiny width: all that is left to measure is what does not depend on width."""
+
+
+def wide(layers: int, width: int = 256, **changes) -> dict:
+    """A model whose time goes into matrix products."""
+    heads, mlp_width = width // 64, 4 * width
+    decoder = dict(layers=layers, width=width, heads=heads, kv_heads=heads // 2, head_dim=64, mlp_width=mlp_width)
+    comemo = dict(every=4, heads=heads, head_dim=64, mlp_width=mlp_width)
+    return {"preset": "tiny", "decoder": decoder, "comemo": comemo, **changes}
+
+
+def make(config: dict) -> tuple[VLM, dict]:
+    """A model and its parameters, sharded as the command line would have them."""
+    vlm = VLM(presets.resolve(config))
+    shardings = param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes())
+    return vlm, jax.jit(vlm.init, out_shardings=shardings)(jax.random.key(0))
+
+
+def train_step(vlm: VLM):
+    """Forward and backward pass, not yet compiled."""
+    return jax.jit(jax.value_and_grad(lambda params, batch: vlm.hidden(params, batch).astype(jnp.float32).var()))
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def start(vlm: VLM, params: dict, batch, capacity: int):
+    """A generator, and the arguments of its step after reading `batch`."""
+    generator = Generator(vlm, params, stop_ids=[], mesh=make_mesh(MeshConfig()))
+    rows, vocab = batch.tokens_BT.shape[0], vlm.config.decoder.vocab
+    with generator.context():
+        logits_BV, state = generator.prefill(params, jax.device_put(batch), capacity)
+    choice = Choice.make(SamplingConfig(), rows, vocab, [], [])
+    return generator, state, logits_BV, jnp.zeros(rows, bool), choice
+
+
+def decode_step() -> list[Row]:
+    """What the host spends on a token, and whether the program copies its cache."""
+    vlm, params = make(DEEP)
+    generator, state, logits_BV, finished_B, choice = start(vlm, params, packed_batch(vlm, 1, 64, 2), 2048)
+    with generator.context():
+        program = generator.step.lower(params, state, logits_BV, finished_B, choice, True).compile()
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state) if leaf.nbytes > 2**16}
+    lines = program.as_text().splitlines()
+    copies = sum(" copy" in line and any(f"[{shape}]" in line for shape in shapes) for line in lines)
+    temporary = program.memory_analysis().temp_size_in_bytes / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+    def dispatch() -> float:
+        nonlocal state, logits_BV, finished_B
+        jax.block_until_ready((state, logits_BV, finished_B))
+        begin = time.perf_counter()
+        with generator.context():
+            state, logits_BV, finished_B, _ = generator.step(params, state, logits_BV, finished_B, choice, True)
+        return (time.perf_counter() - begin) * 1e3
+
+    dispatch()
+    medians = [statistics.median(dispatch() for _ in range(50)) for _ in range(RUNS)]
+    return [
+        Row("host dispatch of a decode step, 24 layers", medians, 0.3, True, "ms", "until the call returns; 50 calls"),
+        Row(
+            "copies of KV cache or memory in a decode step",
+            [float(copies)],
+            0,
+            True,
+            "",
+            f"compiled HLO, 2048 slots; all temporaries are {temporary:.1%} of the state",
+        ),
+    ]
+
+
+def cached_generation() -> list[Row]:
+    """256 tokens with the cache, against reading everything again for each."""
+    vlm, params = make(wide(8))
+    new, prompt, stride = 256, 128, 16
+    batch = packed_batch(vlm, 1, prompt + new, 4)
+    head = jax.jit(lambda params, batch: vlm.hidden(params, batch)[:, -1] @ vlm.head_kernel(params).astype(vlm.dtype))
+
+    def cut(tokens: int):
+        per_token = {"tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT", "slots_BT"}
+        leaves = vars(batch).items()
+        return jax.device_put(type(batch)(**{k: v[:, :tokens] if k in per_token else v for k, v in leaves}))
+
+    lengths = [-(-(prompt + n) // 64) * 64 for n in range(0, new, stride)]
+    batches = {length: cut(length) for length in lengths}
+    begin = cut(prompt)
+
+    def cached():
+        generator, state, logits_BV, finished_B, choice = start(vlm, params, begin, prompt + new)
+        for _ in range(new):
+            with generator.context():
+                state, logits_BV, finished_B, _ = generator.step(params, state, logits_BV, finished_B, choice, True)
+        return logits_BV
+
+    def again():
+        return [jax.block_until_ready(head(params, batches[length])) for length in lengths]
+
+    cached(), again()
+    seconds = in_turns(cached, again, runs=7)
+    ratios = stride * seconds[:, 1] / seconds[:, 0]
+    how = "8 layers of width 256, prompt of 128 tokens; re-forwarding in steps of 64, every 16th token timed"
+    return [Row("256 tokens: re-forwarding / cached", ratios.tolist(), 10, False, "x", how)]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def scanned_layers() -> list[Row]:
+    """Layers as one scanned program, against the same code unrolled."""
+    vlm, params = make(wide(12))
+    batch = jax.device_put(packed_batch(vlm, 1, 512, 4))
+    programs = {}
+
+    def compiled(name: str) -> None:
+        with unrolled() if name == "unrolled" else contextlib.nullcontext():
+            programs[name] = train_step(vlm).lower(params, batch).compile()
+
+    build = in_turns(lambda: compiled("scanned"), lambda: compiled("unrolled"), runs=7)
+    calls = [lambda program=program: program(params, batch) for program in programs.values()]
+    for call in calls:
+        call()
+    run = in_turns(*calls)
+    how = f"training step, 12 layers of width 256, 512 tokens, remat={vlm.config.remat}"
+    return [
+        Row("scanned / unrolled layers: trace and compile", (build[:, 0] / build[:, 1]).tolist(), 0.7, True, "x", how),
+        Row("scanned / unrolled layers: run", (run[:, 0] / run[:, 1]).tolist(), 1.25, True, "x", how),
+    ]
+
+
+def memory_overhead() -> list[Row]:
+    """Time that the memory costs, beyond the share of its FLOPs."""
+    calls, flops = [], []
+    for memory in ("comemo", "none"):
+        vlm, params = make(wide(8, memory=memory))
+        batch = jax.device_put(packed_batch(vlm, 1, 512, 8))
+        with unrolled():  # a scan's body counts once, however often it runs
+            flops.append(train_step(vlm).lower(params, batch).cost_analysis()["flops"])
+        step = train_step(vlm)
+        calls.append(lambda step=step, params=params, batch=batch: step(params, batch))
+        calls[-1]()
+    seconds = in_turns(*calls)
+    time_ratio, flop_ratio = seconds[:, 0] / seconds[:, 1], flops[0] / flops[1]
+    how = (
+        f"training step, 8 layers of width 256, 512 tokens, 8 tiles: time {np.median(time_ratio):.3g} x, "
+        f"FLOPs {flop_ratio:.3g} x"
+    )
+    return [Row("memory on / off: time ratio / FLOP ratio", (time_ratio / flop_ratio).tolist(), 1.3, True, "x", how)]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def write_jpegs(folder: Path, sizes: list[tuple[int, int]]) -> DataConfig:
+    """A sample of one image for each (width, height), and a tokenizer in `folder`/tokenizer."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for number, (width, height) in enumerate(sizes):
+        coarse = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number}.jpg", quality=90)
+        turns = [{"from": "human", "value": "<image>\nrow 1"}, {"from": "gpt", "value": "1 2 3"}]
+        lines.append(json.dumps({"image": f"{number}.jpg", "conversations": turns}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    write_tokenizer(folder / "tokenizer")
+    return DataConfig(train=(SourceConfig(str(folder / "data.jsonl")),))
+
+
+def pipeline() -> list[Row]:
+    """Tiles of 640x480 JPEGs: the packed, threaded pipeline against one image after the other."""
+    image, count, steps = ImageConfig(), 16, 16
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        written = write_jpegs(folder, [(640, 480)] * count)
+        config = DataConfig(train=written.train, pack_tokens=3584, pack_tiles=13)
+        processor = Processor(Tokenizer.load(folder / "tokenizer"), image, tokens_per_side=16)
+        plan = Plan.train(config, processor, seed=0)
+        data = TrainData(plan, steps)
+
+        def ours() -> None:
+            for _ in data.iterate():
+                pass
+
+        def serial() -> list[np.ndarray]:
+            return [normalised_tiles(folder / f"{n % count}.jpg", image) for n in range(steps)]
+
+        ours(), serial()
+        seconds = in_turns(ours, serial)
+    how = f"12 tiles of 448 px and a thumbnail each, {steps} images; serial: Pillow, then fp32 normalised on the host"
+    return [Row("data: serial / pipeline", (seconds[:, 1] / seconds[:, 0]).tolist(), 2.2, False, "x", how)]
+
+
+def normalised_tiles(path: Path, config: ImageConfig) -> np.ndarray:
+    """The usual way: decode, resize, crop each tile, and normalise it to channels-first fp32."""
+    picture, size = Image.open(path).convert("RGB"), config.size
+    cols, rows = tile_grid(*picture.size, config)
+    resized = picture.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
+    corners = itertools.product(range(rows), range(cols))
+    tiles = [resized.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r, c in corners]
+    tiles.append(picture.resize((size, size), Image.Resampling.BICUBIC))
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    scaled = (np.asarray(tile, np.float32) / np.float32(255) for tile in tiles)
+    return np.stack([((tile - mean) / std).transpose(2, 0, 1) for tile in scaled])
+
+
+# --- compilations -----------------------------------------------------------------------------------------------------
+
+
+class Watched(NextToken):
+    """Notes how much had been compiled before each step."""
+
+    seen: list[str]
+    marks: list[int]
+
+    def work(self, step: int, params: dict):
+        """The step's data."""
+        self.marks.append(len(self.seen))
+        return super().work(step, params)
+
+
+def recompilations() -> list[Row]:
+    """Programs compiled after warm-up, with images of many sizes."""
+    sizes = np.random.default_rng(1).integers(16, 400, (64, 2)).tolist()
+    with tempfile.TemporaryDirectory() as name, compilations() as seen:
+        folder, warm, steps = Path(name), 5, 205
+        data = write_jpegs(folder, sizes)
+        image = {"size": 28, "max_tiles": 12}
+        settings = {
+            "model": {"preset": "tiny"},
+            "image": image,
+            "tokenizer": str(folder / "tokenizer"),
+            "data": {"train": [{"path": data.train[0].path}], "pack_tokens": 256, "pack_tiles": 26, "rows": 2},
+            "stages": [{"name": "finetune", "steps": steps, "learning_rate": 1e-3}],
+            "checkpoint": {"every": 10 * steps, "keep_best": 0},
+            "mesh": {"data": 1},
+        }
+        Watched.seen, Watched.marks = seen, []
+        train(experiment(settings), folder / "run", tasks={"next_token": Watched}, say=lambda line: None)
+        while_training = Watched.marks[-1] - Watched.marks[warm]
+
+        vlm, params = make({"preset": "tiny"})
+        processor = Processor(Tokenizer.load(folder / "tokenizer"), ImageConfig(**image), vlm.tokens_per_side)
+        generator = Generator(vlm, params, stop_ids=[processor.stop_id], mesh=make_mesh(MeshConfig()))
+        pictures = [Image.open(folder / f"{n}.jpg") for n in range(len(sizes))]
+
+        def answer(n: int) -> None:
+            question = "row 1 " * (n % 7 + 1)
+            prompt = processor.prompt(question, [pictures[n % len(pictures)]])
+            generator.generate([prompt], SamplingConfig(max_new_tokens=8, temperature=n % 2, seed=n))
+
+        for n in range(len(pictures)):
+            answer(n)
+        warmed = len(seen)
+        for n in range(50):
+            answer(len(pictures) + 3 * n)
+        while_generating = len(seen) - warmed
+    spread = f"images of {np.min(sizes)} to {np.max(sizes)} px a side"
+    return [
+        Row("compilations in 200 training steps", [float(while_training)], 0, True, "", f"{spread}; after 5 steps"),
+        Row(
+            "compilations in 50 generations",
+            [float(while_generating)],
+            0,
+            True,
+            "",
+            f"{spread}, questions of 1 to 7 words; after one generation with each image",
+        ),
+    ]
+
+
+ITEMS = {
+    "decode_step": decode_step,
+    "cached_generation": cached_generation,
+    "scanned_layers": scanned_layers,
+    "memory_overhead": memory_overhead,
+    "pipeline": pipeline,
+    "recompilations": recompilations,
+}
+
+
+def main() -> None:
+    """Measures, prints the table, and says on stderr what is going on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="NAME", help=", ".join(ITEMS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    rows = []
+    for name in args.only:
+        rows += ITEMS[name]()
+        print(f"{name}: done", flush=True)
+    report(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the benchmarks share: calls timed in turns, a count of compilations, and the table."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vlmem_jax.models import VLM
+from vlmem_jax.types import Batch
+
+RUNS = 9
+"""Runs behind each median."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a median of `values` and the goal that it must keep."""
+
+    what: str
+    values: list[float]
+    goal: float
+    at_most: bool
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def holds(self) -> bool:
+        return self.median <= self.goal if self.at_most else self.median >= self.goal
+
+    def markdown(self) -> str:
+        """A row of the table."""
+        sign, low, high = "≤" if self.at_most else "≥", min(self.values), max(self.values)
+        spread = f"{low:.3g} to {high:.3g}" if len(self.values) > 1 else "exact"
+        verdict = "yes" if self.holds else "**no**"
+        return (
+            f"| {self.what} | {self.median:.3g} {self.unit} | {spread} | {sign} {self.goal:g} {self.unit} "
+            f"| {verdict} | {self.note} |"
+        )
+
+
+HEADER = "| measured | median | spread | goal | holds | how |\n|---|---|---|---|---|---|"
+
+
+def in_turns(*calls: Callable[[], object], runs: int = RUNS) -> np.ndarray:
+    """Seconds [runs, calls] of calls that take turns, so that a change in the machine's speed meets all of them."""
+    return np.array([[_seconds(call) for call in calls] for _ in range(runs)])
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def unrolled() -> Iterator[None]:
+    """Traces every `jax.lax.scan` as a plain Python loop would be: the same code without scanned layers."""
+    scan = jax.lax.scan
+    jax.lax.scan = functools.partial(scan, unroll=True)
+    try:
+        yield
+    finally:
+        jax.lax.scan = scan
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The list grows by an entry for each program that jax compiles meanwhile."""
+    seen: list[str] = []
+    active = True
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if active and event == "/jax/core/compile/backend_compile_duration":
+            seen.append(f"{seconds:.2f} s")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    active = False
+
+
+def packed_batch(vlm: VLM, rows: int, tokens: int, tiles: int) -> Batch:
+    """Rows that are full: one sample each, its first tokens are the visual tokens of its tiles."""
+    memory, size = tiles * vlm.tokens_per_tile, vlm.config.vision.image_size
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, vlm.config.decoder.vocab, (rows, tokens), dtype=np.int32)
+    every_row = functools.partial(np.broadcast_to, shape=(rows, tokens))
+    index = np.arange(tokens, dtype=np.int32)
+    return Batch(
+        tokens_BT=ids,
+        targets_BT=np.roll(ids, -1, axis=1),
+        weights_BT=np.ones((rows, tokens), np.float32),
+        positions_BT=every_row(index),
+        segments_BT=np.ones((rows, tokens), np.int32),
+        slots_BT=every_row(np.where(index < memory, index, -1)),
+        pixels_BISSc=rng.integers(0, 256, (rows, tiles, size, size, 3), dtype=np.uint8),
+        memory_positions_BM=np.broadcast_to(np.arange(memory, dtype=np.int32), (rows, memory)),
+        memory_segments_BM=np.ones((rows, memory), np.int32),
+    )
+
+
+def report(rows: list[Row], path: Path | None) -> None:
+    """Prints the table, and writes it to a JSON file where one is named."""
+    print("\n".join([HEADER, *(row.markdown() for row in rows)]))
+    if path is not None:
+        listed = [{**dataclasses.asdict(row), "median": row.median, "holds": row.holds} for row in rows]
+        path.write_text(json.dumps(listed, indent=1) + "\n")
