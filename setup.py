@@ -5,9 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("vlmem_jax").joinpath("__init__.py").read_text())[
-    1
-]
+INIT = Path(__file__).parent / "vlmem_jax" / "__init__.py"
+VERSION = re.search(r'__version__ = "(.+)"', INIT.read_text())[1]
 
 setup(
     name="vlmem_jax",
@@ -15,7 +14,7 @@ setup(
     description="Vision-language models with memory, in JAX and Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["vlmem_jax", "vlmem_jax.*"]),
+    packages=find_packages(include=["vlmem_jax", "vlmem_jax.*", "kernels_pallas", "kernels_pallas.*"]),
     entry_points={"console_scripts": ["vlmem = vlmem_jax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",
@@ -24,12 +23,12 @@ setup(
         "jax>=0.10,<0.12",
         "jaxtyping>=0.3",
         "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.32",
         "pillow>=11.0",
         "rich>=13.0",
-        "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorstore>=0.1.76",
@@ -39,17 +38,18 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "video": ["av>=14.0"],
-        "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],
+        "demo": ["scikit-learn>=1.5"],
         "test": [
             "av>=14.0",
             "beartype>=0.20",
             "hypothesis>=6.100",
             "import-linter>=2.1",
-            "matplotlib>=3.9",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "safetensors>=0.5",
             "scikit-learn>=1.5",
+            "scipy>=1.14",
         ],
     },
 )

@@ -115,6 +115,7 @@ def test_what_follows_a_bare_double_dash_is_left_alone():
             ModuleNotFoundError("No module named 'av'", name="av"),
             "error: this needs the package av; install it with: pip install 'vlmem_jax[video]'\n",
         ),
+        (ModuleNotFoundError("videos need PyAV"), "error: videos need PyAV\n"),
     ],
 )
 def test_what_the_user_can_mend_is_one_plain_line(command, experiment, capsys, error, expected):

@@ -20,7 +20,7 @@ COMMANDS = {
 }
 """Name and help line; the module of a command is vlmem_jax.cli.<name>, imported when the command is run."""
 
-EXTRAS = {"av": "video", "sklearn": "demo", "matplotlib": "demo"}
+EXTRAS = {"av": "video", "sklearn": "demo"}
 """Optional package -> the extra of ours that installs it."""
 
 
@@ -79,7 +79,9 @@ def _command(line: Line) -> tuple[str, types.ModuleType]:
 def _message(error: Exception) -> str | None:
     """The line for the user, or None where the error is a fault of the program."""
     if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
+        if error.name is None:  # raised by our own code, with its own words
+            return str(error)
+        package = error.name.partition(".")[0]
         if package not in EXTRAS:
             return None
         return f"this needs the package {package}; install it with: pip install 'vlmem_jax[{EXTRAS[package]}]'"
