@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from vlmem_jax.config import ConfigError
 from vlmem_jax.memory import VisualTokens
@@ -209,3 +210,11 @@ def test_bad_models_name_the_key():
             resolve(config)
     with pytest.raises(ValueError, match="comemo.every must be at most decoder.layers 4, got 9"):
         VLM(resolve({"preset": "tiny", "comemo": {"every": 9}})).abstract()
+
+
+def test_a_config_changes_single_keys_of_a_preset():
+    changes = {"preset": "tiny", "decoder": {"layers": 6}, "memory": "none"}
+    for config in (changes, ConfigDict(changes)):
+        changed = resolve(config)
+        assert changed.decoder == dataclasses.replace(resolve({"preset": "tiny"}).decoder, layers=6)
+        assert changed.memory == "none"

@@ -13,7 +13,7 @@ from vlmem_jax.generate.prompts import bucket, pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.sharding import batch_sharding
+from vlmem_jax.sharding import batch_sharding, batch_shards
 from vlmem_jax.types import Sample
 
 FINISHED = -1
@@ -69,7 +69,9 @@ class Generator:
 
     def start(self, samples: Sequence[Sample], new_tokens: int, rows: int | None = None) -> "Session":
         """Reads the prompts; room is made for `new_tokens` more. `rows`: size of the batch, default one a prompt."""
-        batch = pad_prompts(samples, rows or len(samples), self.vlm.config.vision.image_size, self.vlm.tokens_per_tile)
+        shards = batch_shards(self.mesh) if self.mesh else 1
+        rows = -(-(rows or len(samples)) // shards) * shards
+        batch = pad_prompts(samples, rows, self.vlm.config.vision.image_size, self.vlm.tokens_per_tile)
         longest = max(len(sample.tokens_T) for sample in samples)
         capacity = max(bucket(longest + new_tokens, 64), batch.tokens_BT.shape[1])
         with self.context():

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.models.config import ModelConfig
 
@@ -40,13 +42,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def resolve(config: Mapping[str, Any], where: str = "config.model") -> ModelConfig:
+def resolve(config: ConfigDict | Mapping[str, Any], where: str = "config.model") -> ModelConfig:
     """ModelConfig from `config.preset` (optional) overlaid with the other keys of `config`.
 
     Raises ConfigError (a ValueError) that names the key: unknown preset or key, wrong type, value out of range.
     """
-    given = {key: value for key, value in config.items() if key != "preset"}
-    name = config.get("preset")
+    given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    name = given.pop("preset", None)
     if name is not None and name not in PRESETS:
         raise ConfigError(f"{where}.preset must be one of {', '.join(PRESETS)}; got {name!r}")
     return build(ModelConfig, _overlay(PRESETS.get(name, {}), given), where)

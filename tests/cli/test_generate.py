@@ -1,0 +1,139 @@
+"""Questions to a checkpoint from the command line, one at a time and as a conversation."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from PIL import Image
+
+from tests.train import world
+from vlmem_jax.checkpoint import save_params
+from vlmem_jax.cli.main import main
+from vlmem_jax.config import to_dict
+from vlmem_jax.generate import Chat, SamplingConfig, load_model
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained model with open gates, as `vlmem convert` would leave it, and pictures."""
+    folder = world.make(tmp_path_factory.mktemp("checkpoint"))
+    config = world.config(folder)
+    vlm = VLM(resolve(config.model))
+    params = jax.jit(vlm.init)(jax.random.key(3))
+    for gate in ("attn_gate", "mlp_gate"):
+        params["memory"]["blocks"][gate] = jnp.full_like(params["memory"]["blocks"][gate], 0.7)
+    save_params(folder / "0", params)
+    described = {"model": to_dict(vlm.config), "image": dict(config.image), "template": "internlm2-chat", "system": ""}
+    (folder / "model.json").write_text(json.dumps(described))
+    return folder
+
+
+def ask(checkpoint, *arguments):
+    return main(["generate", "--checkpoint", str(checkpoint), "--max-new-tokens", "6", *arguments])
+
+
+def test_an_answer_depends_on_the_images(checkpoint, capsys):
+    answers = []
+    for images in ([], ["1.png"], ["1.png", "2.png"]):
+        flags = [part for name in images for part in ("--image", str(checkpoint / name))]
+        assert ask(checkpoint, "--prompt", "Say a word.", *flags, "--temperature", "1") == 0
+        answers.append(capsys.readouterr().out)
+    assert len(set(answers)) == 3
+
+
+def test_control_tokens_are_never_answered(checkpoint):
+    model = load_model(checkpoint)
+    generator = model.generator()
+    prompt = model.processor.prompt("a", [])
+    hot = SamplingConfig(max_new_tokens=50, temperature=50.0)
+    [answer] = generator.generate([prompt], hot)
+    assert not set(answer) & {*model.processor.control_ids, model.processor.stop_id}
+    assert max(answer) < model.processor.tokenizer.vocab_size < model.vlm.config.decoder.vocab
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+        (["--prompt", "a <image> b <image>"], "image"),
+    ],
+)
+def test_bad_input_is_one_plain_line(checkpoint, capsys, arguments, message):
+    assert ask(checkpoint, "--prompt", "a", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, capsys):
+    assert ask(tmp_path, "--prompt", "a") == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+GREEDY = SamplingConfig(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint)
+
+
+@pytest.fixture
+def picture(checkpoint):
+    return Image.open(checkpoint / "1.png").convert("RGB")
+
+
+def test_a_continued_chat_keeps_the_cache_and_equals_reading_all_again(model, picture):
+    generator = model.generator()
+    chat = Chat(generator, model.processor, GREEDY)
+    first = "".join(chat.ask("a b", [picture]))
+    session = chat._session
+    assert session is not None and chat.history == [("<image>\na b", first)]
+    second = "".join(chat.ask("c d"))
+    assert chat._session is session
+    prompt = model.processor.prompt("c d", [picture], [("<image>\na b", first)])
+    [ids] = generator.generate([prompt], GREEDY)
+    assert model.processor.tokenizer.decode(ids) == second
+
+
+def test_a_new_image_makes_the_chat_read_all_again(model, picture):
+    generator = model.generator()
+    chat = Chat(generator, model.processor, GREEDY)
+    first = "".join(chat.ask("a b", [picture]))
+    session, turned = chat._session, picture.rotate(90)
+    second = "".join(chat.ask("c d", [turned]))
+    assert chat._session is not session and chat.images == [picture, turned]
+    prompt = model.processor.prompt("<image>\nc d", [picture, turned], [("<image>\na b", first)])
+    [ids] = generator.generate([prompt], GREEDY)
+    assert model.processor.tokenizer.decode(ids) == second
+
+
+def test_a_chat_that_outgrows_its_cache_goes_on(model):
+    chat = Chat(model.generator(), model.processor, GREEDY)
+    for _ in range(4):
+        "".join(chat.ask("word " * 60))
+    assert len(chat.history) == 4
+
+
+def test_an_answer_broken_off_stays_in_the_history(model):
+    chat = Chat(model.generator(), model.processor, GREEDY)
+    pieces = chat.ask("a b")
+    first = next(pieces)
+    pieces.close()
+    assert chat.history == [("a b", first)]
+    assert "".join(chat.ask("c"))
+
+
+def test_chat_reads_commands_and_survives_a_wrong_file(checkpoint, picture, capsys, monkeypatch):
+    lines = f"/image nowhere.png\n/image {checkpoint / '1.png'}\na b\nc d\n/reset\ne\n/quit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["chat", "--checkpoint", str(checkpoint), "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "nowhere.png" in captured.err
+    assert len(captured.out.splitlines()) >= 3
