@@ -97,7 +97,7 @@ def sequence_positions(
     positions_T = np.cumsum(steps_T, dtype=np.int32) - steps_T
     memory_positions_M = np.concatenate(
         [
-            dhr_map(cols, rows, side, positions_T[start], kind, thumbnail)
+            dhr_map(cols, rows, side, int(positions_T[start]), kind, thumbnail)
             for (cols, rows), start in zip(grids, placeholder_M[first], strict=True)
         ]
     )
