@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlmem_jax.processing.images import ImageConfig
 
 from .conftest import write_hf
 
+ROOT = Path(__file__).parents[2]
 CPU = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -266,9 +268,25 @@ def test_an_interrupted_conversion_leaves_nothing(hf_folder, tmp_path, direction
 def test_a_disk_without_room_is_told_before_work_starts(hf_folder, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="needs .* GB, but its disk has only"):
+    with pytest.raises(OSError, match="needs .* MB, but its disk has only"):
         import_folder(hf_folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_disk_that_fails_while_writing(hf_folder, tmp_path, direction):
+    """Files may not grow past 10 kB here, which the system reports as it does a full disk."""
+    import_folder(hf_folder, tmp_path / "ours")
+    source = hf_folder if direction == "in" else tmp_path / "ours"
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (10_000, 10_000))"
+    call = f"from vlmem_jax.cli.main import main; raise SystemExit(main(['convert', {str(source)!r}, 'new/folder']))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limit}; {call}"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert not list((tmp_path / "new").iterdir())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -307,6 +325,6 @@ def write_random(folder: Path, model) -> None:
 def peak_mb(*arguments) -> float:
     """Highest anonymous memory of a process of its own that converts."""
     command = [sys.executable, str(Path(__file__).parent / "memory.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])

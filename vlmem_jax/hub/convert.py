@@ -265,7 +265,7 @@ def whole_folder(target: str | os.PathLike, nbytes: int) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
-        raise OSError(f"{target} needs {nbytes / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB free")
+        raise OSError(f"{target} needs {nbytes / 1e6:,.1f} MB, but its disk has only {free / 1e6:,.1f} MB free")
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         part.chmod(0o755)

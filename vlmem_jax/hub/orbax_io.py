@@ -4,7 +4,9 @@ orbax by itself holds whole leaves, several times over. Here a leaf is a `Leaf`:
 of that type moves the data slab by slab. What is written restores like any other checkpoint.
 """
 
+import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -23,12 +25,25 @@ SLAB_BYTES = 64 << 20
 
 
 def write_leaves(folder: Path, leaves: Mapping[str, Leaf], progress: Callable[[int], None]) -> None:
-    """Writes `folder`, an item of an orbax checkpoint, from path -> leaf; `progress` is told the bytes done so far."""
+    """Writes `folder`, an item of an orbax checkpoint, from path -> leaf; `progress` is told the bytes done so far.
+
+    Raises OSError if the disk does not take it.
+    """
+    handler = _Handler(progress)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, _Handler(progress)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nested(leaves)))
+    logging.getLogger("absl").addFilter(_not_orbax)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nested(leaves)))
+    finally:
+        handler.stop()
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """orbax prints an error from each of its threads, besides raising it."""
+    return "orbax" not in record.pathname
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
@@ -38,9 +53,17 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
         self._done = 0
+        self._stopped = False
+        self._writing = threading.Lock()
 
     def typestr(self) -> str:
         return "jax.Array"  # what restoring gives
+
+    def stop(self) -> None:
+        """Ends the writing, which goes on in a thread of orbax when the main thread is interrupted."""
+        self._stopped = True
+        with self._writing:
+            pass
 
     async def _background_serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args, strict=True):
@@ -50,14 +73,27 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         row_bytes = max(value.nbytes // value.shape[0], 1)
         chunk = min(max(CHUNK_BYTES // row_bytes, 1), value.shape[0])
         tspec["metadata"]["chunks"] = (chunk, *value.shape[1:])
+        with self._writing:
+            try:
+                await self._write(value, chunk * max(SLAB_BYTES // (chunk * row_bytes), 1), tspec, ts_context)
+            except ValueError as error:
+                raise OSError(f"the checkpoint could not be written: {str(error).rsplit(': ', 1)[-1]}") from error
+
+    async def _write(self, value, rows, tspec, ts_context):
+        self._check_stopped()
         stored = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
         start = 0
-        for slab in value.slabs(chunk * max(SLAB_BYTES // (chunk * row_bytes), 1)):
+        for slab in value.slabs(rows):
+            self._check_stopped()
             # the slab outlives the write, so that tensorstore need not copy it
             await stored[start : start + len(slab)].write(slab, can_reference_source_data_indefinitely=True)
             start += len(slab)
             self._done += slab.nbytes
             self._progress(self._done)
+
+    def _check_stopped(self) -> None:
+        if self._stopped:
+            raise InterruptedError("stopped")
 
 
 class Stored(Leaf):

@@ -101,8 +101,11 @@ class Writer(Mapping[str, np.ndarray]):
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.flush()
-            # a full disk must fail here: met while writing to the map it would kill the process
-            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+            try:
+                # a full disk must fail here: met while writing to the map it would kill the process
+                os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
         mapped = np.memmap(path, np.uint8, "r+")
         for name, (shape, dtype) in shard.items():
             offset = 8 + len(text) + header[name]["data_offsets"][0]
