@@ -1,0 +1,52 @@
+"""Weights from gradients against weights as they are computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmem_jax.demo import attention
+from vlmem_jax.demo.tokenizer import write_tokenizer
+from vlmem_jax.generate import LoadedModel
+from vlmem_jax.memory import comemo
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+from vlmem_jax.processing import ImageConfig, Processor, Tokenizer
+from vlmem_jax.sharding import MeshConfig, make_mesh
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    vlm = VLM(resolve({"preset": "digits"}))
+    params = jax.jit(vlm.init)(jax.random.key(1))
+    blocks = params["memory"]["blocks"]
+    blocks["attn_gate"], blocks["mlp_gate"] = jnp.full((2, 1), 0.4), jnp.full((2, 1), -0.3)
+    processor = Processor(Tokenizer.load(folder), ImageConfig(size=32, dhr_map="raster"), 4, "")
+    return LoadedModel(vlm, params, processor, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    sample = model.processor.prompt("In image 1, which digit is at row 1, column 5?", [Image.fromarray(pixels)])
+    seen = attention.last_token(model, sample)
+
+    recorded = []
+
+    def attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS):
+        scores = jnp.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSKC) / np.sqrt(q_BTHC.shape[-1])
+        weights = jax.nn.softmax(jnp.where(allowed_BTS[:, None], scores, -jnp.inf), axis=-1)
+        jax.debug.callback(lambda last: recorded.append(np.asarray(last)), weights[0, :, len(sample.tokens_T) - 1])
+        return jnp.einsum("BHTS,BSHC->BTHC", weights, v_BSKC)
+
+    monkeypatch.setattr(comemo, "attend", attend)
+    batch = attention.pad_prompts([sample], 1, 32, 16)
+    model.vlm.hidden(model.params, jax.tree.map(jnp.asarray, batch))
+    jax.effects_barrier()
+    M = len(sample.memory_positions_M)
+    np.testing.assert_allclose(seen.memory_LHM, np.stack(recorded)[..., :M], atol=1e-5)
+    np.testing.assert_allclose(seen.memory_LHM.sum(-1), 1, atol=1e-5)
+    assert seen.context_LHM.shape == (4, 3, M)
+    assert (seen.context_LHM >= 0).all() and (seen.context_LHM.sum(-1) < 1).all()

@@ -1,0 +1,65 @@
+"""What the last token of a prompt attends to, through the model's public functions alone.
+
+A single query token is appended to a prompt that has been read. Its attention output is sum_m a_m v_m, so the gradient
+of any scalar by the value v_m is a_m times a vector that is the same for every m: normalised, the lengths of these
+gradients are the attention weights themselves.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from vlmem_jax.generate import LoadedModel
+from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.types import Sample
+
+
+class Attention(NamedTuple):
+    """Attention weights of one query token over the M visual tokens of its prompt."""
+
+    memory_LHM: Float[np.ndarray, "L H M"] | None
+    """By memory block and head; the weights of a head add up to 1. None without memory."""
+    context_LHM: Float[np.ndarray, "L2 H2 M"]
+    """By decoder layer and head, as a share of the weights of all tokens before the query."""
+
+
+def last_token(model: LoadedModel, sample: Sample) -> Attention:
+    """Attention of the last token of a prompt, whose answer it begins."""
+    vlm, params = model.vlm, model.params
+    length, slots = len(sample.tokens_T) - 1, len(sample.memory_positions_M)
+    before = dataclasses.replace(
+        sample, **{key: getattr(sample, key)[:length] for key in ("tokens_T", "labels_T", "positions_T", "slots_T")}
+    )
+    batch = pad_prompts([before], 1, vlm.config.vision.image_size, vlm.tokens_per_tile)
+    token_11 = jnp.asarray(sample.tokens_T[length:])[None]
+
+    @jax.jit
+    def weights(params, batch):
+        _, state = vlm.prefill(params, batch, batch.tokens_BT.shape[1] + 1)
+
+        def score(context_v, memory_v):
+            changed = dataclasses.replace(state, cache=dataclasses.replace(state.cache, v_LBSKC=context_v))
+            if memory_v is not None:
+                recalled = dataclasses.replace(state.recalled, v_LBMHC=memory_v)
+                changed = dataclasses.replace(changed, recalled=recalled)
+            logits_BV, _ = vlm.extend(params, changed, token_11, jnp.ones(1, jnp.int32))
+            return logits_BV.max()
+
+        memory_v = None if state.recalled is None else state.recalled.v_LBMHC
+        gradients = jax.grad(score, argnums=(0, 1))(state.cache.v_LBSKC, memory_v)
+        return jax.tree.map(_shares, gradients)
+
+    with model.generator().context():
+        context_LHS, memory_LHM = jax.device_get(weights(params, batch))
+    visual_S = np.flatnonzero(before.slots_T >= 0)
+    return Attention(None if memory_LHM is None else memory_LHM[..., :slots], context_LHS[..., visual_S])
+
+
+def _shares(gradient_LBSHC: jax.Array) -> jax.Array:
+    """[L, H, S]: lengths of the gradients of one row, as shares of their sum."""
+    length_LHS = jnp.linalg.norm(gradient_LBSHC[:, 0].astype(jnp.float32), axis=-1).swapaxes(-1, -2)
+    return length_LHS / jnp.maximum(length_LHS.sum(-1, keepdims=True), 1e-30)

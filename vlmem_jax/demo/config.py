@@ -1,0 +1,130 @@
+"""The demo's experiments: a base model trained from scratch, then CoMemo on top of it in the paper's three stages.
+
+The base stands for what CoMemo starts from, a public vision tower and language model, and is handed over as such: in
+the Hugging Face layout, without memory blocks.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlmem_jax.demo.dataset import DatasetConfig
+
+BASE_STEPS = {"read": 450, "mix": 300}
+"""Learning to read one tile, then all grids and several images."""
+COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 170}
+"""Projector and memory, the same with gates frozen, everything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How long to train, and on how much data."""
+
+    base: dict[str, int]
+    comemo: dict[str, int]
+    dataset: DatasetConfig
+
+    @classmethod
+    def scaled(cls, scale: float = 1.0) -> "Recipe":
+        """All steps and pictures times `scale`, to try things out."""
+        if not scale > 0:
+            raise ValueError(f"--steps-scale must be positive, got {scale}")
+
+        def times(count: int, least: int = 1) -> int:
+            return max(least, round(count * scale))
+
+        sizes = DatasetConfig()
+        dataset = dataclasses.replace(
+            sizes,
+            reading_lines=times(sizes.reading_lines, 64),
+            mixture_lines=times(sizes.mixture_lines, 64),
+            tiles=times(sizes.tiles, 16),
+            larger=times(sizes.larger, 16),
+            questions_each=min(sizes.questions_each, times(sizes.questions_each, 24)),
+        )
+        return cls(*({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, COMEMO_STEPS)), dataset)
+
+    @property
+    def comemo_total(self) -> int:
+        return sum(self.comemo.values())
+
+
+def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
+    """Without memory: `read` one tile, then a `mix` of everything."""
+    read = _stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=_data(dataset, "reading", tiles=1))
+    return _experiment(dataset, "none", [read, _mix(recipe)], seed=0)
+
+
+def mix_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
+    """The second stage of the base alone, from the end of the first, with other keys of `image`."""
+    return _experiment(dataset, "none", [_mix(recipe)], seed=0, init=init, **image)
+
+
+def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
+    """The three stages of CoMemo (sec. 4) on a base."""
+    new = {"trainable": ["projector/", "memory/"], "schedule": "constant"}
+    steps = recipe.comemo
+    stages = [
+        _stage("pretrain", steps["pretrain"], 3e-3, **new),
+        _stage("pretrain_phase2", steps["pretrain_phase2"], 3e-3, **new, frozen=["memory/blocks/(attn|mlp)_gate"]),
+        _stage("finetune", steps["finetune"], 3e-3),
+    ]
+    return _experiment(dataset, "comemo", stages, seed=1, init=init, **image)
+
+
+def plain_experiment(dataset: Path, recipe: Recipe, init: Path, steps: int) -> ConfigDict:
+    """The control: all of the base trained on, without memory."""
+    return _experiment(dataset, "none", [_stage("finetune", steps, 3e-3)], seed=1, init=init)
+
+
+def _mix(recipe: Recipe) -> dict[str, Any]:
+    return _stage("mix", recipe.base["mix"], 4e-3)
+
+
+def _experiment(
+    dataset: Path,
+    memory: str,
+    stages: Sequence[dict[str, Any]],
+    seed: int,
+    init: Path | None = None,
+    **image: Any,
+) -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": seed,  # another one sees the data in another order
+            "model": {"preset": "digits", "memory": memory},
+            "image": {"size": 32, "dhr_map": "raster", **image},
+            "tokenizer": str(dataset / "tokenizer"),
+            "system": "",
+            "data": _data(dataset, "mixture", tiles=5),
+            "optimizer": {"name": "muon", "b2": 0.98, "weight_decay": 0.0, "muon_rms": 0.4},
+            "mesh": {"data": -1, "fsdp": 1},
+            "checkpoint": {"every": 10_000, "keep_last": 1, "keep_best": 0},
+            "init": str(init) if init else None,
+            "stages": list(stages),
+            "eval_every": 50,
+            "log_every": 10,
+        }
+    )
+
+
+def _stage(name: str, steps: int, learning_rate: float, **more: Any) -> dict[str, Any]:
+    schedule = {"schedule": "cosine", "final_fraction": 0.05, "warmup_fraction": 0.05}
+    return {"name": name, "steps": steps, "learning_rate": learning_rate, **schedule, **more}
+
+
+def _data(dataset: Path, source: str, tiles: int) -> dict[str, Any]:
+    longest = DatasetConfig.reading_tokens if source == "reading" else DatasetConfig.mixture_tokens
+    return {
+        "train": [{"path": str(dataset / f"{source}.jsonl")}],
+        "eval": [{"path": str(dataset / "heldout.jsonl")}] if source == "mixture" else [],
+        "rows": 16,
+        "pack_tokens": longest,
+        "pack_tiles": tiles,
+        "open_packs": 1,  # a sample fills a row: nothing to gain by holding rows back
+        "loss_weight": "token",
+        "threads": 1,
+    }

@@ -1,0 +1,100 @@
+"""Accuracy on held-out questions, through the framework's own generation."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmem_jax.demo.dataset import GRIDS, UNTRAINED, Asked, grid_name
+from vlmem_jax.generate import LoadedModel, SamplingConfig
+from vlmem_jax.processing.images import open_image
+from vlmem_jax.types import Sample
+
+CHANCE = 0.1
+"""Of guessing one of ten digits."""
+BATCH = 50
+LONGEST_ANSWER = 4
+"""Tokens; a right answer is one digit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A question and what the model said."""
+
+    asked: Asked
+    answer: str
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.asked.answer
+
+
+def prompt(model: LoadedModel, dataset: Path, asked: Asked) -> Sample:
+    """The question as the model reads it."""
+    return model.processor.prompt(asked.question, [open_image(dataset / path) for path in asked.images])
+
+
+def answer(model: LoadedModel, samples: Sequence[Sample]) -> list[str]:
+    """The model's most probable answer to each prompt."""
+    ids = model.generator().generate(samples, SamplingConfig(max_new_tokens=LONGEST_ANSWER), batch_size=BATCH)
+    return [model.processor.tokenizer.decode(one).strip() for one in ids]
+
+
+def ask_all(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> list[Answered]:
+    """Answers to held-out questions."""
+    texts = answer(model, [prompt(model, dataset, asked) for asked in questions])
+    return [Answered(asked, text) for asked, text in zip(questions, texts, strict=True)]
+
+
+def tally(answered: Sequence[Answered]) -> dict[str, Any]:
+    """[right answers, questions] by kind of question, some kinds in groups."""
+
+    def count(keep: Callable[[Asked], bool]) -> list[int]:
+        kept = [one.right for one in answered if keep(one.asked)]
+        return [sum(kept), len(kept)]
+
+    def trained(asked: Asked) -> bool:
+        return (len(asked.images), asked.grid) != UNTRAINED
+
+    def several(asked: Asked) -> bool:
+        return len(asked.images) > 1 and trained(asked)
+
+    def tiles(asked: Asked, images: int) -> bool:
+        return len(asked.images) == images and asked.grid == (1, 1)
+
+    return {
+        "single_image": count(lambda asked: len(asked.images) == 1),
+        "multi_image": count(several),
+        "by_position": {
+            place: count(lambda asked, place=place: several(asked) and asked.place == place)
+            for place in ("first", "middle", "last")
+        },
+        "by_grid": {
+            grid_name(grid): count(lambda asked, grid=grid: len(asked.images) == 1 and asked.grid == grid)
+            for grid in GRIDS
+        },
+        "by_images": {str(n): count(lambda asked, n=n: tiles(asked, n)) for n in range(1, 5)},
+        "by_place_of_four": {
+            str(n + 1): count(lambda asked, n=n: tiles(asked, 4) and asked.image == n) for n in range(4)
+        },
+        "untrained_length": count(lambda asked: not trained(asked)),
+    }
+
+
+def accuracies(tallies: Any) -> Any:
+    """The same groups with shares of right answers; None where nothing was asked."""
+    if isinstance(tallies, dict):
+        return {kind: accuracies(inner) for kind, inner in tallies.items()}
+    right, asked = tallies
+    return right / asked if asked else None
+
+
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """95 % Wilson interval of a share."""
+    if not asked:
+        return 0.0, 1.0
+    p, z = right / asked, 1.96
+    middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked * asked))
+    return middle - half, middle + half
