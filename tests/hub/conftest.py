@@ -9,16 +9,19 @@ import pytest
 import safetensors.numpy
 
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "comemo"  # the set that is kept here: tests name its sizes
+
+
 @pytest.fixture(scope="session")
-def weights(golden) -> dict[str, np.ndarray]:
+def weights() -> dict[str, np.ndarray]:
     """The golden weights by their Hugging Face name."""
-    arrays = np.load(golden / "comemo" / "full_model.npz")
+    arrays = np.load(GOLDEN / "full_model.npz")
     return {key[2:]: arrays[key] for key in arrays if key.startswith("w/")}
 
 
 @pytest.fixture(scope="session")
-def released_config(golden) -> dict:
-    content = json.loads((golden / "comemo" / "config.json").read_text())
+def released_config() -> dict:
+    content = json.loads((GOLDEN / "config.json").read_text())
     size = content["vision_config"]["image_size"]
     return content | {"force_image_size": size, "max_dynamic_patch": 12, "auto_map": {"AutoConfig": "theirs.Config"}}
 
