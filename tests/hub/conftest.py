@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "comemo"  # the set that is kept here: tests name its sizes
 
 
