@@ -1,9 +1,11 @@
 """Attention cores: what every head does between its projections. Softmax in fp32."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as gpu_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int32
@@ -68,35 +70,48 @@ def causal_attention(
 ) -> Float[Array, "B T H C"]:
     """Self-attention to earlier tokens of the same sample; order is by index, since rotary positions may repeat.
 
-    On a TPU, JAX's splash attention does it where the shapes allow (T and C multiples of 128), so that the T x T scores
-    never exist; elsewhere XLA does.
+    On a TPU and a GPU, JAX's own kernels do it where the shapes allow (T a multiple of 128, C of 128 or 64): the
+    T x T scores never exist. Elsewhere XLA does it.
     """
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
-    if platform() == "tpu" and T % SPLASH_LANES == 0 and C % SPLASH_LANES == 0:
-        return _splash_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    if platform() == "tpu" and T % 128 == 0 and C % 128 == 0:
+        return _on_each_device(_splash_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    if platform() in ("gpu", "cuda") and T % 128 == 0 and C in (64, 128):
+        return _on_each_device(_triton_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT)
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
     return attend(q_BTHC, k_BTKC, v_BTKC, same_segment(segments_BT, segments_BT) & earlier_TT)
 
 
-SPLASH_LANES = 128
+def _on_each_device(kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
+    """Rows and heads are split over the ambient mesh, if there is one; each device runs the kernel on its own."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    heads, kv_heads = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
+    specs = (heads, kv_heads, kv_heads, spec("batch", None))
+    return jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+
+
+def _triton_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
+    """As many key/value heads as query heads are what this kernel takes."""
+    heads_a_group = q_BTHC.shape[2] // k_BTKC.shape[2]
+    k_BTHC, v_BTHC = (jnp.repeat(x, heads_a_group, axis=2) for x in (k_BTKC, v_BTKC))
+    blocks = gpu_attention.BlockSizes(
+        block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
+    )
+    return gpu_attention.mha(
+        q_BTHC, k_BTHC, v_BTHC, segments_BT, sm_scale=q_BTHC.shape[3] ** -0.5, causal=True, block_sizes=blocks
+    )
 
 
 def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
-    """Rows and heads are split over the mesh; each device runs the kernel on its own."""
     T = q_BTHC.shape[1]
     q, kv = (next(size for size in (largest, 512, 256, 128) if T % size == 0) for largest in (512, 1024))
     blocks = splash_attention.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=True,
     )  # fmt: skip
-
-    def local(q_BTHC, k_BTKC, v_BTKC, segments_BT):
-        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * q_BTHC.shape[2])
-        kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=blocks)
-        heads_first = (x.swapaxes(1, 2) for x in (q_BTHC / math.sqrt(q_BTHC.shape[3]), k_BTKC, v_BTKC))
-        segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)
-        return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
-
-    heads, kv_heads = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
-    specs = (heads, kv_heads, kv_heads, spec("batch", None))
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * q_BTHC.shape[2])
+    kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=blocks)
+    heads_first = (x.swapaxes(1, 2) for x in (q_BTHC * q_BTHC.shape[3] ** -0.5, k_BTKC, v_BTKC))
+    segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)
+    return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)

@@ -1,0 +1,88 @@
+"""Causal attention of packed samples: what XLA computes, and JAX's kernels for accelerators against it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmem_jax.nn import attention
+from vlmem_jax.nn.attention import attend, causal_attention, same_segment
+
+
+def inputs(B=1, T=256, H=4, K=2, C=128, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q, k, v = (jax.random.normal(key, (B, T, n, C)) for key, n in zip(keys, (H, K, K), strict=True))
+    segments = jnp.asarray(np.repeat([1, 2, 3, 0], T // 4)[None].repeat(B, 0), jnp.int32)
+    return q, k, v, segments
+
+
+def test_attend_is_softmax_attention_with_grouped_heads():
+    q, k, v, _ = (np.asarray(x, np.float64) for x in inputs(B=2, T=8, C=4))
+    allowed = np.random.default_rng(0).random((2, 8, 8)) < 0.5
+    allowed[:, :, 0] = True
+    out = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(allowed))
+    for b, t, h in np.ndindex(2, 8, 4):
+        scores = np.where(allowed[b, t], k[b, :, h // 2] @ q[b, t, h] / 2, -np.inf)
+        weights = np.exp(scores - scores.max())
+        wanted = weights @ v[b, :, h // 2] / weights.sum()
+        np.testing.assert_allclose(out[b, t, h], wanted, atol=1e-5)
+
+
+def test_gradients_are_those_of_plain_softmax():
+    q, k, v, segments = inputs(T=16, C=8)
+    allowed = same_segment(segments, segments)
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("bthc,bshc->bhts", q, k) / jnp.sqrt(8.0) + jnp.where(allowed, 0, -1e30)[:, None]
+        return jnp.einsum("bhts,bshc->bthc", jax.nn.softmax(scores), v)
+
+    def scalar(attention):
+        return jax.grad(lambda *x: (attention(*x)[:, :12] ** 2).sum(), argnums=(0, 1, 2))
+
+    ours, theirs = scalar(lambda *x: attend(*x, allowed))(q, k, v), scalar(plain)(q, k, v)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), ours, theirs)
+
+
+def test_a_token_sees_no_later_one_and_no_other_sample():
+    q, k, v, segments = inputs(T=16, C=8)
+    out = causal_attention(q, k, v, segments)
+    changed = causal_attention(q, k.at[:, 6].add(1.0), v.at[:, 6].add(1.0), segments)  # third token of sample 2
+    real = slice(0, 12)  # padding follows
+    moved = np.flatnonzero(np.abs(out - changed)[0, real].max(axis=(-1, -2)))
+    assert moved.tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("T, C", [(256, 128), (384, 64)])
+def test_kernels_for_gpu_lower(monkeypatch, T, C):
+    monkeypatch.setattr(attention, "platform", lambda: "cuda")
+    arguments = inputs(T=T, C=C)
+
+    def scalar(q, k, v, segments):
+        return causal_attention(q, k, v, segments).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(scalar, argnums=(0, 1, 2)))
+    text = gradient.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton") >= 2  # forward and backward
+
+
+def test_the_gpu_kernel_computes_the_same(monkeypatch):
+    from jax.experimental import pallas as pl
+
+    q, k, v, segments = inputs()
+    call = pl.pallas_call
+    monkeypatch.setattr(attention.gpu_attention.pl, "pallas_call", lambda *a, **b: call(*a, **{**b, "interpret": True}))
+    out = attention._triton_attention(q, k, v, segments)
+    real = np.asarray(segments[0]) > 0
+    np.testing.assert_allclose(out[0, real], causal_attention(q, k, v, segments)[0, real], atol=1e-4)
+
+
+def test_the_tpu_kernel_computes_the_same(monkeypatch):
+    q, k, v, segments = inputs()
+    make = attention.splash_attention.make_splash_mha_single_device
+    monkeypatch.setattr(
+        attention.splash_attention, "make_splash_mha_single_device", lambda *a, **b: make(*a, **b, interpret=True)
+    )
+    out = attention._splash_attention(q, k, v, segments)
+    real = np.asarray(segments[0]) > 0
+    np.testing.assert_allclose(out[0, real], causal_attention(q, k, v, segments)[0, real], atol=1e-4)
