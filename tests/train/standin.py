@@ -78,7 +78,7 @@ class Task:
         return {"loss": float(self.score(params, batch)) / ROWS}
 
     def flops(self, trained):
-        return 1e6
+        return 1_000_000
 
     def state(self):
         return {"worked": len(self.seen)}

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from vlmem_jax.models.config import ModelConfig
 
 
-def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained: Collection[str]) -> float:
+def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained: Collection[str]) -> int:
     """FLOPs of one training step on `rows` rows of `tokens` token and `tiles` tile slots, padding included.
 
     Counts what the step needs, not what it recomputes: 2 per multiply-add of matrix products alone; causal attention at
@@ -18,7 +18,7 @@ def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained
     body = any(path.startswith("decoder") and path != "decoder/head/kernel" for path in trained)
     reaches_text = body or any(trains.values())
 
-    def step(weights: float, attention: float, weights_trained: bool, input_gradient: bool) -> float:
+    def step(weights: int, attention: int, weights_trained: bool, input_gradient: bool) -> int:
         return weights * (1 + weights_trained + input_gradient) + attention * (1 + 2 * input_gradient)
 
     per_row = step(*decoder_flops(config, tokens), body, reaches_text)
@@ -28,10 +28,10 @@ def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained
         per_row += tiles * step(*vision_flops(config), trains["vision"], trains["vision"])
         per_row += tiles * step(projector_flops(config), 0, trains["projector"], reaches_projector)
         per_row += step(*memory_flops(config, tokens, tiles), trains["memory"], reaches_text)
-    return float(rows * per_row)
+    return rows * per_row
 
 
-def vision_flops(config: ModelConfig) -> tuple[float, float]:
+def vision_flops(config: ModelConfig) -> tuple[int, int]:
     """Forward FLOPs of the tower for one tile: in its weights, and in attention."""
     c = config.vision
     patches, queries = c.grid**2, c.grid**2 + 1
@@ -40,23 +40,23 @@ def vision_flops(config: ModelConfig) -> tuple[float, float]:
     return weights, c.layers_used * 4 * queries**2 * c.width
 
 
-def projector_flops(config: ModelConfig) -> float:
+def projector_flops(config: ModelConfig) -> int:
     """Forward FLOPs of the projector for one tile."""
     width = config.decoder.width
     return 2 * (config.vision.grid // 2) ** 2 * (4 * config.vision.width * width + width * width)
 
 
-def decoder_flops(config: ModelConfig, tokens: int) -> tuple[float, float]:
+def decoder_flops(config: ModelConfig, tokens: int) -> tuple[int, int]:
     """Forward FLOPs of the decoder's layers for one row: in their weights, and in attention. The head is apart."""
     c = config.decoder
     weights = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp_width
     return c.layers * 2 * tokens * weights, c.layers * 2 * tokens**2 * c.heads * c.head_dim
 
 
-def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[float, float]:
+def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int]:
     """Forward FLOPs of the memory blocks for one row: in their weights, and in attention."""
     if config.memory == "none":
-        return 0.0, 0.0
+        return 0, 0
     c, width = config.comemo, config.decoder.width
     blocks, slots, inner = (
         config.decoder.layers // c.every,

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ml_collections import ConfigDict
+
 from vlmem_jax.checkpoint import CheckpointConfig
-from vlmem_jax.config import build
+from vlmem_jax.config import build, to_dict
 from vlmem_jax.data.config import DataConfig
 from vlmem_jax.models import ModelConfig, presets
 from vlmem_jax.processing.images import ImageConfig
@@ -129,9 +131,9 @@ class Experiment:
         return stage.optimizer or self.optimizer
 
 
-def experiment(config: Mapping[str, Any]) -> Experiment:
+def experiment(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     """Experiment from a ConfigDict, or from the dict of a config.json. Raises ConfigError, which names the key."""
-    values = dict(config.items())
+    values = to_dict(config)
     if "model" in values:
         values["model"] = presets.resolve(values["model"])
     return build(Experiment, values)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,7 +63,7 @@ class Task(Protocol):
     def evaluate(self, params: dict) -> dict[str, float]:
         """Numbers on held-out data; `loss` decides which checkpoint is best. Empty where there is no such data."""
 
-    def flops(self, trained: frozenset[str]) -> float:
+    def flops(self, trained: frozenset[str]) -> int:
         """Useful FLOPs of one step when the parameters at these paths are trained."""
 
     def state(self) -> dict:
@@ -85,7 +86,7 @@ def fit(
     stage: StageConfig,
     mesh: Mesh,
     store: Store,
-    recorder: Callable[[int, float], Recorder],
+    recorder: Callable[[int, int], Recorder],
     start: Callable[[dict], dict],
 ) -> int:
     """Trains one stage from its newest checkpoint, if it has one, to its last step; gives the steps done.
@@ -160,7 +161,7 @@ class Program:
         self.state = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
         )
-        stage_number = experiment.stages.index(stage)
+        stage_number = zlib.crc32(stage.name.encode())
         step = make_step(
             task.loss,
             self.optimizer,

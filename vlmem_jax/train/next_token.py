@@ -67,7 +67,7 @@ class NextToken:
                 weight += host.denominator
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
 
-    def flops(self, trained: frozenset[str]) -> float:
+    def flops(self, trained: frozenset[str]) -> int:
         """Of one step, see `models.flops`."""
         c = self._config
         return train_flops(self.model.config, c.rows, c.pack_tokens, c.pack_tiles, trained)

@@ -1,0 +1,150 @@
+"""Training the real model: stages, meshes, and what the compiled step does."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.train import world
+from vlmem_jax import sharding
+from vlmem_jax.checkpoint import load_params
+from vlmem_jax.config import override
+from vlmem_jax.models import VLM
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.loop import Program
+from vlmem_jax.train.next_token import NextToken
+from vlmem_jax.train.run import run
+
+GATES = {"memory/blocks/attn_gate", "memory/blocks/mlp_gate"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return world.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The workdir of all three stages on one row of eight devices."""
+    assert run(experiment(world.config(folder)), folder / "run")
+    return folder / "run"
+
+
+def params(folder, stage, step):
+    model = VLM(experiment(world.config(folder)).model)
+    return flatten_dict(load_params(folder / "run" / stage / str(step), model.abstract()), sep="/")
+
+
+def changed(before, after):
+    return {path for path in before if np.any(np.asarray(before[path]) != np.asarray(after[path]))}
+
+
+def test_each_stage_changes_what_it_trains_and_nothing_else(folder, trained):
+    early, late = params(folder, "pretrain", 2), params(folder, "pretrain", 4)
+    new = {path for path in early if path.startswith(("projector/", "memory/"))}
+    assert changed(early, late) == new
+    assert changed(late, params(folder, "gates_frozen", 3)) == new - GATES
+    assert changed(params(folder, "gates_frozen", 3), params(folder, "finetune", 5)) == set(early)
+
+
+def test_frozen_parameters_have_no_optimizer_state(folder, trained):
+    stored = (trained / "gates_frozen" / "3" / "train" / "_METADATA").read_text()
+    assert "memory" in stored and "projector" in stored
+    assert not any(name in stored for name in ("_gate", "decoder", "vision"))
+
+
+def test_gates_and_fill_are_recorded(trained):
+    last = [line for line in (trained / "metrics.jsonl").read_text().splitlines() if '"finetune", "step": 5' in line]
+    assert '"gate/attn/1": ' in last[0] and '"fill": ' in last[0]
+    assert '"eval/loss": ' in last[1]
+
+
+@pytest.fixture(scope="module")
+def losses_on(folder):
+    """`losses_on(data, fsdp, tensor)`: of four steps in which everything is trained, on that mesh."""
+
+    def train(data, fsdp, tensor):
+        stage = dict(name="all", steps=4, learning_rate=1e-2)
+        mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
+        settings = experiment(world.config(folder, stages=[stage], mesh=mesh))
+        devices = jax.devices()[: data * fsdp * tensor]
+        workdir = folder / f"{data}x{fsdp}x{tensor}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vlmem_jax.train.run.make_mesh", lambda mesh: sharding.make_mesh(mesh, devices))
+            assert run(settings, workdir)
+        return list(world.losses(workdir).values())
+
+    return train
+
+
+def test_every_mesh_gives_the_losses_of_one_device(losses_on):
+    one = losses_on(1, 1, 1)
+    assert one[-1] < one[0]
+    for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+        np.testing.assert_allclose(losses_on(*shape), one, rtol=1e-5, err_msg=str(shape))
+
+
+@pytest.fixture(scope="module", params=[(1, 8, 1), (2, 2, 2)], ids=["fsdp", "mixed"])
+def compiled(request, folder):
+    """The step of the last stage, and the program it came from."""
+    config = world.config(folder, mesh=dict(zip(("data", "fsdp", "tensor"), request.param, strict=True)))
+    settings = experiment(config)
+    stage, mesh = settings.stages[-1], sharding.make_mesh(settings.mesh)
+    with jax.set_mesh(mesh):
+        task = NextToken(settings, stage, VLM(settings.model), mesh)
+        program = Program(task, settings, stage, mesh)
+        batch = task.work(0, {}).batch
+        task.close()
+        frozen = program.split.part(program.held)[1]
+        return program, program.step.lower(program.state, frozen, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+
+
+def test_the_step_gathers_parameters_and_no_activations(compiled):
+    program, step = compiled
+    sizes = {leaf.shape[-n:] for leaf in jax.tree.leaves(program.held) for n in range(1, leaf.ndim + 1)}
+    largest = max(int(np.prod(shape)) for shape in sizes)
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", step.as_text())
+    assert gathered
+    for shape in gathered:
+        size = [int(n) for n in shape.split(",")]
+        assert int(np.prod(size)) <= largest and 96 not in size, f"{size} is no parameter"
+    stacked = {leaf.shape for path, leaf in program.held.items() if "/layers/" in path and leaf.ndim >= 3}
+    assert not stacked & {tuple(int(n) for n in shape.split(",")) for shape in gathered}, "layers are gathered singly"
+
+
+def test_the_old_state_makes_room_for_the_new(compiled):
+    program, step = compiled
+    held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
+    assert step.memory_analysis().alias_size_in_bytes == held
+
+
+def test_bf16_keeps_frozen_matrices_in_bf16_and_trains_in_fp32(folder):
+    config = override(world.config(folder), {"model.compute_dtype": "bfloat16"})
+    settings = experiment(config)
+    mesh = sharding.make_mesh(settings.mesh)
+    with jax.set_mesh(mesh):
+        task = NextToken(settings, settings.stages[1], VLM(settings.model), mesh)
+        program = Program(task, settings, settings.stages[1], mesh)
+    dtypes = {path: leaf.dtype.name for path, leaf in program.held.items()}
+    assert dtypes["decoder/layers/attn/q/kernel"] == "bfloat16"
+    assert dtypes["decoder/norm/scale"] == dtypes["memory/blocks/attn_gate"] == "float32"
+    assert dtypes["projector/mlp/fc1/kernel"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image.size": 8}, "image.size 8 must equal model.vision.image_size 16"),
+        ({"model.decoder.vocab": 100}, "set model.decoder.vocab=104 or more"),
+        ({"data.rows": 4}, "must divide the 4 rows of a batch"),
+        ({"tokenizer": "nowhere"}, "there is no folder 'nowhere'"),
+        ({"stages.pretrain.task": "patches"}, "stages.pretrain.task must be one of next_token; got 'patches'"),
+        ({"stages.pretrain.trainable": ["visoin"]}, "stages.pretrain trains nothing"),
+        ({"init": "nowhere"}, "there is no folder .*nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_said(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(experiment(override(world.config(folder), changes)), tmp_path / "run")
