@@ -21,8 +21,9 @@ class ModelConfig:
     comemo: CoMemoConfig = CoMemoConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matmuls; softmax, norms, angles and logits are fp32 always."""
-    remat: str = "none"
-    """What layers recompute in the backward pass: none, dots (all but weight matmuls) or full."""
+    remat: str = "dots"
+    """What layers recompute in the backward pass: none, dots (all but weight matmuls) or full. Scanned layers store
+    what they keep, so `dots` takes half the memory of `none` and is no slower."""
 
     def __post_init__(self):
         for key, value, allowed in (
