@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vlmem_jax.demo.dataset import DatasetConfig
 
-BASE_STEPS = {"read": 450, "mix": 300}
+BASE_STEPS = {"read": 600, "mix": 400}
 """Learning to read one tile, then all grids and several images."""
 COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 170}
 """Projector and memory, the same with gates frozen, everything."""
@@ -95,7 +95,7 @@ def _experiment(
     return ConfigDict(
         {
             "seed": seed,  # another one sees the data in another order
-            "model": {"preset": "digits", "memory": memory},
+            "model": {"preset": "digits", "memory": memory, "remat": "none"},
             "image": {"size": 32, "dhr_map": "raster", **image},
             "tokenizer": str(dataset / "tokenizer"),
             "system": "",

@@ -48,7 +48,7 @@ class DatasetConfig:
     """Sizes of the dataset."""
 
     reading_lines: int = 6000
-    mixture_lines: int = 6000
+    mixture_lines: int = 6400
     tiles: int = 2400
     """Training images of one tile."""
     larger: int = 800

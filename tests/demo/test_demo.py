@@ -1,0 +1,69 @@
+"""The command as a user runs it, with next to no training."""
+
+import json
+
+import pytest
+
+from vlmem_jax.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "demo"
+    assert main(["demo", "--workdir", str(folder), "--steps-scale", "0.005", "--compare"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_number_is_in_the_summary(summary):
+    accuracy = summary["comemo"]["accuracy"]
+    assert 0 <= accuracy["single_image"] <= 1 and 0 <= accuracy["multi_image"] <= 1
+    assert set(accuracy["by_position"]) == {"first", "middle", "last"}
+    assert set(accuracy["by_grid"]) == {"1x1", "2x1", "1x2", "2x2"}
+    assert set(accuracy["by_images"]) == {"1", "2", "3", "4"}
+    assert set(summary["comemo"]["gates"]) == {"gate/attn/1", "gate/attn/3", "gate/mlp/1", "gate/mlp/3"}
+    assert summary["chance"] == 0.1
+    assert summary["seconds"]["total"] > 0
+    assert summary["steps"]["total"] == sum(count for name, count in summary["steps"].items() if name != "total")
+
+
+@pytest.mark.slow
+def test_the_comparison_spends_equal_budgets(summary):
+    rows = summary["compare"]
+    total, full = rows["comemo"]["steps"], summary["steps"]["finetune"]
+    assert rows["plain_equal_steps"]["steps"] == total and rows["plain_equal_full_steps"]["steps"] == full
+    assert rows["code_ids"]["steps"] == rows["dhr_off"]["steps"] == total
+    assert rows["gates_zero"]["gates"] == dict.fromkeys(rows["comemo"]["gates"], 0.0)
+    assert rows["plain_equal_steps"]["gates"] == {}
+
+
+@pytest.mark.slow
+def test_the_report_needs_no_other_file(workdir):
+    page = (workdir / "report.html").read_text()
+    for part in ("Questions and answers", "Accuracy", "Training", "Where it looks", "Comparison", "How it was made"):
+        assert part in page
+    assert "http" not in page and "src=" not in page and "<link" not in page
+
+
+@pytest.mark.slow
+def test_a_second_call_trains_nothing_again(workdir, capfd):
+    assert main(["demo", "--workdir", str(workdir), "--steps-scale", "0.005"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("is done") == 5 and "trains" not in printed
+
+
+def test_another_size_is_refused_in_the_same_folder(dataset, tmp_path, capsys):
+    (tmp_path / "dataset").symlink_to(dataset)
+    (dataset / "dataset.json").write_text("{}")
+    assert main(["demo", "--workdir", str(tmp_path), "--steps-scale", "0.5"]) == 2
+    assert "another --steps-scale" in capsys.readouterr().err
+
+
+def test_a_scale_must_be_positive(tmp_path, capsys):
+    assert main(["demo", "--workdir", str(tmp_path), "--steps-scale", "0"]) == 2
+    assert "--steps-scale must be positive" in capsys.readouterr().err
