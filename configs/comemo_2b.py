@@ -33,7 +33,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
                     learning_rate=1e-4,
                     schedule="constant",
                     trainable=memory,
-                    frozen=("memory/blocks/.*gate",),
+                    frozen=("memory/blocks/(attn|mlp)_gate",),
                 ),
                 dict(name="finetune", steps=9000, learning_rate=4e-5, schedule="cosine"),
             ],

@@ -1,0 +1,40 @@
+"""Every experiment in configs/ is one that `vlmem train` accepts."""
+
+from pathlib import Path
+
+import pytest
+
+from vlmem_jax.config import load, override
+from vlmem_jax.models import VLM
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.stages import Split, flatten
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]
+SPECS += ["comemo_2b.py:released", "comemo_9b.py:released"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_configs_build(spec):
+    built = experiment(load(str(CONFIGS / spec)))
+    assert built.image.dhr_map == ("code" if spec.endswith(":released") else "raster")
+    assert built.image.size == built.model.vision.image_size
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if ":" not in spec])
+def test_stages_train_what_the_paper_trains(spec):
+    built = experiment(load(str(CONFIGS / spec)))
+    paths = list(flatten(VLM(built.model).abstract()))
+    gates = {path for path in paths if path.endswith("_gate")}
+    new = {path for path in paths if path.startswith(("projector/", "memory/"))}
+    trained = {stage.name: set(Split.of(stage, paths).trainable) for stage in built.stages}
+    assert len(gates) == 2
+    assert trained == {"pretrain": new, "pretrain_phase2": new - gates, "finetune": set(paths)}
+
+
+def test_keys_change_from_the_command_line():
+    config = load(str(CONFIGS / "comemo_9b.py"))
+    changes = {"model.memory": "none", "stages.finetune.steps": "7", "data.train.0.path": "mine.jsonl"}
+    built = experiment(override(config, changes))
+    assert built.model.memory == "none" and built.stages[2].steps == 7 and built.data.train[0].path == "mine.jsonl"
+    assert built.model.decoder.width == 4096
