@@ -9,11 +9,12 @@ from PIL import Image
 from vlmem_jax.demo import attention
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate import LoadedModel
+from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory import comemo
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.processing import ImageConfig, Processor, Tokenizer
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,14 @@ def model(tmp_path_factory):
     params = jax.jit(vlm.init)(jax.random.key(1))
     blocks = params["memory"]["blocks"]
     blocks["attn_gate"], blocks["mlp_gate"] = jnp.full((2, 1), 0.4), jnp.full((2, 1), -0.3)
+    params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))
     processor = Processor(Tokenizer.load(folder), ImageConfig(size=32, dhr_map="raster"), 4, "")
-    return LoadedModel(vlm, params, processor, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return LoadedModel(vlm, params, processor, make_mesh(MeshConfig()))
 
 
 def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
-    sample = model.processor.prompt("In image 1, which digit is at row 1, column 5?", [Image.fromarray(pixels)])
+    sample = model.processor.prompt("Which digit is at row 1, column 5?", [Image.fromarray(pixels)])
     seen = attention.last_token(model, sample)
 
     recorded = []
@@ -42,7 +44,7 @@ def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
         return jnp.einsum("BHTS,BSHC->BTHC", weights, v_BSKC)
 
     monkeypatch.setattr(comemo, "attend", attend)
-    batch = attention.pad_prompts([sample], 1, 32, 16)
+    batch = pad_prompts([sample], 1, 32, 16)
     model.vlm.hidden(model.params, jax.tree.map(jnp.asarray, batch))
     jax.effects_barrier()
     M = len(sample.memory_positions_M)

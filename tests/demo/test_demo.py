@@ -57,9 +57,9 @@ def test_a_second_call_trains_nothing_again(workdir, capfd):
     assert printed.count("is done") == 5 and "trains" not in printed
 
 
-def test_another_size_is_refused_in_the_same_folder(dataset, tmp_path, capsys):
-    (tmp_path / "dataset").symlink_to(dataset)
-    (dataset / "dataset.json").write_text("{}")
+def test_another_size_is_refused_in_the_same_folder(tmp_path, capsys):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "dataset.json").write_text("{}")
     assert main(["demo", "--workdir", str(tmp_path), "--steps-scale", "0.5"]) == 2
     assert "another --steps-scale" in capsys.readouterr().err
 

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Float
 
 from vlmem_jax.generate import LoadedModel
-from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.types import Sample
 
 
@@ -29,37 +28,34 @@ class Attention(NamedTuple):
 
 def last_token(model: LoadedModel, sample: Sample) -> Attention:
     """Attention of the last token of a prompt, whose answer it begins."""
-    vlm, params = model.vlm, model.params
-    length, slots = len(sample.tokens_T) - 1, len(sample.memory_positions_M)
-    before = dataclasses.replace(
-        sample, **{key: getattr(sample, key)[:length] for key in ("tokens_T", "labels_T", "positions_T", "slots_T")}
-    )
-    batch = pad_prompts([before], 1, vlm.config.vision.image_size, vlm.tokens_per_tile)
-    token_11 = jnp.asarray(sample.tokens_T[length:])[None]
+    length = len(sample.tokens_T) - 1
+    before = {key: getattr(sample, key)[:length] for key in ("tokens_T", "labels_T", "positions_T", "slots_T")}
+    generator = model.generator()
+    state = generator.start([dataclasses.replace(sample, **before)], new_tokens=1).state
+    rows = state.length_B.shape[0]
+    token_BT = jnp.full((rows, 1), sample.tokens_T[length])
 
     @jax.jit
-    def weights(params, batch):
-        _, state = vlm.prefill(params, batch, batch.tokens_BT.shape[1] + 1)
-
+    def weights(params, state):
         def score(context_v, memory_v):
             changed = dataclasses.replace(state, cache=dataclasses.replace(state.cache, v_LBSKC=context_v))
             if memory_v is not None:
                 recalled = dataclasses.replace(state.recalled, v_LBMHC=memory_v)
                 changed = dataclasses.replace(changed, recalled=recalled)
-            logits_BV, _ = vlm.extend(params, changed, token_11, jnp.ones(1, jnp.int32))
-            return logits_BV.max()
+            logits_BV, _ = model.vlm.extend(params, changed, token_BT, jnp.ones(rows, jnp.int32))
+            return logits_BV[0].max()
 
         memory_v = None if state.recalled is None else state.recalled.v_LBMHC
-        gradients = jax.grad(score, argnums=(0, 1))(state.cache.v_LBSKC, memory_v)
-        return jax.tree.map(_shares, gradients)
+        return jax.tree.map(_shares, jax.grad(score, argnums=(0, 1))(state.cache.v_LBSKC, memory_v))
 
-    with model.generator().context():
-        context_LHS, memory_LHM = jax.device_get(weights(params, batch))
-    visual_S = np.flatnonzero(before.slots_T >= 0)
+    with generator.context():
+        context_LHS, memory_LHM = jax.device_get(weights(model.params, state))
+    visual_S = np.flatnonzero(before["slots_T"] >= 0)
+    slots = len(sample.memory_positions_M)
     return Attention(None if memory_LHM is None else memory_LHM[..., :slots], context_LHS[..., visual_S])
 
 
 def _shares(gradient_LBSHC: jax.Array) -> jax.Array:
-    """[L, H, S]: lengths of the gradients of one row, as shares of their sum."""
+    """[L, H, S]: lengths of the gradients of the first row, as shares of their sum."""
     length_LHS = jnp.linalg.norm(gradient_LBSHC[:, 0].astype(jnp.float32), axis=-1).swapaxes(-1, -2)
     return length_LHS / jnp.maximum(length_LHS.sum(-1, keepdims=True), 1e-30)

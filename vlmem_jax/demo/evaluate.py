@@ -13,7 +13,7 @@ from vlmem_jax.types import Sample
 
 CHANCE = 0.1
 """Of guessing one of ten digits."""
-BATCH = 50
+BATCH = 48
 LONGEST_ANSWER = 4
 """Tokens; a right answer is one digit."""
 
