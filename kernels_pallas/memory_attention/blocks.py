@@ -10,6 +10,8 @@ LANES = 128
 VMEM_LIMIT = {"v5e": 110 * 2**20, "v5p": 88 * 2**20, "v6e": 110 * 2**20}
 MAX_SLOTS = 12288
 """Slots that one call keeps in VMEM; more are attended in parts that are merged by their log-sum-exp."""
+SMALL_SLOTS = 512
+"""Up to here the forward kernel for few slots serves."""
 MAX_QUERIES = 32768
 """Queries times query heads a kv head whose dq one backward call gathers in VMEM; more go in parts."""
 
@@ -21,6 +23,15 @@ class Forward:
     q: int = 1024
     rows: int = 512
     slots: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """Forward with few slots: rows of q and heads a grid step, and rows of q a matmul."""
+
+    q: int = 2048
+    rows: int = 512
+    heads: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,19 @@ def forward(num_queries: int, num_slots: int, chip: str = "v5e") -> Forward:
         rows = up(num_queries, LANES)
         return Forward(rows, rows, 512)
     rows = min(512, up(-(-num_queries // 2), LANES))
-    return Forward(2 * rows, rows, 512)
+    q = 2 * rows
+    if num_queries % 2048 == 0 and num_slots <= 4096:
+        q = 2048
+    elif num_slots > 8192:
+        q = rows
+    return Forward(q, rows, 512)
+
+
+def small(num_queries: int, num_heads: int, group: int) -> Small:
+    """Blocks for T queries and few slots; queries are padded to whole blocks."""
+    rows = min(512, up(num_queries, LANES))
+    heads = next(h for h in (4, 2, 1) if num_heads % h == 0 and (h % group == 0 or group % h == 0))
+    return Small(min(2048, up(num_queries, rows)), rows, heads)
 
 
 def backward(num_queries: int, num_slots: int, chip: str = "v5e") -> Backward:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import rotary
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention import tpu_backward, tpu_forward
+from kernels_pallas.memory_attention import tpu_backward, tpu_forward, tpu_small
 from kernels_pallas.memory_attention.blocks import LANES, up
 from kernels_pallas.memory_attention.problem import Inputs, Problem
 from kernels_pallas.memory_attention.tpu_forward import NEVER, Spec
@@ -73,16 +73,19 @@ def _total(parts: list[jax.Array]) -> jax.Array:
 
 
 def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    (batch, num_queries, heads, width), (kv_heads, num_slots) = inputs.q.shape, (inputs.k.shape[2], inputs.k.shape[1])
+    (_batch, num_queries, heads, width), (kv_heads, num_slots) = inputs.q.shape, (inputs.k.shape[2], inputs.k.shape[1])
     group = heads // kv_heads
     folded = group > 1 and num_queries * group <= 16 and isinstance(inputs.q_pos, rotary.Tables | None)
     if folded:  # decoding: the heads that share a kv head are rows of one matmul
         return _unfold(*_forward(problem, _fold(inputs, group)), group)
-    blocks = block_sizes.forward(num_queries, num_slots, problem.chip)
+    if num_slots <= block_sizes.SMALL_SLOTS and num_queries > 16:
+        kernel, blocks = tpu_small.forward, block_sizes.small(num_queries, heads, group)
+    else:
+        kernel, blocks = tpu_forward.forward, block_sizes.forward(num_queries, num_slots, problem.chip)
     spec, arrays = _prepare(problem, inputs, up(num_queries, blocks.q), up(num_slots, LANES))
-    if spec.masked:
+    if spec.masked and kernel is tpu_forward.forward:
         arrays["active"] = _chunk_range(arrays, blocks.q, tpu_forward.chunk_width(up(num_slots, LANES), blocks))
-    o, lse = tpu_forward.forward(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
+    o, lse = kernel(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
     lse = lse[:, :, 0, :num_queries]
     return _unpad(o, num_queries, width), jnp.where(lse == -NEVER, -jnp.inf, lse * _LN2)
 

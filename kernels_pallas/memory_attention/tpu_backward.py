@@ -14,27 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention.tpu_forward import LANES, Spec, column, precision
+from kernels_pallas.memory_attention.tpu_forward import LANES, Spec, column, precision, transposed_mask
 
 _NT = (((1,), (1,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
 _TN = (((0,), (0,)), ((), ()))
-
-
-def _mask(spec: Spec, k_segments, q_rows: dict[str, jax.Array], first_slot, count: int) -> jax.Array:
-    """bool [count, N]: slots first_slot.. that N queries may attend to; k_segments is a column [count, 128]."""
-    width = next(iter(q_rows.values())).shape[1]
-    allowed = []
-    for start in range(0, width, LANES):
-        lanes = slice(start, start + LANES)
-        here = None
-        if spec.segments:
-            here = k_segments == q_rows["segments"][:, lanes]
-        if spec.limit:
-            before = first_slot + jax.lax.broadcasted_iota(jnp.int32, (count, LANES), 0) < q_rows["limit"][:, lanes]
-            here = before if here is None else here & before
-        allowed.append(here)
-    return jnp.concatenate(allowed, axis=1)
 
 
 def _kernel(*refs, spec: Spec, blocks: block_sizes.Backward, names: tuple[str, ...], grid: tuple[int, ...]):
@@ -105,7 +89,7 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Backward, names: tuple[str, .
         p = jnp.exp2(dot(k[...], q, _NT) - ref["lse"][:, here])
         if spec.masked:
             rows = {kind: ref[f"q_{kind}"][:, here] for kind in ("segments", "limit") if f"q_{kind}" in ref}
-            p = jnp.where(_mask(spec, k_segments, rows, kv * slots, slots), p, 0.0)
+            p = jnp.where(transposed_mask(spec, k_segments, rows, kv * slots, slots), p, 0.0)
         dv = dot(p.astype(dtype), do, _NN)
         ds = (p * (dot(v[...], do, _NT) - ref["delta"][:, here])).astype(dtype)
         ref["dq_sum"][kept] += dot(ds, k[...], _TN)
@@ -172,8 +156,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq [B, T, H*128], dk, dv [B, M, K*128].
 
-    arrays: those of `forward`, do [B, T, H*128], lse (log2) and delta [B, H, 1, T]; active [B, M/slots, T/rows], 1 where
-    a chunk of queries reaches a block of slots.
+    arrays: those of `forward`, do [B, T, H*128], lse (log2) and delta [B, H, 1, T]; active [B, M/slots, T/rows],
+    1 where a chunk of queries reaches a block of slots.
     """
     q, k = arrays["q"], arrays["k"]
     (batch, num_queries, _), num_slots = q.shape, k.shape[1]

@@ -36,7 +36,6 @@ class Spec:
     k_rotated: bool = False
     segments: bool = False
     limit: bool = False
-    save_lse: bool = True
     chip: str = "v5e"
     interpret: bool = False
 
@@ -77,11 +76,27 @@ def mask(
     return jnp.concatenate(allowed, axis=1)
 
 
+def transposed_mask(spec: Spec, k_segments, q_rows: dict[str, jax.Array], first_slot, count: int) -> jax.Array:
+    """bool [count, N]: slots first_slot.. that N queries may attend to; k_segments is a column [count, 128]."""
+    width = next(iter(q_rows.values())).shape[1]
+    allowed = []
+    for start in range(0, width, LANES):
+        lanes = slice(start, start + LANES)
+        here = None
+        if spec.segments:
+            here = k_segments == q_rows["segments"][:, lanes]
+        if spec.limit:
+            before = first_slot + jax.lax.broadcasted_iota(jnp.int32, (count, LANES), 0) < q_rows["limit"][:, lanes]
+            here = before if here is None else here & before
+        allowed.append(here)
+    return jnp.concatenate(allowed, axis=1)
+
+
 def lane_sums(p: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
 
 
-def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ...], num_slots: int):
+def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ...], num_slots: int, once: bool):
     ref = dict(zip(names, refs, strict=True))
     q_ref, v_ref = ref["q"], ref["v"]
     dtype = q_ref.dtype
@@ -113,11 +128,15 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
                     tables = rotary.tables_in_kernel(column(ref["k_pos"][:, here]), ref["angles"][...])
                     ref["k_cos"][here], ref["k_sin"][here] = tables
 
-        @pl.when(first_of_head)
-        def _():
+        def turn(here):
+            k_ref[here] = rotary.turned(ref["k"][here], ref["k_cos"][here], ref["k_sin"][here]).astype(dtype)
+
+        def turn_all():
             for r in range(0, num_slots, step_rows):
-                here = pl.ds(r, step_rows)
-                k_ref[here] = rotary.turned(ref["k"][here], ref["k_cos"][here], ref["k_sin"][here]).astype(dtype)
+                turn(pl.ds(r, step_rows))
+
+        if not once:
+            pl.when(first_of_head)(turn_all)
     else:
         k_ref = ref["k"]
 
@@ -147,8 +166,7 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
             inverse = jnp.where(has_memory(columns), inverse, 0.0)
             log = jnp.where(has_memory(columns), log, -NEVER)
         ref["o"][here] = (o * inverse).astype(ref["o"].dtype)
-        if spec.save_lse:
-            ref["lse"][:, here] = jnp.broadcast_to(log, (o.shape[0], LANES)).T[:1]
+        ref["lse"][:, here] = jnp.broadcast_to(log, (o.shape[0], LANES)).T[:1]
 
     def anchored():
         worst = jnp.ones((1, 1), jnp.float32)
@@ -160,6 +178,8 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
             for c in range(0, num_slots, blocks.slots):
                 width = min(blocks.slots, num_slots - c)
                 slots = pl.ds(c, width)
+                if once and not spec.k_rotated and r == 0:
+                    turn(slots)  # hidden under the matmuls
                 s = dot(q, k_ref[slots], _NT)
                 if c == 0:
                     m = jnp.max(s, axis=1, keepdims=True)
@@ -216,6 +236,9 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
     else:
         low, high, few = 0, count, False
 
+    if spec.masked and once and not spec.k_rotated:
+        pl.when(few)(turn_all)
+
     def whole():
         ref["again"][0] = jnp.where(anchored() < _SAFE, 0, 1)
 
@@ -247,11 +270,11 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
     def kv_head(core, j):
         return core * per_core + j
 
-    def rows(array, lanes=LANES, by_head=False):
+    def rows(by_head):
         def index(b, core, j, g, i, *_):
             return b, i, (kv_head(core, j) * group + g if by_head else 0)
 
-        return pl.BlockSpec((None, blocks.q, lanes), index)
+        return pl.BlockSpec((None, blocks.q, LANES), index)
 
     def slots(by_head):
         return pl.BlockSpec(
@@ -261,11 +284,11 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
     q_row = pl.BlockSpec((None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, 0, i))
     k_row = pl.BlockSpec((None, 1, num_slots), lambda b, core, j, g, i, *_: (b, 0, 0))
     layout = {
-        "q": rows(q, by_head=True),
+        "q": rows(True),
         "k": slots(True),
         "v": slots(True),
-        "q_cos": rows(q),
-        "q_sin": rows(q),
+        "q_cos": rows(False),
+        "q_sin": rows(False),
         "k_cos": slots(False),
         "k_sin": slots(False),
         "q_pos": q_row,
@@ -276,15 +299,13 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
         "k_segments": k_row,
     }
     inputs = [name for name in layout if name in arrays]
-    outputs = {"o": jax.ShapeDtypeStruct(q.shape, q.dtype)}
-    out_specs = [rows(q, by_head=True)]
-    if spec.save_lse:
-        outputs["lse"] = jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32)
-        out_specs.append(
-            pl.BlockSpec(
-                (None, None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, i)
-            )
-        )
+    outputs = {
+        "o": jax.ShapeDtypeStruct(q.shape, q.dtype),
+        "lse": jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32),
+    }
+    lse_row = pl.BlockSpec(
+        (None, None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, i)
+    )
     scratch = {"again": pltpu.SMEM((1,), jnp.int32)}
     if not spec.k_rotated:
         scratch["k_turned"] = pltpu.VMEM((num_slots, LANES), k.dtype)
@@ -295,13 +316,15 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
                 scratch[f"{name}_sin"] = pltpu.VMEM((count, LANES), jnp.float32)
     scalars = ["active"] if spec.masked else []
     names = (*scalars, *inputs, *outputs, *scratch)
-    results = pl.pallas_call(
-        functools.partial(_kernel, spec=spec, blocks=blocks, names=names, num_slots=num_slots),
+    o, lse = pl.pallas_call(
+        functools.partial(
+            _kernel, spec=spec, blocks=blocks, names=names, num_slots=num_slots, once=group * num_queries == blocks.q
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, cores, per_core, group, num_queries // blocks.q),
             in_specs=[layout[name] for name in inputs],
-            out_specs=out_specs,
+            out_specs=[rows(True), lse_row],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=list(outputs.values()),
@@ -312,4 +335,4 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
         interpret=spec.interpret,
         name="memory_attention_forward",
     )(*(arrays[name] for name in (*scalars, *inputs)))
-    return results[0], results[1] if spec.save_lse else None
+    return o, lse

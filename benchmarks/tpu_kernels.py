@@ -1,0 +1,227 @@
+"""The kernels that `tpu_static` compiles, and how often each conditional part of their code runs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.tpu_dump import Program, Span
+from kernels_pallas.memory_attention import blocks as block_sizes
+from kernels_pallas.memory_attention import tpu_backward, tpu_forward, tpu_small
+from kernels_pallas.memory_attention.blocks import LANES
+
+MATMULS = {"forward": 2, "backward": 5, "decode": 2}
+"""Useful matmuls of queries by slots by head dim."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel at one size on one chip."""
+
+    kernel: str = "memory_attention"
+    """Or "splash", "flash"."""
+    direction: str = "forward"
+    chip: str = "v5e"
+    batch: int = 1
+    queries: int = 2048
+    slots: int = 4096
+    heads: int = 16
+    kv_heads: int = 16
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    rotation: str = "tables"
+    """Or "positions", "none"."""
+    segments: bool = False
+    blocks: tuple[int, ...] = ()
+    """Empty: those of the table. memory_attention: the fields of its Forward, Small or Backward; splash and flash:
+    rows of q, slots, and slots of a matmul."""
+
+    @property
+    def cores(self) -> int:
+        return 2 if self.chip == "v5p" else 1
+
+    @property
+    def flops(self) -> float:
+        """Useful matmul operations; padding of head_dim is not counted."""
+        pairs = self.batch * self.heads * self.queries * self.slots
+        return 2.0 * pairs * self.head_dim * MATMULS[self.direction]
+
+    @property
+    def minimum_bytes(self) -> int:
+        """Each of q, k, v, o (and their gradients) over HBM once."""
+        width = jnp.dtype(self.dtype).itemsize * self.batch * self.head_dim
+        q, kv = width * self.queries * self.heads, width * self.slots * self.kv_heads
+        return 3 * q + 4 * kv if self.direction == "backward" else 2 * q + 2 * kv
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        if self.blocks:
+            return self.blocks
+        if self.kernel == "memory_attention":
+            if self.small:
+                return dataclasses.astuple(block_sizes.small(self.queries, self.heads, self.heads // self.kv_heads))
+            choose = block_sizes.backward if self.direction == "backward" else block_sizes.forward
+            return dataclasses.astuple(choose(self.queries, self.slots, self.chip))
+        return min(1024, self.queries), self.slots, min(512, self.slots)
+
+    @property
+    def small(self) -> bool:
+        """Whether the kernel for few slots serves."""
+        return self.direction == "forward" and self.slots <= block_sizes.SMALL_SLOTS
+
+    @property
+    def name(self) -> str:
+        """Of the kernel in the dumps."""
+        if self.kernel == "memory_attention":
+            return f"memory_attention_{'backward' if self.direction == 'backward' else 'forward'}"
+        phase = "dkv" if self.direction == "backward" else "fwd"
+        return {"splash": f"splash_mha_{phase}", "flash": "flash_attention"}[self.kernel]
+
+
+SPLASH_BLOCKS = {
+    ("forward", 256): (2048, 256, 256),
+    ("forward", 1792): (1024, 1792, 256),
+    ("forward", 3328): (1024, 3328, 256),
+    ("forward", 4096): (1024, 4096, 256),
+    ("forward", 12288): (1024, 2048, 1024),
+}
+"""The best for v5e of `--search --kernel splash`."""
+
+
+def splash_case(case: Case) -> Case:
+    """The same work for splash attention, at its best blocks and without rotation."""
+    best = SPLASH_BLOCKS.get((case.direction, case.slots), ())
+    return dataclasses.replace(case, kernel="splash", rotation="none", blocks=best)
+
+
+def build(case: Case):
+    """(function, abstract arguments) that holds the kernel and next to nothing else."""
+    return {"memory_attention": _memory_attention, "splash": _splash, "flash": _flash}[case.kernel](case)
+
+
+def _memory_attention(case: Case):
+    batch, t, m, heads = case.batch, case.queries, case.slots, case.heads
+    backward = case.direction == "backward"
+    kind = block_sizes.Small if case.small else block_sizes.Backward if backward else block_sizes.Forward
+    blocks = kind(*case.chosen)
+    t = block_sizes.up(t, blocks.q)
+    array = jax.ShapeDtypeStruct
+    kind = jnp.dtype(case.dtype)
+    q, kv = array((batch, t, heads * LANES), kind), array((batch, m, case.kv_heads * LANES), kind)
+    arrays = {"q": q, "k": kv, "v": kv}
+    sides = {"q": t} if case.direction == "decode" else {"q": t, "k": m}
+    for side, rows in sides.items():
+        if case.rotation == "tables":
+            table = array((batch, rows, LANES), jnp.float32)
+            arrays |= {f"{side}_cos": table, f"{side}_sin": table}
+        elif case.rotation == "positions":
+            arrays[f"{side}_pos"] = array((batch, 1, rows), jnp.int32)
+    if case.rotation == "positions":
+        arrays["angles"] = array((1, LANES), jnp.float32)
+    if case.segments:
+        arrays |= {f"{s}_segments": array((batch, 1, n), jnp.int32) for s, n in (("q", t), ("k", m))}
+        if not case.small:
+            shape = (batch, m // blocks.slots, t // blocks.rows) if backward else (batch, t // blocks.q, 2)
+            arrays["active"] = array(shape, jnp.int32)
+    spec = tpu_forward.Spec(
+        head_dim=case.head_dim,
+        theta=1e6,
+        rotation=case.rotation,
+        k_rotated=case.rotation == "none" or case.direction == "decode",
+        segments=case.segments,
+        chip=case.chip,
+    )
+    run = functools.partial(
+        tpu_small.forward if case.small else tpu_backward.backward if backward else tpu_forward.forward,
+        spec,
+        num_heads=heads,
+        blocks=blocks,
+        cores=case.cores,
+    )
+    if backward:
+        row = array((batch, heads, 1, t), jnp.float32)
+        arrays |= {"do": q, "lse": row, "delta": row}
+    return run, (arrays,)
+
+
+def _splash(case: Case):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    q_block, kv_block, compute = case.chosen
+    sizes = splash.BlockSizes(
+        block_q=q_block, block_kv=kv_block, block_kv_compute=compute, block_q_dkv=q_block, block_kv_dkv=kv_block,
+        block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.FullMask((case.queries, case.slots))] * case.heads)
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
+    q, kv = array((case.heads, case.queries, LANES)), array((case.kv_heads, case.slots, LANES))
+    ids = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (case.queries, case.slots)] if case.segments else []
+
+    def forward(q, k, v, *ids):
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(*ids) if ids else None)
+
+    def backward(q, k, v, do, *ids):
+        return jax.vjp(lambda *qkv: forward(*qkv, *ids), q, k, v)[1](do)
+
+    return (backward, (q, kv, kv, q, *ids)) if case.direction == "backward" else (forward, (q, kv, kv, *ids))
+
+
+def _flash(case: Case):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    q_block, kv_block, compute = case.chosen
+    sizes = flash.BlockSizes(block_q=q_block, block_k_major=kv_block, block_k=compute, block_b=1)
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
+    q, kv = array((1, case.heads, case.queries, LANES)), array((1, case.kv_heads, case.slots, LANES))
+    return functools.partial(flash.flash_attention, block_sizes=sizes, sm_scale=LANES**-0.5), (q, kv, kv)
+
+
+def runs(case: Case, program: Program) -> dict[Span, float]:
+    """How often the parts run that do not run at each grid step.
+
+    Raises: ValueError when the code has other conditional parts than these kernels are known to have.
+    """
+    body = max(program.spans, key=lambda s: s.size)
+    # one place may be both what a branch jumps over and a loop
+    places = {(s.start, s.end): s for s in program.spans if s.size > 40 and s.size < 0.98 * body.size}
+    inner = list(places.values())
+    tops = [s for s in inner if not any(o is not s and o.start <= s.start and s.end <= o.end for o in inner)]
+    if case.kernel != "memory_attention":  # one part does the work, the others open and close a sweep
+        sweep = case.queries // case.chosen[0] if case.direction == "backward" else case.slots // case.chosen[1]
+        work = max(tops, key=lambda s: s.size, default=None)
+        return {s: 1.0 if s is work else 1 / sweep for s in tops}
+    times = _times(case)
+    if len(tops) != len(times):
+        found = [(s.kind, s.start, s.size) for s in tops]
+        raise ValueError(f"{case} has conditional parts {found}, expected {len(times)} of them: {times}")
+    return dict(zip(tops, times, strict=True))
+
+
+def _times(case: Case) -> list[float]:
+    """Of each conditional part, in the order of the code: how often it runs a grid step."""
+    group, blocks = case.heads // case.kv_heads, case.chosen
+    if case.small:
+        return []
+    heads = case.kv_heads // case.cores
+    if case.direction == "backward":
+        q_steps, kv_steps = -(-case.queries // blocks[0]), case.slots // blocks[1]
+        kv_once = 1 / (group * q_steps)
+        tables = [1 / (heads * kv_steps * group), kv_once / heads] if case.rotation == "positions" else []
+        turn_q, put_q = ([1 / kv_steps], [1 / kv_steps]) if kv_steps > 1 else ([], [])
+        parts = tables + turn_q
+        if case.segments or kv_once < 1:
+            # zero the sums and turn k, all queries reach, few do, write the sums
+            parts += [kv_once] * (2 if kv_once < 1 else 0)
+            parts += [1.0, 0.0] if case.segments else []
+            parts += [kv_once] if kv_once < 1 else []
+        return parts + put_q
+    q_steps = -(-case.queries // blocks[0])
+    k_once = 1 / (group * q_steps)
+    parts = [1 / (heads * group), k_once / heads] if case.rotation == "positions" else []
+    if case.direction != "decode" and case.rotation != "none":
+        parts += [k_once] if k_once < 1 else [0.0] if case.segments else []
+    return parts + ([1.0] if case.segments else []) + [0.0]

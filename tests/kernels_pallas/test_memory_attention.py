@@ -1,0 +1,194 @@
+"""Every backend that runs here against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas import memory_attention, rotary_tables
+from kernels_pallas.memory_attention import blocks
+from tests.kernels_pallas import exact
+
+TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
+BACKENDS = ["xla", "interpret"]
+
+
+def draw(seed, batch, t, m, heads, kv_heads, width, dtype, segments, limit, num_valid, furthest=32768, size=1.0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) * size, dtype)
+
+    arrays = {
+        "q": normal(batch, t, heads, width),
+        "k": normal(batch, m, kv_heads, width),
+        "v": normal(batch, m, kv_heads, width),
+    }
+    arrays["q_pos"], arrays["k_pos"] = (jnp.asarray(rng.integers(0, furthest, (batch, n))) for n in (t, m))
+    allowed = np.ones((batch, t, m), bool)
+    if segments:  # some queries meet no slot, some slots no query; 0 is padding
+        q_segments, k_segments = np.sort(rng.integers(0, 5, (batch, t))), np.sort(rng.integers(0, 4, (batch, m)))
+        allowed &= (q_segments[:, :, None] == k_segments[:, None]) & (k_segments[:, None] > 0)
+        arrays |= {"q_segments": jnp.asarray(q_segments), "k_segments": jnp.asarray(k_segments)}
+    if limit:
+        limits = rng.integers(0, m + 1, (batch, t))
+        allowed &= np.arange(m) < limits[..., None]
+        arrays["limit"] = jnp.asarray(limits)
+    if num_valid:
+        count = rng.choice([0, 1, m], batch)
+        allowed &= np.arange(m) < count[:, None, None]
+        arrays["num_valid"] = jnp.asarray(count)
+    return arrays, allowed, normal(batch, t, heads, width), jnp.asarray(rng.normal(size=(batch, heads, t)), jnp.float32)
+
+
+def run(backend, arrays, do, dlse, theta=1e6, **options):
+    def loss(qkv):
+        o, lse = memory_attention(*qkv, **others, theta=theta, return_lse=True, implementation=backend, **options)
+        finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
+        return jnp.sum(o.astype(jnp.float32) * do) + jnp.sum(finite * dlse), (o, lse)
+
+    others = {name: x for name, x in arrays.items() if name not in ("q", "k", "v")}
+    qkv = arrays["q"], arrays["k"], arrays["v"]
+    (_, (o, lse)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
+    return o, lse, gradients
+
+
+def compare(backend, arrays, allowed, do, dlse, tolerance):
+    o, lse, gradients = run(backend, arrays, do, dlse)
+    q_pos, k_pos = (np.asarray(arrays[name]) for name in ("q_pos", "k_pos"))
+    qkv = (arrays[name] for name in ("q", "k", "v"))
+    want_o, want_lse, want = exact.attention(
+        *qkv, do, np.asarray(dlse), q_pos=q_pos, k_pos=k_pos, theta=1e6, allowed=allowed
+    )
+    some = allowed.any(-1)
+    np.testing.assert_array_equal(np.isfinite(lse), np.broadcast_to(some[:, None], lse.shape))
+    np.testing.assert_allclose(
+        np.where(some[:, None], lse, 0), np.where(some[:, None], want_lse, 0), atol=tolerance * 3, rtol=tolerance
+    )
+    for name, got, expected in zip(("o", "dq", "dk", "dv"), (o, *gradients), (want_o, *want), strict=True):
+        got = np.asarray(got, np.float64)
+        np.testing.assert_allclose(got, expected, atol=tolerance * max(1, np.abs(expected).max()), err_msg=name)
+    for name, got in (("o", o), ("dq", gradients[0])):  # exactly, not nearly
+        assert not np.asarray(got, np.float32)[~some].any(), f"{name} of queries without memory must be zero"
+
+
+SHAPES = {
+    "batch": st.integers(1, 2),
+    "t": st.integers(1, 150),
+    "m": st.integers(1, 300),
+    "heads": st.sampled_from([(1, 1), (2, 2), (2, 1)]),
+    "width": st.sampled_from([64, 80, 128]),
+    "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "masks": st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def check(backend, batch, t, m, heads, width, dtype, masks, seed):
+    case = draw(seed, batch, t, m, *heads, width, dtype, *masks)
+    compare(backend, *case, TOLERANCE[dtype])
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(**SHAPES)
+def test_any_shape_agrees_with_float64_in_plain_jax(**case):
+    check("xla", **case)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(**SHAPES)
+def test_any_shape_agrees_with_float64_in_the_kernel(**case):
+    check("interpret", **case)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_many_shapes_agree_with_float64_in_the_kernel(**case):
+    check("interpret", **case)
+
+
+def test_scores_far_beyond_the_first_slots_are_computed_with_a_running_maximum():
+    arrays, allowed, do, dlse = draw(0, 1, 20, 1100, 1, 1, 128, "float32", False, False, False)
+    # slots after the first chunk score hundreds higher (or lower) than those that anchor the rows
+    scale = jnp.where(jnp.arange(1100) < blocks.forward(20, 1100).slots, 0.01, 100.0)[None, :, None, None]
+    arrays["k"] = arrays["k"] * scale
+    compare("interpret", arrays, allowed, do, dlse, 2e-4)
+
+
+def test_a_block_that_reaches_few_slots_skips_the_others():
+    arrays, allowed, do, dlse = draw(3, 1, 300, 1200, 1, 1, 128, "float32", False, False, False)
+    q_segments = np.where(np.arange(300) < 250, 7, 9)[None]
+    k_segments = np.where(np.arange(1200) < 100, 7, np.where(np.arange(1200) > 1150, 9, 3))[None]
+    arrays |= {"q_segments": jnp.asarray(q_segments), "k_segments": jnp.asarray(k_segments)}
+    arrays["v"] = arrays["v"].at[:, 600:700].set(jnp.nan)  # nobody may touch a chunk out of reach
+    arrays["v"] = jnp.where(jnp.isnan(arrays["v"]), 0.0, arrays["v"])
+    compare("interpret", arrays, q_segments[..., None] == k_segments[:, None], do, dlse, 3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_give_what_positions_give(backend):
+    arrays, _, do, dlse = draw(1, 1, 33, 70, 2, 1, 80, "float32", True, False, False)
+    made = {name: rotary_tables(arrays[name], 1e6, 80) for name in ("q_pos", "k_pos")}
+    for a, b in zip(
+        jax.tree.leaves(run(backend, arrays, do, dlse)),
+        jax.tree.leaves(run(backend, arrays | made, do, dlse)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(("t", "heads"), [(1, (4, 4)), (3, (4, 1)), (16, (2, 2))])
+def test_decoding_reads_turned_keys(t, heads):
+    arrays, allowed, do, dlse = draw(2, 2, t, 200, *heads, 128, "float32", False, False, True)
+    turned = jnp.asarray(exact.turn(np.asarray(arrays["k"], np.float64), np.asarray(arrays["k_pos"]), 1e6), jnp.float32)
+    whole = run("xla", arrays, do, dlse)[:2]
+    cached = {name: x for name, x in arrays.items() if name != "k_pos"} | {"k": turned}
+    cached["q_pos"] = rotary_tables(arrays["q_pos"], 1e6, 128)
+    for got, want in zip(run("interpret", cached, do, dlse, k_rotated=True)[:2], whole, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_memory_beyond_what_a_call_holds_is_merged(monkeypatch):
+    monkeypatch.setattr(blocks, "MAX_SLOTS", 256)
+    case = draw(5, 1, 40, 700, 2, 1, 128, "float32", True, True, False)
+    compare("interpret", *case, 3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gate_scales_and_learns_from_zero(backend):
+    arrays, _, do, _ = draw(4, 1, 8, 30, 1, 1, 64, "float32", False, False, False)
+
+    def loss(gate):
+        return jnp.sum(memory_attention(**arrays, gate=gate, implementation=backend) * do)
+
+    plain = jnp.sum(memory_attention(**arrays, implementation="xla") * do)
+    value, slope = jax.value_and_grad(loss)(jnp.zeros(1))
+    assert value == 0
+    np.testing.assert_allclose(slope[0], plain, rtol=1e-4)  # tanh'(0) = 1
+
+
+WRONG = {
+    "v must have k's shape": {"v": jnp.zeros((1, 5, 2, 64))},
+    "multiple of kv heads": {"q": jnp.zeros((1, 4, 3, 64))},
+    "share one floating type": {"k": jnp.zeros((1, 6, 2, 64), jnp.bfloat16)},
+    "given together": {"q_pos": jnp.zeros((1, 4), jnp.int32)},
+    "k_segments must be integers": {"q_segments": jnp.zeros((1, 4), jnp.int32), "k_segments": jnp.zeros((1, 6))},
+    "num_valid must be integers of shape": {"num_valid": jnp.zeros((2,), jnp.int32)},
+    "cannot serve: implementation must be one of": {"implementation": "cuda"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message):
+    right = {"q": jnp.zeros((1, 4, 2, 64)), "k": jnp.zeros((1, 6, 2, 64)), "v": jnp.zeros((1, 6, 2, 64))}
+    with pytest.raises(ValueError, match=message):
+        memory_attention(**right | WRONG[message])
+
+
+def test_a_head_dim_that_no_kernel_serves_is_named():
+    wide = {name: jnp.zeros((1, 4, 2, 256)) for name in "qkv"}
+    with pytest.raises(ValueError, match="head dim must be even and at most 128, got 256"):
+        memory_attention(**wide, implementation="interpret")
