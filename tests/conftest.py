@@ -33,3 +33,19 @@ install_import_hook("vlmem_jax", "beartype.beartype")
 def golden() -> Path:
     """Folder of reference numbers, a subfolder a system; VLMEM_GOLDEN names another set of the same format."""
     return Path(os.environ.get("VLMEM_GOLDEN", ROOT / "tests" / "golden"))
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`)."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs of a finished file are not needed again; kept, they fill the memory."""
+    yield
+    import jax
+
+    jax.clear_caches()
