@@ -1,7 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,28 @@ def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_survives(tmp_pat
     save(store, 3)
     store.close()
     assert {item.name for item in tmp_path.iterdir()} == {"1", "3"}, "the next run clears the unfinished one away"
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    save(store, 1)
+    store.wait()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(
+        CheckpointError, match="it needs 1.38e-07 GB and the disk has 1e-07 GB left; the checkpoint of step 1"
+    ):
+        save(store, 2)
+    store.close()
+    assert [item.name for item in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("lost", ["_METADATA", "manifest.ocdbt", "d"])
+def test_a_damaged_checkpoint_is_named(tmp_path, lost):
+    save_params(tmp_path / "0", tree())
+    path = tmp_path / "0" / "params" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path}/0/params is damaged"):
+        load_params(tmp_path / "0", target(tree()))
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):

@@ -68,7 +68,7 @@ def losses_on(folder):
     def train(data, fsdp, tensor):
         stage = dict(name="all", steps=4, learning_rate=1e-2)
         mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
-        settings = experiment(world.config(folder, stages=[stage], mesh=mesh))
+        settings = experiment(override(world.config(folder, stages=[stage], mesh=mesh), {"data.eval": []}))
         devices = jax.devices()[: data * fsdp * tensor]
         workdir = folder / f"{data}x{fsdp}x{tensor}"
         with pytest.MonkeyPatch.context() as patch:
@@ -79,11 +79,18 @@ def losses_on(folder):
     return train
 
 
-def test_every_mesh_gives_the_losses_of_one_device(losses_on):
-    one = losses_on(1, 1, 1)
-    assert one[-1] < one[0]
-    for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
-        np.testing.assert_allclose(losses_on(*shape), one, rtol=1e-5, err_msg=str(shape))
+@pytest.fixture(scope="module")
+def one_device(losses_on):
+    return losses_on(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow)],
+)
+def test_every_mesh_gives_the_losses_of_one_device(losses_on, one_device, shape):
+    assert one_device[-1] < one_device[0]
+    np.testing.assert_allclose(losses_on(*shape), one_device, rtol=1e-5)
 
 
 @pytest.fixture(scope="module", params=[(1, 8, 1), (2, 2, 2)], ids=["fsdp", "mixed"])

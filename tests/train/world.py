@@ -71,3 +71,12 @@ def losses(workdir):
     """(stage, step) -> training loss."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {(record["stage"], record["step"]): record["loss"] for record in records if "loss" in record}
+
+
+def config_file(folder, **changes):
+    """A file that `--config` reads, with `config(folder, **changes)` in it."""
+    file = folder / "config.py"
+    text = config(folder, **changes).to_json()
+    lines = ["import json", "", "from ml_collections import ConfigDict", "", "", "def get_config(profile=None):"]
+    file.write_text("\n".join(lines) + f"\n    return ConfigDict(json.loads({text!r}))\n")
+    return file

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ class Store:
         if step == self.latest():
             return
         with self._failures(step):
+            needed, free = sum(x.nbytes for x in jax.tree.leaves((params, train))), shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"it needs {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -160,9 +164,14 @@ def _restore(folder: Path, target: Tree) -> Any:
         raise ValueError(f"{folder.parent} is no checkpoint: it has no folder {folder.name!r}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata
+        if stored is None:
+            raise ValueError(f"{folder} is damaged: it has no _METADATA; use another step of this run")
         _check_fit(folder, flatten_dict(stored.tree, sep="/"), flatten_dict(target, sep="/"))
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
+        try:
+            return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
+        except Exception as error:  # of many kinds, by what is broken
+            raise ValueError(f"{folder} is damaged: {_first_line(error)}; use another step of this run") from error
 
 
 def _check_fit(folder: Path, stored: Tree, wanted: Tree) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
@@ -77,7 +80,7 @@ class Recorder:
             file = workdir / "metrics.jsonl"
             _forget(file, stage, done)
             self._file = file.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=before + done + 1, flush_secs=10)
+            self._board = Board(workdir / "tensorboard", before + done + 1)
             self._terminal = Terminal(stage, steps, done)
 
     def step(self, step: int, values: dict[str, float], counts: dict[str, int]) -> None:
@@ -109,10 +112,15 @@ class Recorder:
         """One line of metrics.jsonl, and the same numbers everywhere else."""
         if not self._writes:
             return
-        self._file.write(json.dumps({"stage": self._stage, "step": step, **record}) + "\n")
-        self._file.flush()
-        for key, value in record.items():
-            self._board.add_scalar(key if "/" in key else f"train/{key}", value, self._before + step)
+        try:
+            self._file.write(json.dumps({"stage": self._stage, "step": step, **record}) + "\n")
+            self._file.flush()
+            self._board.write(self._before + step, record)
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} could not be written: {error}; make room on the disk and start again: the run goes "
+                "on from its last checkpoint"
+            ) from error
         self._terminal.show(step, record)
 
     def say(self, text: str) -> None:
@@ -132,8 +140,41 @@ class Recorder:
         """Ends the progress bar and the files."""
         if self._writes:
             self._terminal.close()
-            self._board.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # a disk that is full has been reported
+                self._board.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+class Board:
+    """Scalars for TensorBoard, from step `first` on: what earlier files say of these steps no longer counts.
+
+    Written in place, since the thread and the queue of tensorboardX's own writer hang when the disk is full.
+    """
+
+    def __init__(self, folder: Path, first: int, flush_seconds: float = 10):
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(str(folder / name))
+        self._flush_seconds, self._flushed = flush_seconds, 0.0
+        self._put(Event(step=first, file_version="brain.Event:2"))
+        self._put(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """A point on every curve; names without a group go to `train`."""
+        tags = ((key if "/" in key else f"train/{key}", value) for key, value in record.items())
+        self._put(Event(step=step, summary=Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in tags])))
+        if time.monotonic() - self._flushed > self._flush_seconds:
+            self._records.flush()
+            self._flushed = time.monotonic()
+
+    def _put(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._records.flush()
+        self._records.close()
 
 
 class Terminal:

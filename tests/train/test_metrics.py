@@ -1,0 +1,95 @@
+import io
+import json
+import struct
+
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from vlmem_jax.train import metrics
+from vlmem_jax.train.metrics import Recorder, Terminal
+
+COUNTS = {"tokens": 60, "images": 3, "tiles": 5, "slots": 80}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that moves when told to."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1000.0)
+    return now
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rates_are_those_of_the_steps_since_the_last_record(tmp_path, clock):
+    recorder = Recorder(tmp_path, "s", 10, log_every=2, flops=200)
+    for step in range(1, 7):
+        clock[0] += 0.5
+        if step == 5:
+            with recorder.pause():
+                clock[0] += 30
+        recorder.step(step, {"loss": float(step)}, COUNTS)
+    recorder.close()
+    assert [record["step"] for record in records(tmp_path)] == [2, 4, 6]
+    first, *others = records(tmp_path)
+    for record in (first, *others):  # the first step, which compiles, counts nowhere; nor does the pause
+        assert record["tokens_per_s"] == 120 and record["images_per_s"] == 6 and record["tiles_per_s"] == 10
+        assert record["mfu"] == pytest.approx(200 * 2 / 1000)
+        assert record["fill"] == 0.75
+
+
+def test_the_last_step_is_always_recorded(tmp_path, clock):
+    recorder = Recorder(tmp_path, "s", 3, log_every=100)
+    for step in (1, 2, 3):
+        recorder.step(step, {"loss": 1.0}, COUNTS)
+    recorder.close()
+    assert [record["step"] for record in records(tmp_path)] == [3]
+
+
+def test_going_on_forgets_what_was_not_saved(tmp_path):
+    lines = [{"stage": "a", "step": 4}, {"stage": "b", "step": 1}, {"stage": "b", "step": 2}, {"stage": "b", "step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "b", "st')
+    Recorder(tmp_path, "b", 10, done=2).close()
+    assert records(tmp_path) == lines[:3]
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    text = io.StringIO()
+    terminal = Terminal("finetune", 100, 0, Console(file=text, width=40, soft_wrap=True))
+    terminal.show(25, {"loss": 1.23456, "tokens_per_s": 12_345.0, "mfu": 0.314, "steps_per_s": 0.01})
+    terminal.close()
+    assert text.getvalue() == "finetune 25/100  loss 1.2346  tokens/s 12.3k  MFU 31.4%  ETA 2:05:00\n"
+
+
+def test_a_bar_in_a_terminal():
+    text = io.StringIO()
+    terminal = Terminal("finetune", 100, 20, Console(file=text, width=120, force_terminal=True))
+    terminal.show(25, {"loss": 1.23456, "images_per_s": 7.0})
+    terminal.close()
+    assert "25/100" in text.getvalue() and "loss 1.2346  images/s 7" in text.getvalue()
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    recorder = Recorder(tmp_path, "s", 10, done=3, before=100)
+    recorder.write(4, {"loss": 2.5, "gate/attn/1": 0.125})
+    recorder.close()
+    data, events = next((tmp_path / "tensorboard").iterdir()).read_bytes(), []
+    while data:  # TFRecord: length, its checksum, that many bytes, their checksum
+        (length,) = struct.unpack("Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[1].session_log.status == 1 and events[1].step == 104, "later points of a killed run are dropped"
+    assert events[2].step == 104
+    assert {value.tag: value.simple_value for value in events[2].summary.value} == {
+        "train/loss": 2.5,
+        "gate/attn/1": 0.125,
+    }
+
+
+def test_the_peak_of_this_machine_is_measured():
+    metrics.peak_flops.cache_clear()
+    assert 1e8 < metrics.peak_flops() < 1e14

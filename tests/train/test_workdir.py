@@ -1,0 +1,79 @@
+import dataclasses
+import json
+
+import pytest
+
+from tests.train import standin
+from vlmem_jax.config import ConfigError, build
+from vlmem_jax.train.config import StageConfig, experiment
+from vlmem_jax.train.workdir import prepare
+
+
+@pytest.fixture
+def settings(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in ("tokenizer.json", "model.safetensors", "model.safetensors.index.json"):
+        (folder / name).write_text("{}")
+    stages = (StageConfig("a", 5, 0.1), StageConfig("b", 5, 0.1))
+    return dataclasses.replace(standin.experiment(tokenizer=str(folder)), stages=stages)
+
+
+def start(workdir, *stages):
+    for stage in stages:
+        (workdir / stage / "3" / "params").mkdir(parents=True)
+
+
+def test_what_is_written_can_be_read_again(tmp_path, settings):
+    prepare(tmp_path / "run", settings)
+    assert experiment(json.loads((tmp_path / "run" / "config.json").read_text())) == settings
+    assert (
+        build(type(settings.image), json.loads((tmp_path / "run" / "model.json").read_text())["image"])
+        == settings.image
+    )
+    assert [file.name for file in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.json"], "no weights"
+
+
+def test_the_same_again_and_other_ways_to_run_it_are_fine(tmp_path, settings):
+    prepare(tmp_path, settings)
+    start(tmp_path, "a", "b")
+    prepare(tmp_path, settings)
+    prepare(tmp_path, dataclasses.replace(settings, log_every=77))
+    assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 77
+
+
+def test_what_changes_the_numbers_is_refused_with_every_key(tmp_path, settings):
+    prepare(tmp_path, settings)
+    start(tmp_path, "a")
+    other = dataclasses.replace(settings, seed=1, optimizer=dataclasses.replace(settings.optimizer, b1=0.8))
+    with pytest.raises(ConfigError) as error:
+        prepare(tmp_path, other)
+    assert "optimizer.b1: 0.9 there, 0.8 now" in str(error.value) and "seed: 42 there, 1 now" in str(error.value)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 42
+
+
+def test_a_stage_may_change_until_it_has_a_checkpoint(tmp_path, settings):
+    prepare(tmp_path, settings)
+    start(tmp_path, "a")
+    a, b = settings.stages
+    prepare(
+        tmp_path, dataclasses.replace(settings, stages=(a, dataclasses.replace(b, steps=9), StageConfig("c", 1, 1.0)))
+    )
+    start(tmp_path, "b")
+    with pytest.raises(ConfigError, match="stages.b.steps: 9 there, 5 now"):
+        prepare(tmp_path, settings)
+    with pytest.raises(ConfigError, match="stages.a.learning_rate: 0.1 there, None now"):
+        prepare(tmp_path, dataclasses.replace(settings, stages=(b, StageConfig("c", 1, 1.0))))
+
+
+def test_nothing_is_left_half_written(tmp_path, settings):
+    prepare(tmp_path / "run", settings)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_missing_tokenizer_and_a_foreign_checkpoint_are_named(tmp_path, settings):
+    with pytest.raises(ConfigError, match="there is no folder 'nowhere'"):
+        prepare(tmp_path / "run", dataclasses.replace(settings, tokenizer="nowhere"))
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a checkpoint; start from it with --config.init="):
+        prepare(tmp_path, settings)
