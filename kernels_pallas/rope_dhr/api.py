@@ -1,0 +1,85 @@
+"""rope_dhr: the rotation alone, one pass over HBM, for causal self-attention with DHR or M-RoPE positions."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import rotary
+from kernels_pallas.rope_dhr import tpu
+
+Implementation = Literal["tpu", "xla", "interpret"]
+
+
+def rope_dhr(
+    x: jax.Array,
+    positions: jax.Array | rotary.Tables,
+    *,
+    theta: float = 1e6,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """x [B, T, H, C] turned by integer positions [B, T], or by tables (`rotary_tables`, `tables_of_angles`).
+
+    Angles are fp32; the result has x's type. implementation None: the TPU kernel on a TPU where it serves, or plain
+    JAX.
+
+    Raises: ValueError for shapes or types that do not fit, or a head dim that the named kernel does not serve.
+    """
+    _check(x, positions)
+    reason = tpu.unsupported(x)
+    if implementation is None:
+        implementation = "tpu" if reason is None and jax.default_backend() == "tpu" else "xla"
+    if implementation == "xla":
+        if not isinstance(positions, rotary.Tables):
+            positions = rotary.rotary_tables(positions, theta, x.shape[-1])
+        return rotary.rotate(x, positions).astype(x.dtype)
+    if implementation not in ("tpu", "interpret"):
+        raise ValueError(f"implementation must be 'tpu', 'xla', 'interpret' or None, got {implementation!r}")
+    if reason is not None:
+        raise ValueError(f"rope_dhr: implementation={implementation!r} cannot serve: {reason}")
+    return _turn(float(theta), implementation == "interpret", x, positions)
+
+
+def raster_positions(grid: jax.Array, tiles: int, side: int = 16, base: jax.Array | int = 0) -> jax.Array:
+    """int32 [B, tiles * side^2]: each tile token's id in the thumbnail, tiles row by row, thumbnail last.
+
+    grid [B, 2] holds columns and rows; tiles is the most an image has, thumbnail included. Ids are
+    base + row * side + column of the thumbnail's token there. Tiles beyond an image's own repeat its thumbnail; leave
+    them out by `num_valid`. CoMemo (2506.06279) sec. 3.3, by the tiles' places.
+    """
+    columns, rows = (jnp.maximum(grid[:, i], 1)[:, None, None] for i in (0, 1))
+    tile = jnp.arange(tiles)[None, :, None]
+    token = jnp.arange(side * side)[None, None]
+    row, column = token // side, token % side
+    thumbnail = row * side + column
+    spread = ((tile // columns) * side + row) // rows * side + ((tile % columns) * side + column) // columns
+    ids = jnp.where((tile < columns * rows) & (columns * rows > 1), spread, thumbnail)
+    return (ids.reshape(grid.shape[0], -1) + jnp.asarray(base).reshape(-1, 1)).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _turn(theta: float, interpret: bool, x: jax.Array, positions) -> jax.Array:
+    return tpu.turn(x, positions, theta=theta, inverse=False, interpret=interpret)
+
+
+def _forward(theta, interpret, x, positions):
+    return _turn(theta, interpret, x, positions), positions
+
+
+def _backward(theta, interpret, positions, dy):
+    return tpu.turn(dy, positions, theta=theta, inverse=True, interpret=interpret), None
+
+
+_turn.defvjp(_forward, _backward)
+
+
+def _check(x, positions) -> None:
+    if x.ndim != 4 or x.shape[-1] % 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating [batch, length, heads, even head_dim], got {x.dtype} {x.shape}")
+    if isinstance(positions, rotary.Tables):
+        want = (*x.shape[:2], x.shape[3])
+        if positions.cos.shape != want or positions.sin.shape != want:
+            raise ValueError(f"tables must be {want}, got {positions.cos.shape} and {positions.sin.shape}")
+    elif positions.shape != x.shape[:2] or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers {x.shape[:2]}, got {positions.dtype} {positions.shape}")
