@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
-    sample = model.processor.prompt("Which digit is at row 1, column 5?", [Image.fromarray(pixels)])
+    sample = model.processor.prompt("In image 1, which digit is at row 1, column 5?", [Image.fromarray(pixels)])
     seen = attention.last_token(model, sample)
 
     recorded = []

@@ -21,12 +21,6 @@ def test_the_answer_is_what_the_picture_shows(kind, text, answer):
     assert (question.text, question.answer) == (text, answer)
 
 
-def test_an_only_image_has_no_name():
-    question = ask("cell", None, DIGITS_RC, 0, 1)
-    assert question.text == "Which digit is at row 1, column 2?"
-    assert conversation(1, [question])[0]["value"] == "<image>\nWhich digit is at row 1, column 2?"
-
-
 def test_a_conversation_names_its_images_once():
     turns = conversation(2, [ask("cell", 0, DIGITS_RC, 0, 0), ask("row", 1, DIGITS_RC, 2, 0)])
     assert [turn["from"] for turn in turns] == ["human", "gpt", "human", "gpt"]

@@ -39,8 +39,8 @@ GROUPS = (*dict.fromkeys(MIXTURE), UNTRAINED)
 """What held-out questions are asked about: images and their grid."""
 OPENING_TOKENS = 3
 """Start token and the empty system turn."""
-IMAGE_TOKENS = 2
-"""Control tokens round the visual tokens of an image; its name is one more."""
+NAME_TOKENS = 3
+"""An image's name and the control tokens round its visual tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,7 @@ def _line(
     rng: np.random.Generator, paths: list[str], mosaics: list[Mosaic], kinds: Sequence[Kind], tokens: int
 ) -> dict[str, Any]:
     """A line of JSONL that asks these kinds of questions until it is `tokens` long."""
-    frame = IMAGE_TOKENS + (len(mosaics) > 1)
-    seen = sum(frame + CELLS**2 * positions.tile_count(*mosaic.grid) for mosaic in mosaics)
+    seen = sum(NAME_TOKENS + CELLS**2 * positions.tile_count(*mosaic.grid) for mosaic in mosaics)
     questions = fill(rng, mosaics, kinds, tokens - OPENING_TOKENS - seen)
     return {"image": paths, "conversations": conversation(len(paths), questions)}
 
@@ -162,7 +161,7 @@ def _ask(rng: np.random.Generator, album: _Album, images: int, grid: Grid, count
         paths, mosaics = album.pick(rng, grid, images)
         asked = n % images  # every place equally often
         row, column = (int(rng.integers(size)) for size in mosaics[asked].digits_RC.shape)
-        question = ask("cell", asked if images > 1 else None, mosaics[asked].digits_RC, row, column)
+        question = ask("cell", asked, mosaics[asked].digits_RC, row, column)
         yield {
             "image": paths,
             "conversations": conversation(images, [question]),

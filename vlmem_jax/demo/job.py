@@ -19,7 +19,7 @@ from vlmem_jax.demo.config import Recipe, base_experiment, comemo_experiment
 from vlmem_jax.demo.dataset import read_questions, write_dataset
 from vlmem_jax.demo.evaluate import Answered, accuracies, answer, ask_all, tally
 from vlmem_jax.demo.mosaics import draw_mosaic, load_digits
-from vlmem_jax.demo.questions import ask
+from vlmem_jax.demo.questions import ask, opening
 from vlmem_jax.generate import LoadedModel, load_model
 from vlmem_jax.hub.convert import export_folder
 from vlmem_jax.processing.images import open_image
@@ -117,9 +117,9 @@ class Demo:
         rng = np.random.default_rng(self.recipe.dataset.seed + 1)
         mosaic = draw_mosaic(rng, load_digits()[1], (2, 2))
         row, column = (int(rng.integers(size)) for size in mosaic.digits_RC.shape)
-        asked = ask("cell", None, mosaic.digits_RC, row, column)
+        asked = ask("cell", 0, mosaic.digits_RC, row, column)
         path = self.workdir / "question.png"
         mosaic.image.save(path)
-        sample = model.processor.prompt(asked.text, [open_image(path)])
+        sample = model.processor.prompt(opening(1) + asked.text, [open_image(path)])
         said = answer(model, [sample])[0]
         return {"image": path.name, "question": asked.text, "expected": asked.answer, "answer": said}

@@ -11,6 +11,7 @@ from PIL import Image
 from vlmem_jax.demo import attention
 from vlmem_jax.demo.evaluate import Answered
 from vlmem_jax.demo.job import Trained
+from vlmem_jax.demo.questions import opening
 from vlmem_jax.demo.report import Example, Looking, Map
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.processing.images import open_image, tile_grid
@@ -68,7 +69,7 @@ def examples(trained: Trained, dataset: Path) -> list[Example]:
 def looking(model: LoadedModel, folder: Path, question: dict[str, Any]) -> Looking:
     """Where the last token of a question about one picture looks."""
     picture = open_image(folder / question["image"])
-    sample = model.processor.prompt(question["question"], [picture])
+    sample = model.processor.prompt(opening(1) + question["question"], [picture])
     weights = attention.last_token(model, sample)
     side = model.vlm.tokens_per_side
     every = model.vlm.config.comemo.every

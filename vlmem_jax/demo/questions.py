@@ -12,8 +12,8 @@ from vlmem_jax.demo.mosaics import Mosaic
 Kind = Literal["cell", "row", "column", "all"]
 TURN_TOKENS = 4
 """Control tokens that open and close the two sides of a turn."""
-SHORTEST = TURN_TOKENS + 3
-"""Tokens of the shortest turn, a question about a cell of the only image."""
+SHORTEST = TURN_TOKENS + 4
+"""Tokens of the shortest turn, a question about a cell."""
 DRAWS = 60
 """Questions drawn at most to fill a conversation."""
 
@@ -27,26 +27,24 @@ class Question:
     tokens: int
 
 
-def ask(kind: Kind, image: int | None, digits_RC: Int[np.ndarray, "R C"], row: int, column: int) -> Question:
-    """The question of this kind about image number `image`, or about the only one; numbers count from 0."""
+def ask(kind: Kind, image: int, digits_RC: Int[np.ndarray, "R C"], row: int, column: int) -> Question:
+    """The question of this kind about image number `image`; all three numbers count from 0."""
+    words = 2
     if kind == "cell":
-        text, words, digits = f"which digit is at row {row + 1}, column {column + 1}?", 2, digits_RC[row, column]
+        text, digits, words = f"which digit is at row {row + 1}, column {column + 1}?", digits_RC[row, column], 3
     elif kind == "row":
-        text, words, digits = f"which digits are in row {row + 1}?", 1, digits_RC[row]
+        text, digits = f"which digits are in row {row + 1}?", digits_RC[row]
     elif kind == "column":
-        text, words, digits = f"which digits are in column {column + 1}?", 1, digits_RC[:, column]
+        text, digits = f"which digits are in column {column + 1}?", digits_RC[:, column]
     else:
-        text, words, digits = "what are all the digits?", 1, digits_RC
-    if image is not None:
-        text, words = f"in image {image + 1}, {text}", words + 1
-    answer = " ".join(map(str, digits.ravel()))
-    return Question(text[0].upper() + text[1:], answer, TURN_TOKENS + words + digits.size)
+        text, digits = "what are all the digits?", digits_RC
+    digits = digits.ravel()
+    answer = " ".join(map(str, digits))
+    return Question(f"In image {image + 1}, {text}", answer, TURN_TOKENS + words + len(digits))
 
 
 def opening(images: int) -> str:
-    """What stands before the first question: the images, each under its name where there are several."""
-    if images == 1:
-        return "<image>\n"
+    """What stands before the first question: the images, each under its name."""
     return "".join(f"image {n + 1}: <image>\n" for n in range(images))
 
 
@@ -72,8 +70,7 @@ def fill(rng: np.random.Generator, mosaics: Sequence[Mosaic], kinds: Sequence[Ki
         fitting = kinds if mosaic.grid == (1, 1) else [kind for kind in kinds if kind != "all"]
         rows, columns = mosaic.digits_RC.shape
         kind = fitting[int(what * len(fitting))]
-        named = image if len(mosaics) > 1 else None
-        question = ask(kind, named, mosaic.digits_RC, int(down * rows), int(right * columns))
+        question = ask(kind, image, mosaic.digits_RC, int(down * rows), int(right * columns))
         if question.text not in questions and (question.tokens <= left or not questions):
             questions[question.text] = question
             left -= question.tokens
