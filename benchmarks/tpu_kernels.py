@@ -86,7 +86,7 @@ SPLASH_BLOCKS = {
     ("forward", 4096): (1024, 4096, 256),
     ("forward", 12288): (1024, 2048, 1024),
 }
-"""The best for v5e of `--search --kernel splash`."""
+"""Blocks at which splash attention is compared; `--search --kernel splash` tries others."""
 
 
 def splash_case(case: Case) -> Case:
