@@ -1,6 +1,6 @@
 """Block sizes of the TPU kernels, by direction and number of queries and slots.
 
-Those for 2048 queries and 1792 to 12288 slots were compared by the compiler's cycle counts for v5e, a few candidates each;
+Those for 2048 queries and 1792 to 12288 slots were compared by cycle counts for v5e, a few candidates each;
 `python -m benchmarks.tpu_static --search` tries all. The chip changes only how much VMEM a kernel may take.
 """
 
