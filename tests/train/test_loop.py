@@ -159,10 +159,14 @@ def test_what_is_frozen_stays_bit_for_bit_and_has_no_optimizer_state(tmp_path, o
 
 
 def test_the_second_ctrl_c_ends_the_program():
-    with pytest.raises(KeyboardInterrupt), interruption() as asked:
-        signal.raise_signal(signal.SIGINT)
-        assert asked.is_set()
-        signal.raise_signal(signal.SIGINT)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), interruption() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked.is_set()
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_the_program_is_compiled_once_a_stage(tmp_path):
