@@ -12,8 +12,8 @@ from kernels_pallas import rotary
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.problem import Inputs, Positions, Problem
 
-Implementation = Literal["tpu", "gpu", "xla", "interpret"]
-_BACKENDS = {"tpu": "tpu", "gpu": "gpu", "interpret": "tpu"}
+Implementation = Literal["tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"]
+_BACKENDS = {"tpu": "tpu", "gpu": "gpu", "tpu_interpret": "tpu", "gpu_interpret": "gpu"}
 _CHIPS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -49,7 +49,7 @@ def memory_attention(
     q_segments [B, T], k_segments [B, M]: equal ids see each other, 0 or less sees nothing. num_valid [B]: slots in use.
     limit [B, T]: a query sees slots below it. Queries without memory get exactly zero, and so do their gradients.
     gate: scalar; o is multiplied by tanh(gate). return_lse: also lse [B, H, T] fp32, natural, -inf without memory.
-    implementation: None takes the best that serves here, see `choose`; "interpret" runs the TPU kernel anywhere.
+    implementation: None takes the best that serves here, see `choose`; the interpreted ones run anywhere.
     chip: "v5e", "v5p" or "v6e", when it is not the one at hand (compiling ahead).
 
     Raises: ValueError for shapes, types or a head dim that no backend or not the named one serves.
@@ -65,7 +65,7 @@ def memory_attention(
     if name == "xla":
         o, lse = _plain(inputs, theta)
     else:
-        o, lse = _fused(name, Problem(float(theta), chip or _chip(), name == "interpret"), inputs)
+        o, lse = _fused(name, Problem(float(theta), chip or _chip(), name.endswith("_interpret")), inputs)
     if gate is not None:
         o = (jnp.tanh(gate.astype(jnp.float32)).reshape(()) * o).astype(o.dtype)
     return (o, lse) if return_lse else o

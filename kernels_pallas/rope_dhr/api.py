@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas import rotary
 from kernels_pallas.rope_dhr import tpu
 
-Implementation = Literal["tpu", "xla", "interpret"]
+Implementation = Literal["tpu", "xla", "tpu_interpret"]
 
 
 def rope_dhr(
@@ -34,11 +34,11 @@ def rope_dhr(
         if not isinstance(positions, rotary.Tables):
             positions = rotary.rotary_tables(positions, theta, x.shape[-1])
         return rotary.rotate(x, positions).astype(x.dtype)
-    if implementation not in ("tpu", "interpret"):
-        raise ValueError(f"implementation must be 'tpu', 'xla', 'interpret' or None, got {implementation!r}")
+    if implementation not in ("tpu", "tpu_interpret"):
+        raise ValueError(f"implementation must be 'tpu', 'xla', 'tpu_interpret' or None, got {implementation!r}")
     if reason is not None:
         raise ValueError(f"rope_dhr: implementation={implementation!r} cannot serve: {reason}")
-    return _turn(float(theta), implementation == "interpret", x, positions)
+    return _turn(float(theta), implementation == "tpu_interpret", x, positions)
 
 
 def raster_positions(grid: jax.Array, tiles: int, side: int = 16, base: jax.Array | int = 0) -> jax.Array:

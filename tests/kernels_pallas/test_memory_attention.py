@@ -12,7 +12,7 @@ from kernels_pallas.memory_attention import blocks
 from tests.kernels_pallas import exact
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
-BACKENDS = ["xla", "interpret"]
+BACKENDS = ["xla", "tpu_interpret"]
 
 
 def draw(seed, batch, t, m, heads, kv_heads, width, dtype, segments, limit, num_valid, furthest=32768, size=1.0):
@@ -100,14 +100,14 @@ def test_any_shape_agrees_with_float64_in_plain_jax(**case):
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(**SHAPES)
 def test_any_shape_agrees_with_float64_in_the_kernel(**case):
-    check("interpret", **case)
+    check("tpu_interpret", **case)
 
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(**SHAPES)
 def test_many_shapes_agree_with_float64_in_the_kernel(**case):
-    check("interpret", **case)
+    check("tpu_interpret", **case)
 
 
 def test_scores_far_beyond_the_first_slots_are_computed_with_a_running_maximum():
@@ -115,7 +115,7 @@ def test_scores_far_beyond_the_first_slots_are_computed_with_a_running_maximum()
     # slots after the first chunk score hundreds higher (or lower) than those that anchor the rows
     scale = jnp.where(jnp.arange(1100) < blocks.forward(20, 1100).slots, 0.01, 100.0)[None, :, None, None]
     arrays["k"] = arrays["k"] * scale
-    compare("interpret", arrays, allowed, do, dlse, 2e-4)
+    compare("tpu_interpret", arrays, allowed, do, dlse, 2e-4)
 
 
 def test_a_block_that_reaches_few_slots_skips_the_others():
@@ -125,7 +125,7 @@ def test_a_block_that_reaches_few_slots_skips_the_others():
     arrays |= {"q_segments": jnp.asarray(q_segments), "k_segments": jnp.asarray(k_segments)}
     arrays["v"] = arrays["v"].at[:, 600:700].set(jnp.nan)  # nobody may touch a chunk out of reach
     arrays["v"] = jnp.where(jnp.isnan(arrays["v"]), 0.0, arrays["v"])
-    compare("interpret", arrays, q_segments[..., None] == k_segments[:, None], do, dlse, 3e-6)
+    compare("tpu_interpret", arrays, q_segments[..., None] == k_segments[:, None], do, dlse, 3e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,14 +147,14 @@ def test_decoding_reads_turned_keys(t, heads):
     whole = run("xla", arrays, do, dlse)[:2]
     cached = {name: x for name, x in arrays.items() if name != "k_pos"} | {"k": turned}
     cached["q_pos"] = rotary_tables(arrays["q_pos"], 1e6, 128)
-    for got, want in zip(run("interpret", cached, do, dlse, k_rotated=True)[:2], whole, strict=True):
+    for got, want in zip(run("tpu_interpret", cached, do, dlse, k_rotated=True)[:2], whole, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_memory_beyond_what_a_call_holds_is_merged(monkeypatch):
     monkeypatch.setattr(blocks, "MAX_SLOTS", 256)
     case = draw(5, 1, 40, 700, 2, 1, 128, "float32", True, True, False)
-    compare("interpret", *case, 3e-6)
+    compare("tpu_interpret", *case, 3e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,4 +191,4 @@ def test_wrong_arguments_are_named(message):
 def test_a_head_dim_that_no_kernel_serves_is_named():
     wide = {name: jnp.zeros((1, 4, 2, 256)) for name in "qkv"}
     with pytest.raises(ValueError, match="head dim must be even and at most 128, got 256"):
-        memory_attention(**wide, implementation="interpret")
+        memory_attention(**wide, implementation="tpu_interpret")

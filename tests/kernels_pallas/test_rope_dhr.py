@@ -9,7 +9,7 @@ from kernels_pallas import raster_positions, rope_dhr, rotary_tables
 from tests.kernels_pallas import exact
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret"])
 def test_turns_forward_and_gradients_back(implementation):
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=(2, 150, 3, 128)), jnp.float32) for _ in range(2))
@@ -33,4 +33,4 @@ def test_raster_positions_follow_the_tiles_places():
 
 def test_a_head_dim_that_the_kernel_does_not_serve_is_named():
     with pytest.raises(ValueError, match="head dim must be 128, got 64"):
-        rope_dhr(jnp.zeros((1, 4, 2, 64)), jnp.zeros((1, 4), jnp.int32), implementation="interpret")
+        rope_dhr(jnp.zeros((1, 4, 2, 64)), jnp.zeros((1, 4), jnp.int32), implementation="tpu_interpret")
