@@ -1,10 +1,12 @@
-"""Block sizes of the TPU kernels, by direction and number of queries and slots.
+"""Block sizes of the kernels, by direction and number of queries and slots; TPU first, GPU at the end.
 
 Those for 2048 queries and 1792 to 12288 slots were compared by cycle counts for v5e, a few candidates each;
 `python -m benchmarks.tpu_static --search` tries all. The chip changes only how much VMEM a kernel may take.
 """
 
 import dataclasses
+
+import jax.numpy as jnp
 
 LANES = 128
 VMEM_LIMIT = {"v5e": 110 * 2**20, "v5p": 88 * 2**20, "v6e": 110 * 2**20}
@@ -79,3 +81,50 @@ def backward(num_queries: int, num_slots: int, chip: str = "v5e") -> Backward:
         return Backward(q, up(num_slots, LANES), rows)
     slots = min(range(640, 1793, LANES), key=lambda size: (up(num_slots, size), abs(size - 1024)))
     return Backward(q, slots, rows)
+
+
+GPU_UNITS = 132
+"""Streaming multiprocessors of H100 and H200."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Rows (queries by heads of a group) and slots of a block, warps of a grid step, stages of the load pipeline.
+
+    For H100 and H200, chosen by shared memory and registers, not timed; `python -m benchmarks.kernels --search` times.
+    """
+
+    rows: int
+    slots: int
+    warps: int
+    stages: int
+
+
+def _power_of_two(count: int, low: int, high: int) -> int:
+    return max(low, min(high, 1 << (count - 1).bit_length()))
+
+
+def gpu_forward(num_rows: int, head_dim: int, dtype) -> Gpu:
+    """Few rows, as in decoding, wait for memory alone; fp32 matmuls take no tensor cores and many registers."""
+    if dtype == jnp.float32:
+        return Gpu(_power_of_two(num_rows, 16, 32), 32, 4, 1)
+    if num_rows <= 64:
+        return Gpu(_power_of_two(num_rows, 16, 64), 64, 4, 3)
+    return Gpu(128, 64, 8, 2) if head_dim <= 128 else Gpu(64, 32, 4, 2)
+
+
+def gpu_dq(num_rows: int, head_dim: int, dtype) -> Gpu:
+    if dtype == jnp.float32:
+        return Gpu(32, 16, 4, 1)
+    return Gpu(_power_of_two(num_rows, 16, 64), 64, 4, 2) if head_dim <= 128 else Gpu(32, 32, 4, 1)
+
+
+def gpu_dkv(num_rows: int, head_dim: int, dtype) -> Gpu:
+    if dtype == jnp.float32:
+        return Gpu(16, 32, 4, 1)
+    return Gpu(_power_of_two(num_rows, 16, 64), 64, 4, 2) if head_dim <= 128 else Gpu(32, 32, 4, 1)
+
+
+def gpu_splits(programs: int, slot_blocks: int) -> int:
+    """Parts of the slots, so that a call with few grid steps fills the chip twice."""
+    return 1 if programs >= GPU_UNITS else min(slot_blocks, -(-2 * GPU_UNITS // programs))

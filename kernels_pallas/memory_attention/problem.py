@@ -73,3 +73,41 @@ class Inputs(NamedTuple):
         """bool [B, T]; XLA fuses the comparison into the reduction, so that no [T, M] array is stored."""
         allowed = self.allowed()
         return None if allowed is None else allowed.any(axis=-1)
+
+
+def reach(
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+    limit: jax.Array | None,
+    num_slots: int,
+    rows: int,
+    width: int,
+) -> jax.Array:
+    """bool [B, N/rows, M/width], rounded up: blocks in which some query may attend to some slot; never wrongly False.
+
+    q_segments, limit [B, N] of queries; k_segments [B, M]. Segments of 0 or less meet nothing.
+    """
+
+    def blocks(x, size):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)))
+        return x.reshape(x.shape[0], -1, size)
+
+    starts = jnp.arange(0, num_slots, width)
+    reached = jnp.ones((1, 1, len(starts)), bool)
+    if q_segments is not None:
+        parts = [blocks(q_segments, rows), blocks(k_segments, width)]
+        big = jnp.iinfo(parts[0].dtype).max
+        low = [jnp.where(x > 0, x, big).min(axis=-1) for x in parts]
+        high = [jnp.where(x > 0, x, -1).max(axis=-1) for x in parts]
+        reached = (high[0][:, :, None] >= low[1][:, None]) & (low[0][:, :, None] <= high[1][:, None])
+    if limit is not None:
+        reached = reached & (starts < blocks(limit, rows).max(axis=-1)[:, :, None])
+    return reached
+
+
+def spans(reached: jax.Array) -> jax.Array:
+    """int32 [.., 2]: first entry of the last axis that is True and the one after the last; zeros where none is."""
+    some = reached.any(axis=-1)
+    first, behind = jnp.argmax(reached, axis=-1), jnp.argmax(reached[..., ::-1], axis=-1)
+    ends = jnp.stack([first, reached.shape[-1] - behind], axis=-1)
+    return jnp.where(some[..., None], ends, 0).astype(jnp.int32)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import rotary
-from kernels_pallas.rope_dhr import tpu
+from kernels_pallas.rope_dhr import gpu, tpu
 
-Implementation = Literal["tpu", "xla", "tpu_interpret"]
+Implementation = Literal["tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"]
+_BACKENDS = {"tpu": tpu, "gpu": gpu, "tpu_interpret": tpu, "gpu_interpret": gpu}
 
 
 def rope_dhr(
@@ -21,24 +22,26 @@ def rope_dhr(
 ) -> jax.Array:
     """x [B, T, H, C] turned by integer positions [B, T], or by tables (`rotary_tables`, `tables_of_angles`).
 
-    Angles are fp32; the result has x's type. implementation None: the TPU kernel on a TPU where it serves, or plain
+    Angles are fp32; the result has x's type. implementation None: the platform's kernel where it serves, or plain
     JAX.
 
     Raises: ValueError for shapes or types that do not fit, or a head dim that the named kernel does not serve.
     """
     _check(x, positions)
-    reason = tpu.unsupported(x)
     if implementation is None:
-        implementation = "tpu" if reason is None and jax.default_backend() == "tpu" else "xla"
+        platform = jax.default_backend()
+        serves = platform in _BACKENDS and _BACKENDS[platform].unsupported(x) is None
+        implementation = platform if serves else "xla"
     if implementation == "xla":
         if not isinstance(positions, rotary.Tables):
             positions = rotary.rotary_tables(positions, theta, x.shape[-1])
         return rotary.rotate(x, positions).astype(x.dtype)
-    if implementation not in ("tpu", "tpu_interpret"):
-        raise ValueError(f"implementation must be 'tpu', 'xla', 'tpu_interpret' or None, got {implementation!r}")
+    if implementation not in _BACKENDS:
+        raise ValueError(f"implementation must be one of {sorted([*_BACKENDS, 'xla'])} or None, got {implementation!r}")
+    reason = _BACKENDS[implementation].unsupported(x)
     if reason is not None:
         raise ValueError(f"rope_dhr: implementation={implementation!r} cannot serve: {reason}")
-    return _turn(float(theta), implementation == "tpu_interpret", x, positions)
+    return _turn(float(theta), implementation, x, positions)
 
 
 def raster_positions(grid: jax.Array, tiles: int, side: int = 16, base: jax.Array | int = 0) -> jax.Array:
@@ -59,16 +62,21 @@ def raster_positions(grid: jax.Array, tiles: int, side: int = 16, base: jax.Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _turn(theta: float, interpret: bool, x: jax.Array, positions) -> jax.Array:
-    return tpu.turn(x, positions, theta=theta, inverse=False, interpret=interpret)
+def _turn(theta: float, name: str, x: jax.Array, positions) -> jax.Array:
+    return _call(theta, name, x, positions, inverse=False)
 
 
-def _forward(theta, interpret, x, positions):
-    return _turn(theta, interpret, x, positions), positions
+def _forward(theta, name, x, positions):
+    return _turn(theta, name, x, positions), positions
 
 
-def _backward(theta, interpret, positions, dy):
-    return tpu.turn(dy, positions, theta=theta, inverse=True, interpret=interpret), None
+def _backward(theta, name, positions, dy):
+    return _call(theta, name, dy, positions, inverse=True), None
+
+
+def _call(theta, name, x, positions, inverse):
+    interpret = name.endswith("_interpret")
+    return _BACKENDS[name].turn(x, positions, theta=theta, inverse=inverse, interpret=interpret)
 
 
 _turn.defvjp(_forward, _backward)

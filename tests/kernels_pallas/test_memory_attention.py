@@ -12,7 +12,8 @@ from kernels_pallas.memory_attention import blocks
 from tests.kernels_pallas import exact
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
-BACKENDS = ["xla", "tpu_interpret"]
+KERNELS = ["tpu_interpret", "gpu_interpret"]
+BACKENDS = ["xla", *KERNELS]
 
 
 def draw(seed, batch, t, m, heads, kv_heads, width, dtype, segments, limit, num_valid, furthest=32768, size=1.0):
@@ -97,25 +98,28 @@ def test_any_shape_agrees_with_float64_in_plain_jax(**case):
     check("xla", **case)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(**SHAPES)
-def test_any_shape_agrees_with_float64_in_the_kernel(**case):
-    check("tpu_interpret", **case)
+def test_any_shape_agrees_with_float64_in_the_kernel(backend, **case):
+    check(backend, **case)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(max_examples=40, deadline=None)
 @given(**SHAPES)
-def test_many_shapes_agree_with_float64_in_the_kernel(**case):
-    check("tpu_interpret", **case)
+def test_many_shapes_agree_with_float64_in_the_kernel(backend, **case):
+    check(backend, **case)
 
 
-def test_scores_far_beyond_the_first_slots_are_computed_with_a_running_maximum():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_scores_far_beyond_the_first_slots_are_computed_with_a_running_maximum(backend):
     arrays, allowed, do, dlse = draw(0, 1, 20, 1100, 1, 1, 128, "float32", False, False, False)
     # slots after the first chunk score hundreds higher (or lower) than those that anchor the rows
     scale = jnp.where(jnp.arange(1100) < blocks.forward(20, 1100).slots, 0.01, 100.0)[None, :, None, None]
     arrays["k"] = arrays["k"] * scale
-    compare("tpu_interpret", arrays, allowed, do, dlse, 2e-4)
+    compare(backend, arrays, allowed, do, dlse, 2e-4)
 
 
 def test_a_block_that_reaches_few_slots_skips_the_others():
@@ -140,14 +144,27 @@ def test_tables_give_what_positions_give(backend):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(("t", "heads"), [(1, (4, 4)), (3, (4, 1)), (16, (2, 2))])
-def test_decoding_reads_turned_keys(t, heads):
+def test_decoding_reads_turned_keys(backend, t, heads):
     arrays, allowed, do, dlse = draw(2, 2, t, 200, *heads, 128, "float32", False, False, True)
     turned = jnp.asarray(exact.turn(np.asarray(arrays["k"], np.float64), np.asarray(arrays["k_pos"]), 1e6), jnp.float32)
     whole = run("xla", arrays, do, dlse)[:2]
     cached = {name: x for name, x in arrays.items() if name != "k_pos"} | {"k": turned}
     cached["q_pos"] = rotary_tables(arrays["q_pos"], 1e6, 128)
-    for got, want in zip(run("tpu_interpret", cached, do, dlse, k_rotated=True)[:2], whole, strict=True):
+    for got, want in zip(run(backend, cached, do, dlse, k_rotated=True)[:2], whole, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_gpu_kernels_leave_blocks_out_of_reach_unread():
+    arrays, _, do, dlse = draw(3, 1, 128, 300, 1, 1, 64, "float32", False, False, False)
+    query, slot = np.arange(128), np.arange(300)
+    q_segments = np.where(query < 64, 7, np.where(query < 96, 9, 0))[None]  # the last queries meet nothing
+    k_segments = np.where(slot < 128, 7, np.where(slot < 192, 8, 9))[None]
+    arrays |= {"q_segments": jnp.asarray(q_segments), "k_segments": jnp.asarray(k_segments)}
+    clean = run("xla", arrays, do, dlse)
+    arrays |= {name: arrays[name].at[:, 128:192].set(jnp.nan) for name in ("k", "v")}
+    for got, want in zip(jax.tree.leaves(run("gpu_interpret", arrays, do, dlse)), jax.tree.leaves(clean), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -188,7 +205,8 @@ def test_wrong_arguments_are_named(message):
         memory_attention(**right | WRONG[message])
 
 
-def test_a_head_dim_that_no_kernel_serves_is_named():
-    wide = {name: jnp.zeros((1, 4, 2, 256)) for name in "qkv"}
-    with pytest.raises(ValueError, match="head dim must be even and at most 128, got 256"):
-        memory_attention(**wide, implementation="tpu_interpret")
+@pytest.mark.parametrize(("backend", "most"), [("tpu_interpret", 128), ("gpu_interpret", 256)])
+def test_a_head_dim_that_no_kernel_serves_is_named(backend, most):
+    wide = {name: jnp.zeros((1, 4, 2, 2 * most)) for name in "qkv"}
+    with pytest.raises(ValueError, match=f"head dim must be even and at most {most}, got {2 * most}"):
+        memory_attention(**wide, implementation=backend)

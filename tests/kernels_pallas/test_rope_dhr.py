@@ -9,12 +9,12 @@ from kernels_pallas import raster_positions, rope_dhr, rotary_tables
 from tests.kernels_pallas import exact
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret"])
-def test_turns_forward_and_gradients_back(implementation):
+@pytest.mark.parametrize(("implementation", "width"), [("xla", 128), ("tpu_interpret", 128), ("gpu_interpret", 80)])
+def test_turns_forward_and_gradients_back(implementation, width):
     rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.normal(size=(2, 150, 3, 128)), jnp.float32) for _ in range(2))
+    x, dy = (jnp.asarray(rng.normal(size=(2, 150, 3, width)), jnp.float32) for _ in range(2))
     positions = jnp.asarray(rng.integers(0, 32768, (2, 150)))
-    for given in (positions, rotary_tables(positions, 1e6, 128)):
+    for given in (positions, rotary_tables(positions, 1e6, width)):
         y, back = jax.vjp(lambda x, given=given: rope_dhr(x, given, implementation=implementation), x)
         np.testing.assert_allclose(y, exact.turn(np.float64(x), np.asarray(positions), 1e6), atol=1e-5)
         want = exact.turn(np.float64(dy), np.asarray(positions), 1e6, inverse=True)
