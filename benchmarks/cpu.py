@@ -34,6 +34,7 @@ from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import run as train
+from vlmem_jax.vision import VisionConfig
 
 DEEP = {"preset": "tiny", "decoder": {"layers": 24}, "comemo": {"every": 4}}
 """24 layers of tiny width: all that is left to measure is what does not depend on width."""
@@ -108,8 +109,13 @@ def decode_step() -> list[Row]:
 
 def cached_generation() -> list[Row]:
     """256 tokens with the cache, against reading everything again for each."""
+    return [cached_after(prompt) for prompt in (128, 1024)]
+
+
+def cached_after(prompt: int) -> Row:
+    """The same after a prompt of so many tokens; one image with its thumbnail takes 512 to 3328."""
     vlm, params = make(wide(8))
-    new, prompt, stride = 256, 128, 16
+    new, stride = 256, 16
     batch = packed_batch(vlm, 1, prompt + new, 4)
     head = jax.jit(lambda params, batch: vlm.hidden(params, batch)[:, -1] @ vlm.head_kernel(params).astype(vlm.dtype))
 
@@ -135,8 +141,8 @@ def cached_generation() -> list[Row]:
     cached(), again()
     seconds = in_turns(cached, again, runs=7)
     ratios = stride * seconds[:, 1] / seconds[:, 0]
-    how = "8 layers of width 256, prompt of 128 tokens; re-forwarding in steps of 64, every 16th token timed"
-    return [Row("256 tokens: re-forwarding / cached", ratios.tolist(), 10, False, "x", how)]
+    how = f"8 layers of width 256; re-forwarding in steps of 64, every {stride}th token timed"
+    return Row(f"256 tokens after {prompt}: re-forwarding / cached", ratios.tolist(), 10, False, "x", how)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ def cached_generation() -> list[Row]:
 
 def scanned_layers() -> list[Row]:
     """Layers as one scanned program, against the same code unrolled."""
-    vlm, params = make(wide(12))
+    vlm, params = make(wide(24, width=128))
     batch = jax.device_put(packed_batch(vlm, 1, 512, 4))
     programs = {}
 
@@ -157,7 +163,7 @@ def scanned_layers() -> list[Row]:
     for call in calls:
         call()
     run = in_turns(*calls)
-    how = f"training step, 12 layers of width 256, 512 tokens, remat={vlm.config.remat}"
+    how = f"training step, 24 layers of width 128, 512 tokens, remat={vlm.config.remat}"
     return [
         Row("scanned / unrolled layers: trace and compile", (build[:, 0] / build[:, 1]).tolist(), 0.7, True, "x", how),
         Row("scanned / unrolled layers: run", (run[:, 0] / run[:, 1]).tolist(), 1.25, True, "x", how),
@@ -204,7 +210,7 @@ def write_jpegs(folder: Path, sizes: list[tuple[int, int]]) -> DataConfig:
 
 def pipeline() -> list[Row]:
     """Tiles of 640x480 JPEGs: the packed, threaded pipeline against one image after the other."""
-    image, count, steps = ImageConfig(), 16, 16
+    image, vision, count, steps = ImageConfig(), presets.resolve({"preset": "comemo_2b"}).vision, 16, 16
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         written = write_jpegs(folder, [(640, 480)] * count)
@@ -218,7 +224,7 @@ def pipeline() -> list[Row]:
                 pass
 
         def serial() -> list[np.ndarray]:
-            return [normalised_tiles(folder / f"{n % count}.jpg", image) for n in range(steps)]
+            return [normalised_tiles(folder / f"{n % count}.jpg", image, vision) for n in range(steps)]
 
         ours(), serial()
         seconds = in_turns(ours, serial)
@@ -226,7 +232,7 @@ def pipeline() -> list[Row]:
     return [Row("data: serial / pipeline", (seconds[:, 1] / seconds[:, 0]).tolist(), 2.2, False, "x", how)]
 
 
-def normalised_tiles(path: Path, config: ImageConfig) -> np.ndarray:
+def normalised_tiles(path: Path, config: ImageConfig, vision: VisionConfig) -> np.ndarray:
     """The usual way: decode, resize, crop each tile, and normalise it to channels-first fp32."""
     picture, size = Image.open(path).convert("RGB"), config.size
     cols, rows = tile_grid(*picture.size, config)
@@ -234,7 +240,7 @@ def normalised_tiles(path: Path, config: ImageConfig) -> np.ndarray:
     corners = itertools.product(range(rows), range(cols))
     tiles = [resized.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r, c in corners]
     tiles.append(picture.resize((size, size), Image.Resampling.BICUBIC))
-    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    mean, std = np.array(vision.pixel_mean, np.float32), np.array(vision.pixel_std, np.float32)
     scaled = (np.asarray(tile, np.float32) / np.float32(255) for tile in tiles)
     return np.stack([((tile - mean) / std).transpose(2, 0, 1) for tile in scaled])
 
@@ -323,8 +329,9 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     rows = []
     for name in args.only:
-        rows += ITEMS[name]()
-        print(f"{name}: done", flush=True)
+        measured = ITEMS[name]()
+        print(f"{name}: {'; '.join(f'{row.what} {row.median:.3g} {row.unit}' for row in measured)}", flush=True)
+        rows += measured
     report(rows, args.json)
 
 

@@ -67,6 +67,11 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes))
 
 
+def even_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """`spec` on the ambient mesh; axes of `shape` that it cannot split evenly stay whole."""
+    return _even(spec(*axes), shape, jax.sharding.get_abstract_mesh())
+
+
 def param_sharding(mesh: Mesh, axes: tuple[str, ...], ndim: int) -> NamedSharding:
     """Sharding of a parameter whose last axes mean `axes`; axes before them stack layers and stay whole."""
     return NamedSharding(mesh, spec(*(None,) * (ndim - len(axes)), *axes))
@@ -111,5 +116,6 @@ def batch_shards(mesh: Mesh) -> int:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation whose axes mean `axes` to the ambient mesh (`jax.set_mesh`); without one, does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _even(spec(*axes), x.shape, mesh))
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, even_spec(x.shape, *axes))

@@ -14,6 +14,9 @@ from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import sequence_positions
 from vlmem_jax.types import Batch
 
+IMPLEMENTATIONS = ["xla", "tpu_interpret"]
+"""Of the read from memory; the kernels themselves run here in interpret mode."""
+
 
 def model_config(folder: Path, **decoder) -> ModelConfig:
     """ModelConfig of `full_model.npz` and `packed_training.npz`; `decoder` overrides its keys."""

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kernels_pallas import rotary_tables
+from kernels_pallas.rotary import rotate
 from vlmem_jax.memory import CoMemoConfig
 from vlmem_jax.memory.comemo import MemoryBlock
 from vlmem_jax.models import VLM
-from vlmem_jax.nn.attention import same_segment
-from vlmem_jax.nn.rope import frequencies, rotate, rotation
+from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segment
 from vlmem_jax.vision.projector import pixel_shuffle
 
 LOGITS = dict(atol=2e-4, rtol=1e-4)
@@ -23,6 +24,11 @@ EXACTER = dict(atol=2e-5, rtol=1e-4)
 @pytest.fixture(scope="module")
 def model(golden):
     return comemo_golden.load(golden / "comemo", "full_model")
+
+
+def with_attention(vlm, implementation):
+    """The same model, reading its memory through another implementation."""
+    return VLM(dataclasses.replace(vlm.config, attention=AttentionConfig(implementation)))
 
 
 def test_vision_tower_shuffle_and_projector(model):
@@ -38,22 +44,25 @@ def test_vision_tower_shuffle_and_projector(model):
     np.testing.assert_allclose(features.reshape(a["vit_embeds"].shape), a["vit_embeds"], **EXACTER)
 
 
+@pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)
 @pytest.mark.parametrize("mode", ["dhr", "plain"])
-def test_prefill_logits(model, mode):
+def test_prefill_logits(model, mode, implementation):
+    vlm = with_attention(model.vlm, implementation)
     batch = comemo_golden.prompt_batch(model.arrays, mode)
     np.testing.assert_array_equal(batch.positions_BT, model.arrays[f"{mode}/position_ids"])
     np.testing.assert_array_equal(batch.memory_positions_BM, model.arrays[f"{mode}/media_position_ids"])
-    logits = jax.jit(model.vlm.logits)(model.params, batch)
+    logits = jax.jit(vlm.logits)(model.params, batch)
     np.testing.assert_allclose(logits, model.arrays[f"{mode}/prefill_logits"], **LOGITS)
-    hidden = jax.jit(model.vlm.hidden)(model.params, batch)
+    hidden = jax.jit(vlm.hidden)(model.params, batch)
     np.testing.assert_allclose(hidden[0], model.arrays[f"{mode}/hidden_states"][-1], **LOGITS)
 
 
 @pytest.mark.parametrize("mode", ["dhr", "plain"])
 @pytest.mark.parametrize("decode_position, prefix", [("length", "gen"), ("continue", "consistent_gen")])
-def test_greedy_decoding(model, mode, decode_position, prefix):
+@pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)
+def test_greedy_decoding(model, mode, decode_position, prefix, implementation):
     a = model.arrays
-    config = model.vlm.config
+    config = with_attention(model.vlm, implementation).config
     config = dataclasses.replace(config, comemo=dataclasses.replace(config.comemo, decode_position=decode_position))
     vlm = VLM(config)
     wanted_tokens, wanted_logits = a[f"{mode}/{prefix}_tokens"], a[f"{mode}/{prefix}_step_logits"]
@@ -121,15 +130,19 @@ def block_params(w, heads, head_dim):
     }  # fmt: skip
 
 
-def run_block(layer, params, x, media, mask):
-    """Output of the block and of its attention before the gate."""
+def run_block(layer, params, x, media, segments, implementation="xla"):
+    """Output of the block and of its attention before the gate; segments of x and of media."""
     block, config, _, a = layer
-    graph = nnx.graphdef(block)
-    block = nnx.merge(graph, params)
-    freq = frequencies(config.head_dim, config.rope_theta)
-    tables = rotation(jnp.asarray(a["text_position_ids"]), freq)
-    kv = block.recall(media, rotation(jnp.asarray(a["media_position_ids"]), freq))
-    return block(x, tables, *kv, mask, None), block.cross_attention(x, tables, *kv, mask)
+    block = nnx.merge(nnx.graphdef(block), params)
+    tables = [rotary_tables(jnp.asarray(a[f"{kind}_position_ids"]), config.rope_theta, config.head_dim)
+              for kind in ("text", "media")]  # fmt: skip
+    k, v = block.keys_values(media)
+
+    def read(q):
+        return memory_attention(AttentionConfig(implementation), q, k, v, *tables, *segments)
+
+    has_memory = same_segment(*segments).any(-1)
+    return block(x, read, has_memory), block.attn.o(read(block.attn.q(block.attn_norm(x))))
 
 
 def segments(offsets):
@@ -137,13 +150,18 @@ def segments(offsets):
     return jnp.asarray(np.repeat(np.arange(1, len(offsets)), np.diff(offsets))[None], jnp.int32)
 
 
-def test_block_with_and_without_mask(layer):
+def sides(a):
+    return segments(a["cu_seqlens_q"]), segments(a["cu_seqlens_k"])
+
+
+@pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)
+def test_block_with_and_without_mask(layer, implementation):
     _, _, params, a = layer
-    by_segments = same_segment(segments(a["cu_seqlens_q"]), segments(a["cu_seqlens_k"]))
-    np.testing.assert_array_equal(by_segments, a["mask"][:, 0])
+    np.testing.assert_array_equal(same_segment(*sides(a)), a["mask"][:, 0])
     x, media = jnp.asarray(a["x"]), jnp.asarray(a["media"])
-    for mask, name in ((None, "nomask"), (by_segments, "masked"), (by_segments, "varlen")):
-        out, attended = run_block(layer, params, x, media, mask)
+    whole = [jnp.ones_like(side) for side in sides(a)]
+    for seen, name in ((whole, "nomask"), (sides(a), "masked"), (sides(a), "varlen")):
+        out, attended = run_block(layer, params, x, media, seen, implementation)
         np.testing.assert_allclose(out, a[f"out_{name}"], **EXACTER)
         if name != "varlen":
             np.testing.assert_allclose(attended, a[f"cross_attn_out_{name}"], **EXACTER)
@@ -152,21 +170,20 @@ def test_block_with_and_without_mask(layer):
 def test_block_rotation(layer):
     block, config, params, a = layer
     block = nnx.merge(nnx.graphdef(block), params)
-    freq = frequencies(config.head_dim, config.rope_theta)
     normed = block.attn_norm(jnp.asarray(a["x"]))
     np.testing.assert_allclose(normed, a["normed_x"], **EXACTER)
-    q = rotate(block.attn.q(normed), rotation(jnp.asarray(a["text_position_ids"]), freq))
-    np.testing.assert_allclose(q.swapaxes(1, 2), a["q_rot"], **EXACTER)
-    k, _ = block.recall(jnp.asarray(a["media"]), rotation(jnp.asarray(a["media_position_ids"]), freq))
-    np.testing.assert_allclose(k.swapaxes(1, 2), a["k_rot"], **EXACTER)
+    k, _ = block.keys_values(jnp.asarray(a["media"]))
+    for x, kind, name in ((block.attn.q(normed), "text", "q_rot"), (k, "media", "k_rot")):
+        tables = rotary_tables(jnp.asarray(a[f"{kind}_position_ids"]), config.rope_theta, config.head_dim)
+        np.testing.assert_allclose(rotate(x, tables).swapaxes(1, 2), a[name], **EXACTER)
 
 
-def test_block_gradients(layer):
+@pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)
+def test_block_gradients(layer, implementation):
     _, config, params, a = layer
-    mask = jnp.asarray(a["mask"][:, 0])
 
     def scalar(params, x, media):
-        return (run_block(layer, params, x, media, mask)[0] * a["cotangent"]).sum()
+        return (run_block(layer, params, x, media, sides(a), implementation)[0] * a["cotangent"]).sum()
 
     gradients = jax.jit(jax.grad(scalar, argnums=(0, 1, 2)))(params, jnp.asarray(a["x"]), jnp.asarray(a["media"]))
     names = [key.removeprefix("grad/") for key in a if key.startswith("grad/") and key not in ("grad/x", "grad/media")]

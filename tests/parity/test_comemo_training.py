@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from tests.parity import test_comemo_packing as packing
 from vlmem_jax.hub import internvl
+from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.train.next_token import next_token_loss
 
 
@@ -46,9 +47,12 @@ def test_loss_of_the_plain_mean_over_targets(case):
     np.testing.assert_allclose(loss, case.arrays["loss_plain_mean"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradient_of_every_parameter(case, remat):
-    vlm = dataclasses.replace(case.vlm, config=dataclasses.replace(case.vlm.config, remat=remat))
+@pytest.mark.parametrize(
+    "remat, implementation", [("none", "xla"), *(("full", name) for name in comemo_golden.IMPLEMENTATIONS)]
+)
+def test_gradient_of_every_parameter(case, remat, implementation):
+    changes = dict(remat=remat, attention=AttentionConfig(implementation))
+    vlm = dataclasses.replace(case.vlm, config=dataclasses.replace(case.vlm.config, **changes))
     rows = batch(case.arrays, "square")
     total = float(rows.weights_BT.sum())
     grads = jax.jit(jax.grad(lambda params: next_token_loss(vlm, params, rows, 32) / total))(case.params)

@@ -6,6 +6,7 @@ block alone, so decoding computes them once a prompt.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas import Tables, rotary_tables
+from kernels_pallas.rotary import rotate
 from vlmem_jax.decoder import DecoderConfig, Interleaved
 from vlmem_jax.memory.base import Memory, VisualTokens
-from vlmem_jax.nn.attention import attend, same_segment
+from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segment
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
-from vlmem_jax.nn.rope import Rotation, frequencies, rotate, rotation
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.sharding import constrain
 
@@ -77,41 +79,24 @@ class MemoryBlock(nnx.Module):
         self.mlp = GatedMLP(width, config.mlp_width, rngs=rngs)
         self.mlp_gate = param(zeros, (1,), ("scalar",), rngs)
 
-    def recall(
-        self, tokens_BMD: Float[Array, "B M D"], tables: Rotation
-    ) -> tuple[Float[Array, "B M H C"], Float[Array, "B M H C"]]:
-        """Rotated keys and values of the memory, normalised by the norm that the text goes through."""
+    def keys_values(self, tokens_BMD: Float[Array, "B M D"]) -> tuple[Float[Array, "B M H C"], Float[Array, "B M H C"]]:
+        """Keys, not turned yet, and values of the memory, normalised by the norm that the text goes through."""
         normed = self.attn_norm(tokens_BMD)
-        return rotate(self.attn.k(normed), tables), self.attn.v(normed)
-
-    def cross_attention(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        tables: Rotation,
-        k_BMHC: Float[Array, "B M H C"],
-        v_BMHC: Float[Array, "B M H C"],
-        allowed_BTM: Bool[Array, "B T M"] | None,
-    ) -> Float[Array, "B T D"]:
-        """What each token reads from the memory, before the gate."""
-        q_BTHC = rotate(self.attn.q(self.attn_norm(x_BTD)), tables)
-        return self.attn.o(attend(q_BTHC, k_BMHC, v_BMHC, allowed_BTM))
+        return self.attn.k(normed), self.attn.v(normed)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        tables: Rotation,
-        k_BMHC: Float[Array, "B M H C"],
-        v_BMHC: Float[Array, "B M H C"],
-        allowed_BTM: Bool[Array, "B T M"] | None,
-        has_memory_BT: Bool[Array, "B T"] | None,
+        read: Callable[[Float[Array, "B T H C"]], Float[Array, "B T H C"]],
+        has_memory_BT: Bool[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """One block. Tokens without memory pass unchanged, through attention and MLP alike."""
+        """One block; `read` attends to the memory. Tokens without memory pass unchanged, attention and MLP alike."""
 
         def gated(gate: nnx.Param, residual_BTD: jax.Array) -> jax.Array:
             residual_BTD = jnp.tanh(gate[...].astype(jnp.float32)).astype(x_BTD.dtype) * residual_BTD
-            return residual_BTD if has_memory_BT is None else jnp.where(has_memory_BT[..., None], residual_BTD, 0)
+            return jnp.where(has_memory_BT[..., None], residual_BTD, 0)
 
-        x_BTD += gated(self.attn_gate, self.cross_attention(x_BTD, tables, k_BMHC, v_BMHC, allowed_BTM))
+        x_BTD += gated(self.attn_gate, self.attn.o(read(self.attn.q(self.attn_norm(x_BTD)))))
         x_BTD = constrain(x_BTD, "batch", "tokens", None)
         return constrain(x_BTD + gated(self.mlp_gate, self.mlp(self.mlp_norm(x_BTD))), "batch", "tokens", None)
 
@@ -119,40 +104,45 @@ class MemoryBlock(nnx.Module):
 class CoMemo(Memory):
     """The stacked blocks and their door."""
 
-    def __init__(self, config: CoMemoConfig, decoder: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CoMemoConfig, decoder: DecoderConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
         if config.every > decoder.layers:
             raise ValueError(f"comemo.every must be at most decoder.layers {decoder.layers}, got {config.every}")
-        self.config = config
+        self.config, self.attention = config, attention
         count = decoder.layers // config.every
         self.blocks = stack(lambda rngs: MemoryBlock(config, decoder.width, rngs=rngs), count, rngs)
 
-    def _rotation(self, positions: Int32[Array, "B T"]) -> Rotation:
-        return rotation(positions, frequencies(self.config.head_dim, self.config.rope_theta))
+    def _tables(self, positions: Int32[Array, "B T"]) -> Tables:
+        return rotary_tables(positions, self.config.rope_theta, self.config.head_dim)
 
     def attend(
         self, seen: VisualTokens | Recalled, positions_BT: Int32[Array, "B T"], segments_BT: Int32[Array, "B T"]
     ) -> Interleaved:
         graph, blocks = nnx.split(self.blocks)
-        tables = self._rotation(positions_BT)
-        allowed_BTM = same_segment(segments_BT, seen.segments_BM)
-        has_memory_BT = allowed_BTM.any(axis=-1)
         recalled = isinstance(seen, Recalled)
-        memory_tables = None if recalled else self._rotation(seen.positions_BM)
+        q_tables, k_tables = self._tables(positions_BT), None if recalled else self._tables(seen.positions_BM)
+        has_memory_BT = same_segment(segments_BT, seen.segments_BM).any(axis=-1)
 
         def apply(state, kv, x_BTD):
             block = nnx.merge(graph, state)
-            kv = kv if recalled else block.recall(seen.tokens_BMD, memory_tables)
-            return block(x_BTD, tables, *kv, allowed_BTM, has_memory_BT)
+            k_BMHC, v_BMHC = kv if recalled else block.keys_values(seen.tokens_BMD)
+
+            def read(q_BTHC):
+                return memory_attention(
+                    self.attention, q_BTHC, k_BMHC, v_BMHC, q_tables, k_tables, segments_BT, seen.segments_BM
+                )
+
+            return block(x_BTD, read, has_memory_BT)
 
         kv = (seen.k_LBMHC, seen.v_LBMHC) if recalled else None
         return Interleaved(self.config.every, blocks, kv, apply)
 
     def recall(self, seen: VisualTokens) -> Recalled:
         graph, blocks = nnx.split(self.blocks)
-        tables = self._rotation(seen.positions_BM)
+        tables = self._tables(seen.positions_BM)
 
         def body(_, state):
-            return None, nnx.merge(graph, state).recall(seen.tokens_BMD, tables)
+            k_BMHC, v_BMHC = nnx.merge(graph, state).keys_values(seen.tokens_BMD)
+            return None, (rotate(k_BMHC, tables).astype(k_BMHC.dtype), v_BMHC)
 
         _, (k_LBMHC, v_LBMHC) = jax.lax.scan(body, None, blocks)
         return Recalled(k_LBMHC, v_LBMHC, seen.segments_BM)

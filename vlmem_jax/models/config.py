@@ -5,6 +5,7 @@ from typing import Literal
 
 from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory import MEMORIES, CoMemoConfig
+from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.stack import REMAT_POLICIES
 from vlmem_jax.vision import ProjectorConfig, VisionConfig
 
@@ -19,6 +20,7 @@ class ModelConfig:
     memory: str = "comemo"
     """Which memory lives in the model: a name of memory.MEMORIES, or none."""
     comemo: CoMemoConfig = CoMemoConfig()
+    attention: AttentionConfig = AttentionConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matmuls; softmax, norms, angles and logits are fp32 always."""
     remat: str = "dots"

@@ -40,7 +40,7 @@ class _Modules(nnx.Module):
 def _memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
     if config.memory == "none":
         return None
-    return MEMORIES[config.memory](getattr(config, config.memory), config.decoder, rngs=rngs)
+    return MEMORIES[config.memory](getattr(config, config.memory), config.decoder, config.attention, rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Attention cores: what every head does between its projections. Softmax in fp32."""
 
-import math
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int32
 
-from vlmem_jax.sharding import platform, spec
+import kernels_pallas
+from kernels_pallas import Tables
+from kernels_pallas.memory_attention import reference
+from kernels_pallas.memory_attention.problem import Inputs
+from vlmem_jax.sharding import even_spec, platform, spec
 
-MASKED = -1e30
-"""Additive score of a forbidden key: finite, so that a row without any allowed key stays free of NaN."""
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """How the reads from a memory are computed."""
+
+    implementation: Literal["auto", "tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"] = "auto"
+    """A backend of kernels_pallas; auto: the platform's kernel where it serves, else XLA. Those that interpret run a
+    kernel anywhere, slowly."""
 
 
 def attend(
@@ -24,37 +36,49 @@ def attend(
 ) -> Float[Array, "B T H C"]:
     """softmax(q k^T / sqrt(C)) v over the allowed keys; each key/value head serves H/K neighbouring query heads.
 
-    A query that may attend to nothing gets the mean of v: the caller discards it.
+    A query that may attend to nothing gets zero.
     """
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    # the query heads of a group become neighbouring queries: 4-axis contractions run twice as fast on CPU
-    grouped = (q_BTHC / math.sqrt(C)).reshape(B, T, K, H // K, C).swapaxes(2, 3).reshape(B, T * H // K, K, C)
-    scores = jnp.einsum("BQKC,BSKC->BKQS", grouped, k_BSKC, preferred_element_type=jnp.float32)
-    if allowed_BTS is not None:
-        allowed_BQS = jnp.repeat(allowed_BTS, H // K, axis=1)
-        scores += jnp.where(allowed_BQS, 0.0, MASKED)[:, None]
-    out = jnp.einsum("BKQS,BSKC->BQKC", _softmax(scores).astype(v_BSKC.dtype), v_BSKC)
-    return out.reshape(B, T, H // K, K, C).swapaxes(2, 3).reshape(B, T, H, C)
+    return reference.attend(q_BTHC, k_BSKC, v_BSKC, allowed=allowed_BTS)[0]
 
 
-@jax.custom_vjp
-def _softmax(scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Over the last axis. Its backward pass reads the result alone, which saves a pass over the scores."""
-    unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return unnormalised / unnormalised.sum(axis=-1, keepdims=True)
+def memory_attention(
+    config: AttentionConfig,
+    q_BTHC: Float[Array, "B T H C"],
+    k_BMKC: Float[Array, "B M K C"],
+    v_BMKC: Float[Array, "B M K C"],
+    q_tables: Tables,
+    k_tables: Tables | None,
+    segments_BT: Int32[Array, "B T"],
+    segments_BM: Int32[Array, "B M"],
+) -> Float[Array, "B T H C"]:
+    """Attention to all memory slots of the same sample, without causality; q and k are turned inside.
 
-
-def _softmax_forward(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weights = _softmax(scores)
-    return weights, weights
-
-
-def _softmax_backward(weights: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (weights * (gradient - (weights * gradient).sum(axis=-1, keepdims=True)),)
-
-
-_softmax.defvjp(_softmax_forward, _softmax_backward)
+    k_tables None: k is turned already, as in a cache. On the ambient mesh, if there is one, each device runs the
+    kernel on its rows and heads; every device holds all slots of its rows.
+    """
+    arrays = {
+        "q": q_BTHC,
+        "k": k_BMKC,
+        "v": v_BMKC,
+        "q_pos": q_tables,
+        "q_segments": segments_BT,
+        "k_segments": segments_BM,
+    }
+    if k_tables is not None:
+        arrays["k_pos"] = k_tables
+    wanted = None if config.implementation == "auto" else config.implementation
+    name, _ = kernels_pallas.choose(Inputs(**arrays), wanted)
+    call = functools.partial(kernels_pallas.memory_attention, k_rotated=k_tables is None, implementation=name or wanted)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or name in ("xla", None):
+        return call(**arrays)
+    meaning = {"q": ("batch", "tokens", "heads", None), "q_pos": ("batch", "tokens", None)}
+    meaning |= {"q_segments": ("batch", "tokens"), "k_segments": ("batch", None), "k_pos": ("batch", None, None)}
+    meaning |= dict.fromkeys(("k", "v"), ("batch", None, "heads", None))
+    specs = {n: jax.tree.map(lambda leaf, n=n: even_spec(leaf.shape, *meaning[n]), x) for n, x in arrays.items()}
+    return jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=specs["q"], check_vma=False)(
+        arrays
+    )
 
 
 def same_segment(segments_BT: Int32[Array, "B T"], segments_BS: Int32[Array, "B S"]) -> Bool[Array, "B T S"]:
