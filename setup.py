@@ -44,6 +44,8 @@ setup(
             "beartype>=0.20",
             "hypothesis>=6.100",
             "import-linter>=2.1",
+            # the TPU compiler, which runs without a TPU; jax names the release that fits it
+            "jax[tpu]>=0.10,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

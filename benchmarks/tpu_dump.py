@@ -2,7 +2,7 @@
 
 A bundle takes at least one cycle. Bundles between a loop's header and its back edge run once a trip, those that a
 branch jumps over as often as its predicate lets them. Two figures come out: bundles as scheduled, and cycles
-when each matmul holds its unit for as long as the peak rate implies (16 cycles for 16 rows of bf16, 8 for fp32). The
+when each matmul holds its unit for as long as the peak rate implies (v5e: 16 cycles for 16 rows of bf16). The
 scheduler places bf16 matmuls 12 cycles apart, so that the first figure alone can exceed the peak.
 """
 
@@ -21,8 +21,8 @@ _STARTS = re.compile(r"Start(?:/End empty)? region (\d+)")
 @dataclasses.dataclass
 class Bundle:
     depth: int
-    matmuls: tuple[tuple[int, int], ...]
-    """(matrix unit, cycles that it is held) of each matmul."""
+    matmuls: tuple[tuple[int, float], ...]
+    """(matrix unit, time that it is held, in units of a bf16 matmul) of each matmul."""
     branch: str | None
     starts: frozenset[str]
 
@@ -57,8 +57,8 @@ class Program:
                 weights[i] *= times
         return weights
 
-    def cycles(self, weights: list[float]) -> tuple[float, float]:
-        """(bundles, cycles with matmuls held for their full time), each bundle as often as its weight."""
+    def cycles(self, weights: list[float], matmul_cycles: float = 16) -> tuple[float, float]:
+        """(bundles, cycles with bf16 matmuls held for their full time), each bundle as often as its weight."""
         raw = corrected = 0.0
         free: dict[int, float] = {}
         now = 0.0
@@ -68,7 +68,7 @@ class Program:
                 free, previous = {}, weight
             issue = max([now, *(free.get(unit, 0.0) for unit, _ in bundle.matmuls)])
             for unit, held in bundle.matmuls:
-                free[unit] = issue + held
+                free[unit] = issue + held * matmul_cycles
             raw += weight
             corrected += weight * (issue + 1 - now)
             now = issue + 1
@@ -106,7 +106,7 @@ def _bundles(text: str) -> list[Bundle]:
     bundles = []
     for match, end in zip(matches, ends, strict=True):
         body = text[match.end() : end]
-        matmuls = tuple((int(unit), 8 if kind == "f32" else 16) for kind, unit in _MATMUL.findall(body))
+        matmuls = tuple((int(unit), 0.5 if kind == "f32" else 1.0) for kind, unit in _MATMUL.findall(body))
         branch = _BRANCH.search(body)
         bundles.append(Bundle(match[3].count(">"), matmuls, branch and branch[2], frozenset(_STARTS.findall(body))))
     return bundles

@@ -5,7 +5,7 @@
     python -m benchmarks.tpu_static --search --chips v5e --slots 4096  # block sizes, best first
 
 Figures are a model: stalls on memory and instruction fetch are not in them. Two are given: as scheduled (raw) and with
-each matmul holding its unit for its full time (corr); see `tpu_dump`. For v6e the second is not calibrated.
+each matmul holding its unit for its full time (corr); see `tpu_dump`.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from benchmarks.tpu_dump import UNITS, read
 from benchmarks.tpu_kernels import Case, build, runs, splash_case
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-MXU_FLOPS = {"v5e": 4 * 128 * 128 * 2, "v5p": 4 * 128 * 128 * 2, "v6e": 2 * 256 * 256 * 2}
-"""Of one core in one cycle."""
+MXU_FLOPS = {"v5e": 4 * 128 * 128 * 2, "v5p": 4 * 128 * 128 * 2, "v6e": 2 * 256 * 256 * 2 * 2}
+"""Of one core in one cycle. v6e: its two units take two rows a cycle, as XLA's 4096 matmul (0.30M cycles) shows."""
+MATMUL_CYCLES = {"v5e": 16, "v5p": 16, "v6e": 8}
+"""That 16 rows of bf16, or 8 of fp32 in half the time, hold a matrix unit."""
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 HBM = {"v5e": 810e9, "v5p": 2800e9, "v6e": 1600e9}
 _BUSY = "libtpu multi-process lockfile"
@@ -45,6 +47,11 @@ class Row:
     vmem_bytes: int
     hbm_bytes: int | None
     """What blocks move; None where the data decide it."""
+
+    @property
+    def hbm_cycles(self) -> float:
+        """That the memory needs for each of q, k, v, o once; a kernel with fewer bundles waits for it."""
+        return self.case.minimum_bytes / HBM[self.case.chip] * CLOCK[self.case.chip]
 
     @property
     def raw(self) -> float:
@@ -81,7 +88,7 @@ def measure(case: Case, timeout: float = 900) -> Row:
         program = read(Path(folder), case.name)
         traffic = json.loads(done.stdout.splitlines()[-1])
         weights = _whole(program, runs(case, program), traffic["steps"] // case.cores)
-        bundles, cycles = program.cycles(weights)
+        bundles, cycles = program.cycles(weights, MATMUL_CYCLES[case.chip])
         ideal = case.flops / MXU_FLOPS[case.chip] / case.cores
         return Row(case, round(bundles), cycles, ideal, program.spills(weights), program.load(weights),
                    traffic["vmem"], traffic["hbm"])  # fmt: skip
@@ -97,6 +104,7 @@ def _whole(program, parts, steps: int) -> list[float]:
 
 def _environment(folder: str) -> dict[str, str]:
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    flags += " --xla_jf_dump_llo_pass_label_regex=.*final_.*"  # all passes of a large kernel are a gigabyte
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -173,8 +181,8 @@ def _traffic(run, arguments, name: str) -> dict[str, int | None]:
 def table(rows: Iterable[Row]) -> str:
     """Markdown, a row a case."""
     lines = [
-        "| chip | direction | kernel | T x M | blocks | bundles | cycles | ideal | raw % | corr % | spills | VMEM MB "
-        "| HBM / least |"
+        "| chip | direction | kernel | T x M | blocks | bundles | cycles | ideal | HBM | raw % | corr % | spills "
+        "| VMEM MB | HBM / least |"
         " MXU | XLU | VALU | VPOP | EUP | VLOAD | fill | VSTORE | spill | SALU |",
     ]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
@@ -185,7 +193,8 @@ def table(rows: Iterable[Row]) -> str:
         )
         moved = "-" if r.hbm_bytes is None else f"{r.hbm_bytes / c.minimum_bytes:.2f}"
         cells = [c.chip, c.direction, c.kernel + extra, f"{c.queries} x {c.slots}", ", ".join(map(str, c.chosen))]
-        cells += [r.bundles, round(r.cycles), round(r.ideal), f"{100 * r.raw:.1f}", f"{100 * r.utilisation:.1f}"]
+        cells += [r.bundles, round(r.cycles), round(r.ideal), round(r.hbm_cycles)]
+        cells += [f"{100 * r.raw:.1f}", f"{100 * r.utilisation:.1f}"]
         cells += [r.spills, round(r.vmem_bytes / 2**20), moved, *(f"{100 * r.load[unit]:.0f}" for unit in UNITS)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -195,6 +204,8 @@ def candidates(case: Case) -> list[tuple[int, ...]]:
     """Block sizes that the search tries."""
     t, m = case.queries, case.slots
     if case.kernel == "memory_attention":
+        if case.small:
+            return [(min(q, t), r, h) for q in (1024, 2048) for r in (256, 512) for h in (1, 2, 4) if r <= t]
         if case.direction == "backward":
             slots = [s for s in (256, 512, 896, 1024, 1664, 2048) if m % s == 0]
             return [(min(q, t), s, r) for q in (1024, 2048) for s in slots for r in (256, 512) if q <= t]
@@ -237,6 +248,7 @@ def as_json(row: Row, splash: Row | None) -> dict:
         "bundles": row.bundles,
         "cycles": round(row.cycles),
         "ideal_cycles": round(row.ideal),
+        "hbm_cycles": round(row.hbm_cycles),
         "spills": row.spills,
         "unit_load": {k: round(v, 4) for k, v in row.load.items()},
         "vmem_bytes": row.vmem_bytes,
