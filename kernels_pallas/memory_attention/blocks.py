@@ -89,10 +89,7 @@ GPU_UNITS = 132
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Rows (queries by heads of a group) and slots of a block, warps of a grid step, stages of the load pipeline.
-
-    For H100 and H200, chosen by shared memory and registers, not timed; `python -m benchmarks.kernels --search` times.
-    """
+    """Rows (queries by heads of a group) and slots of a block, warps of a grid step, stages of the load pipeline."""
 
     rows: int
     slots: int
@@ -100,31 +97,27 @@ class Gpu:
     stages: int
 
 
-def _power_of_two(count: int, low: int, high: int) -> int:
-    return max(low, min(high, 1 << (count - 1).bit_length()))
+GPU = {
+    "decode": {64: Gpu(64, 64, 4, 3), 128: Gpu(64, 64, 4, 3), 256: Gpu(64, 32, 4, 3), "float32": Gpu(32, 32, 4, 1)},
+    "forward": {64: Gpu(128, 64, 4, 2), 128: Gpu(128, 32, 4, 2), 256: Gpu(128, 32, 8, 2), "float32": Gpu(32, 32, 4, 1)},
+    "dq": {64: Gpu(128, 32, 4, 2), 128: Gpu(64, 32, 4, 2), 256: Gpu(64, 32, 4, 1), "float32": Gpu(32, 16, 4, 1)},
+    "dkv": {64: Gpu(64, 64, 4, 2), 128: Gpu(32, 64, 4, 2), 256: Gpu(32, 64, 8, 1), "float32": Gpu(16, 32, 4, 1)},
+}
+"""H100 and H200, by kernel and head dim up to 64, 128 and 256 (bf16), or fp32. Not timed: of the candidates, compiled
+for sm_90a with Triton 3.9, those with the fewest instructions a matmul that let two grid steps share a multiprocessor
+and spill next to nothing in the inner loop. `python -m benchmarks.kernels --search` times candidates on a GPU."""
+DECODE_ROWS = 64
+"""Up to here a call waits for memory alone."""
 
 
-def gpu_forward(num_rows: int, head_dim: int, dtype) -> Gpu:
-    """Few rows, as in decoding, wait for memory alone; fp32 matmuls take no tensor cores and many registers."""
-    if dtype == jnp.float32:
-        return Gpu(_power_of_two(num_rows, 16, 32), 32, 4, 1)
-    if num_rows <= 64:
-        return Gpu(_power_of_two(num_rows, 16, 64), 64, 4, 3)
-    return Gpu(128, 64, 8, 2) if head_dim <= 128 else Gpu(64, 32, 4, 2)
-
-
-def gpu_dq(num_rows: int, head_dim: int, dtype) -> Gpu:
-    if dtype == jnp.float32:
-        return Gpu(32, 16, 4, 1)
-    return Gpu(_power_of_two(num_rows, 16, 64), 64, 4, 2) if head_dim <= 128 else Gpu(32, 32, 4, 1)
-
-
-def gpu_dkv(num_rows: int, head_dim: int, dtype) -> Gpu:
-    if dtype == jnp.float32:
-        return Gpu(16, 32, 4, 1)
-    return Gpu(_power_of_two(num_rows, 16, 64), 64, 4, 2) if head_dim <= 128 else Gpu(32, 32, 4, 1)
+def gpu(kernel: str, num_rows: int, head_dim: int, dtype) -> Gpu:
+    """Blocks of "forward", "dq" or "dkv"; a block has no more rows than there are, but 16 for a matmul."""
+    if kernel == "forward" and num_rows <= DECODE_ROWS:
+        kernel = "decode"
+    found = GPU[kernel]["float32" if dtype == jnp.float32 else next(c for c in (64, 128, 256) if head_dim <= c)]
+    return dataclasses.replace(found, rows=min(found.rows, max(16, 1 << (num_rows - 1).bit_length())))
 
 
 def gpu_splits(programs: int, slot_blocks: int) -> int:
-    """Parts of the slots, so that a call with few grid steps fills the chip twice."""
-    return 1 if programs >= GPU_UNITS else min(slot_blocks, -(-2 * GPU_UNITS // programs))
+    """Parts of the slots, so that a call with few grid steps gives each multiprocessor two."""
+    return 1 if programs >= GPU_UNITS else min(slot_blocks, up(2 * GPU_UNITS, programs) // programs)

@@ -40,7 +40,7 @@ def forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     batch, queries, heads, width = inputs.q.shape
     num_slots, kv_heads = inputs.k.shape[1:3]
     group = heads // kv_heads
-    blocks = block_sizes.gpu_forward(queries * group, width, inputs.q.dtype)
+    blocks = block_sizes.gpu("forward", queries * group, width, inputs.q.dtype)
     row_blocks = pl.cdiv(queries * group, blocks.rows)
     splits = block_sizes.gpu_splits(row_blocks * kv_heads * batch, pl.cdiv(num_slots, blocks.slots))
     outputs = {
@@ -69,12 +69,12 @@ def backward(
     rows = (batch, kv_heads, group, queries)
     given = {"lse": log2.reshape(rows), "delta": delta.reshape(rows), "do": _by_group(do, kv_heads)}
 
-    blocks = block_sizes.gpu_dq(queries * group, width, inputs.q.dtype)
+    blocks = block_sizes.gpu("dq", queries * group, width, inputs.q.dtype)
     outputs = {"dq": jax.ShapeDtypeStruct(given["do"].shape, inputs.q.dtype)}
     grid = (pl.cdiv(queries * group, blocks.rows), 1)
     (dq,) = _run(problem, inputs, blocks, gpu_kernels.dq_kernel, given, outputs, grid)
 
-    blocks = block_sizes.gpu_dkv(queries * group, width, inputs.q.dtype)
+    blocks = block_sizes.gpu("dkv", queries * group, width, inputs.q.dtype)
     outputs = {name: jax.ShapeDtypeStruct(inputs.k.shape, inputs.k.dtype) for name in ("dk", "dv")}
     grid = (pl.cdiv(num_slots, blocks.slots), 1)
     dk, dv = _run(problem, inputs, blocks, gpu_kernels.dkv_kernel, given, outputs, grid)
