@@ -110,11 +110,17 @@ DECODE_ROWS = 64
 """Up to here a call waits for memory alone."""
 
 
-def gpu(kernel: str, num_rows: int, head_dim: int, dtype) -> Gpu:
-    """Blocks of "forward", "dq" or "dkv"; a block has no more rows than there are, but 16 for a matmul."""
+def gpu_class(kernel: str, num_rows: int, head_dim: int, dtype) -> tuple[str, int | str]:
+    """Row and column of the table for "forward", "dq" or "dkv"."""
     if kernel == "forward" and num_rows <= DECODE_ROWS:
         kernel = "decode"
-    found = GPU[kernel]["float32" if dtype == jnp.float32 else next(c for c in (64, 128, 256) if head_dim <= c)]
+    return kernel, "float32" if dtype == jnp.float32 else next(width for width in (64, 128, 256) if head_dim <= width)
+
+
+def gpu(kernel: str, num_rows: int, head_dim: int, dtype) -> Gpu:
+    """Blocks of "forward", "dq" or "dkv"; a block has no more rows than there are, but 16 for a matmul."""
+    row, column = gpu_class(kernel, num_rows, head_dim, dtype)
+    found = GPU[row][column]
     return dataclasses.replace(found, rows=min(found.rows, max(16, 1 << (num_rows - 1).bit_length())))
 
 
