@@ -27,12 +27,6 @@ def test_stacked_parameters_keep_their_layer_axis_whole():
     assert stacked.spec == PartitionSpec(None, "fsdp", "tensor", None)
 
 
-def test_the_platform_is_that_of_the_mesh():
-    assert sharding.platform() == jax.default_backend()
-    with jax.set_mesh(make_mesh(MeshConfig())):
-        assert sharding.platform() == "cpu"
-
-
 def test_what_cannot_be_split_evenly_stays_whole():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     shapes = {"head": jax.ShapeDtypeStruct((8, 93), "float32"), "stacked": jax.ShapeDtypeStruct((3, 8, 4), "float32")}

@@ -103,12 +103,6 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, spec(*(None,) * leading, "batch"))
 
 
-def platform() -> str:
-    """What the program being traced will run on: the ambient mesh's platform, else that of the default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
-
-
 def batch_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are split into; their number must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])

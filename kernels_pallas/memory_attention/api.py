@@ -7,8 +7,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas import rotary
+from kernels_pallas import device, rotary
+from kernels_pallas.dhr import TileGrid
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.problem import Inputs, Positions, Problem
 
@@ -30,7 +32,7 @@ def memory_attention(
     v: jax.Array,
     *,
     q_pos: Positions = None,
-    k_pos: Positions = None,
+    k_pos: Positions | TileGrid = None,
     theta: float = 1e6,
     k_rotated: bool = False,
     q_segments: jax.Array | None = None,
@@ -45,15 +47,18 @@ def memory_attention(
     """o [B, T, H, C] of queries q [B, T, H, C] over memory k, v [B, M, K, C]; K divides H. CoMemo (2506.06279) sec. 3.
 
     q_pos [B, T], k_pos [B, M]: integer positions (angles are made in the kernel), or `rotary_tables` of them, made once
-    for all layers; None for no rotation. k_rotated: k is turned already, as in a cache; q alone is.
+    for all layers; None for no rotation. k_pos may be an image's `TileGrid`, too. k_rotated: k is turned already, as
+    in a cache; q alone is.
     q_segments [B, T], k_segments [B, M]: equal ids see each other, 0 or less sees nothing. num_valid [B]: slots in use.
     limit [B, T]: a query sees slots below it. Queries without memory get exactly zero, and so do their gradients.
     gate: scalar; o is multiplied by tanh(gate). return_lse: also lse [B, H, T] fp32, natural, -inf without memory.
     implementation: None takes the best that serves here, see `choose`; the interpreted ones run anywhere.
-    chip: "v5e", "v5p" or "v6e", when it is not the one at hand (compiling ahead).
+    chip: "v5e", "v5p" or "v6e", when it is not that of the ambient mesh or the default device.
 
     Raises: ValueError for shapes, types or a head dim that no backend or not the named one serves.
     """
+    if isinstance(k_pos, TileGrid):
+        k_pos = k_pos.positions(*k.shape[:2])
     _check(q, k, v, q_pos, k_pos, k_rotated, q_segments, k_segments, num_valid, limit)
     if num_valid is not None:
         valid = jnp.broadcast_to(num_valid[:, None], q.shape[:2])
@@ -81,7 +86,7 @@ def choose(inputs: Inputs, implementation: Implementation | None = None) -> tupl
     if implementation is not None:
         reason = _unsupported(implementation, inputs)
         return (implementation, "asked for") if reason is None else (None, reason)
-    platform = jax.default_backend()
+    platform = device.platform()
     if platform not in ("tpu", "gpu"):
         return "xla", f"no kernel for platform {platform}"
     reason = _unsupported(platform, inputs)
@@ -102,7 +107,7 @@ def _backend(name: str):
 
 
 def _chip() -> str:
-    return _CHIPS.get(jax.devices()[0].device_kind, "v5e")
+    return _CHIPS.get(device.kind(), "v5e")
 
 
 def _plain(inputs: Inputs, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -128,6 +133,8 @@ def _fused(name: str, problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.
 
 def _fused_forward(name: str, problem: Problem, inputs: Inputs):
     o, lse = _backend(name).forward(problem, inputs)
+    # jax.checkpoint may keep what would cost the whole kernel to make again
+    o, lse = checkpoint_name(o, "memory_attention"), checkpoint_name(lse, "memory_attention")
     return (o, lse), (inputs, o, lse)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import rotary
+from kernels_pallas import device, rotary
 from kernels_pallas.rope_dhr import gpu, tpu
 
 Implementation = Literal["tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"]
@@ -29,7 +29,7 @@ def rope_dhr(
     """
     _check(x, positions)
     if implementation is None:
-        platform = jax.default_backend()
+        platform = device.platform()
         serves = platform in _BACKENDS and _BACKENDS[platform].unsupported(x) is None
         implementation = platform if serves else "xla"
     if implementation == "xla":
@@ -42,23 +42,6 @@ def rope_dhr(
     if reason is not None:
         raise ValueError(f"rope_dhr: implementation={implementation!r} cannot serve: {reason}")
     return _turn(float(theta), implementation, x, positions)
-
-
-def raster_positions(grid: jax.Array, tiles: int, side: int = 16, base: jax.Array | int = 0) -> jax.Array:
-    """int32 [B, tiles * side^2]: each tile token's id in the thumbnail, tiles row by row, thumbnail last.
-
-    grid [B, 2] holds columns and rows; tiles is the most an image has, thumbnail included. Ids are
-    base + row * side + column of the thumbnail's token there. Tiles beyond an image's own repeat its thumbnail; leave
-    them out by `num_valid`. CoMemo (2506.06279) sec. 3.3, by the tiles' places.
-    """
-    columns, rows = (jnp.maximum(grid[:, i], 1)[:, None, None] for i in (0, 1))
-    tile = jnp.arange(tiles)[None, :, None]
-    token = jnp.arange(side * side)[None, None]
-    row, column = token // side, token % side
-    thumbnail = row * side + column
-    spread = ((tile // columns) * side + row) // rows * side + ((tile % columns) * side + column) // columns
-    ids = jnp.where((tile < columns * rows) & (columns * rows > 1), spread, thumbnail)
-    return (ids.reshape(grid.shape[0], -1) + jnp.asarray(base).reshape(-1, 1)).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

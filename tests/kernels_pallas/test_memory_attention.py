@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas import memory_attention, rotary_tables
+from kernels_pallas import TileGrid, memory_attention, raster_positions, rotary_tables
 from kernels_pallas.memory_attention import blocks
 from tests.kernels_pallas import exact
 
@@ -144,6 +144,15 @@ def test_tables_give_what_positions_give(backend):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_a_tile_grid_stands_in_for_the_positions_of_its_tokens():
+    arrays, _, do, dlse = draw(8, 2, 9, 7 * 16, 1, 1, 64, "float32", False, False, True, furthest=50)
+    grid, base = jnp.array([[2, 3], [1, 1]]), jnp.array([4, 0])
+    arrays["k_pos"] = raster_positions(grid, tiles=7, side=4, base=base)
+    by_grid = arrays | {"k_pos": TileGrid(grid, base, side=4)}
+    for a, b in zip(*(jax.tree.leaves(run("xla", x, do, dlse)) for x in (arrays, by_grid)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(("t", "heads"), [(1, (4, 4)), (3, (4, 1)), (16, (2, 2))])
 def test_decoding_reads_turned_keys(backend, t, heads):
@@ -194,6 +203,11 @@ WRONG = {
     "given together": {"q_pos": jnp.zeros((1, 4), jnp.int32)},
     "k_segments must be integers": {"q_segments": jnp.zeros((1, 4), jnp.int32), "k_segments": jnp.zeros((1, 6))},
     "num_valid must be integers of shape": {"num_valid": jnp.zeros((2,), jnp.int32)},
+    "whole tiles of 4": {"q_pos": jnp.zeros((1, 4), int), "k_pos": TileGrid(jnp.ones((1, 2), int), side=4)},
+    r"k_pos.grid must be integers \(1, 2\)": {
+        "q_pos": jnp.zeros((1, 4), int),
+        "k_pos": TileGrid(jnp.ones((1, 3), int)),
+    },
     "cannot serve: implementation must be one of": {"implementation": "cuda"},
 }
 

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int32
 
 import kernels_pallas
 from kernels_pallas import Tables
+from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.problem import Inputs
-from vlmem_jax.sharding import even_spec, platform, spec
+from vlmem_jax.sharding import even_spec, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def causal_attention(
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
     if platform() == "tpu" and T % 128 == 0 and C % 128 == 0:
         return _on_each_device(_splash_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT)
-    if platform() in ("gpu", "cuda") and T % 128 == 0 and C in (64, 128):
+    if platform() == "gpu" and T % 128 == 0 and C in (64, 128):
         return _on_each_device(_triton_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT)
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
     return attend(q_BTHC, k_BTKC, v_BTKC, same_segment(segments_BT, segments_BT) & earlier_TT)
@@ -135,7 +136,9 @@ def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: 
         use_fused_bwd_kernel=True,
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * q_BTHC.shape[2])
-    kernel = splash_attention.make_splash_mha_single_device(mask, block_sizes=blocks)
+    kernel = splash_attention.make_splash_mha_single_device(
+        mask, block_sizes=blocks, residual_checkpoint_name="causal_attention"
+    )
     heads_first = (x.swapaxes(1, 2) for x in (q_BTHC * q_BTHC.shape[3] ** -0.5, k_BTKC, v_BTKC))
     segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)
     return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)

@@ -11,9 +11,13 @@ Module = TypeVar("Module", bound=nnx.Module)
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("memory_attention", "causal_attention"),
+    ),
 }
-"""What a layer keeps for the backward pass: everything, its inputs only, or the results of weight matmuls."""
+"""What a layer keeps for the backward pass: everything, its inputs only, or the results of weight matmuls and of
+attention kernels."""
 
 
 def stack(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Module:

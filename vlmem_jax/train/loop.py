@@ -49,16 +49,21 @@ class Work:
 
 
 @runtime_checkable
-class Task(Protocol):
-    """What is learned. A task depends on the step and the parameters alone, plus what `state` gives."""
+class Objective(Protocol):
+    """What a step computes."""
 
     model: Model
 
-    def work(self, step: int, params: dict) -> Work:
-        """What to do at `step`, counted from 0. Called in order, from any first step."""
-
     def loss(self, params: dict, rows: Any, key: Array) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """See `step.Loss`; `rows` is one part of a batch."""
+
+
+@runtime_checkable
+class Task(Objective, Protocol):
+    """What is learned. A task depends on the step and the parameters alone, plus what `state` gives."""
+
+    def work(self, step: int, params: dict) -> Work:
+        """What to do at `step`, counted from 0. Called in order, from any first step."""
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Numbers on held-out data; `loss` decides which checkpoint is best. Empty where there is no such data."""
@@ -99,7 +104,11 @@ def fit(
         program = Program(task, experiment, stage, mesh)
         closing.callback(task.close)
         step = store.latest() or 0
-        state, frozen = program.restore(store, step) if step else program.begin(start)
+        if step:
+            state, frozen, saved = program.restore(store, step)
+            task.restore(saved)
+        else:
+            state, frozen = program.begin(start)
         records = recorder(step, task.flops(program.split.trainable))
         closing.callback(records.close)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -137,7 +146,7 @@ def fit(
             if step % experiment.checkpoint.every == 0 or step == stage.steps or stopping:
                 settle()
                 with records.pause():
-                    program.save(store, step, state, frozen, scores.get("loss"))
+                    program.save(store, step, state, frozen, task.state(), scores.get("loss"))
         store.wait()
         return step
 
@@ -145,8 +154,7 @@ def fit(
 class Program:
     """A stage made ready to run on a mesh: where each array lies, and the compiled step."""
 
-    def __init__(self, task: Task, experiment: Experiment, stage: StageConfig, mesh: Mesh):
-        self.task = task
+    def __init__(self, task: Objective, experiment: Experiment, stage: StageConfig, mesh: Mesh):
         optimizer_config = experiment.optimizer_of(stage)
         abstract, axes = flatten(task.model.abstract()), flatten(task.model.axes())
         shardings = flatten(param_shardings(mesh, task.model.abstract(), task.model.axes()))
@@ -184,19 +192,21 @@ class Program:
         begin = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=places, donate_argnums=0)
         return begin(trainable), frozen
 
-    def restore(self, store: Store, step: int) -> tuple[TrainState, Flat]:
-        """State and frozen parameters of a checkpoint of this stage."""
+    def restore(self, store: Store, step: int) -> tuple[TrainState, Flat, dict]:
+        """State, frozen parameters and the task's state of a checkpoint of this stage."""
         params, train, meta = store.restore(step, unflatten(self.held), _by_name(self.state.optimizer))
         trainable, frozen = self.split.part(flatten(params))
         saved = flatten(train)
         optimizer = jax.tree.map_with_path(lambda path, _: saved[_name(path)], self.state.optimizer)
-        self.task.restore(meta["task"])
-        return TrainState(jax.device_put(jnp.int32(step), self.state.step.sharding), trainable, optimizer), frozen
+        state = TrainState(jax.device_put(jnp.int32(step), self.state.step.sharding), trainable, optimizer)
+        return state, frozen, meta["task"]
 
-    def save(self, store: Store, step: int, state: TrainState, frozen: Flat, eval_loss: float | None) -> None:
+    def save(
+        self, store: Store, step: int, state: TrainState, frozen: Flat, task: dict, eval_loss: float | None
+    ) -> None:
         """Starts to write a checkpoint."""
         params = unflatten({**frozen, **state.params})
-        store.save(step, params, _by_name(state.optimizer), {"step": step, "task": self.task.state()}, eval_loss)
+        store.save(step, params, _by_name(state.optimizer), {"step": step, "task": task}, eval_loss)
 
 
 def _name(path: tuple) -> str:

@@ -1,6 +1,7 @@
 """Supervised training: predict the next token of packed conversations about images."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -19,15 +20,27 @@ from vlmem_jax.train.loss import cross_entropy
 from vlmem_jax.types import Batch
 
 
-class NextToken:
-    """The `next_token` task (CoMemo sec. 4): weighted cross-entropy of the answers' tokens.
+@dataclasses.dataclass
+class NextTokenLoss:
+    """The `next_token` task without its data: weighted cross-entropy of the answers' tokens (CoMemo sec. 4)."""
 
-    Its data continue where those of earlier stages with the same data ended.
-    """
+    model: VLM
+    chunk: int
+    """Tokens of a row whose logits exist at the same time."""
+
+    def loss(
+        self, params: dict, rows: Batch, key: Array | None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `next_token_loss`."""
+        return next_token_loss(self.model, params, rows, self.chunk, key), {}
+
+
+class NextToken(NextTokenLoss):
+    """The `next_token` task. Its data continue where those of earlier stages with the same data ended."""
 
     def __init__(self, experiment: Experiment, stage: StageConfig, model: VLM, mesh: Mesh):
-        self.model = model
-        self._mesh, self._chunk, self._accumulation = mesh, experiment.loss_chunk, stage.accumulation
+        super().__init__(model, experiment.loss_chunk)
+        self._mesh = mesh
         self._config = config = experiment.data_of(stage)
         processor = make_processor(experiment, model)
         earlier = experiment.stages[: experiment.stages.index(stage)]
@@ -50,12 +63,6 @@ class NextToken:
         counts = {"tokens": host.tokens, "images": host.images, "tiles": host.tiles, "slots": slots}
         return Work(host.batch, host.denominator, host.sample_ids, counts)
 
-    def loss(
-        self, params: dict, rows: Batch, key: Array | None
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """See `next_token_loss`."""
-        return next_token_loss(self.model, params, rows, self._chunk, key), {}
-
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean loss on `data.eval`, weighted as in training."""
         if self._eval is None:
@@ -63,7 +70,7 @@ class NextToken:
         losses, weight = [], 0.0
         with contextlib.closing(self._eval.on_devices(self._mesh)) as batches:
             for host in batches:
-                losses.append(_eval_loss(self.model, params, host.batch, self._chunk))
+                losses.append(_eval_loss(self.model, params, host.batch, self.chunk))
                 weight += host.denominator
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
 

@@ -1,0 +1,5 @@
+"""What a run will need, found before anyone pays for the machines."""
+
+from vlmem_jax.flight.compile import compile_step, tpu_devices
+
+__all__ = ["compile_step", "tpu_devices"]
