@@ -12,6 +12,7 @@ from kernels_pallas import memory_attention, rope_dhr, rotary_tables
 
 H200 = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda"))
 CALL = "__gpu$xla.gpu.triton"
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # from jax 0.11
 
 
 def lowered(function, *shapes) -> str:
