@@ -1,4 +1,4 @@
-"""GPU kernel of the rotation (Pallas on Triton): a grid step turns a few rows of up to 16 heads by the same angles."""
+"""GPU kernel of the rotation (Pallas on Triton): a grid step turns some rows of some heads by the same angles."""
 
 import functools
 
@@ -9,8 +9,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import rotary
 
-ROWS = 4
-HEADS = 16
+ROWS = 16
+HEADS = 8
 
 
 def unsupported(x: jax.Array) -> str | None:
@@ -22,33 +22,30 @@ def unsupported(x: jax.Array) -> str | None:
 
 def _kernel(*refs, heads: int, given: bool, inverse: bool):
     *made_of, x_ref, o_ref = refs
-    length, num_heads, width = x_ref.shape
+    length, _, width = x_ref.shape
     half = width // 2
-    lane = jnp.arange(pl.next_power_of_2(half))
-    row = pl.program_id(0) * ROWS + jnp.arange(ROWS)
-    head = (pl.program_id(1) * heads + jnp.arange(heads))[None, :, None]
-    inside = (row < length)[:, None] & (lane < half)[None]
-
+    lane = jnp.arange(pl.next_power_of_2(half))[None]
+    row = (pl.program_id(0) * ROWS + jnp.arange(ROWS))[:, None]
+    mask = (row < length) & (lane < half)
     if given:
         cos, sin = (
-            plgpu.load(table.at[row[:, None], lane[None] + start], mask=inside, other=0.0)
+            plgpu.load(table.at[row, lane + start], mask=mask, other=0.0)
             for table, start in zip(made_of, (0, half), strict=True)
         )
     else:
         positions, frequencies = made_of
         position = plgpu.load(positions.at[row], mask=row < length, other=0).astype(jnp.float32)
-        angle = position[:, None] * plgpu.load(frequencies.at[lane], mask=lane < half, other=0.0)[None]
+        angle = position * plgpu.load(frequencies.at[lane], mask=lane < half, other=0.0)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
-    cos, sin = cos[:, None], (-sin if inverse else sin)[:, None]
-
-    mask = inside[:, None] & (head < num_heads)
-    index = (row[:, None, None], head)
-    first, second = (
-        plgpu.load(x_ref.at[*index, lane[None, None] + start], mask=mask, other=0.0).astype(jnp.float32)
-        for start in (0, half)
-    )
-    for start, value in ((0, first * cos - second * sin), (half, second * cos + first * sin)):
-        plgpu.store(o_ref.at[*index, lane[None, None] + start], value.astype(o_ref.dtype), mask=mask)
+    sin = -sin if inverse else sin
+    for h in range(heads):
+        head = pl.program_id(1) * heads + h
+        first, second = (
+            plgpu.load(x_ref.at[row, head, lane + start], mask=mask, other=0.0).astype(jnp.float32)
+            for start in (0, half)
+        )
+        for start, value in ((0, first * cos - second * sin), (half, second * cos + first * sin)):
+            plgpu.store(o_ref.at[row, head, lane + start], value.astype(o_ref.dtype), mask=mask)
 
 
 def turn(
@@ -56,7 +53,7 @@ def turn(
 ) -> jax.Array:
     """x [B, T, H, C] turned, or turned back."""
     batch, length, num_heads, width = x.shape
-    heads = min(HEADS, pl.next_power_of_2(num_heads))
+    heads = max(count for count in range(1, HEADS + 1) if num_heads % count == 0)
     block = pl.BlockSpec((None, length, num_heads, width), lambda i, h, b: (b, 0, 0, 0))
     given = isinstance(positions, rotary.Tables)
     if given:
@@ -70,7 +67,7 @@ def turn(
         ]
     return pl.pallas_call(
         functools.partial(_kernel, heads=heads, given=given, inverse=inverse),
-        grid=(pl.cdiv(length, ROWS), pl.cdiv(num_heads, heads), batch),
+        grid=(pl.cdiv(length, ROWS), num_heads // heads, batch),
         in_specs=[*specs, block],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
