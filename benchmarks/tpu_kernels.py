@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,11 @@ class Case:
             return self.blocks
         if self.kernel == "memory_attention":
             if self.small:
-                return dataclasses.astuple(block_sizes.small(self.queries, self.heads, self.heads // self.kv_heads))
-            choose = block_sizes.backward if self.direction == "backward" else block_sizes.forward
-            return dataclasses.astuple(choose(self.queries, self.slots, self.chip))
+                group = self.heads // self.kv_heads
+                return dataclasses.astuple(block_sizes.small(self.queries, self.heads, group, self.chip))
+            if self.direction == "backward":
+                return dataclasses.astuple(block_sizes.backward(self.queries, self.slots, self.chip, self.segments))
+            return dataclasses.astuple(block_sizes.forward(self.queries, self.slots, self.chip, self.segments))
         return min(1024, self.queries), self.slots, min(512, self.slots)
 
     @property
@@ -185,15 +188,18 @@ def runs(case: Case, program: Program) -> dict[Span, float]:
 
     Raises: ValueError when the code has other conditional parts than these kernels are known to have.
     """
+    if case.kernel == "memory_attention" and case.small:
+        return {}
     body = max(program.spans, key=lambda s: s.size)
     # one place may be both what a branch jumps over and a loop
     places = {(s.start, s.end): s for s in program.spans if s.size > 40 and s.size < 0.98 * body.size}
-    inner = list(places.values())
-    tops = [s for s in inner if not any(o is not s and o.start <= s.start and s.end <= o.end for o in inner)]
+    tops = _outermost(places.values())
     if case.kernel != "memory_attention":  # one part does the work, the others open and close a sweep
         sweep = case.queries // case.chosen[0] if case.direction == "backward" else case.slots // case.chosen[1]
         work = max(tops, key=lambda s: s.size, default=None)
         return {s: 1.0 if s is work else 1 / sweep for s in tops}
+    if len(tops) == 1 and tops[0].size > body.size / 2:  # the compiler's own branch around the whole step
+        tops = _outermost(s for s in places.values() if s is not tops[0])
     times = _times(case)
     if len(tops) != len(times):
         found = [(s.kind, s.start, s.size) for s in tops]
@@ -201,11 +207,14 @@ def runs(case: Case, program: Program) -> dict[Span, float]:
     return dict(zip(tops, times, strict=True))
 
 
+def _outermost(spans: Iterable[Span]) -> list[Span]:
+    spans = list(spans)
+    return [s for s in spans if not any(o is not s and o.start <= s.start and s.end <= o.end for o in spans)]
+
+
 def _times(case: Case) -> list[float]:
     """Of each conditional part, in the order of the code: how often it runs a grid step."""
     group, blocks = case.heads // case.kv_heads, case.chosen
-    if case.small:
-        return []
     heads = case.kv_heads // case.cores
     if case.direction == "backward":
         q_steps, kv_steps = -(-case.queries // blocks[0]), case.slots // blocks[1]

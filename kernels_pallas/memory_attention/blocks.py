@@ -1,8 +1,4 @@
-"""Block sizes of the kernels, by direction and number of queries and slots; TPU first, GPU at the end.
-
-Those for 2048 queries and 1792 to 12288 slots were compared by cycle counts for v5e, a few candidates each;
-`python -m benchmarks.tpu_static --search` tries all. The chip changes only how much VMEM a kernel may take.
-"""
+"""Block sizes of the kernels, by chip, direction and number of queries and slots; TPU first, GPU at the end."""
 
 import dataclasses
 
@@ -45,40 +41,70 @@ class Backward:
     rows: int = 512
 
 
+TUNED: dict[str, dict[str, Forward | Small | Backward]] = {
+    "v5e": {
+        "forward": Forward(2048, 512, 256),
+        "forward, masked": Forward(2048, 512, 256),
+        "forward, long": Forward(512, 512, 512),
+        "forward, few slots": Small(2048, 512, 4),
+        "backward": Backward(2048, 2048, 512),
+    },
+    "v5p": {
+        "forward": Forward(2048, 512, 256),
+        "forward, masked": Forward(2048, 512, 256),
+        "forward, long": Forward(512, 512, 512),
+        "forward, few slots": Small(2048, 512, 4),
+        "backward": Backward(2048, 2048, 512),
+    },
+    "v6e": {
+        "forward": Forward(2048, 512, 512),
+        "forward, masked": Forward(2048, 512, 256),
+        "forward, long": Forward(1024, 512, 512),
+        "forward, few slots": Small(2048, 512, 4),
+        "backward": Backward(2048, 1024, 512),
+    },
+}
+"""For 2048 queries, 16 heads, head dim 128, bf16: fewest corrected cycles of the compiler's code at 4096 slots (long:
+12288, few: 256) among candidates of `python -m benchmarks.tpu_static --search`; README.md lists those compared."""
+
+
 def up(count: int, unit: int) -> int:
     """count, rounded up to a multiple of unit."""
     return -(-count // unit) * unit
 
 
-def forward(num_queries: int, num_slots: int, chip: str = "v5e") -> Forward:
+def forward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False) -> Forward:
     """Blocks for T queries and M slots; queries are padded to whole blocks, slots to 128."""
     if num_queries <= 16:
         return Forward(16, 16, 512)
+    long = num_slots > 8192
+    best = TUNED[chip]["forward, long" if long else "forward, masked" if masked else "forward"]
     if num_queries <= 512:
         rows = up(num_queries, LANES)
-        return Forward(rows, rows, 512)
+        return Forward(rows, rows, best.slots)
+    if num_queries % best.q == 0 and (long or num_slots <= 4096):
+        return best
     rows = min(512, up(-(-num_queries // 2), LANES))
-    q = 2 * rows
-    if num_queries % 2048 == 0 and num_slots <= 4096:
-        q = 2048
-    elif num_slots > 8192:
-        q = rows
-    return Forward(q, rows, 512)
+    return Forward(rows if long else 2 * rows, rows, best.slots)
 
 
-def small(num_queries: int, num_heads: int, group: int) -> Small:
+def small(num_queries: int, num_heads: int, group: int, chip: str = "v5e") -> Small:
     """Blocks for T queries and few slots; queries are padded to whole blocks."""
-    rows = min(512, up(num_queries, LANES))
-    heads = next(h for h in (4, 2, 1) if num_heads % h == 0 and (h % group == 0 or group % h == 0))
-    return Small(min(2048, up(num_queries, rows)), rows, heads)
+    best = TUNED[chip]["forward, few slots"]
+    rows = min(best.rows, up(num_queries, LANES))
+    heads = next(h for h in (best.heads, 2, 1) if num_heads % h == 0 and (h % group == 0 or group % h == 0))
+    return Small(min(best.q, up(num_queries, rows)), rows, heads)
 
 
-def backward(num_queries: int, num_slots: int, chip: str = "v5e") -> Backward:
-    """Blocks for T queries and M slots; both are padded to whole blocks."""
-    rows = min(512, up(num_queries, LANES))
-    q = min(2048, up(num_queries, rows))
+def backward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False) -> Backward:
+    """Blocks for T queries and M slots; both are padded to whole blocks. Smaller ones skip more where masked."""
+    best = TUNED[chip]["backward"]
+    rows = min(best.rows, up(num_queries, LANES))
+    q = min(best.q, up(num_queries, rows))
     if num_slots <= 1024:
         return Backward(q, up(num_slots, LANES), rows)
+    if not masked and num_slots % best.slots == 0:
+        return Backward(q, best.slots, rows)
     slots = min(range(640, 1793, LANES), key=lambda size: (up(num_slots, size), abs(size - 1024)))
     return Backward(q, slots, rows)
 

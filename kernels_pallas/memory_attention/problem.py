@@ -39,6 +39,10 @@ class Inputs(NamedTuple):
     k_segments: jax.Array | None = None
     limit: jax.Array | None = None
 
+    @property
+    def masked(self) -> bool:
+        return self.k_segments is not None or self.limit is not None
+
     def slots(self, start: int, stop: int) -> "Inputs":
         """The part of the memory in [start, stop)."""
         if start == 0 and stop >= self.k.shape[1]:

@@ -79,9 +79,10 @@ def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     if folded:  # decoding: the heads that share a kv head are rows of one matmul
         return _unfold(*_forward(problem, _fold(inputs, group)), group)
     if num_slots <= block_sizes.SMALL_SLOTS and num_queries > 16:
-        kernel, blocks = tpu_small.forward, block_sizes.small(num_queries, heads, group)
+        kernel, blocks = tpu_small.forward, block_sizes.small(num_queries, heads, group, problem.chip)
     else:
-        kernel, blocks = tpu_forward.forward, block_sizes.forward(num_queries, num_slots, problem.chip)
+        kernel = tpu_forward.forward
+        blocks = block_sizes.forward(num_queries, num_slots, problem.chip, inputs.masked)
     spec, arrays = _prepare(problem, inputs, up(num_queries, blocks.q), up(num_slots, LANES))
     if spec.masked and kernel is tpu_forward.forward:
         arrays["active"] = _chunk_range(arrays, blocks.q, tpu_forward.chunk_width(up(num_slots, LANES), blocks))
@@ -92,7 +93,7 @@ def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 
 def _backward(problem, inputs, log2, delta, do):
     (_, num_queries, heads, width), num_slots = inputs.q.shape, inputs.k.shape[1]
-    blocks = block_sizes.backward(num_queries, num_slots, problem.chip)
+    blocks = block_sizes.backward(num_queries, num_slots, problem.chip, inputs.masked)
     padded_queries, padded_slots = up(num_queries, blocks.q), up(num_slots, blocks.slots)
     spec, arrays = _prepare(problem, inputs, padded_queries, padded_slots)
     more = padded_queries - num_queries

@@ -250,8 +250,8 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
 
 
 def chunk_width(num_slots: int, blocks: block_sizes.Forward) -> int:
-    """Slots of one chunk of `active`."""
-    return math.gcd(num_slots, blocks.slots)
+    """Slots of one chunk of `active`, of which the loop takes one a turn."""
+    return math.gcd(num_slots, max(512, blocks.slots))
 
 
 def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks: block_sizes.Forward, cores: int = 1):
