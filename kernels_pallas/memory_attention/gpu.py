@@ -127,6 +127,7 @@ def _run(problem: Problem, inputs: Inputs, blocks, kernel, given, outputs, grid,
         limit=inputs.limit is not None,
         row_block=blocks.rows,
         slot_block=blocks.slots,
+        interpret=problem.interpret,
     )
     return gpu_kernels.call(
         kernel, spec, arrays, outputs, grid,

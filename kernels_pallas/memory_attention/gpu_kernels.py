@@ -35,6 +35,7 @@ class Spec:
     limit: bool
     row_block: int
     slot_block: int
+    interpret: bool = False
 
     @property
     def rows(self) -> int:
@@ -112,9 +113,31 @@ def _tables(ref: dict, side: str, at: Rows | Slots) -> list[jax.Array]:
     return [_read(ref[f"{side}_{kind}"], (where[:, None], lane + start), mask) for kind, start in starts.items()]
 
 
-def _turned(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _instruction(name: str, *args: jax.Array) -> jax.Array:
+    operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{name} {operands};",
+        args=args,
+        constraints=",".join(["=f"] + ["f"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+    )
+    return result
+
+
+def _exp2(spec: Spec, x: jax.Array) -> jax.Array:
+    """2 ** x in one instruction; XLA's own keeps subnormal results, which takes four."""
+    return jnp.exp2(x) if spec.interpret else _instruction("ex2.approx.ftz.f32", x)
+
+
+def _multiply_add(spec: Spec, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """x * y + z, which XLA leaves as two instructions."""
+    return x * y + z if spec.interpret else _instruction("fma.rn.f32", x, y, z)
+
+
+def _turned(spec: Spec, first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    return first * cos - second * sin, second * cos + first * sin
+    return [_multiply_add(spec, first, cos, -(second * sin)), _multiply_add(spec, second, cos, first * sin)]
 
 
 def _rows(spec: Spec, ref: dict, start: jax.Array) -> Rows:
@@ -137,7 +160,7 @@ def _queries(spec: Spec, ref: dict, rows: Rows) -> list[jax.Array]:
     """Halves of the block's q, turned and scaled."""
     halves = _halves(ref["q"], rows)
     if spec.turn_q:
-        halves = _turned(*halves, *_tables(ref, "q", rows))
+        halves = _turned(spec, *halves, *_tables(ref, "q", rows))
     return [(x.astype(jnp.float32) * spec.scale).astype(ref["q"].dtype) for x in halves]
 
 
@@ -145,7 +168,7 @@ def _keys(spec: Spec, ref: dict, slots: Slots) -> list[jax.Array]:
     """Halves of the block's k, turned."""
     halves = _halves(ref["k"], slots)
     if spec.turn_k:
-        halves = [x.astype(ref["k"].dtype) for x in _turned(*halves, *_tables(ref, "k", slots))]
+        halves = [x.astype(ref["k"].dtype) for x in _turned(spec, *halves, *_tables(ref, "k", slots))]
     return halves
 
 
@@ -186,7 +209,7 @@ def _store_turned_back(spec: Spec, ref: dict, side: str, name: str, at: Rows | S
     """The gradient of raw q or k from that of turned q or k."""
     if spec.turn_q if side == "q" else spec.turn_k:
         cos, sin = _tables(ref, side, at)
-        first, second = _turned(first, second, cos, -sin)
+        first, second = _turned(spec, first, second, cos, -sin)
     half = spec.head_dim // 2
     _store(ref[name], at, first * scale, 0, half)
     _store(ref[name], at, second * scale, half, half)
@@ -209,7 +232,7 @@ def forward_kernel(*refs, spec: Spec, names: tuple[str, ...], splits: int):
         s = _scores(spec, rows, slots, q, _keys(spec, ref, slots))
         v = _whole(ref["v"], slots)
         new_top = jnp.maximum(top, jnp.max(s, axis=1))
-        p = jnp.exp2(s - new_top[:, None])
+        p = _exp2(spec, s - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + jnp.sum(p, axis=1)
         return new_top, total, acc * shrink[:, None] + _dot(p.astype(v.dtype), v)
@@ -235,7 +258,7 @@ def dq_kernel(*refs, spec: Spec, names: tuple[str, ...]):
     def step(i, carry):
         slots = _slots(spec, ref, i * spec.slot_block)
         k = _keys(spec, ref, slots)
-        p = jnp.exp2(_scores(spec, rows, slots, q, k) - lse[:, None])
+        p = _exp2(spec, _scores(spec, rows, slots, q, k) - lse[:, None])
         dp = _dot(do, _whole(ref["v"], slots), _NT)
         ds = (p * (dp - delta[:, None])).astype(do.dtype)
         return tuple(dq + _dot(ds, x) for dq, x in zip(carry, k, strict=True))
@@ -256,7 +279,7 @@ def dkv_kernel(*refs, spec: Spec, names: tuple[str, ...]):
         rows = _rows(spec, ref, i * spec.row_block)
         q, do = _queries(spec, ref, rows), _whole(ref["do"], rows)
         lse, delta = _row_sums(ref, rows)
-        p = jnp.exp2(_scores(spec, rows, slots, q, k, transposed=True) - lse[None])
+        p = _exp2(spec, _scores(spec, rows, slots, q, k, transposed=True) - lse[None])
         dv = dv + _dot(p.astype(do.dtype), do)
         ds = (p * (_dot(v, do, _NT) - delta[None])).astype(do.dtype)
         return *(g + _dot(ds, x) for g, x in zip(dk, q, strict=True)), dv
