@@ -130,8 +130,8 @@ GPU = {
     "dkv": {64: Gpu(64, 64, 4, 2), 128: Gpu(32, 64, 4, 2), 256: Gpu(32, 64, 8, 1), "float32": Gpu(16, 32, 4, 1)},
 }
 """H100 and H200, by kernel and head dim up to 64, 128 and 256 (bf16), or fp32. Not timed: of the candidates, compiled
-for sm_90a with Triton 3.9, those with the fewest instructions a matmul that let two grid steps share a multiprocessor
-and spill next to nothing in the inner loop. `python -m benchmarks.kernels --search` times candidates on a GPU."""
+for H200 without one, those with the fewest instructions a matmul that let two grid steps share a multiprocessor and
+spill little in the inner loop. `python -m benchmarks.kernels --search` times candidates on a GPU."""
 DECODE_ROWS = 64
 """Up to here a call waits for memory alone."""
 
