@@ -57,29 +57,34 @@ def memory_attention(
     k_tables None: k is turned already, as in a cache. On the ambient mesh, if there is one, each device runs the
     kernel on its rows and heads; every device holds all slots of its rows.
     """
-    arrays = {
-        "q": q_BTHC,
-        "k": k_BMKC,
-        "v": v_BMKC,
-        "q_pos": q_tables,
-        "q_segments": segments_BT,
-        "k_segments": segments_BM,
-    }
+    arrays = {"q": q_BTHC, "k": k_BMKC, "v": v_BMKC, "q_pos": q_tables}
+    arrays |= {"q_segments": segments_BT, "k_segments": segments_BM}
     if k_tables is not None:
         arrays["k_pos"] = k_tables
+    return _attend_by_kernel(config, arrays, "tokens", k_rotated=k_tables is None)
+
+
+def full_attention(
+    q_BTHC: Float[Array, "B T H C"], k_BTKC: Float[Array, "B T K C"], v_BTKC: Float[Array, "B T K C"]
+) -> Float[Array, "B T H C"]:
+    """Every query sees every key of its row, as among the patches of a tile. The T x T scores never exist in memory
+    where a kernel serves; none of those that JAX ships takes any T and C, that for memories does."""
+    return _attend_by_kernel(AttentionConfig(), {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}, None)
+
+
+def _attend_by_kernel(config: AttentionConfig, arrays: dict, length: str | None, **options) -> Float[Array, "B T H C"]:
+    """`kernels_pallas.memory_attention` of `arrays`, by device; `length` is what the axis of the queries means."""
     wanted = None if config.implementation == "auto" else config.implementation
     name, _ = kernels_pallas.choose(Inputs(**arrays), wanted)
-    call = functools.partial(kernels_pallas.memory_attention, k_rotated=k_tables is None, implementation=name or wanted)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or name in ("xla", None):
+    call = functools.partial(kernels_pallas.memory_attention, implementation=name or wanted, **options)
+    if jax.sharding.get_abstract_mesh().empty or name in ("xla", None):
         return call(**arrays)
-    meaning = {"q": ("batch", "tokens", "heads", None), "q_pos": ("batch", "tokens", None)}
-    meaning |= {"q_segments": ("batch", "tokens"), "k_segments": ("batch", None), "k_pos": ("batch", None, None)}
+    meaning = {"q": ("batch", length, "heads", None), "q_pos": ("batch", length, None)}
+    meaning |= {"q_segments": ("batch", length), "k_segments": ("batch", None), "k_pos": ("batch", None, None)}
     meaning |= dict.fromkeys(("k", "v"), ("batch", None, "heads", None))
     specs = {n: jax.tree.map(lambda leaf, n=n: even_spec(leaf.shape, *meaning[n]), x) for n, x in arrays.items()}
-    return jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=specs["q"], check_vma=False)(
-        arrays
-    )
+    each = jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=specs["q"], check_vma=False)
+    return each(arrays)
 
 
 def same_segment(segments_BT: Int32[Array, "B T"], segments_BS: Int32[Array, "B S"]) -> Bool[Array, "B T S"]:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.nn.attention import attend
+from vlmem_jax.nn.attention import full_attention
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
@@ -83,7 +83,7 @@ class VisionAttention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(x_BTD.shape)).reshape(q.shape)
             k = self.k_norm(k.reshape(x_BTD.shape)).reshape(k.shape)
-        return self.proj(attend(q, k, v, allowed_BTS=None))
+        return self.proj(full_attention(q, k, v))
 
     def _project(self, x_BTD: Float[Array, "B T D"], n: int) -> Float[Array, "B T H C"]:
         kernel_DHC, bias_HC = (leaf[...].astype(x_BTD.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
