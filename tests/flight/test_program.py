@@ -1,0 +1,89 @@
+"""Collectives, and how often they run, read out of compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlmem_jax.flight.program import HloProgram
+from vlmem_jax.sharding import MeshConfig, make_mesh
+
+LAYERS = 5
+
+
+def test_a_collective_in_a_loop_runs_as_often_as_the_loop():
+    mesh = make_mesh(MeshConfig(fsdp=8))
+
+    def shaped(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def run(weights_LDD, x_BD):
+        def layer(x_BD, w_DD):
+            w_DD = jax.lax.with_sharding_constraint(w_DD, PartitionSpec())  # gathered before use
+            return jax.lax.with_sharding_constraint(jnp.tanh(x_BD @ w_DD), PartitionSpec("fsdp", None)), None
+
+        return jax.lax.scan(layer, x_BD, weights_LDD)[0]
+
+    with jax.set_mesh(mesh):
+        arguments = shaped((LAYERS, 64, 64), None, "fsdp", None), shaped((32, 64), "fsdp", None)
+        program = HloProgram(jax.jit(run).lower(*arguments).compile().as_text())
+    (gather,) = program.collectives(dict(mesh.shape))
+    assert (gather.kind, gather.axes, gather.devices, gather.times) == ("all-gather", ("fsdp",), 8, LAYERS)
+    assert gather.bytes == 64 * 64 * 4
+
+
+HLO = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition (state: (s32[], bf16[8,4])) -> pred[] {
+  %state = (s32[], bf16[8,4]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (state: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %state = (s32[], bf16[8,4]) parameter(0)
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %start = (bf16[8,4], bf16[16,4]) all-gather-start(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %done = bf16[16,4] all-gather-done(%start)
+  %part = bf16[8,4] reduce-scatter(%done), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %heavy = bf16[8,4] fusion(%part), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"100"}
+  ROOT %next = (s32[], bf16[8,4]) tuple(%i, %heavy)
+}
+
+%inner (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4] parameter(0)
+  ROOT %moved = bf16[8,4] collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[] {
+  %x = bf16[8,4] parameter(0)
+  %loop = (s32[], bf16[8,4]) while(%start), condition=%condition, body=%body
+  %y = f32[] fusion(%loop), kind=kLoop, calls=%add, backend_config={"estimated_cycles":"11"}
+  ROOT %total = f32[] all-reduce(%y), replica_groups={}, to_apply=%add, metadata={op_name="jit(step)/sum"}
+}
+"""
+
+
+def test_every_way_to_write_groups_and_loops():
+    program = HloProgram(HLO)
+    found = {c.kind: c for c in program.collectives({"data": 2, "fsdp": 2, "tensor": 2})}
+    gathered, scattered, moved = found["all-gather"], found["reduce-scatter"], found["collective-permute"]
+    assert (gathered.axes, gathered.shape, gathered.bytes, gathered.times) == (("data",), (16, 4), 128, 7)
+    assert (scattered.axes, scattered.shape, scattered.times) == (("data",), (16, 4), 7)
+    assert (moved.axes, moved.times) == (("tensor",), 7)
+    total = found["all-reduce"]
+    assert (total.axes, total.devices, total.times) == (("data", "fsdp", "tensor"), 8, 1)
+    assert total.source == "jit(step)/sum"
+    assert program.cycles() == 7 * 100 + 11
+
+
+def test_other_text_is_refused():
+    with pytest.raises(ValueError, match="no HLO module"):
+        HloProgram("module @jit_step {\n}\n")

@@ -1,0 +1,199 @@
+"""What a compiled program does: its collectives, how often each runs, and the compiler's estimate of its cycles.
+
+Read from the text of the optimised HLO. A loop's body counts as often as the loop runs.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_SHAPE = re.compile(r"\b(pred|bf16|c64|f\d+\w*|[su]\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+    """Operands and attributes."""
+
+    @functools.cached_property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(element type, sizes) of the result, or of each part of a tuple."""
+        return [(kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _SHAPE.findall(self.type)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices, as often as a step runs it."""
+
+    kind: str
+    axes: tuple[str, ...]
+    """Mesh axes over which devices exchange; empty where they are no axes of the mesh."""
+    shape: tuple[int, ...]
+    """Of the whole array on a device: what is gathered, reduced, or about to be scattered."""
+    bytes: int
+    devices: int
+    """That take part in one exchange."""
+    times: int
+    source: str
+    """Where in the model it comes from, as the compiler remembers it."""
+
+
+class HloProgram:
+    """The computations of a compiled program."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        entry, name = None, None
+        for line in text.splitlines():
+            if not line.startswith(" "):
+                begin = _COMPUTATION.match(line)
+                name = begin[2] if begin else None
+                if begin:
+                    self.computations[name] = []
+                    entry = name if begin[1] else entry
+            elif name is not None and " = " in line:
+                self.computations[name].append(_instruction(line))
+        if entry is None:
+            raise ValueError("this is no HLO module: it has no ENTRY computation")
+        self.times = self._count(entry)
+
+    def __iter__(self) -> Iterator[tuple[Instruction, int]]:
+        """Every instruction that is reached, and how often it runs."""
+        for name, times in self.times.items():
+            for instruction in self.computations[name]:
+                yield instruction, times
+
+    def _count(self, entry: str) -> dict[str, int]:
+        times: dict[str, int] = defaultdict(int)
+
+        def visit(name: str, count: int) -> None:
+            times[name] += count
+            for instruction in self.computations[name]:
+                trips = self._trips(instruction) if instruction.opcode == "while" else 1
+                branches = _BRANCHES.search(instruction.rest)
+                called = _CALLED.findall(instruction.rest)
+                called += re.findall(r"[\w.\-]+", branches[1]) if branches else []
+                for other in called:
+                    if other in self.computations:
+                        visit(other, count * trips)
+
+        visit(entry, 1)
+        return dict(times)
+
+    def _trips(self, loop: Instruction) -> int:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+        if known:
+            return int(known[1])
+        condition = re.search(r"\bcondition=%?([\w.\-]+)", loop.rest)
+        inside = self.computations.get(condition[1], []) if condition else []
+        limits = [int(n) for i in inside if i.opcode == "constant" for n in re.findall(r"^\((\d+)\)", i.rest)]
+        return max(limits, default=1)
+
+    def cycles(self) -> int:
+        """The compiler's estimates added up; kernels of our own and exposed communication are not in them."""
+        total = 0
+        for instruction, times in self:
+            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+            total += times * int(found[1]) if found else 0
+        return total
+
+    def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
+        """All exchanges, on a mesh of these axes (in the order in which devices are numbered); alike ones are one."""
+        names = _groups_by_axes(mesh)
+        found: dict[Collective, int] = defaultdict(int)
+        for instruction, times in self:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            groups = _groups(instruction.rest, math.prod(mesh.values()))
+            count = max(len(group) for group in groups)
+            axes = names.get(frozenset(groups), ()) if kind != "collective-permute" else _along(groups, mesh)
+            source = re.search(r'op_name="([^"]*)"', instruction.rest)
+            parts = instruction.shapes
+            if instruction.opcode.endswith("-start"):  # operands and results
+                parts = [max(parts, key=_size)]
+            for element, shape in parts:
+                if kind == "reduce-scatter" and not instruction.opcode.endswith("-start"):
+                    shape = (count * shape[0], *shape[1:]) if shape else shape
+                size = _size((element, shape))
+                found[Collective(kind, axes, shape, size, count, 0, source[1] if source else "")] += times
+        return [dataclasses.replace(c, times=times) for c, times in found.items()]
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    return Instruction(name.lstrip("%"), kind, opcode, rest[len(opcode) :])
+
+
+def _closing(text: str) -> int:
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return position
+    raise ValueError(f"unbalanced brackets in {text[:80]!r}")
+
+
+def _size(part: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of an array."""
+    element, shape = part
+    bits = 8 if element == "pred" else int(re.search(r"\d+", element)[0])
+    return -(-math.prod(shape) * bits // 8)
+
+
+Group = frozenset[int]
+
+
+def _groups(rest: str, devices: int) -> list[Group]:
+    """Devices that exchange with each other."""
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
+    if pairs:
+        return [frozenset(map(int, re.findall(r"\d+", pair))) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs[1])]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if iota:
+        shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        ids = ids.transpose(order) if order else ids
+        return [frozenset(row) for row in ids.reshape(shape).tolist()]
+    listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
+    if listed:
+        return [frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    return [frozenset(range(devices))]
+
+
+def _groups_by_axes(mesh: Mapping[str, int]) -> dict[frozenset[Group], tuple[str, ...]]:
+    """What the groups are called, for each set of axes."""
+    ids, axes = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values())), list(mesh)
+    long = [axis for axis in axes if mesh[axis] > 1]
+    named = {}
+    for count in range(len(long), 0, -1):
+        for some in itertools.combinations(long, count):
+            moved = np.moveaxis(ids, [axes.index(axis) for axis in some], range(-count, 0))
+            rows = moved.reshape(-1, math.prod(mesh[axis] for axis in some)).tolist()
+            named[frozenset(map(frozenset, rows))] = some
+    return named
+
+
+def _along(pairs: list[Group], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Axes along which any pair differs."""
+    shape = tuple(mesh.values())
+    ends = [np.array(np.unravel_index(sorted(pair), shape)) for pair in pairs if len(pair) == 2]
+    return tuple(axis for n, axis in enumerate(mesh) if any(places[n, 0] != places[n, 1] for places in ends))
