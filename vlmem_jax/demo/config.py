@@ -95,7 +95,7 @@ def _experiment(
     return ConfigDict(
         {
             "seed": seed,  # another one sees the data in another order
-            "model": {"preset": "digits", "memory": memory, "remat": "none"},
+            "model": {"preset": "digits", "memory": memory},
             "image": {"size": 32, "dhr_map": "raster", **image},
             "tokenizer": str(dataset / "tokenizer"),
             "system": "",
@@ -105,7 +105,7 @@ def _experiment(
             "checkpoint": {"every": 10_000, "keep_last": 1, "keep_best": 0},
             "init": str(init) if init else None,
             "stages": list(stages),
-            "eval_every": 50,
+            "eval_every": 100,
             "log_every": 10,
         }
     )
