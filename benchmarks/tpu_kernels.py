@@ -88,14 +88,21 @@ SPLASH_BLOCKS = {
     ("forward", 3328): (1024, 3328, 256),
     ("forward", 4096): (1024, 4096, 256),
     ("forward", 12288): (1024, 2048, 1024),
+    ("backward", 4096): (1024, 2048, 512),
 }
-"""Blocks at which splash attention is compared; `--search --kernel splash` tries others."""
+"""Blocks at which splash attention is compared, best on v5e; `--search --kernel splash` tries others."""
 
 
 def splash_case(case: Case) -> Case:
     """The same work for splash attention, at its best blocks and without rotation."""
     best = SPLASH_BLOCKS.get((case.direction, case.slots), ())
     return dataclasses.replace(case, kernel="splash", rotation="none", blocks=best)
+
+
+def flash_case(case: Case) -> Case:
+    """The same work for flash attention, at the largest blocks up to 1024, and without rotation."""
+    kv = max(size for size in range(LANES, 1025, LANES) if case.slots % size == 0)
+    return dataclasses.replace(case, kernel="flash", rotation="none", blocks=(min(1024, case.queries), kv, kv))
 
 
 def build(case: Case):
@@ -201,6 +208,9 @@ def runs(case: Case, program: Program) -> dict[Span, float]:
     if len(tops) == 1 and tops[0].size > body.size / 2:  # the compiler's own branch around the whole step
         tops = _outermost(s for s in places.values() if s is not tops[0])
     times = _times(case)
+    if len(times) == len(tops) + 1:  # neighbours with the same condition become one branch
+        for i in [i for i in range(1, len(times)) if times[i] == times[i - 1]][:1]:
+            del times[i]
     if len(tops) != len(times):
         found = [(s.kind, s.start, s.size) for s in tops]
         raise ValueError(f"{case} has conditional parts {found}, expected {len(times)} of them: {times}")

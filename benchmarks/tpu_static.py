@@ -1,6 +1,6 @@
 """Static speed of the kernels on TPUs that are not there: compiles for v5e, v5p and v6e and counts the cycles.
 
-    python -m benchmarks.tpu_static                                   # the table, side by side with splash attention
+    python -m benchmarks.tpu_static                        # the table, side by side with splash and flash attention
     python -m benchmarks.tpu_static --chips v5e --slots 4096 --directions forward backward --json rows.json
     python -m benchmarks.tpu_static --search --chips v5e --slots 4096  # block sizes, best first
 
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.tpu_dump import UNITS, read
-from benchmarks.tpu_kernels import Case, build, runs, splash_case
+from benchmarks.tpu_kernels import Case, build, flash_case, runs, splash_case
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 MXU_FLOPS = {"v5e": 4 * 128 * 128 * 2, "v5p": 4 * 128 * 128 * 2, "v6e": 2 * 256 * 256 * 2 * 2}
@@ -229,8 +229,8 @@ def search(case: Case, tries: int | None = None) -> list[Row]:
     return sorted(rows, key=lambda r: r.cycles)
 
 
-def as_json(row: Row, splash: Row | None) -> dict:
-    """One line of --json."""
+def as_json(row: Row, splash: Row | None, flash: Row | None = None) -> dict:
+    """One line of --json; splash and flash: the same work there."""
     c = row.case
     return {
         "kernel": c.kernel,
@@ -245,6 +245,7 @@ def as_json(row: Row, splash: Row | None) -> dict:
         "mxu_utilisation_raw": round(row.raw, 4),
         "splash_mxu_utilisation": splash and round(splash.utilisation, 4),
         "splash_blocks": splash and list(splash.case.chosen),
+        "flash_mxu_utilisation": flash and round(flash.utilisation, 4),
         "bundles": row.bundles,
         "cycles": round(row.cycles),
         "ideal_cycles": round(row.ideal),
@@ -273,7 +274,7 @@ def main() -> int:
     parser.add_argument("--segments", action="store_true")
     parser.add_argument("--kernel", default="memory_attention", choices=["memory_attention", "splash", "flash"])
     parser.add_argument("--blocks", type=int, nargs=3, default=())
-    parser.add_argument("--no-splash", action="store_true", help="leave the comparison out")
+    parser.add_argument("--alone", action="store_true", help="leave the comparison out")
     parser.add_argument("--search", action="store_true", help="try all block sizes, best first")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -297,12 +298,16 @@ def main() -> int:
                     shown += found
                     rows += [as_json(row, None) for row in found]
                     continue
-                row, splash = measure(case), None
+                row, splash, flash = measure(case), None, None
                 shown.append(row)
-                if args.kernel == "memory_attention" and direction != "decode" and not args.no_splash:
+                same = args.kernel == "memory_attention" and args.heads == case.kv_heads and not args.alone
+                if same and direction != "decode":
                     splash = measure(splash_case(case))
                     shown.append(splash)
-                rows.append(as_json(row, splash))
+                if same and direction == "forward" and not args.segments:
+                    flash = measure(flash_case(case))
+                    shown.append(flash)
+                rows.append(as_json(row, splash, flash))
     print(table(shown))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -61,7 +61,7 @@ TUNED: dict[str, dict[str, Forward | Small | Backward]] = {
         "forward, masked": Forward(2048, 512, 256),
         "forward, long": Forward(1024, 512, 512),
         "forward, few slots": Small(2048, 512, 4),
-        "backward": Backward(2048, 1024, 512),
+        "backward": Backward(2048, 2048, 512),
     },
 }
 """For 2048 queries, 16 heads, head dim 128, bf16: fewest corrected cycles of the compiler's code at 4096 slots (long:
@@ -103,9 +103,8 @@ def backward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool =
     q = min(best.q, up(num_queries, rows))
     if num_slots <= 1024:
         return Backward(q, up(num_slots, LANES), rows)
-    if not masked and num_slots % best.slots == 0:
-        return Backward(q, best.slots, rows)
-    slots = min(range(640, 1793, LANES), key=lambda size: (up(num_slots, size), abs(size - 1024)))
+    wanted, most = (1024, 1792) if masked else (best.slots, best.slots)
+    slots = min(range(640, most + 1, LANES), key=lambda size: (up(num_slots, size), abs(size - wanted)))
     return Backward(q, slots, rows)
 
 
