@@ -124,29 +124,33 @@ def test_memory_is_not_causal(vlm, params):
     assert still[: FIRST[0]].max() == 0
 
 
-@pytest.mark.parametrize("layers, every", [(4, 1), (5, 2), (4, 4), (5, 4)])
+@pytest.mark.parametrize("layers, every", [(4, 1), (5, 2), (5, 4)])
 def test_scanned_groups_equal_a_plain_loop(layers, every):
     config = resolve({"preset": "tiny", "decoder": {"layers": layers}, "comemo": {"every": every}})
     vlm = VLM(config)
     params = with_open_gates(jax.jit(vlm.init)(jax.random.key(2)))
     batch = row(vlm, [FIRST, LAST], 48, 4)
-    modules = vlm._merge(params)
-    seen_by = modules.memory.attend(vlm_seen(vlm, modules, batch), batch.positions_BT, batch.segments_BT)
-    x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None))
-    tables = rotation(batch.positions_BT, vlm._frequencies(jnp.array([1]), 1))
-    graph, states = nnx.split(modules.decoder.layers)
-    for number in range(layers):
-        if (number + 1) % every == 0:
-            block = jax.tree.map(lambda leaf, n=number: leaf[n // every], seen_by.blocks)
-            x = seen_by.apply(block, None, x)
-        layer = nnx.merge(graph, jax.tree.map(lambda leaf, n=number: leaf[n], states))
+
+    @jax.jit
+    def plain_loop(params):
+        modules = vlm._merge(params)
+        seen_by = modules.memory.attend(vlm_seen(vlm, modules, batch), batch.positions_BT, batch.segments_BT)
+        x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None))
+        tables = rotation(batch.positions_BT, vlm._frequencies(jnp.array([1]), 1))
+        graph, states = nnx.split(modules.decoder.layers)
 
         def core(q, k, v):
             return causal_attention(q, k, v, batch.segments_BT), None
 
-        x, _ = layer(x, tables, core)
-    wanted = modules.decoder.logits(modules.decoder.norm(x))
-    np.testing.assert_allclose(vlm.logits(params, batch), wanted, atol=1e-5)
+        for number in range(layers):
+            if (number + 1) % every == 0:
+                block = jax.tree.map(lambda leaf, n=number: leaf[n // every], seen_by.blocks)
+                x = seen_by.apply(block, None, x)
+            layer = nnx.merge(graph, jax.tree.map(lambda leaf, n=number: leaf[n], states))
+            x, _ = layer(x, tables, core)
+        return modules.decoder.logits(modules.decoder.norm(x))
+
+    np.testing.assert_allclose(jax.jit(vlm.logits)(params, batch), plain_loop(params), atol=1e-5)
 
 
 def vlm_seen(vlm, modules, batch):
@@ -158,11 +162,11 @@ def vlm_seen(vlm, modules, batch):
 def test_recomputation_changes_no_gradient(vlm, params, policy):
     batch = row(vlm, [FIRST, LAST], 48, 4)
 
-    def gradient(model):
+    def gradient(policy):
+        model = VLM(dataclasses.replace(vlm.config, remat=policy))
         return jax.jit(jax.grad(lambda params: (model.hidden(params, batch) ** 2).mean()))(params)
 
-    recomputed = VLM(dataclasses.replace(vlm.config, remat=policy))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradient(vlm), gradient(recomputed))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradient("none"), gradient(policy))
 
 
 def test_drop_path_depends_on_the_key_and_not_on_a_rate_of_zero(vlm, params):
