@@ -18,6 +18,7 @@ setup(
     entry_points={"console_scripts": ["vlmem = vlmem_jax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.8",
         "flax>=0.12.4",
         "grain>=0.2.14",
         "jax>=0.10,<0.12",

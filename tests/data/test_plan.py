@@ -189,16 +189,8 @@ def test_data_without_any_usable_sample_is_an_error(folder, processor):
         Plan.train(DataConfig(), processor, 0)
 
 
-def test_frames_of_a_video_are_tiles(folder, processor):
-    av = pytest.importorskip("av")
-    with av.open(str(folder.path / "a.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
-        for i in range(10):
-            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 20 * i, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    config = folder.config(folder.talk(video="a.mp4"), min_frames=3, max_frames=5, max_sample_tokens=300)
+def test_frames_of_a_video_are_tiles(folder, processor, video):
+    config = folder.config(folder.talk(video=video), min_frames=3, max_frames=5, max_sample_tokens=300)
     plan = Plan.train(config, processor, seed=0)
     plan.extend(1)
     size = plan.samples.size((0, 0))

@@ -2,10 +2,13 @@
 
 import array
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from vlmem_jax.processing.images import Encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +18,12 @@ class Record:
     name: str
     """`file:line`, counted from 1."""
     conversations: Sequence[Mapping[str, str]]
-    images: tuple[str, ...] = ()
-    video: str | None = None
+    images: tuple[str | Encoded, ...] = ()
+    video: str | Encoded | None = None
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """(width, height) of the images in pixels, where they are known."""
+    frames: int | None = None
+    """Frames of the video, where they are known."""
 
 
 class JsonLines:
@@ -24,19 +31,22 @@ class JsonLines:
 
     def __init__(self, path: str):
         """Finds the lines. Raises ValueError if there is no such file or no line in it."""
-        self.path = path
+        self.path, self.folder = path, os.path.dirname(path) or "."
         self._starts, self._ends, self._numbers = array.array("q"), array.array("q"), array.array("q")
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - stays open for as long as the object lives
         except OSError as error:
             raise ValueError(f"data must be a JSONL file that can be read; {path}: {error.strerror}") from error
-        start = 0
+        start, content = 0, hashlib.blake2b(digest_size=16)
         for number, line in enumerate(self._file, 1):
+            content.update(line)
             if line.strip():
                 self._starts.append(start)
                 self._ends.append(start + len(line))
                 self._numbers.append(number)
             start += len(line)
+        self.digest = content.hexdigest()
+        """Of the whole file."""
         if not self._starts:
             raise ValueError(f"data must have at least one sample, but {path} has no line")
 
@@ -47,12 +57,19 @@ class JsonLines:
         """`file:line` of sample `index`."""
         return f"{self.path}:{self._numbers[index]}"
 
+    def text(self, index: int) -> bytes:
+        """The line as it stands in the file."""
+        return os.pread(self._file.fileno(), self._ends[index] - self._starts[index], self._starts[index])
+
+    def header(self, index: int) -> Record:
+        """The sample, as far as a plan needs it: all of it."""
+        return self[index]
+
     def __getitem__(self, index: int) -> Record:
         """The sample. Raises ValueError if its line is not a JSON object of the expected form."""
-        line = os.pread(self._file.fileno(), self._ends[index] - self._starts[index], self._starts[index])
         name = self.name(index)
         try:
-            return _record(name, json.loads(line))
+            return as_record(name, json.loads(self.text(index)))
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}: a line must be one JSON object; {error.msg} at column {error.colno}") from error
         except UnicodeDecodeError as error:
@@ -61,7 +78,8 @@ class JsonLines:
             raise ValueError(f"{name}: {error}") from error
 
 
-def _record(name: str, fields: Any) -> Record:
+def as_record(name: str, fields: Any) -> Record:
+    """A line that was parsed. Raises ValueError if it has not the expected form."""
     if not isinstance(fields, dict):
         raise ValueError(f"a line must be a JSON object, got {type(fields).__name__}")
     conversations = fields.get("conversations")

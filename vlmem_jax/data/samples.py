@@ -1,16 +1,18 @@
-"""The samples of some JSONL files: their sizes without decoding an image, and the samples themselves."""
+"""The samples of some JSONL or ArrayRecord files: their sizes without decoding an image, and the samples themselves."""
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from vlmem_jax.data.config import DataConfig, SourceConfig
-from vlmem_jax.data.jsonl import JsonLines
+from vlmem_jax.data.jsonl import JsonLines, Record
+from vlmem_jax.data.records import SUFFIX, PackedLines
 from vlmem_jax.processing import Processor, images, video
+from vlmem_jax.processing.images import Encoded
 from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]
@@ -38,11 +40,14 @@ class Samples:
         if not sources:
             raise ValueError("there must be at least one JSONL file to read; set data.train, or data.eval to evaluate")
         self.config, self.processor, self.seed = config, processor, seed
-        self.files = [JsonLines(source.path) for source in sources]
+        self.sources = sources
+        self.files = [_open(source.path) for source in sources]
         self.roots = [source.root or os.path.dirname(source.path) or "." for source in sources]
         self.weights = [source.weight for source in sources]
         self._sizes = [np.zeros((len(lines), len(Size._fields)), np.int32) for lines in self.files]
         self._errors: dict[Key, str] = {}
+        self.plan_file: str | None = None
+        """Where what was measured is kept, if it is."""
 
     def name(self, key: Key) -> str:
         """`file:line` of a sample."""
@@ -66,6 +71,29 @@ class Samples:
                 else:
                     self._sizes[key[0]][key[1]] = result
 
+    def measured(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Everything measured so far: sizes by file, errors by `file:sample`, both as numbers. For `remember`."""
+        sizes = {f"sizes_{file}": sizes for file, sizes in enumerate(self._sizes)}
+        return sizes, {f"{file}:{line}": error for (file, line), error in self._errors.items()}
+
+    def errors(self) -> dict[str, str]:
+        """What is wrong with samples that were measured, by `file:line`."""
+        return {self.name(key): error for key, error in self._errors.items()}
+
+    def used(self, files: Sequence[int], lines: Sequence[int]) -> np.ndarray:
+        """[tokens, tiles] of all these samples together."""
+        files, lines = np.asarray(files), np.asarray(lines)
+        parts = [sizes[lines[files == file], :2].sum(0, np.int64) for file, sizes in enumerate(self._sizes)]
+        return np.sum(parts, axis=0)
+
+    def remember(self, sizes: Mapping[str, np.ndarray], errors: Mapping[str, str]) -> None:
+        """Takes what `measured` gave of the same files and config."""
+        self._sizes = [sizes[f"sizes_{file}"] for file in range(len(self.files))]
+        keys = (name.split(":") for name in errors)
+        self._errors = {
+            (int(file), int(line)): error for (file, line), error in zip(keys, errors.values(), strict=True)
+        }
+
     def load(self, key: Key, augment: np.random.Generator | None = None) -> Sample:
         """A sample with its images decoded, of the size that was measured; else raises ValueError.
 
@@ -76,7 +104,7 @@ class Samples:
             limit = self.processor.image.max_pixels
             if record.video:
                 path = self._path(key, record.video)
-                pictures = video.read_frames(path, self._frames(key, path), limit)
+                pictures = video.read_frames(path, self._frames(key, record), limit)
             else:
                 pictures = [images.open_image(self._path(key, path), limit) for path in record.images]
         if augment is not None:
@@ -93,21 +121,19 @@ class Samples:
         if found != planned:
             raise ValueError(
                 f"data must not change under a run, but {planned} was planned and now it is {found} "
-                f"(sample {record.name}); start again"
+                f"(sample {record.name}); {f'remove {self.plan_file} and ' if self.plan_file else ''}start again"
             )
         return sample
 
     def _measure(self, key: Key) -> Size | str:
         """The size, or what is wrong with the sample."""
         try:
-            record = self.files[key[0]][key[1]]
+            record = self.files[key[0]].header(key[1])
             with _naming(record.name):
                 if record.video:
-                    frames = self._frames(key, self._path(key, record.video))
-                    image_sizes = [(1, 1)] * len(frames)  # a frame is one tile whatever its shape
+                    image_sizes = [(1, 1)] * len(self._frames(key, record))  # one tile each, whatever its shape
                 else:
-                    limit = self.processor.image.max_pixels
-                    image_sizes = [images.image_size(self._path(key, path), limit) for path in record.images]
+                    image_sizes = self._image_sizes(key, record)
             plan = self.processor.plan(
                 record.conversations,
                 image_sizes,
@@ -136,13 +162,26 @@ class Samples:
         if not size.targets:
             raise ValueError("a sample must have an answer to learn, but this one has no target token")
 
-    def _path(self, key: Key, path: str) -> os.PathLike:
-        return images.resolve(self.roots[key[0]], path)
+    def _path(self, key: Key, path: str | Encoded) -> os.PathLike | Encoded:
+        return path if isinstance(path, Encoded) else images.resolve(self.roots[key[0]], path)
 
-    def _frames(self, key: Key, path: os.PathLike) -> list[int]:
+    def _image_sizes(self, key: Key, record: Record) -> list[tuple[int, int]]:
+        limit = self.processor.image.max_pixels
+        if record.sizes is None:
+            return [images.image_size(self._path(key, path), limit) for path in record.images]
+        for path, size in zip(record.images, record.sizes, strict=True):
+            images.check_pixels(path, size, limit)
+        return list(record.sizes)
+
+    def _frames(self, key: Key, record: Record) -> list[int]:
         """Which frames the sample takes of its video: the same each time it is seen."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, *key])
-        return video.choose_frames(video.frame_count(path), self.config.min_frames, self.config.max_frames, rng)
+        available = record.frames or video.frame_count(self._path(key, record.video))
+        return video.choose_frames(available, self.config.min_frames, self.config.max_frames, rng)
+
+
+def _open(path: str) -> JsonLines | PackedLines:
+    return PackedLines(path) if path.endswith(SUFFIX) else JsonLines(path)
 
 
 @contextlib.contextmanager

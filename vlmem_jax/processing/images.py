@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +15,17 @@ from vlmem_jax import positions
 
 PILLOW_PIXEL_LIMIT = 178_956_970
 """Pillow itself refuses to open anything larger."""
+
+
+class Encoded(NamedTuple):
+    """An image or video file that was read already."""
+
+    name: str
+    """What it was called."""
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +67,13 @@ def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:
     return full
 
 
-def image_size(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels) -> tuple[int, int]:
+def image_size(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. Raises ValueError naming the file."""
     with _open(path, max_pixels) as image:
         return image.size
 
 
-def open_image(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels) -> Image.Image:
+def open_image(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels) -> Image.Image:
     """The first frame of an image file as 8-bit RGB, as stored: rotation tags and transparency are not applied.
 
     Raises ValueError naming the file if it cannot be had.
@@ -73,25 +85,34 @@ def open_image(path: str | os.PathLike, max_pixels: int = ImageConfig.max_pixels
             raise ValueError(f"image {path} is truncated or damaged: {error}") from error
 
 
-def _open(path: str | os.PathLike, max_pixels: int) -> Image.Image:
+def check_pixels(path: str | os.PathLike | Encoded, size: tuple[int, int], max_pixels: int) -> None:
+    """Raises ValueError, naming the file, for an image of more than `max_pixels`."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"image {path} has {width}x{height} = {width * height} pixels but image.max_pixels is {max_pixels}; "
+            "raise image.max_pixels or shrink the image"
+        )
+
+
+def _open(path: str | os.PathLike | Encoded, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(io.BytesIO(path.data) if isinstance(path, Encoded) else path)
     except FileNotFoundError as error:
         raise ValueError(f"image {path} does not exist") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"image {path} must have at most image.max_pixels={max_pixels} pixels: {error}") from error
     except UnidentifiedImageError as error:
-        what = "is empty (0 bytes)" if os.path.getsize(path) == 0 else "is not of a known image format"
+        size = len(path.data) if isinstance(path, Encoded) else os.path.getsize(path)
+        what = "is empty (0 bytes)" if size == 0 else "is not of a known image format"
         raise ValueError(f"image {path} {what}") from error
     except Exception as error:  # damaged headers: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"image {path} cannot be opened: {error}") from error
-    width, height = image.size
-    if width * height > max_pixels:
+    try:
+        check_pixels(path, image.size, max_pixels)
+    except ValueError:
         image.close()
-        raise ValueError(
-            f"image {path} has {width}x{height} = {width * height} pixels but image.max_pixels is {max_pixels}; "
-            "raise image.max_pixels or shrink the image"
-        )
+        raise
     return image
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.processing.images import Encoded, ImageConfig
 
 
 def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Generator | None = None) -> list[int]:
@@ -24,7 +25,7 @@ def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Gen
     return ((first + last) // 2 if rng is None else rng.integers(first, last + 1)).tolist()
 
 
-def frame_count(path: str | os.PathLike) -> int:
+def frame_count(path: str | os.PathLike | Encoded) -> int:
     """Number of frames, nothing decoded: from the header where it says so, else by reading the packets.
 
     Raises ValueError naming the file if it is missing, damaged or empty.
@@ -37,7 +38,7 @@ def frame_count(path: str | os.PathLike) -> int:
 
 
 def read_frames(
-    path: str | os.PathLike, indices: Sequence[int], max_pixels: int = ImageConfig.max_pixels
+    path: str | os.PathLike | Encoded, indices: Sequence[int], max_pixels: int = ImageConfig.max_pixels
 ) -> list[Image.Image]:
     """The frames at `indices` as RGB images; decodes only from the nearest key frame before each.
 
@@ -82,13 +83,13 @@ def _seek_frames(container, stream, times: dict[int, int], keys: list[int]) -> d
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike) -> Iterator:
+def _open(path: str | os.PathLike | Encoded) -> Iterator:
     try:
         import av
     except ImportError as error:
         raise ValueError(f"reading video {path} needs PyAV; install vlmem_jax[video]") from error
     try:
-        with av.open(str(path)) as container:
+        with av.open(io.BytesIO(path.data) if isinstance(path, Encoded) else str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video stream")
             yield container, container.streams.video[0]

@@ -1,0 +1,52 @@
+"""`vlmem data`: what it prints and writes."""
+
+import json
+
+import pytest
+
+from tests.train import world
+from vlmem_jax.cli.main import main
+from vlmem_jax.data.records import PackedLines
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return world.make(tmp_path)
+
+
+def data(*words):
+    """Exit code of `vlmem data WORDS`."""
+    return main(["data", *map(str, words)])
+
+
+@pytest.mark.parametrize("action", ["pack"])
+def test_every_action_shows_an_example(action, capsys):
+    with pytest.raises(SystemExit) as done:
+        data(action, "--help")
+    assert done.value.code == 0 and f"example:\n  vlmem data {action}" in capsys.readouterr().out
+
+
+def test_pack_tells_what_it_wrote(folder, capsys):
+    out = folder / "train.array_record"
+    assert data("pack", "--data", folder / "train.jsonl", "--out", out, "--shard-size", "4KB") == 0
+    assert "train.array_record: 18 samples, 0.000 GB in " in capsys.readouterr().out
+    assert len(PackedLines(str(out))) == 18
+
+
+def test_pack_stops_at_a_bad_line_or_leaves_it_out(folder, capsys):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Yes."}]
+    with open(folder / "train.jsonl", "a") as file:
+        file.write(json.dumps({"conversations": turns, "image": "gone.png"}) + "\n")
+    words = ["pack", "--data", folder / "train.jsonl", "--out", folder / "train.array_record"]
+    assert data(*words) == 2
+    error = capsys.readouterr().err
+    assert "gone.png does not exist" in error and "train.jsonl:19" in error and error.count("\n") == 1
+    assert data(*words, "--skip-bad") == 0
+    shown = capsys.readouterr().out
+    assert "left out: " in shown and "train.jsonl:19" in shown and "18 samples" in shown and "1 left out" in shown
+
+
+def test_a_size_without_a_unit_we_know_is_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        data("pack", "--data", "a", "--out", "b.array_record", "--shard-size", "many")
+    assert "a size is a number and B, KB, MB or GB" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Pack data for pods. Each action has its own --help."""
+
+import argparse
+import re
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from vlmem_jax.data.jsonl import JsonLines
+from vlmem_jax.data.records import SHARD_BYTES, pack
+
+EXAMPLE = "vlmem data pack --data my/train.jsonl --root my/images --out my/train.array_record"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlmem data`."""
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    packing = _action(
+        actions, "pack", _pack, "Write a JSONL file and its images to few large ArrayRecord files.", EXAMPLE
+    )
+    packing.add_argument("--data", required=True, metavar="FILE", help="the JSONL file")
+    packing.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
+    packing.add_argument("--out", required=True, metavar="NAME.array_record", help="written as NAME-00000-of-... files")
+    packing.add_argument(
+        "--shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="of a file, such as 500MB (default: 1GB)"
+    )
+    packing.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and name them")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when done."""
+    return args.action(args)
+
+
+def _action(
+    actions: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(action=run)
+    return parser
+
+
+def _pack(args: argparse.Namespace) -> int:
+    lines = JsonLines(args.data)
+    with progress_bar() as bar:
+        task = bar.add_task("packing", total=len(lines))
+        packed = pack(
+            lines,
+            args.root or lines.folder,
+            args.out,
+            args.shard_size,
+            args.skip_bad,
+            lambda index: bar.update(task, completed=index + 1),
+        )
+    for reason in packed.skipped:
+        print(f"left out: {reason}")
+    files = f"{len(packed.files)} file{'s' * (len(packed.files) > 1)}"
+    print(
+        f"{args.out}: {packed.samples} samples, {packed.nbytes / 1e9:.3f} GB in {files}; {len(packed.skipped)} left out"
+    )
+    return 0
+
+
+def progress_bar() -> Progress:
+    """With time left; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _bytes(text: str) -> int:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if size is None or not float(size[1]):
+        raise argparse.ArgumentTypeError(f"a size is a number and B, KB, MB or GB, such as 500MB; got {text!r}")
+    return int(float(size[1]) * _UNITS[size[2].upper()])
