@@ -48,6 +48,8 @@ def test_each_host_decodes_its_part_of_the_global_batch(folder, processor):
 
 def test_hosts_with_different_data_refuse_to_start(folder, processor):
     content = lines(folder)
-    paths = [folder.jsonl(content, "a.jsonl"), folder.jsonl(content[1:], "b.jsonl")]
+    (folder.path / "other").mkdir()
+    paths = [folder.jsonl(content), folder.jsonl(content[1:], "other/train.jsonl")]
     codes, outputs = run_hosts(paths, processor)
-    assert all(codes) and any("hosts must see the same data files" in output for output in outputs), "\n".join(outputs)
+    message = "hosts must see the same data files, but not as on host 0: train.jsonl of host 1"
+    assert all(codes) and any(message in output for output in outputs), "\n".join(outputs)

@@ -10,7 +10,7 @@ import jax  # noqa: E402 - the environment comes first
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows  # noqa: E402
+from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows, store  # noqa: E402
 from vlmem_jax.processing import ImageConfig, Processor, Tokenizer  # noqa: E402
 from vlmem_jax.sharding import MeshConfig, make_mesh  # noqa: E402
 
@@ -20,9 +20,18 @@ def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
     jax.distributed.initialize(coordinator, num_processes=2, process_id=host)
     jax.config.update("jax_transfer_guard", "disallow")
     processor = Processor(Tokenizer.load(tokenizer), ImageConfig(size=8, max_tiles=4), tokens_per_side=2, system="s")
+    os.chdir(os.path.dirname(path))
     config = DataConfig(
-        train=(SourceConfig(path),), pack_tokens=300, pack_tiles=8, rows=16, threads=2, on_bad_sample="skip"
+        train=(SourceConfig(os.path.basename(path)),),
+        pack_tokens=300,
+        pack_tiles=8,
+        rows=16,
+        threads=2,
+        on_bad_sample="skip",
     )
+    kept = Plan.train(config, processor, 0)
+    print(store(kept, f"plans{host}", 32), flush=True)  # of two folders, host 1 must need neither
+    assert len(kept) >= 32 and os.path.exists(f"plans{host}") == (host == 0)
     everything = TrainData(Plan.train(config, processor, 0), 2, accumulation=2)
     odd_order = [jax.devices()[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     layouts = [
@@ -37,6 +46,7 @@ def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
             with pytest.raises(ValueError, match="data must be made for the mesh they go to"):
                 everything.on_devices(mesh)
         data = TrainData(Plan.train(config, processor, 0), 2, accumulation=2, mesh=mesh)
+        assert kept.fingerprint(32) == data.plan.fingerprint(32)
         for sent in data.on_devices(mesh):
             whole, part = everything[sent.step], data[sent.step]
             assert (sent.denominator, sent.tokens, sent.tiles) == (whole.denominator, whole.tokens, whole.tiles)

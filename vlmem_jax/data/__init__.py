@@ -3,6 +3,7 @@
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.pipeline import EvalData, HostBatch, TrainData, local_rows, to_device
 from vlmem_jax.data.plan import Plan
+from vlmem_jax.data.stored import store
 
 __all__ = [
     "DataConfig",
@@ -12,5 +13,6 @@ __all__ = [
     "SourceConfig",
     "TrainData",
     "local_rows",
+    "store",
     "to_device",
 ]

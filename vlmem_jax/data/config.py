@@ -51,6 +51,8 @@ class DataConfig:
     """Most frames taken from a video; the number is drawn once for each sample."""
     jpeg_augment: bool = False
     """Whether training images go through JPEG compression of random quality 75 to 100."""
+    plan_folder: str = ""
+    """Folder that pack plans are kept in, also for other runs on the same data; empty: `plans` in that of the run."""
     threads: int = 0
     """Threads that read and decode on this host; 0: one a core, at most 16."""
     prefetch: int = 2

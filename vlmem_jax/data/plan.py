@@ -2,7 +2,9 @@
 
 import array
 import dataclasses
+import io
 import itertools
+import json
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,6 +97,7 @@ class Plan:
         self._rows = pack(self._measured(keys), config.pack_tokens, config.pack_tiles, config.open_packs)
         self._files, self._lines, self._ends = array.array("i"), array.array("i"), array.array("q", [0])
         self._used = np.zeros(2, np.int64)
+        self._complete = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -120,6 +123,8 @@ class Plan:
         """
         console = Console(stderr=True)
         with self._lock, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            if self._complete:
+                return
             missing = None if rows is None else max(rows - len(self), 0)
             for keys in progress.track(itertools.islice(self._rows, missing), missing, description="planning rows"):
                 for key in keys:
@@ -128,6 +133,35 @@ class Plan:
                     size = self.samples.size(key)
                     self._used += size.tokens, size.tiles
                 self._ends.append(len(self._files))
+            self._complete = missing is None or (rows is not None and len(self) < rows)
+
+    def covers(self, rows: int | None) -> bool:
+        """Whether `extend(rows)` would have nothing to do."""
+        return self._complete or (rows is not None and len(self) >= rows)
+
+    def dump(self) -> bytes:
+        """All rows made so far, with the sizes of their samples, as the bytes of an .npz file without objects."""
+        sizes, errors = self.samples.measured()
+        rows = {"files": self._files, "lines": self._lines, "ends": self._ends}
+        arrays = {name: np.frombuffer(values, values.typecode) for name, values in rows.items()}
+        facts = json.dumps({"complete": self._complete, "errors": errors}).encode()
+        content = io.BytesIO()
+        np.savez(content, **arrays, **sizes, facts=np.frombuffer(facts, np.uint8))
+        return content.getvalue()
+
+    def restore(self, content: bytes) -> None:
+        """Takes the rows that `dump` gave of a plan of the same files and config; a fresh plan only."""
+        with np.load(io.BytesIO(content)) as stored:  # never unpickles, unless asked to
+            arrays = dict(stored)
+        facts = json.loads(arrays.pop("facts").tobytes())
+        for name, values in (("files", self._files), ("lines", self._lines)):
+            values.frombytes(arrays.pop(name).tobytes())
+        self._ends = array.array("q", arrays.pop("ends").tobytes())
+        self.samples.remember(arrays, facts["errors"])
+        self._complete = facts["complete"]
+        self._used += self.samples.used(self._files, self._lines)
+        self.skipped |= self.samples.errors()
+        self._rows = itertools.islice(self._rows, len(self), None)  # made again, from known sizes, if more are wanted
 
     def row(self, row: int) -> list[Key]:
         """The samples of a row, in order."""

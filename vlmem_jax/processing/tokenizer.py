@@ -3,6 +3,7 @@
 Only data files are read; code that a checkpoint brings along is never run.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -12,6 +13,8 @@ from typing import SupportsIndex
 
 import sentencepiece
 import tokenizers
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 
 
 class Tokenizer:
@@ -38,6 +41,14 @@ class Tokenizer:
         if (folder / "tokenizer.model").is_file():
             return cls(_SentencePiece(folder, settings), folder, settings)
         raise ValueError(f"a tokenizer folder needs tokenizer.json or tokenizer.model, but {folder} has neither")
+
+    def digest(self) -> str:
+        """Of the files that ids depend on: another tokenizer, another text."""
+        content = hashlib.sha256()
+        for name in _FILES:
+            if (self.folder / name).is_file():
+                content.update(name.encode() + (self.folder / name).read_bytes())
+        return content.hexdigest()[:32]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no start token added."""
@@ -103,7 +114,8 @@ class _FastTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # of a batch, since `encode` keeps the interpreter lock while it works: threads would tokenise one at a time
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)

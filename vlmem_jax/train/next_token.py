@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData
+from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
 from vlmem_jax.processing import Processor, Tokenizer
@@ -38,7 +39,8 @@ class NextTokenLoss:
 class NextToken(NextTokenLoss):
     """The `next_token` task. Its data continue where those of earlier stages with the same data ended."""
 
-    def __init__(self, experiment: Experiment, stage: StageConfig, model: VLM, mesh: Mesh):
+    def __init__(self, experiment: Experiment, stage: StageConfig, model: VLM, mesh: Mesh, workdir: Path | None = None):
+        """Pack plans are kept in `data.plan_folder`, else in `workdir`, if there is one."""
         super().__init__(model, experiment.loss_chunk)
         self._mesh = mesh
         self._config = config = experiment.data_of(stage)
@@ -46,9 +48,13 @@ class NextToken(NextTokenLoss):
         earlier = experiment.stages[: experiment.stages.index(stage)]
         first = sum(other.steps for other in earlier if experiment.data_of(other) == config)
         plan = Plan.train(config, processor, experiment.seed)
+        held_out = Plan.eval(config, processor) if config.eval else None
+        folder = config.plan_folder or (workdir and workdir / "plans")
+        wanted = ((plan, (first + stage.steps) * config.rows), (held_out, None))
+        kept = [store(part, folder, rows) for part, rows in wanted if folder and part is not None]
         self._data = TrainData(plan, stage.steps, accumulation=stage.accumulation, mesh=mesh, first_step=first)
-        self.report = plan.report()
-        self._eval = EvalData(Plan.eval(config, processor), mesh=mesh) if config.eval else None
+        self.report = "; ".join([plan.report(), *kept])
+        self._eval = None if held_out is None else EvalData(held_out, mesh=mesh)
         self._batches: Iterator[HostBatch] | None = None
         self._next = -1
 

@@ -21,7 +21,7 @@ from vlmem_jax.train.metrics import Recorder
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.stages import Split, flatten
 
-MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh], Task]
+MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, Path], Task]
 
 TASKS: dict[str, MakeTask] = {"next_token": NextToken}
 """`stages.N.task` -> what makes it."""
@@ -73,7 +73,9 @@ def _run_stage(
         f"stage {stage.name}: {stage.steps} steps from {f'its checkpoint of step {done}' if done else origin}, trains "
         f"{trained:,} of {sum(x.size for x in shapes.values()):,} parameters"
     )
-    task = make_task(experiment, stage, model, mesh)
+    task = make_task(experiment, stage, model, mesh, workdir)
+    if report := getattr(task, "report", ""):
+        say(report)
     before = sum(other.steps for other in experiment.stages[: experiment.stages.index(stage)])
     keep = experiment.checkpoint
     store = Store(workdir / stage.name, keep.keep_last, keep.keep_best)

@@ -10,7 +10,7 @@ from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDE
 from vlmem_jax.config import ConfigError, to_dict
 from vlmem_jax.train.config import Experiment
 
-CHANGEABLE = ("mesh.", "checkpoint.", "log_every", "eval_every", "data.threads", "data.prefetch")
+CHANGEABLE = ("mesh.", "checkpoint.", "log_every", "eval_every", "data.threads", "data.prefetch", "data.plan_folder")
 """Keys that say how a run is carried out, not what it computes: they may differ when it goes on."""
 
 
