@@ -19,7 +19,7 @@ def data(*words):
     return main(["data", *map(str, words)])
 
 
-@pytest.mark.parametrize("action", ["pack"])
+@pytest.mark.parametrize("action", ["pack", "inspect"])
 def test_every_action_shows_an_example(action, capsys):
     with pytest.raises(SystemExit) as done:
         data(action, "--help")
@@ -50,3 +50,40 @@ def test_a_size_without_a_unit_we_know_is_refused(folder, capsys):
     with pytest.raises(SystemExit):
         data("pack", "--data", "a", "--out", "b.array_record", "--shard-size", "many")
     assert "a size is a number and B, KB, MB or GB" in capsys.readouterr().err
+
+
+def test_inspect_counts_packs_and_names_bad_lines(folder, capsys):
+    config = world.config_file(folder)
+    assert data("inspect", "--config", config) == 0
+    shown = capsys.readouterr().out
+    assert "data.train: " in shown and "18 samples can be used, 0 cannot; 18 images" in shown
+    assert "data.eval: " in shown and "6 samples can be used" in shown
+    assert "packed into" in shown and "rows of 96 tokens and 6 tiles: tokens fill" in shown
+    bad = ["{oops", "[]", json.dumps({"conversations": [{"from": "human", "value": "?"}]})]
+    (folder / "bad.jsonl").write_text((folder / "eval.jsonl").read_text() + "\n".join(bad))
+    assert data("inspect", "--config", config, "--data", folder / "bad.jsonl", "--bad", 2) == 1
+    shown = capsys.readouterr().out
+    assert "data.train" not in shown and "6 samples can be used, 3 cannot" in shown
+    named = [line for line in shown.splitlines() if line.startswith("bad: ")]
+    assert len(named) == 2 and all("bad.jsonl:" in line for line in named)
+    assert "and 1 more; --bad=3 names all" in shown
+
+
+def test_inspect_reads_packed_data_alike(folder, capsys):
+    config, out = world.config_file(folder), folder / "train.array_record"
+    assert data("pack", "--data", folder / "train.jsonl", "--out", out) == 0
+    shown = []
+    for file in (folder / "train.jsonl", out):
+        capsys.readouterr()
+        assert data("inspect", "--config", config, "--data", file) == 0
+        shown.append(capsys.readouterr().out.partition("\n")[2])
+    assert shown[0] == shown[1]
+
+
+def test_inspect_says_what_it_needs(folder, capsys):
+    assert data("inspect", "--data", folder / "train.jsonl") == 2
+    assert "needs --config" in capsys.readouterr().err
+    assert data("inspect", "--config", world.config_file(folder), "--stage", "warmup") == 2
+    assert "there is no stage 'warmup'; the experiment has pretrain" in capsys.readouterr().err
+    assert data("pack", "--data", "a", "--out", "b.array_record", "--config.seed=1") == 2
+    assert "only `vlmem data inspect` reads an experiment" in capsys.readouterr().err

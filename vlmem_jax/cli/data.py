@@ -1,4 +1,4 @@
-"""Pack data for pods. Each action has its own --help."""
+"""Look at data before a run, and pack them for pods. Each action has its own --help."""
 
 import argparse
 import re
@@ -7,8 +7,15 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from vlmem_jax.cli.flags import add_config
+from vlmem_jax.config import ConfigError
+from vlmem_jax.data import SourceConfig
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SHARD_BYTES, pack
+from vlmem_jax.data.survey import survey
+from vlmem_jax.models import VLM
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.next_token import make_processor
 
 EXAMPLE = "vlmem data pack --data my/train.jsonl --root my/images --out my/train.array_record"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -28,9 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     packing.add_argument("--skip-bad", action="store_true", help="leave out lines that cannot be read, and name them")
 
+    looking = _action(
+        actions,
+        "inspect",
+        _inspect,
+        "Measure all samples of an experiment: tokens, tiles, how they fill rows, and what cannot be used.",
+        "vlmem data inspect --config configs/comemo_2b.py --data my/train.jsonl --root my/images",
+    )
+    looking.add_argument("--data", metavar="FILE", help="a file in place of data.train and data.eval of the experiment")
+    looking.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
+    looking.add_argument("--stage", help="stage whose data to look at (default: those of the experiment)")
+    looking.add_argument("--bad", type=int, default=20, metavar="N", help="bad lines to name (default: %(default)s)")
+    add_config(parser, optional=True)
+
 
 def run(args: argparse.Namespace) -> int:
-    """0 when done."""
+    """0 when done; 1 if `inspect` found a bad line."""
+    if args.action is not _inspect and (args.experiment is not None or args.overrides):
+        raise ConfigError("only `vlmem data inspect` reads an experiment; drop --config")
     return args.action(args)
 
 
@@ -68,6 +90,32 @@ def _pack(args: argparse.Namespace) -> int:
         f"{args.out}: {packed.samples} samples, {packed.nbytes / 1e9:.3f} GB in {files}; {len(packed.skipped)} left out"
     )
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    if args.experiment is None:
+        raise ConfigError("`vlmem data inspect` needs --config: tokenizer and image size decide how long a sample is")
+    settings = experiment(args.experiment)
+    stages = {stage.name: stage for stage in settings.stages}
+    if args.stage and args.stage not in stages:
+        raise ConfigError(f"there is no stage {args.stage!r}; the experiment has {', '.join(stages)}")
+    config = settings.data_of(stages[args.stage]) if args.stage else settings.data
+    processor = make_processor(settings, VLM(settings.model))
+    parts = {"data.train": (config.train, settings.seed), "data.eval": (config.eval, None)}
+    if args.data:
+        parts = {"--data": ((SourceConfig(args.data, args.root),), settings.seed)}
+    bad = 0
+    for name, (sources, seed) in parts.items():
+        if not sources:
+            continue
+        found = survey(sources, config, processor, seed)
+        print(f"{name}: {', '.join(source.path for source in sources)}\n{found.text()}")
+        for sample, reason in list(found.bad.items())[: args.bad]:
+            print(f"bad: {sample}: {reason}")
+        if len(found.bad) > args.bad:
+            print(f"... and {len(found.bad) - args.bad} more; --bad={len(found.bad)} names all")
+        bad += len(found.bad)
+    return 1 if bad else 0
 
 
 def progress_bar() -> Progress:

@@ -16,7 +16,7 @@ COMMANDS = {
     "generate": "answer one prompt about images",
     "chat": "talk about images over several turns",
     "convert": "read and write Hugging Face checkpoints",
-    "data": "pack data for pods",
+    "data": "look at data before a run, and pack them for pods",
     "compile": "compile a training step for a TPU slice, and tell what memory it takes",
     "demo": "train a small model on mosaics of handwritten digits, and report what it learned",
 }

@@ -1,0 +1,79 @@
+"""What some data hold, and how they would be packed: for `vlmem data inspect`."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmem_jax.data.config import DataConfig, SourceConfig
+from vlmem_jax.data.plan import Plan, draws
+from vlmem_jax.data.samples import Samples
+from vlmem_jax.processing import Processor
+
+BAR = 40
+"""Characters of the longest bar of a histogram."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Of one pass over all samples, each as often as the others."""
+
+    tokens: np.ndarray
+    """Of each usable sample."""
+    tiles: np.ndarray
+    """Of each usable sample, a blank tile included."""
+    images: int
+    """Images and video frames of the usable samples."""
+    bad: dict[str, str]
+    """What is wrong with each sample that cannot be used, by `file:line`."""
+    packing: str
+    """Rows and fill rates."""
+
+    def text(self) -> str:
+        """Everything but the bad samples."""
+        return "\n".join(
+            [
+                f"{len(self.tokens)} samples can be used, {len(self.bad)} cannot; {self.images} images",
+                f"tokens of a sample, {_spread(self.tokens)}",
+                *histogram(self.tokens),
+                f"tiles of a sample, {_spread(self.tiles)}",
+                *histogram(self.tiles),
+                self.packing,
+            ]
+        )
+
+
+def survey(sources: Sequence[SourceConfig], config: DataConfig, processor: Processor, seed: int | None) -> Survey:
+    """Measures all samples of `sources` and packs them once. Raises ValueError if none can be used."""
+    config = dataclasses.replace(config, on_bad_sample="skip")
+    samples = Samples(sources, config, processor, seed)
+    counts = [len(file) for file in samples.files]
+    plan = Plan(samples, itertools.islice(draws(counts, [1.0] * len(counts), seed or 0), sum(counts)))
+    plan.extend()
+    sizes = np.array([samples.size(key) for row in range(len(plan)) for key in plan.row(row)])
+    packing = plan.report().partition("; ")[2].partition("; ")[0]
+    return Survey(
+        tokens=sizes[:, 0],
+        tiles=sizes[:, 1],
+        images=int(sizes[:, 3].sum()),
+        bad=plan.skipped,
+        packing=f"packed into {len(plan)} rows of {config.pack_tokens} tokens and {config.pack_tiles} tiles: {packing}",
+    )
+
+
+def histogram(values: np.ndarray) -> list[str]:
+    """A line for each power of two: the range, how many values lie in it, a bar."""
+    groups = np.ceil(np.log2(values + 1)).astype(int)  # 0; 1; 2, 3; 4 ... 7; ...
+    counts = np.bincount(groups)
+    lines = []
+    for group in range(int(groups.min()), len(counts)):
+        low, high = (1 << group) // 2, (1 << group) - 1
+        bar = "#" * -(-BAR * int(counts[group]) // int(counts.max()))
+        lines.append(f"  {low:>8} to {high:<8} {counts[group]:>10}  {bar}".rstrip())
+    return lines
+
+
+def _spread(values: np.ndarray) -> str:
+    low, median, high, most = np.percentile(values, (0, 50, 95, 100)).astype(int).tolist()
+    return f"at least {low}, median {median}, 95 % up to {high}, at most {most}:"
