@@ -19,7 +19,7 @@ def data(*words):
     return main(["data", *map(str, words)])
 
 
-@pytest.mark.parametrize("action", ["pack", "inspect"])
+@pytest.mark.parametrize("action", ["pack", "inspect", "frames"])
 def test_every_action_shows_an_example(action, capsys):
     with pytest.raises(SystemExit) as done:
         data(action, "--help")
@@ -87,3 +87,20 @@ def test_inspect_says_what_it_needs(folder, capsys):
     assert "there is no stage 'warmup'; the experiment has pretrain" in capsys.readouterr().err
     assert data("pack", "--data", "a", "--out", "b.array_record", "--config.seed=1") == 2
     assert "only `vlmem data inspect` reads an experiment" in capsys.readouterr().err
+
+
+def test_frames_go_on_and_name_what_cannot_be_read(folder, capsys):
+    av = pytest.importorskip("av")
+    with av.open(str(folder / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame(16, 16, "rgb24")))
+        container.mux(stream.encode())
+    words = ["frames", "--video", folder / "a.mp4", "--video", folder / "b.mp4", "--out", folder / "f.array_record"]
+    assert data(*words, "--fps", 2) == 2
+    error = capsys.readouterr().err
+    assert "1 of 2 videos cannot be read: " in error and "b.mp4 does not exist" in error and error.count("\n") == 1
+    (folder / "b.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    assert data(*words, "--fps", 2) == 0
+    assert "4 frames written, 4 were there; 2 videos" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import SourceConfig
+from vlmem_jax.data.frames import extract
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SHARD_BYTES, pack
 from vlmem_jax.data.survey import survey
@@ -46,6 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
     looking.add_argument("--stage", help="stage whose data to look at (default: those of the experiment)")
     looking.add_argument("--bad", type=int, default=20, metavar="N", help="bad lines to name (default: %(default)s)")
+    cutting = _action(
+        actions,
+        "frames",
+        _frames,
+        "Decode videos to ArrayRecord files of frames, a file each. Stopped, the same command goes on.",
+        "vlmem data frames --video my/videos/a.mp4 --video my/videos/b.mp4 --out my/frames.array_record --fps 2",
+    )
+    cutting.add_argument("--video", action="append", required=True, metavar="FILE", help="a video; may be repeated")
+    cutting.add_argument("--out", required=True, metavar="NAME.array_record", help="written as NAME-00000-of-... files")
+    cutting.add_argument("--fps", type=float, default=1.0, help="frames a second to keep (default: %(default)s)")
+    cutting.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default: %(default)s)")
+    cutting.add_argument("--threads", type=int, default=0, help="videos at the same time (default: one a core)")
     add_config(parser, optional=True)
 
 
@@ -116,6 +129,21 @@ def _inspect(args: argparse.Namespace) -> int:
             print(f"... and {len(found.bad) - args.bad} more; --bad={len(found.bad)} names all")
         bad += len(found.bad)
     return 1 if bad else 0
+
+
+def _frames(args: argparse.Namespace) -> int:
+    with progress_bar() as bar:
+        task = bar.add_task("decoding videos", total=len(args.video))
+        written, before = extract(
+            args.video,
+            args.out,
+            args.fps,
+            args.quality,
+            args.threads,
+            lambda done: bar.update(task, completed=done),
+        )
+    print(f"{args.out}: {written} frames written, {before} were there; {len(args.video)} videos")
+    return 0
 
 
 def progress_bar() -> Progress:

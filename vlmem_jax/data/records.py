@@ -106,7 +106,7 @@ def pack(
     Files appear when all are complete. Raises ValueError for a line that cannot be read or whose image or video cannot
     be opened, or leaves it out with `skip`; and if there are such files already.
     """
-    folder, stem = _split(out)
+    folder, stem = split(out)
     if found := list(_matching(folder, stem)):
         raise ValueError(f"--out must not exist yet, but there is {found[0]}; remove it or choose another name")
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def shard_name(stem: str, number: int, count: int) -> str:
 
 def shards(path: str | os.PathLike) -> list[Path]:
     """The files of `NAME.array_record`, in order. Raises ValueError unless all are there, of one set."""
-    folder, stem = _split(path)
+    folder, stem = split(path)
     found = sorted(_matching(folder, stem))
     if not found:
         raise ValueError(f"data must be files such as {folder / shard_name(stem, 0, 1)}, but there is none")
@@ -206,8 +206,8 @@ def open_shard(file: Path, kind: str) -> tuple[ArrayRecordReader, dict[str, Any]
     return reader, facts
 
 
-def _split(path: str | os.PathLike) -> tuple[Path, str]:
-    """Folder and NAME of `folder/NAME.array_record`."""
+def split(path: str | os.PathLike) -> tuple[Path, str]:
+    """Folder and NAME of `folder/NAME.array_record`. Raises ValueError for another kind of name."""
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"an ArrayRecord file must be named NAME{SUFFIX}, got {str(path)!r}")
