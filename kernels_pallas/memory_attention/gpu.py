@@ -1,5 +1,5 @@
-"""GPU backend: Pallas on Triton, as it serves any head dim and full fp32 and is interpreted, lowered and compiled without
-a GPU. jax 0.11 deprecates it for Mosaic GPU, whose fp32 matmuls are TF32, and still has it in 0.12.
+"""GPU backend: Pallas on Triton, as it serves any head dim and full fp32 and is interpreted, lowered and compiled
+without a GPU. jax 0.11 deprecates it for Mosaic GPU, whose fp32 matmuls are TF32, and still has it in 0.12.
 
 Angles of integer positions are tables that XLA makes (fp32, one for all heads); turned q and k never leave registers
 and shared memory. A call with too few blocks of queries to fill the chip, as in decoding, splits the slots over grid
