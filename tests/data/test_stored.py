@@ -72,6 +72,7 @@ def test_skipped_samples_are_kept_with_their_reasons(folder, processor):
     config = folder.config(folder.talk(), "{oops", folder.talk(image="gone.png"), on_bad_sample="skip")
     made, loaded = kept(folder, config, processor, 4)[0], kept(folder, config, processor, 4)[0]
     assert loaded.skipped == made.skipped and len(loaded.skipped) == 2
+    assert kept(folder, config, processor, 4)[1].endswith("remove it to look at 2 samples again")
     assert rows(loaded) == rows(made)
 
 
@@ -97,7 +98,7 @@ def test_a_changed_file_makes_a_new_plan_and_says_so(folder, processor):
     kept(folder, config, processor, 5)
     folder.jsonl(lines[1:])
     plan, line = kept(folder, config, processor, 5)
-    assert f"{config.train[0].path} changed since it was last made" in line
+    assert f"{config.train[0].path} changed, so a run that goes on" in line
     fresh = Plan.train(config, processor, 0)
     fresh.extend(5)
     assert rows(plan) == rows(fresh)
@@ -123,6 +124,12 @@ def test_a_damaged_file_is_made_again(folder, processor, damage):
     assert "is that of" in kept(folder, config, processor, 5)[1]
 
 
+def test_a_folder_that_cannot_be_written_is_named(folder, processor):
+    (folder.path / "plans").write_text("a file")
+    with pytest.raises(OSError, match="the pack plan cannot be kept in .*plans/.*: "):
+        kept(folder, folder.config(folder.talk()), processor, 2)
+
+
 def test_nothing_is_kept_of_a_plan_that_failed(folder, processor):
     config = folder.config(folder.talk(), "{oops")
     with pytest.raises(ValueError, match="train.jsonl:2"):
@@ -135,7 +142,7 @@ def test_an_image_that_changed_names_the_file_to_remove(folder, processor):
     kept(folder, config, processor, 12)
     folder.image("a.png", 16, 8)
     plan, _ = kept(folder, config, processor, 12)
-    with pytest.raises(ValueError, match=r"must not change .*train.jsonl:1\); remove .*plans/\w+.npz and start again"):
+    with pytest.raises(ValueError, match=r"must not change .*train.jsonl:1\); remove .*plans/\w+.plan and start again"):
         TrainData(plan, 6)[0]
 
 

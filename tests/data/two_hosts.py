@@ -11,6 +11,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows, store  # noqa: E402
+from vlmem_jax.data.samples import Samples  # noqa: E402
 from vlmem_jax.processing import ImageConfig, Processor, Tokenizer  # noqa: E402
 from vlmem_jax.sharding import MeshConfig, make_mesh  # noqa: E402
 
@@ -29,9 +30,14 @@ def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
         threads=2,
         on_bad_sample="skip",
     )
-    kept = Plan.train(config, processor, 0)
-    print(store(kept, f"plans{host}", 32), flush=True)  # of two folders, host 1 must need neither
-    assert len(kept) >= 32 and os.path.exists(f"plans{host}") == (host == 0)
+    measured, measure = [], Samples._measure
+    Samples._measure = lambda self, key: measured.append(key) or measure(self, key)
+    kept, again = Plan.train(config, processor, 0), Plan.train(config, processor, 0)
+    print(store(kept, f"plans{host}", 32), flush=True)
+    assert len(measured) == 6  # half of the samples
+    assert "is that of" in store(again, f"plans{host}", 32) and len(measured) == 6
+    assert [kept.row(i) for i in range(32)] == [again.row(i) for i in range(32)]
+    assert os.path.exists(f"plans{host}") == (host == 0)
     everything = TrainData(Plan.train(config, processor, 0), 2, accumulation=2)
     odd_order = [jax.devices()[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]
     layouts = [

@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -19,7 +20,7 @@ from vlmem_jax.data.samples import Key, Samples
 from vlmem_jax.processing import Processor
 
 MEASURED_AT_ONCE = 1024
-"""Samples that threads measure before they are packed."""
+"""Samples that the threads of a host measure before they are packed."""
 SKIP_HINT = "data.on_bad_sample=skip leaves out what cannot be used"
 SKIPPED_NAMED = 3
 """Skipped samples whose reason the report gives."""
@@ -97,7 +98,7 @@ class Plan:
         self._rows = pack(self._measured(keys), config.pack_tokens, config.pack_tiles, config.open_packs)
         self._files, self._lines, self._ends = array.array("i"), array.array("i"), array.array("q", [0])
         self._used = np.zeros(2, np.int64)
-        self._complete = False
+        self._complete, self._hosts = False, 1
         self._lock = threading.Lock()
 
     @classmethod
@@ -116,8 +117,10 @@ class Plan:
         """Rows made so far."""
         return len(self._ends) - 1
 
-    def extend(self, rows: int | None = None) -> None:
+    def extend(self, rows: int | None = None, together: bool = False) -> None:
         """Makes the plan at least `rows` long, or complete; a progress bar shows long work.
+
+        `together`: all hosts call it at the same time with the same plan, and each measures a part of the samples.
 
         Raises ValueError for a sample that cannot be used under `data.on_bad_sample=raise`.
         """
@@ -125,6 +128,7 @@ class Plan:
         with self._lock, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             if self._complete:
                 return
+            self._hosts = jax.process_count() if together else 1
             missing = None if rows is None else max(rows - len(self), 0)
             for keys in progress.track(itertools.islice(self._rows, missing), missing, description="planning rows"):
                 for key in keys:
@@ -206,8 +210,8 @@ class Plan:
     def _measured(self, keys: Iterator[Key]) -> Iterator[tuple[Key, int, int]]:
         """`keys` with their tokens and tiles, without the samples that are skipped."""
         samples = self.samples
-        while chunk := list(itertools.islice(keys, MEASURED_AT_ONCE)):
-            samples.measure(chunk)
+        while chunk := list(itertools.islice(keys, MEASURED_AT_ONCE * self._hosts)):
+            samples.measure(chunk, together=self._hosts > 1)
             for key in chunk:
                 try:
                     size = samples.size(key)

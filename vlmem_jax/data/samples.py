@@ -1,13 +1,16 @@
 """The samples of some JSONL or ArrayRecord files: their sizes without decoding an image, and the samples themselves."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from vlmem_jax.data import hosts
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.jsonl import JsonLines, Record
 from vlmem_jax.data.records import SUFFIX, PackedLines
@@ -59,17 +62,22 @@ class Samples:
             raise ValueError(self._errors[key])
         return Size(*self._sizes[key[0]][key[1]].tolist())
 
-    def measure(self, keys: Sequence[Key]) -> None:
-        """Measures those samples that were not yet, `data.threads` at a time."""
+    def measure(self, keys: Sequence[Key], together: bool = False) -> None:
+        """Measures those samples that were not yet, `data.threads` at a time; `together`, each host does its part."""
         new = [key for key in dict.fromkeys(keys) if key not in self._errors and not self._sizes[key[0]][key[1], 0]]
         if not new:
             return
+        count, host = (jax.process_count(), jax.process_index()) if together else (1, 0)
         with ThreadPoolExecutor(self.config.thread_count) as executor:
-            for key, result in zip(new, executor.map(self._measure, new), strict=True):
-                if isinstance(result, str):
-                    self._errors[key] = result
-                else:
-                    self._sizes[key[0]][key[1]] = result
+            results = list(executor.map(self._measure, new[host::count]))
+        if together:
+            parts = [json.loads(part) for part in hosts.gather(json.dumps(results).encode())]
+            results = [parts[i % count][i // count] for i in range(len(new))]
+        for key, result in zip(new, results, strict=True):
+            if isinstance(result, str):
+                self._errors[key] = result
+            else:
+                self._sizes[key[0]][key[1]] = result
 
     def measured(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Everything measured so far: sizes by file, errors by `file:sample`, both as numbers. For `remember`."""

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from vlmem_jax.data import hosts
 from vlmem_jax.data.plan import Plan
 
 VERSION = 1
@@ -27,67 +26,61 @@ _KEYS = (
 def store(plan: Plan, folder: str | os.PathLike, rows: int | None = None) -> str:
     """Brings a new `plan` to `rows` rows (None: all) from its file in `folder`, which is written if it falls short.
 
-    Of several hosts, the first alone touches the folder and measures samples; the others get the plan from it. Gives
-    a line that says what was done and why. Raises ValueError for what `Plan.extend` refuses, and on all hosts if they
-    do not see the same data and config.
+    Of several hosts the first alone reads and writes the folder, and each measures a part of the samples. Gives a line
+    that says what was done and why. Raises ValueError for what `Plan.extend` refuses and, on all hosts, if they do not
+    see the same data and config; OSError if the file cannot be written.
     """
     config, content = _config(plan), _content(plan)
-    file = Path(folder) / f"{_digest(config)[:16]}.npz"
-    plan.samples.plan_file = str(file)
-    if jax.process_count() == 1:
-        return _load_or_make(plan, file, content, rows)
-    with jax.transfer_guard("allow"):  # jax takes what hosts tell each other for implicit transfers
-        return _load_or_receive(plan, file, config, content, rows)
-
-
-def _load_or_receive(plan: Plan, file: Path, config: dict[str, Any], content: dict[str, str], rows: int | None) -> str:
     _check_hosts(config, content)
-    if jax.process_index():
-        (error, line), stored = _unframe(_broadcast(b""))
-    else:
-        try:
-            line = _load_or_make(plan, file, content, rows)
-        except (ValueError, OSError) as reason:  # the others must not wait for a plan that will not come
-            _broadcast(_frame([str(reason), ""], b""))
-            raise
-        _broadcast(_frame(["", line], plan.dump()))
-        return line
-    if error:
-        raise ValueError(error)
-    plan.restore(stored)
-    return line
-
-
-def _load_or_make(plan: Plan, file: Path, content: dict[str, str], rows: int | None) -> str:
+    file = Path(folder) / f"{_digest(config)[:16]}.plan"
+    plan.samples.plan_file = str(file)
     reason = _load(plan, file, content)
-    if reason is None and plan.covers(rows):
-        return f"the pack plan is that of {file}"
     before, start = len(plan), time.perf_counter()
-    plan.extend(rows)
+    if reason is None and plan.covers(rows):
+        again = f", and leaves out what was skipped then; remove it to look at {len(plan.skipped)} samples again"
+        return f"the pack plan is that of {file}" + again * bool(plan.skipped)
+    plan.extend(rows, together=True)
+    seconds = time.perf_counter() - start
+    error = ""
+    if jax.process_index() == 0:
+        try:
+            _write(file, _frame(content, plan.dump()))
+        except OSError as problem:  # the others must not go on alone
+            error = f"the pack plan cannot be kept in {file}: {problem.strerror}"
+    if error := hosts.broadcast(error.encode()).decode():
+        raise OSError(error)
+    return f"the pack plan was made in {seconds:.1f} s and kept in {file}: {reason or f'it had {before} rows'}"
+
+
+def _write(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_bytes(_frame(content, plan.dump()))
+    unfinished.write_bytes(content)
     os.replace(unfinished, file)
-    done = f"made in {time.perf_counter() - start:.1f} s and kept in {file}"
-    return f"the pack plan was {done}" + (f": {reason}" if reason else f": it had {before} rows")
 
 
 def _load(plan: Plan, file: Path, content: dict[str, str]) -> str | None:
-    """Restores the plan from its file, or says why not."""
+    """Restores the plan, on all hosts, from the file that host 0 finds, or says why not."""
+    reason, stored = _read(file, content) if jax.process_index() == 0 else (None, b"")
+    reason, stored = _unframe(hosts.broadcast(_frame(reason, stored)))
+    if reason is None:
+        plan.restore(stored)
+    return reason
+
+
+def _read(file: Path, content: dict[str, str]) -> tuple[str | None, bytes]:
+    """Why the file is of no use, or what it holds."""
     try:
         old, stored = _unframe(file.read_bytes())
         changed = [name for name in content if old.get(name) != content[name]]
-        if changed:
-            return (
-                f"{', '.join(changed)} changed since it was last made, so a run that goes on from before may see "
-                "samples twice or not at all"
-            )
-        plan.restore(stored)
     except FileNotFoundError:
-        return "there was none for these data and this config"
-    except ValueError as error:
-        return f"what was kept cannot be read, {error}"
-    return None
+        return "there was none for these data and this config", b""
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"what was kept cannot be read, {error}", b""
+    if changed:
+        names = ", ".join(changed)
+        return f"{names} changed, so a run that goes on from before may see samples twice or not at all", b""
+    return None, stored
 
 
 def _config(plan: Plan) -> dict[str, Any]:
@@ -112,22 +105,19 @@ def _content(plan: Plan) -> dict[str, str]:
 
 
 def _check_hosts(config: dict[str, Any], content: dict[str, str]) -> None:
-    """Raises ValueError on every host, naming the hosts, if they do not agree."""
-    parts = {"config": json.dumps(config, sort_keys=True), "files": json.dumps(sorted(content))}
-    _compare(parts, "hosts must run the same config, but")
-    _compare(content, "hosts must see the same data files, but")
-
-
-def _compare(parts: dict[str, str], rule: str) -> None:
-    mine = np.array([zlib.crc32(text.encode()) for text in parts.values()], np.uint32)
-    every = multihost_utils.process_allgather(mine)
-    hosts, places = np.nonzero(every != every[0])
-    if len(hosts):
-        names = list(parts)
-        what = "; ".join(
-            f"{names[p]} of host {h}" for h, p in zip(hosts[:8].tolist(), places[:8].tolist(), strict=True)
-        )
-        raise ValueError(f"{rule} not as on host 0: {what} (this is host {jax.process_index()})")
+    """Raises ValueError on every host, naming hosts and files, if they do not agree."""
+    first, *others = [json.loads(part) for part in hosts.gather(json.dumps([config, content]).encode())]
+    for host, (its_config, its_content) in enumerate(others, 1):
+        keys = [key for key in first[0] if its_config[key] != first[0][key]]
+        if keys or its_content.keys() != first[1].keys():
+            raise ValueError(
+                f"hosts must run the same config, but {', '.join(keys)} of host {host} is not as on host 0"
+            )
+        files = [name for name in first[1] if its_content[name] != first[1][name]]
+        if files:
+            raise ValueError(
+                f"hosts must see the same data files, but {', '.join(files)} of host {host} is not as on host 0"
+            )
 
 
 def _digest(value: Any) -> str:
@@ -145,10 +135,3 @@ def _unframe(framed: bytes) -> tuple[Any, bytes]:
     if zlib.crc32(content) != checksum:
         raise ValueError("the file is damaged")
     return head, content
-
-
-def _broadcast(content: bytes) -> bytes:
-    """Host 0's bytes, on every host."""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    buffer = np.zeros(length, np.uint8) if jax.process_index() else np.frombuffer(content, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes()
