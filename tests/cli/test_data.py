@@ -97,7 +97,7 @@ def test_frames_go_on_and_name_what_cannot_be_read(folder, capsys):
         for _ in range(20):
             container.mux(stream.encode(av.VideoFrame(16, 16, "rgb24")))
         container.mux(stream.encode())
-    words = ["frames", "--video", folder / "a.mp4", "--video", folder / "b.mp4", "--out", folder / "f.array_record"]
+    words = ["frames", "--video", folder / "a.mp4", folder / "b.mp4", "--out", folder / "f.array_record"]
     assert data(*words, "--fps", 2) == 2
     error = capsys.readouterr().err
     assert "1 of 2 videos cannot be read: " in error and "b.mp4 does not exist" in error and error.count("\n") == 1

@@ -73,3 +73,15 @@ def test_options_are_checked(folder, two, options, message):
         extract(two, folder.path / "f.array_record", **options)
     with pytest.raises(ValueError, match="must name each video once, but .*a.mp4"):
         extract([two[0], two[0]], folder.path / "f.array_record")
+
+
+def test_stopped_it_leaves_whole_files_alone(folder, two):
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    out = folder.path / "f.array_record"
+    with pytest.raises(KeyboardInterrupt):
+        extract(two, out, 5.0, threads=1, progress=interrupt)
+    assert not list(folder.path.glob("*.tmp"))
+    finished = len(list(folder.path.glob("f-*")))
+    assert finished >= 1 and extract(two, out, 5.0) == (10 - 5 * finished, 5 * finished)

@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frames",
         _frames,
         "Decode videos to ArrayRecord files of frames, a file each. Stopped, the same command goes on.",
-        "vlmem data frames --video my/videos/a.mp4 --video my/videos/b.mp4 --out my/frames.array_record --fps 2",
+        "vlmem data frames --video my/videos/*.mp4 --out my/frames.array_record --fps 2",
     )
-    cutting.add_argument("--video", action="append", required=True, metavar="FILE", help="a video; may be repeated")
+    cutting.add_argument("--video", nargs="+", required=True, metavar="FILE", help="the videos")
     cutting.add_argument("--out", required=True, metavar="NAME.array_record", help="written as NAME-00000-of-... files")
     cutting.add_argument("--fps", type=float, default=1.0, help="frames a second to keep (default: %(default)s)")
     cutting.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default: %(default)s)")

@@ -7,12 +7,12 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One JSONL file of conversations."""
+    """One JSONL file of conversations, or what `vlmem data pack` made of it."""
 
     path: str
     """A sample a line: `conversations`, and perhaps `image` (a path or a list of them) or `video`."""
     root: str = ""
-    """Folder that the paths in the file start from and must stay in; empty: the folder of the file."""
+    """Folder that the paths in a JSONL file start from and must stay in; empty: the folder of the file."""
     weight: float = 1.0
     """How often a sample of this file is drawn, relative to samples of the other files."""
 

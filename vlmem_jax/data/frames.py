@@ -4,9 +4,11 @@ Of n frames, record i is a line of JSON (video, number of the frame, its time in
 last record tells of the file.
 """
 
+import contextlib
 import io
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,9 +56,10 @@ def extract(
                 raise ValueError(f"{file} holds frames of {found}, not of {facts}; remove it or choose another --out")
         else:
             todo.append((name, file, facts))
-    errors, written = [], 0
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as executor:
-        for done, result in enumerate(executor.map(lambda job: _write(*job), todo), 1):
+    errors, written, stop = [], 0, threading.Event()
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as executor, contextlib.ExitStack() as ending:
+        ending.callback(stop.set)  # on Ctrl-C the executor waits for videos that are being decoded
+        for done, result in enumerate(executor.map(lambda job: _write(*job, stop), todo), 1):
             progress(len(names) - len(todo) + done)
             if isinstance(result, ValueError):
                 errors.append(str(result))
@@ -87,13 +90,15 @@ class Frames:
         return json.loads(line), Image.open(io.BytesIO(content))
 
 
-def _write(name: str, file: Path, facts: dict) -> int | ValueError:
+def _write(name: str, file: Path, facts: dict, stop: threading.Event) -> int | ValueError:
     """Number of frames written, or why not. The file appears when it is complete."""
     unfinished = file.with_suffix(".tmp")
     try:
         writer, count = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed"), 0
         try:
             for frame, seconds, picture in video.sampled_frames(name, facts["fps"]):
+                if stop.is_set():
+                    raise ValueError(f"video {name} was not finished")
                 jpeg = io.BytesIO()
                 picture.save(jpeg, "JPEG", quality=facts["quality"])
                 head = {"video": name, "frame": frame, "seconds": round(seconds, 6)}
