@@ -80,9 +80,20 @@ def test_inspect_reads_packed_data_alike(folder, capsys):
     assert shown[0] == shown[1]
 
 
+def test_inspect_tells_of_a_file_alone_what_it_can(folder, capsys):
+    (folder / "bad.jsonl").write_text((folder / "train.jsonl").read_text() + "{oops")
+    assert data("inspect", "--data", folder / "bad.jsonl") == 1
+    shown = capsys.readouterr().out
+    assert "18 samples can be read, 1 cannot; 18 images, 0 frames" in shown and "bad.jsonl:19: " in shown
+    assert "pixels of an image, at least 512, median" in shown
+    out = folder / "train.array_record"
+    assert data("pack", "--data", folder / "train.jsonl", "--out", out) == data("inspect", "--data", out) == 0
+    assert "18 samples can be read, 0 cannot; 18 images" in capsys.readouterr().out
+
+
 def test_inspect_says_what_it_needs(folder, capsys):
-    assert data("inspect", "--data", folder / "train.jsonl") == 2
-    assert "needs --config" in capsys.readouterr().err
+    assert data("inspect") == 2
+    assert "needs --config, or --data" in capsys.readouterr().err
     assert data("inspect", "--config", world.config_file(folder), "--stage", "warmup") == 2
     assert "there is no stage 'warmup'; the experiment has pretrain" in capsys.readouterr().err
     assert data("pack", "--data", "a", "--out", "b.array_record", "--config.seed=1") == 2

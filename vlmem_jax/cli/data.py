@@ -9,11 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError
-from vlmem_jax.data import SourceConfig
+from vlmem_jax.data import DataConfig, SourceConfig
 from vlmem_jax.data.frames import extract
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SHARD_BYTES, pack
-from vlmem_jax.data.survey import survey
+from vlmem_jax.data.survey import glance, survey
 from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import make_processor
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions,
         "inspect",
         _inspect,
-        "Measure all samples of an experiment: tokens, tiles, how they fill rows, and what cannot be used.",
+        "Measure all samples: tokens, tiles, how they fill rows, and what is bad. Without --config, images alone.",
         "vlmem data inspect --config configs/comemo_2b.py --data my/train.jsonl --root my/images",
     )
     looking.add_argument("--data", metavar="FILE", help="a file in place of data.train and data.eval of the experiment")
@@ -107,7 +107,12 @@ def _pack(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     if args.experiment is None:
-        raise ConfigError("`vlmem data inspect` needs --config: tokenizer and image size decide how long a sample is")
+        if not args.data:
+            raise ConfigError("`vlmem data inspect` needs --config, or --data for what can be told without a tokenizer")
+        found = glance(SourceConfig(args.data, args.root), DataConfig().thread_count)
+        print(f"{args.data}\n{found.text()}")
+        _name_bad(found.bad, args.bad)
+        return 1 if found.bad else 0
     settings = experiment(args.experiment)
     stages = {stage.name: stage for stage in settings.stages}
     if args.stage and args.stage not in stages:
@@ -123,12 +128,16 @@ def _inspect(args: argparse.Namespace) -> int:
             continue
         found = survey(sources, config, processor, seed)
         print(f"{name}: {', '.join(source.path for source in sources)}\n{found.text()}")
-        for sample, reason in list(found.bad.items())[: args.bad]:
-            print(f"bad: {sample}: {reason}")
-        if len(found.bad) > args.bad:
-            print(f"... and {len(found.bad) - args.bad} more; --bad={len(found.bad)} names all")
+        _name_bad(found.bad, args.bad)
         bad += len(found.bad)
     return 1 if bad else 0
+
+
+def _name_bad(bad: dict[str, str], most: int) -> None:
+    for sample, reason in list(bad.items())[:most]:
+        print(f"bad: {sample}: {reason}")
+    if len(bad) > most:
+        print(f"... and {len(bad) - most} more; --bad={len(bad)} names all")
 
 
 def _frames(args: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ class Samples:
             raise ValueError("there must be at least one JSONL file to read; set data.train, or data.eval to evaluate")
         self.config, self.processor, self.seed = config, processor, seed
         self.sources = sources
-        self.files = [_open(source.path) for source in sources]
+        self.files = [open_lines(source.path) for source in sources]
         self.roots = [source.root or os.path.dirname(source.path) or "." for source in sources]
         self.weights = [source.weight for source in sources]
         self._sizes = [np.zeros((len(lines), len(Size._fields)), np.int32) for lines in self.files]
@@ -188,7 +188,8 @@ class Samples:
         return video.choose_frames(available, self.config.min_frames, self.config.max_frames, rng)
 
 
-def _open(path: str) -> JsonLines | PackedLines:
+def open_lines(path: str) -> JsonLines | PackedLines:
+    """The samples of a file, by its name."""
     return PackedLines(path) if path.endswith(SUFFIX) else JsonLines(path)
 
 

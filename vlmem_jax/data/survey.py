@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.plan import Plan, draws
-from vlmem_jax.data.samples import Samples
-from vlmem_jax.processing import Processor
+from vlmem_jax.data.samples import Samples, open_lines
+from vlmem_jax.processing import Processor, images, video
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -42,6 +44,58 @@ class Survey:
                 self.packing,
             ]
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Glance:
+    """Of the samples of a file, without tokenizer and model."""
+
+    samples: int
+    """That can be read."""
+    frames: int
+    """Of all videos."""
+    pixels: np.ndarray
+    """Of each image."""
+    bad: dict[str, str]
+    """What is wrong with each sample that cannot be read, by `file:line`."""
+
+    def text(self) -> str:
+        """Everything but the bad samples."""
+        lines = [
+            f"{self.samples} samples can be read, {len(self.bad)} cannot; {len(self.pixels)} images, "
+            f"{self.frames} frames in videos"
+        ]
+        if len(self.pixels):
+            lines += [f"pixels of an image, {_spread(self.pixels)}", *histogram(self.pixels)]
+        return "\n".join(lines)
+
+
+def glance(source: SourceConfig, threads: int) -> Glance:
+    """Reads all lines of a file and the headers of its images, `threads` at a time."""
+    lines, root = open_lines(source.path), source.root or os.path.dirname(source.path) or "."
+
+    def read(index: int) -> tuple[list[int], int] | str:
+        """Pixels of the images and frames of the video, or what is wrong."""
+        try:
+            record = lines.header(index)
+            if record.video:
+                return [], record.frames or video.frame_count(images.resolve(root, record.video))
+            sizes = record.sizes
+            if sizes is None:
+                sizes = [images.image_size(images.resolve(root, path)) for path in record.images]
+            return [width * height for width, height in sizes], 0
+        except ValueError as error:
+            return str(error)
+
+    pixels, frames, bad = [], 0, {}
+    with ThreadPoolExecutor(threads) as executor:
+        for index, result in enumerate(executor.map(read, range(len(lines)))):
+            if isinstance(result, str):
+                bad[lines.name(index)] = result
+            else:
+                pixels += result[0]
+                frames += result[1]
+    return Glance(len(lines) - len(bad), frames, np.array(pixels, int), bad)
 
 
 def survey(sources: Sequence[SourceConfig], config: DataConfig, processor: Processor, seed: int | None) -> Survey:
