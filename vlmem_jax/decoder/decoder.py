@@ -141,34 +141,34 @@ class Decoder(nnx.Module):
 
             return nnx.merge(graph, state)(x_BTD, tables, core)
 
-        every = between.every if between else 1
-        groups = self.config.layers // every
+        def plain(carry, xs):
+            return remat(layer, remat_policy)(*carry, *xs), None
 
         def group(carry, xs):
-            x_BTD, cache = carry
+            """A memory block, and the layers up to the one that it stands before."""
             states, block, block_xs, first = xs
-            for n in range(every):
-                one = jax.tree.map(lambda leaf, n=n: leaf[n], states)
+            # decoding reads weights where they lie; a loop of its own would copy them to itself for every token
+            unroll = every - 1 if cache_index_BT is not None else 1
+            if every > 1:
+                before = jax.tree.map(lambda leaf: leaf[:-1], states), first + jnp.arange(every - 1)
+                carry, _ = jax.lax.scan(plain, carry, before, unroll=unroll)
 
-                def step(x_BTD, cache, one, block, block_xs, n=n):
-                    if between and n == every - 1:
-                        x_BTD = between.apply(block, block_xs, x_BTD)
-                    return layer(x_BTD, cache, one, first + n)
+            def last(x_BTD, cache, state, block, block_xs):
+                return layer(between.apply(block, block_xs, x_BTD), cache, state, first + every - 1)
 
-                x_BTD, cache = remat(step, remat_policy)(x_BTD, cache, one, block, block_xs)
-            return (x_BTD, cache), None
+            state = jax.tree.map(lambda leaf: leaf[-1], states)
+            return remat(last, remat_policy)(*carry, state, block, block_xs), None
 
-        grouped = jax.tree.map(lambda leaf: leaf[: groups * every].reshape(groups, every, *leaf.shape[1:]), layers)
-        block_xs = (between.blocks, between.xs) if between else (None, None)
-        carry, _ = jax.lax.scan(group, (x_BTD, cache), (grouped, *block_xs, jnp.arange(groups) * every))
-
-        # layers after the last full group have no block before them
-        def last(carry, xs):
-            state, index = xs
-            return remat(layer, remat_policy)(*carry, state, index), None
-
-        if groups * every < self.config.layers:
-            rest = jax.tree.map(lambda leaf: leaf[groups * every :], layers)
-            carry, _ = jax.lax.scan(last, carry, (rest, jnp.arange(groups * every, self.config.layers)))
+        carry, done = (x_BTD, cache), 0
+        if between:
+            every = between.every
+            groups = self.config.layers // every
+            done = groups * every
+            grouped = jax.tree.map(lambda leaf: leaf[:done].reshape(groups, every, *leaf.shape[1:]), layers)
+            xs = grouped, between.blocks, between.xs, jnp.arange(groups) * every
+            carry, _ = jax.lax.scan(group, carry, xs)
+        if done < self.config.layers:
+            rest = jax.tree.map(lambda leaf: leaf[done:], layers)
+            carry, _ = jax.lax.scan(plain, carry, (rest, jnp.arange(done, self.config.layers)))
         x_BTD, cache = carry
         return self.norm(x_BTD), cache

@@ -135,9 +135,10 @@ def _triton_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: 
 
 def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
     T = q_BTHC.shape[1]
-    q, kv = (next(size for size in (largest, 512, 256, 128) if T % size == 0) for largest in (512, 1024))
+    q, kv, many = (next(size for size in (largest, 512, 256, 128) if T % size == 0) for largest in (512, 1024, T // 4))
+    many = max(kv, many)  # the backward kernel writes a part of dq for each block of so many keys
     blocks = splash_attention.BlockSizes(
-        block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
+        block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=many, block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=True,
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * q_BTHC.shape[2])

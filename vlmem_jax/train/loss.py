@@ -97,7 +97,9 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
         d_hidden = jnp.moveaxis(d_hidden.reshape(chunks, S, B // S, chunk, D), 0, 2).reshape(B, chunks * chunk, D)[
             :, :T
         ]
-    d_kernel = None if d_kernel_SDV is None else d_kernel_SDV.sum(0).astype(kernel_DV.dtype)
+    d_kernel = None
+    if d_kernel_SDV is not None:
+        d_kernel = constrain(d_kernel_SDV.sum(0), "embed", "vocab").astype(kernel_DV.dtype)
     return loss_S.sum(), d_hidden, d_kernel
 
 
