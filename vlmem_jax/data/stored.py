@@ -54,7 +54,7 @@ def store(plan: Plan, folder: str | os.PathLike, rows: int | None = None) -> str
 
 def _write(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".tmp")
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # another run may keep the same plan
     unfinished.write_bytes(content)
     os.replace(unfinished, file)
 
