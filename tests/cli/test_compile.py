@@ -30,15 +30,19 @@ def test_the_numbers_are_printed_and_written(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     numbers = json.loads(path.read_text())
     assert numbers["stage"] == "finetune"
-    assert 0 < numbers["temp_bytes"] < numbers["peak_bytes"]
+    assert min(numbers[key] for key in ("argument_bytes", "temp_bytes", "peak_bytes")) > 0
     assert 0 < numbers["hbm_share"] < 0.5
-    assert "GiB a chip" in done.stdout
+    assert 0 < numbers["predicted_step_seconds"] <= numbers["exposed_step_seconds"]
+    assert 0 < numbers["predicted_mfu"] < 1
+    assert numbers["collectives"] and numbers["activation_gathers"] == []
+    assert "predicted, not measured" in done.stdout
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--topology", "v5e:3x5"], "no TPU topology 'v5e:3x5'"),
+        (["--topology", "v5e:3x5"], "there is no slice v5e:3x5"),
+        (["--topology", "v4:2x2"], "a topology is one of v5e, v5p, v6e, a colon and sizes"),
         (["--topology", "v5e:2x2", "--stage", "warmup"], "there is no stage 'warmup'; the experiment has pretrain"),
         (["--topology", "v5e:2x2", "--config.mesh.tensor=3"], "the mesh must use all 4 devices"),
     ],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlmem_jax.flight.program import HloProgram
+from vlmem_jax.flight.program import HloProgram, _groups
 from vlmem_jax.sharding import MeshConfig, make_mesh
 
 LAYERS = 5
@@ -82,6 +82,19 @@ def test_every_way_to_write_groups_and_loops():
     assert (total.axes, total.devices, total.times) == (("data", "fsdp", "tensor"), 8, 1)
     assert total.source == "jit(step)/sum"
     assert program.cycles() == 7 * 100 + 11
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("mesh['x'=2,'y'=4] {'x'}", [{0, 4}, {1, 5}, {2, 6}, {3, 7}]),
+        ("mesh['x'=2,'y'=4] {'y'}", [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+        ("mesh['x'=8] {'x':(2)2}", [{0, 2}, {1, 3}, {4, 6}, {5, 7}]),
+        ("[2,4]<=[8]", [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+    ],
+)
+def test_groups_by_axes_of_the_compiler_s_own_mesh(text, groups):
+    assert set(_groups(f"(%x), replica_groups={text}, to_apply=%add", 8)) == set(map(frozenset, groups))
 
 
 def test_other_text_is_refused():

@@ -17,7 +17,7 @@ COMMANDS = {
     "chat": "talk about images over several turns",
     "convert": "read and write Hugging Face checkpoints",
     "data": "look at data before a run, and pack them for pods",
-    "compile": "compile a training step for a TPU slice, and tell what memory it takes",
+    "compile": "check a training step for a TPU slice that need not be there",
     "demo": "train a small model on mosaics of handwritten digits, and report what it learned",
 }
 """Name and help line; the module of a command is vlmem_jax.cli.<name>, imported when the command is run."""

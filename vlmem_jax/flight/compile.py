@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlmem_jax.flight.chips import Topology
 from vlmem_jax.models import VLM
 from vlmem_jax.sharding import batch_sharding
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -21,31 +22,21 @@ _ENVIRONMENT = {
 }
 """Keeps libtpu from asking a cloud host what it runs on."""
 
-_HBM_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 
+def tpu_devices(topology: Topology) -> list[jax.Device]:
+    """The chips of a slice, to compile for.
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """The chips of a slice such as v5e:4x4 or v5p:4x4x4, to compile for.
-
-    Needs the package libtpu (extra `tpu`), which one process at a time can use. Raises ValueError for a topology that
-    does not exist.
+    Needs the package libtpu (extra `tpu`), which one process at a time can use. Raises ValueError for a slice that does
+    not exist.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error):
             raise ValueError("another process is compiling for TPUs; libtpu serves one at a time, try again") from error
-        raise ValueError(f"no TPU topology {topology!r}, such as v5e:4x4 or v5p:4x4x4: {error}") from error
-
-
-def hbm_bytes(topology: str) -> int:
-    """High-bandwidth memory of one chip. Raises ValueError for a chip that is not in the table."""
-    chip = topology.partition(":")[0]
-    if chip not in _HBM_GIB:
-        raise ValueError(f"topology must start with one of {', '.join(_HBM_GIB)}; got {topology!r}")
-    return _HBM_GIB[chip] * 2**30
+        raise ValueError(f"there is no slice {topology.name}: {error}") from error
 
 
 def compile_step(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> jax.stages.Compiled:

@@ -173,10 +173,30 @@ def _groups(rest: str, devices: int) -> list[Group]:
         ids = np.arange(math.prod(dims)).reshape(dims)
         ids = ids.transpose(order) if order else ids
         return [frozenset(row) for row in ids.reshape(shape).tolist()]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+    if named:
+        return _named_groups(*named.groups())
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if listed:
         return [frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     return [frozenset(range(devices))]
+
+
+def _named_groups(mesh: str, chosen: str) -> list[Group]:
+    """Groups along `chosen` axes, such as `'a'`, or `'a':(2)4` for the 4 parts of it that follow the outermost 2."""
+    sizes = {name: [int(size)] for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    along = []
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
+        if size:
+            (whole,) = sizes[name]
+            sizes[name] = [int(before), int(size), whole // int(before) // int(size)]
+        along.append((name, 1 if size else 0))
+    places = [(name, n) for name, parts in sizes.items() for n in range(len(parts))]
+    ids = np.arange(math.prod(size for parts in sizes.values() for size in parts))
+    ids = ids.reshape([size for parts in sizes.values() for size in parts])
+    moved = np.moveaxis(ids, [places.index(place) for place in along], range(-len(along), 0))
+    count = math.prod(sizes[name][n] for name, n in along)
+    return [frozenset(row) for row in moved.reshape(-1, count).tolist()]
 
 
 def _groups_by_axes(mesh: Mapping[str, int]) -> dict[frozenset[Group], tuple[str, ...]]:
