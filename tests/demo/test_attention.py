@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kernels_pallas.rotary import rotate
 from vlmem_jax.demo import attention
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate import LoadedModel
@@ -13,6 +14,7 @@ from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory import comemo
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
+from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.processing import ImageConfig, Processor, Tokenizer
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 
@@ -37,13 +39,15 @@ def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
 
     recorded = []
 
-    def attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS):
-        scores = jnp.einsum("BTHC,BSHC->BHTS", q_BTHC, k_BSKC) / np.sqrt(q_BTHC.shape[-1])
-        weights = jax.nn.softmax(jnp.where(allowed_BTS[:, None], scores, -jnp.inf), axis=-1)
+    def read(config, q_BTHC, k_BMHC, v_BMHC, q_tables, k_tables, segments_BT, segments_BM):
+        q_BTHC, k_BMHC = rotate(q_BTHC, q_tables), rotate(k_BMHC, k_tables)
+        scores = jnp.einsum("BTHC,BMHC->BHTM", q_BTHC, k_BMHC) / np.sqrt(q_BTHC.shape[-1])
+        allowed_BTM = same_segment(segments_BT, segments_BM)
+        weights = jax.nn.softmax(jnp.where(allowed_BTM[:, None], scores, -jnp.inf), axis=-1)
         jax.debug.callback(lambda last: recorded.append(np.asarray(last)), weights[0, :, len(sample.tokens_T) - 1])
-        return jnp.einsum("BHTS,BSHC->BTHC", weights, v_BSKC)
+        return jnp.einsum("BHTM,BMHC->BTHC", weights, v_BMHC)
 
-    monkeypatch.setattr(comemo, "attend", attend)
+    monkeypatch.setattr(comemo, "memory_attention", read)
     batch = pad_prompts([sample], 1, 32, 16)
     model.vlm.hidden(model.params, jax.tree.map(jnp.asarray, batch))
     jax.effects_barrier()

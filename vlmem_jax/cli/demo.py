@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from vlmem_jax.demo.config import Recipe
 from vlmem_jax.demo.job import Interrupted
 from vlmem_jax.demo.run import closing_words, run_demo
@@ -26,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when done, and also when stopped by Ctrl-C or SIGTERM: the same command goes on from there."""
     workdir = Path(args.workdir)
+    if jax.config.jax_compilation_cache_dir is None:  # its runs, and those of --compare, share most of their programs
+        jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
     try:
         summary = run_demo(workdir, Recipe.scaled(args.steps_scale), args.compare)
     except Interrupted:

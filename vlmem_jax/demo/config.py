@@ -127,4 +127,5 @@ def _data(dataset: Path, source: str, tiles: int) -> dict[str, Any]:
         "open_packs": 1,  # a sample fills a row: nothing to gain by holding rows back
         "loss_weight": "token",
         "threads": 1,
+        "plan_folder": str(dataset / "plans"),
     }
