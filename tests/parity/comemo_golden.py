@@ -14,8 +14,8 @@ from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import sequence_positions
 from vlmem_jax.types import Batch
 
-IMPLEMENTATIONS = ["xla", "tpu_interpret"]
-"""Of the read from memory; the kernels themselves run here in interpret mode."""
+IMPLEMENTATIONS = ["xla", "tpu_interpret", "gpu_interpret"]
+"""Of the read from memory; kernels run here in interpret mode."""
 
 
 def model_config(folder: Path, **decoder) -> ModelConfig:
