@@ -31,7 +31,7 @@ Params = dict[str, Any]
 
 class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.vision = InternViT(config.vision, rngs=rngs)
+        self.vision = InternViT(config.vision, config.attention, rngs=rngs)
         self.projector = Projector(config.projector, config.vision.width, config.decoder.width, rngs=rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
         self.memory = _memory(config, rngs)

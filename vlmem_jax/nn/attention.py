@@ -22,7 +22,7 @@ from vlmem_jax.sharding import even_spec, spec
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """How the reads from a memory are computed."""
+    """How reads from a memory, and attention among the patches of a tile, are computed."""
 
     implementation: Literal["auto", "tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"] = "auto"
     """A backend of kernels_pallas; auto: the platform's kernel where it serves, else XLA. Those that interpret run a
@@ -65,11 +65,14 @@ def memory_attention(
 
 
 def full_attention(
-    q_BTHC: Float[Array, "B T H C"], k_BTKC: Float[Array, "B T K C"], v_BTKC: Float[Array, "B T K C"]
+    config: AttentionConfig,
+    q_BTHC: Float[Array, "B T H C"],
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
 ) -> Float[Array, "B T H C"]:
     """Every query sees every key of its row, as among the patches of a tile. The T x T scores never exist in memory
     where a kernel serves; none of those that JAX ships takes any T and C, that for memories does."""
-    return _attend_by_kernel(AttentionConfig(), {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}, None)
+    return _attend_by_kernel(config, {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}, None)
 
 
 def _attend_by_kernel(config: AttentionConfig, arrays: dict, length: str | None, **options) -> Float[Array, "B T H C"]:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.nn.attention import full_attention
+from vlmem_jax.nn.attention import AttentionConfig, full_attention
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
@@ -69,7 +69,8 @@ def _norm(config: VisionConfig, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
 class VisionAttention(nnx.Module):
     """Full attention among the patches of one tile."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
+        self.attention = attention
         width, heads = config.width, config.heads
         split = {"heads": heads, "head_dim": width // heads}
         self.qkv = Linear({"embed": width}, {"qkv": 3, **split}, bias=True, rngs=rngs)
@@ -83,7 +84,7 @@ class VisionAttention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(x_BTD.shape)).reshape(q.shape)
             k = self.k_norm(k.reshape(x_BTD.shape)).reshape(k.shape)
-        return self.proj(full_attention(q, k, v))
+        return self.proj(full_attention(self.attention, q, k, v))
 
     def _project(self, x_BTD: Float[Array, "B T D"], n: int) -> Float[Array, "B T H C"]:
         kernel_DHC, bias_HC = (leaf[...].astype(x_BTD.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
@@ -94,9 +95,9 @@ class VisionAttention(nnx.Module):
 class VisionLayer(nnx.Module):
     """Pre-norm attention and MLP, each scaled per channel and dropped per tile with probability `drop`."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
         self.norm1, self.norm2 = _norm(config, rngs), _norm(config, rngs)
-        self.attn = VisionAttention(config, rngs=rngs)
+        self.attn = VisionAttention(config, attention, rngs=rngs)
         self.mlp = GeluMLP(config.width, config.mlp_width, config.width, rngs=rngs)
 
         def scale(key, shape, dtype):
@@ -116,7 +117,7 @@ class VisionLayer(nnx.Module):
 class InternViT(nnx.Module):
     """Tiles to patch features; no norm after the last layer."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, attention: AttentionConfig = AttentionConfig(), *, rngs: nnx.Rngs):
         self.config = config
         p, width = config.patch_size, config.width
         self.class_embedding = param(nnx.initializers.normal(1.0), (width,), ("norm",), rngs)
@@ -124,7 +125,7 @@ class InternViT(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.position_embedding = param(init, (1 + stored**2, width), ("positions", "norm"), rngs)
         self.patch = Linear({"pixels": p, "pixels_x": p, "channels": 3}, {"embed": width}, bias=True, rngs=rngs)
-        self.layers = stack(lambda rngs: VisionLayer(config, rngs=rngs), config.layers, rngs)
+        self.layers = stack(lambda rngs: VisionLayer(config, attention, rngs=rngs), config.layers, rngs)
 
     def __call__(
         self,
