@@ -94,9 +94,9 @@ def _splits(collectives: list[Collective]) -> set[int]:
     return {c.devices for c in collectives if c.axes == ("tensor",)}
 
 
-def kernel_flops(program: HloProgram) -> float:
+def kernel_flops(program: HloProgram) -> int:
     """FLOPs of attention kernels on one chip: of each kernel's matmuls, causal ones at half."""
-    total = 0.0
+    total = 0
     for instruction, times in program:
         if instruction.opcode != "custom-call":
             continue
@@ -109,7 +109,7 @@ def kernel_flops(program: HloProgram) -> float:
     return total
 
 
-def _attention_flops(name: str, shapes: list[tuple[int, ...]], backward: bool) -> float:
+def _attention_flops(name: str, shapes: list[tuple[int, ...]], backward: bool) -> int:
     products = 5 if backward else 2
     q, k = shapes[0], shapes[1]
     if name.startswith("splash"):  # q [H, T, C] and k [K, S, C], perhaps with a batch axis in front
