@@ -67,7 +67,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def unrolled() -> Iterator[None]:
     """Traces every `jax.lax.scan` as a plain Python loop would be: the same code without scanned layers."""
     scan = jax.lax.scan
-    jax.lax.scan = functools.partial(scan, unroll=True)
+    jax.lax.scan = lambda *args, **options: scan(*args, **options | {"unroll": True})
     try:
         yield
     finally:
