@@ -40,7 +40,6 @@ def compare(demo: Demo, base: Path, comemo: Trained) -> dict[str, dict[str, Any]
     read = demo.workdir / "base" / "read"
     for name, (what, image) in OTHER_POSITIONS.items():
         mixed = demo.train(f"compare/{name}_base", mix_experiment(demo.dataset, demo.recipe, read, **image))
-        add(f"{name}_base", f"the base alone, {what}", 0, demo.ask(mixed))
         config = comemo_experiment(demo.dataset, demo.recipe, demo.hand_over(mixed), **image)
         train_and_add(name, f"CoMemo, {what}", total, config)
     return rows
