@@ -7,7 +7,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
     """Profiles: none (as published), `released` (RoPE-DHR map of the released weights instead of the geometric one)."""
     if profile not in (None, "released"):
         raise ValueError(f"configs/comemo_2b.py has the profile released, got {profile!r}")
-    memory = ("projector", "memory")
+    memory, one_pack = ("projector", "memory"), dict(accumulation=0)  # at a time on each chip, whatever the slice
     return ConfigDict(
         dict(
             model=dict(preset="comemo_2b", memory="comemo", remat="full"),
@@ -26,7 +26,9 @@ def get_config(profile: str | None = None) -> ConfigDict:
             ),
             optimizer=dict(name="adamw", b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0),
             stages=[
-                dict(name="pretrain", steps=2000, learning_rate=1e-4, schedule="constant", trainable=memory),
+                dict(
+                    name="pretrain", steps=2000, learning_rate=1e-4, schedule="constant", trainable=memory, **one_pack
+                ),
                 dict(
                     name="pretrain_phase2",
                     steps=2000,
@@ -34,8 +36,9 @@ def get_config(profile: str | None = None) -> ConfigDict:
                     schedule="constant",
                     trainable=memory,
                     frozen=("memory/blocks/(attn|mlp)_gate",),
+                    **one_pack,
                 ),
-                dict(name="finetune", steps=9000, learning_rate=4e-5, schedule="cosine"),
+                dict(name="finetune", steps=9000, learning_rate=4e-5, schedule="cosine", **one_pack),
             ],
             mesh=dict(data=1, fsdp=-1, tensor=1),
             checkpoint=dict(every=500, keep_last=2, keep_best=0),

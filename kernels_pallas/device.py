@@ -2,6 +2,16 @@
 
 import jax
 
+CHIPS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+"""Names that JAX gives to TPUs -> the usual ones."""
+
 
 def platform() -> str:
     """tpu, gpu or cpu: that of the ambient mesh (`jax.set_mesh`), else that of the default device."""

@@ -17,8 +17,6 @@ def test_sizes_that_do_not_fit_name_the_keys():
         make_mesh(MeshConfig(data=3))
     with pytest.raises(ValueError, match="at most one of them -1"):
         MeshConfig(data=-1, fsdp=-1)
-    with pytest.raises(ValueError, match="mesh.context must be 1"):
-        MeshConfig(context=2)
 
 
 def test_stacked_parameters_keep_their_layer_axis_whole():
@@ -36,3 +34,9 @@ def test_what_cannot_be_split_evenly_stays_whole():
     with jax.set_mesh(mesh):
         rows = jax.jit(lambda x: sharding.constrain(x, "batch", None))(jax.numpy.ones((3, 5)))
     assert rows.sharding.is_fully_replicated
+
+
+def test_an_axis_is_split_over_as_many_mesh_axes_as_go():
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, context=2))):
+        specs = [sharding.even_spec((tiles, 4), "parts", None)[0] for tiles in (8, 12, 6, 3)]
+    assert specs == [("data", "fsdp", "context"), ("data", "fsdp"), "data", None]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -12,6 +13,10 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
+    # work that any of these devices can do alone: tiles in the vision tower, pieces of the loss
+    "parts": ("data", "fsdp", "context"),
+    # heads while each device has whole sequences of some of them (DeepSpeed-Ulysses, arXiv 2309.14509)
+    "sequence_heads": ("tensor", "context"),
     # parameters: the input side of a weight is split over fsdp and gathered before use, the parallel side over tensor
     "embed": "fsdp",
     "heads": "tensor",
@@ -32,7 +37,11 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; at most one -1 takes what is left. `context` splits long sequences."""
+    """Devices along each mesh axis; at most one -1 takes what is left.
+
+    `data` and `fsdp` split the rows of a batch, `fsdp` parameters too; `tensor` splits heads, MLPs and the vocabulary,
+    `context` the tokens and tiles of each row. Of several slices, each takes an equal part of `data`.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -43,12 +52,13 @@ class MeshConfig:
         sizes = dataclasses.astuple(self)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh sizes must be positive, at most one of them -1 (the rest); got {sizes}")
-        if self.context != 1:
-            raise ValueError(f"mesh.context must be 1: sequences are not split over devices yet; got {self.context}")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over `devices` (default: all). Raises ValueError if the sizes do not multiply to their number."""
+    """Mesh over `devices` (default: all); of several slices, the outer part of `data` goes from slice to slice.
+
+    Raises ValueError if the sizes do not multiply to their number, or `data` does not split evenly over slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = list(dataclasses.astuple(config))
     known = math.prod(size for size in sizes if size != -1)
@@ -59,7 +69,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh.{axis}={size}" for axis, size in zip(MESH_AXES, dataclasses.astuple(config), strict=True)
         )
         raise ValueError(f"the mesh must use all {len(devices)} devices, but {wanted} do not multiply to that number")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data must be a multiple of the {slices} slices, whose links are too slow for other axes; got "
+            f"{sizes[0]}; set mesh.data={slices}"
+        )
+    inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), MESH_AXES, axis_types=axis_types)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -68,7 +88,8 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def even_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
-    """`spec` on the ambient mesh; axes of `shape` that it cannot split evenly stay whole."""
+    """`spec` on the ambient mesh; axes of `shape` are split over as many of their mesh axes, from the first, as go
+    evenly."""
     return _even(spec(*axes), shape, jax.sharding.get_abstract_mesh())
 
 
@@ -90,12 +111,16 @@ def param_shardings(mesh: Mesh, abstract, axes):
 
 
 def _even(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """`spec` without the axes of `shape` that the mesh cannot split evenly."""
+    """`spec` without what the mesh cannot split evenly: of several mesh axes the first ones are kept."""
 
-    def parts(names: str | tuple[str, ...] | None) -> int:
-        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+    def fit(size: int, names: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if names is None or isinstance(names, str):
+            return None if names and size % mesh.shape[names] else names
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names or None
 
-    return PartitionSpec(*(None if size % parts(names) else names for size, names in zip(shape, spec, strict=False)))
+    return PartitionSpec(*map(fit, shape, spec))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
@@ -105,7 +130,14 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are split into; their number must be a multiple of it."""
-    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+    return shards("batch", mesh)
+
+
+def shards(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Parts that an axis of this meaning is split into on a mesh (default: the ambient one, or 1 without)."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    names = LOGICAL_AXES[axis]
+    return 1 if mesh.empty else math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

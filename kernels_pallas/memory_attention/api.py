@@ -16,14 +16,6 @@ from kernels_pallas.memory_attention.problem import Inputs, Positions, Problem
 
 Implementation = Literal["tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"]
 _BACKENDS = {"tpu": "tpu", "gpu": "gpu", "tpu_interpret": "tpu", "gpu_interpret": "gpu"}
-_CHIPS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
 
 
 def memory_attention(
@@ -107,7 +99,7 @@ def _backend(name: str):
 
 
 def _chip() -> str:
-    return _CHIPS.get(device.kind(), "v5e")
+    return device.CHIPS.get(device.kind(), "v5e")
 
 
 def _plain(inputs: Inputs, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from kernels_pallas import rotary
 from kernels_pallas.memory_attention import blocks as block_sizes
 from kernels_pallas.memory_attention import tpu_backward, tpu_forward, tpu_small
 from kernels_pallas.memory_attention.blocks import LANES, up
-from kernels_pallas.memory_attention.problem import Inputs, Problem
+from kernels_pallas.memory_attention.problem import Inputs, Problem, reach, spans
 from kernels_pallas.memory_attention.tpu_forward import NEVER, Spec
 
 _LN2 = math.log(2)
@@ -85,7 +85,8 @@ def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         blocks = block_sizes.forward(num_queries, num_slots, problem.chip, inputs.masked)
     spec, arrays = _prepare(problem, inputs, up(num_queries, blocks.q), up(num_slots, LANES))
     if spec.masked and kernel is tpu_forward.forward:
-        arrays["active"] = _chunk_range(arrays, blocks.q, tpu_forward.chunk_width(up(num_slots, LANES), blocks))
+        chunk = tpu_forward.chunk_width(up(num_slots, LANES), blocks)
+        arrays["active"] = spans(_reach(arrays, blocks.q, chunk))
     o, lse = kernel(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
     lse = lse[:, :, 0, :num_queries]
     return _unpad(o, num_queries, width), jnp.where(lse == -NEVER, -jnp.inf, lse * _LN2)
@@ -100,8 +101,7 @@ def _backward(problem, inputs, log2, delta, do):
     arrays["do"] = _pad(do, padded_queries)
     arrays["lse"], arrays["delta"] = (jnp.pad(x, ((0, 0), (0, 0), (0, more)))[:, :, None] for x in (log2, delta))
     if spec.masked:
-        reach = _reach(arrays, blocks.rows, blocks.slots)
-        arrays["active"] = reach.swapaxes(1, 2).astype(jnp.int32)
+        arrays["active"] = _reach(arrays, blocks.rows, blocks.slots).swapaxes(1, 2).astype(jnp.int32)
     dq, dk, dv = tpu_backward.backward(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
     return _unpad(dq, num_queries, width), _unpad(dk, num_slots, width), _unpad(dv, num_slots, width)
 
@@ -196,31 +196,8 @@ def _prepare(problem: Problem, inputs: Inputs, num_queries: int, num_slots: int)
 
 
 def _reach(arrays: dict[str, jax.Array], rows: int, width: int) -> jax.Array:
-    """bool [B, T/rows, M/width]: blocks in which some query may attend to some slot; never wrongly False."""
-    num_slots = arrays["k"].shape[1]
-    starts = jnp.arange(0, num_slots, width)
-    reach = jnp.ones((1, 1, len(starts)), bool)
-    big = jnp.iinfo(jnp.int32).max
-    if "q_segments" in arrays:
-        q_segments, k_segments = arrays["q_segments"][:, 0], arrays["k_segments"][:, 0]
-        low, high = [], []
-        for segments, size in ((q_segments, rows), (k_segments, width)):
-            parts = segments.reshape(segments.shape[0], -1, size)
-            low.append(jnp.where(parts > 0, parts, big).min(axis=-1))
-            high.append(jnp.where(parts > 0, parts, -1).max(axis=-1))
-        reach = (high[0][:, :, None] >= low[1][:, None]) & (low[0][:, :, None] <= high[1][:, None])
-    if "q_limit" in arrays:
-        limit = arrays["q_limit"][:, 0]
-        furthest = limit.reshape(limit.shape[0], -1, rows).max(axis=-1)
-        reach = reach & (starts < furthest[:, :, None])
-    return reach
-
-
-def _chunk_range(arrays: dict[str, jax.Array], rows: int, width: int) -> jax.Array:
-    """int32 [B, T/rows, 2]: first chunk that a block of queries reaches, and the one after its last."""
-    reach = _reach(arrays, rows, width)
-    count = reach.shape[-1]
-    first = jnp.argmax(reach, axis=-1)
-    last = count - jnp.argmax(reach[..., ::-1], axis=-1)
-    some = reach.any(axis=-1)
-    return jnp.stack([jnp.where(some, first, 0), jnp.where(some, last, 0)], axis=-1).astype(jnp.int32)
+    """`problem.reach` of padded arrays."""
+    q_segments, k_segments, limit = (
+        arrays[name][:, 0] if name in arrays else None for name in ("q_segments", "k_segments", "q_limit")
+    )
+    return reach(q_segments, k_segments, limit, arrays["k"].shape[1], rows, width)

@@ -29,8 +29,10 @@ def test_the_numbers_are_printed_and_written(tmp_path):
     done = compile_step("--config", "configs/tiny/comemo.py", "--topology", "v5e:2x2", "--json", str(path))
     assert done.returncode == 0, done.stderr[-3000:]
     numbers = json.loads(path.read_text())
-    assert numbers["stage"] == "finetune"
-    assert min(numbers[key] for key in ("argument_bytes", "temp_bytes", "peak_bytes")) > 0
+    assert numbers["what"] == "train: finetune" and numbers["fits"]
+    kinds = ("parameter", "state", "input", "activation", "temporary", "peak")
+    assert min(numbers[f"{kind}_bytes"] for kind in kinds) > 0
+    assert any("vlmem_jax/" in buffer["source"] for buffer in numbers["buffers"])
     assert 0 < numbers["hbm_share"] < 0.5
     assert 0 < numbers["predicted_step_seconds"] <= numbers["exposed_step_seconds"]
     assert 0 < numbers["predicted_mfu"] < 1
@@ -38,13 +40,37 @@ def test_the_numbers_are_printed_and_written(tmp_path):
     assert "predicted, not measured" in done.stdout
 
 
+def test_data_goes_over_slices_and_nothing_else_does(tmp_path):
+    path = tmp_path / "numbers.json"
+    words = ("--topology", "v5e:2x2", "--slices", "2", "--config.mesh.data=2", "--config.mesh.tensor=2")
+    done = compile_step("--config", "configs/tiny/comemo.py", *words, "--json", str(path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = json.loads(path.read_text())
+    assert numbers["slices"] == 2 and numbers["activation_gathers"] == []
+    assert any(c["axes"] == ["data"] for c in numbers["collectives"]), "gradients are summed over the slices"
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_serving_compiles_too(tmp_path, what):
+    path = tmp_path / "numbers.json"
+    words = ("--what", what, "--topology", "v5e:2x2", "--tokens", "256", "--tiles", "4", "--rows", "8")
+    done = compile_step("--config", "configs/tiny/comemo.py", *words, "--json", str(path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = json.loads(path.read_text())
+    assert numbers["what"] == what and numbers["fits"]
+    assert (numbers["state_bytes"] > 0) == (what == "decode")
+    assert 0 < numbers["predicted_mfu"] < 1
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--topology", "v5e:3x5"], "there is no slice v5e:3x5"),
+        (["--topology", "v5e:3x5"], "there is no slice v5e:3x5; the nearest are v5e:4x4"),
         (["--topology", "v4:2x2"], "a topology is one of v5e, v5p, v6e, a colon and sizes"),
         (["--topology", "v5e:2x2", "--stage", "warmup"], "there is no stage 'warmup'; the experiment has pretrain"),
         (["--topology", "v5e:2x2", "--config.mesh.tensor=3"], "the mesh must use all 4 devices"),
+        (["--topology", "v5e:2x2", "--slices", "2"], "mesh.data must be a multiple of the 2 slices"),
+        (["--topology", "v5e:2x2", "--packs", "0"], "--packs must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_one_plain_line(words, message):

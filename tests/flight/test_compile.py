@@ -1,14 +1,19 @@
 """The step that is compiled ahead is the one that training runs."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from tests.train import world
 from vlmem_jax import sharding
-from vlmem_jax.flight.compile import batch_shapes, compile_step
+from vlmem_jax.flight.compile import batch_shapes, train_job
+from vlmem_jax.flight.program import KINDS, HloProgram
 from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
+
+PARTS = ("vision", "decoder")
 
 
 @pytest.fixture(scope="module")
@@ -29,5 +34,18 @@ def test_the_shapes_are_those_of_a_real_batch(settings):
 
 def test_the_step_compiles_without_data(settings):
     stage, mesh = settings.stages[-1], sharding.make_mesh(settings.mesh)
-    step = compile_step(settings, stage, mesh)
+    step = train_job(settings, stage, mesh).lowered.compile()
     assert step.memory_analysis().alias_size_in_bytes > 0  # the state is donated
+
+
+def test_collectives_do_not_grow_with_depth(settings):
+    mesh, stage = sharding.make_mesh(settings.mesh), settings.stages[-1]
+
+    def collectives(layers):
+        deeper = {part: dataclasses.replace(getattr(settings.model, part), layers=layers) for part in PARTS}
+        model = dataclasses.replace(settings.model, **deeper)
+        job = train_job(dataclasses.replace(settings, model=model), stage, mesh)
+        program = HloProgram(job.lowered.compile().as_text())
+        return sum(i.opcode.removesuffix("-start") in KINDS for i, _ in program)
+
+    assert collectives(8) == collectives(4) > 0

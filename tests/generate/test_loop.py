@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlmem_jax.generate import Generator, SamplingConfig
-from vlmem_jax.generate.loop import _compiled
+from vlmem_jax.generate.loop import compiled
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
@@ -122,10 +122,10 @@ def test_eight_devices_give_the_scores_and_tokens_of_one(vlm, params, generator,
 
 def test_nothing_compiles_after_warm_up(generator, make_prompt):
     generator.generate([make_prompt(10, 1)], GREEDY)
-    before = [function._cache_size() for function in _compiled(generator.vlm)]
+    before = [function._cache_size() for function in compiled(generator.vlm)]
     for length in range(20, 30):
         generator.generate([make_prompt(length, 1, seed=length)], GREEDY)
-    assert [function._cache_size() for function in _compiled(generator.vlm)] == before
+    assert [function._cache_size() for function in compiled(generator.vlm)] == before
 
 
 def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):

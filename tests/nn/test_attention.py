@@ -7,6 +7,7 @@ import pytest
 
 from vlmem_jax.nn import attention
 from vlmem_jax.nn.attention import attend, causal_attention, same_segment
+from vlmem_jax.nn.stack import remat
 
 
 def inputs(B=1, T=256, H=4, K=2, C=128, seed=0):
@@ -86,3 +87,16 @@ def test_the_tpu_kernel_computes_the_same(monkeypatch):
     out = attention._splash_attention(q, k, v, segments)
     real = np.asarray(segments[0]) > 0
     np.testing.assert_allclose(out[0, real], causal_attention(q, k, v, segments)[0, real], atol=1e-4)
+
+
+@pytest.mark.parametrize("policy, kept", [("none", True), ("dots", True), ("full", False)])
+def test_what_an_attention_kernel_gave_is_kept(capsys, policy, kept):
+    q, k, v, segments = inputs(T=32, H=2, C=8)
+    config = attention.AttentionConfig("tpu_interpret")
+    tables = attention.kernels_pallas.rotary_tables(jnp.arange(32)[None], 1e4, 8)
+
+    def read(q):
+        return attention.memory_attention(config, q, k, v, tables, tables, segments, segments).sum()
+
+    jax.ad_checkpoint.print_saved_residuals(remat(read, policy), q)
+    assert ("memory_attention" in capsys.readouterr().out) == kept

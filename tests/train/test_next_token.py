@@ -1,5 +1,6 @@
 """Training the real model: stages, meshes, and what the compiled step does."""
 
+import math
 import re
 
 import jax
@@ -63,14 +64,14 @@ def test_gates_and_fill_are_recorded(trained):
 
 @pytest.fixture(scope="module")
 def losses_on(folder):
-    """`losses_on(data, fsdp, tensor)`: of four steps in which everything is trained, on that mesh."""
+    """`losses_on(data, fsdp, context, tensor)`: of four steps in which everything is trained, on that mesh."""
 
-    def train(data, fsdp, tensor):
+    def train(*sizes):
         stage = dict(name="all", steps=4, learning_rate=1e-2)
-        mesh = dict(data=data, fsdp=fsdp, tensor=tensor)
+        mesh = dict(zip(sharding.MESH_AXES, sizes, strict=True))
         settings = experiment(override(world.config(folder, stages=[stage], mesh=mesh), {"data.eval": []}))
-        devices = jax.devices()[: data * fsdp * tensor]
-        workdir = folder / f"{data}x{fsdp}x{tensor}"
+        devices = jax.devices()[: math.prod(sizes)]
+        workdir = folder / "x".join(map(str, sizes))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("vlmem_jax.train.run.make_mesh", lambda mesh: sharding.make_mesh(mesh, devices))
             assert run(settings, workdir)
@@ -81,22 +82,28 @@ def losses_on(folder):
 
 @pytest.fixture(scope="module")
 def one_device(losses_on):
-    return losses_on(1, 1, 1)
+    return losses_on(1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow), pytest.param((1, 8, 1), marks=pytest.mark.slow)],
+    [
+        (2, 1, 2, 2),
+        pytest.param((2, 2, 1, 2), marks=pytest.mark.slow),
+        pytest.param((1, 4, 2, 1), marks=pytest.mark.slow),
+        pytest.param((8, 1, 1, 1), marks=pytest.mark.slow),
+        pytest.param((1, 8, 1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_every_mesh_gives_the_losses_of_one_device(losses_on, one_device, shape):
     assert one_device[-1] < one_device[0]
     np.testing.assert_allclose(losses_on(*shape), one_device, rtol=1e-5)
 
 
-@pytest.fixture(scope="module", params=[(1, 8, 1), (2, 2, 2)], ids=["fsdp", "mixed"])
+@pytest.fixture(scope="module", params=[(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)], ids=["fsdp", "mixed", "context"])
 def compiled(request, folder):
     """The step of the last stage, and the program it came from."""
-    config = world.config(folder, mesh=dict(zip(("data", "fsdp", "tensor"), request.param, strict=True)))
+    config = world.config(folder, mesh=dict(zip(sharding.MESH_AXES, request.param, strict=True)))
     settings = experiment(config)
     stage, mesh = settings.stages[-1], sharding.make_mesh(settings.mesh)
     with jax.set_mesh(mesh):

@@ -1,20 +1,22 @@
-"""Compile the training step for a TPU slice that need not be there: memory, exchanges, predicted time."""
+"""Compile training or serving for a TPU slice that need not be there: memory, exchanges, predicted time."""
 
 import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from vlmem_jax.cli.flags import add_config
-from vlmem_jax.config import ConfigError
-from vlmem_jax.flight import Report, Topology, check, tpu_devices
-from vlmem_jax.sharding import make_mesh
-from vlmem_jax.train.config import experiment
+from vlmem_jax.config import ConfigError, override
+from vlmem_jax.flight import Report, Serving, Topology, check_serving, check_training, remedies, tpu_devices
+from vlmem_jax.sharding import batch_shards, make_mesh
+from vlmem_jax.train.config import Experiment, StageConfig, experiment
 
-EXAMPLE = "vlmem compile --config configs/comemo_9b.py --topology v5p:4x4x4 --config.data.rows=64"
+EXAMPLE = "vlmem compile --config configs/comemo_9b.py --topology v5p:4x4x4"
 
 SHOWN = 12
 """Exchanges in the table."""
@@ -24,50 +26,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlmem compile`."""
     add_config(parser)
     parser.add_argument("--topology", required=True, help="slice, such as v5e:4x4 or v5p:4x4x4")
-    parser.add_argument("--stage", help="stage whose step to compile (default: the last)")
+    parser.add_argument("--slices", type=int, default=1, help="how many of them; mesh.data goes over them (default: 1)")
+    parser.add_argument(
+        "--what", choices=("train", "prefill", "decode"), default="train", help="which program (default: train)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    training = parser.add_argument_group("training")
+    training.add_argument("--stage", help="stage whose step to compile (default: the last)")
+    training.add_argument("--packs", type=int, help="packs a chip in each step, in place of data.rows")
+    training.add_argument(
+        "--no-remedies", action="store_true", help="do not compile again with other settings if it does not fit"
+    )
+    serving = parser.add_argument_group("prefill and decode")
+    serving.add_argument("--rows", type=int, help="prompts in a batch (default: one for each part of the mesh's rows)")
+    serving.add_argument("--tokens", type=int, default=4096, help="token slots of a prompt (default: 4096)")
+    serving.add_argument("--tiles", type=int, default=13, help="image tiles of a prompt (default: 13)")
+    serving.add_argument("--new-tokens", type=int, default=256, help="tokens that follow (default: 256)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when it compiles."""
+    """0 when it fits the chips, 1 when it does not."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to look for a TPU
-    settings, topology = experiment(args.experiment), Topology(args.topology)
-    stages = {stage.name: stage for stage in settings.stages}
-    name = args.stage or settings.stages[-1].name
-    if name not in stages:
-        raise ConfigError(f"there is no stage {name!r}; the experiment has {', '.join(stages)}")
+    settings, topology = experiment(args.experiment), Topology(args.topology, args.slices)
+    stage = _stage(settings, args.stage)
     devices = tpu_devices(topology)
     mesh = make_mesh(settings.mesh, devices)
-    print(f"compiling stage {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)
+    config = args.experiment
+    if args.packs is not None:
+        if args.packs < 1:
+            raise ConfigError(f"--packs must be at least 1, got {args.packs}")
+        config = override(config, {"data.rows": args.packs * batch_shards(mesh)})
+        settings = experiment(config)
+        stage = _stage(settings, args.stage)
+
+    def check(settings: Experiment) -> Report:
+        mesh = make_mesh(settings.mesh, devices)
+        if args.what == "train":
+            return check_training(settings, _stage(settings, args.stage), topology, mesh)
+        serving = Serving(args.rows or batch_shards(mesh), args.tokens, args.tiles, args.new_tokens)
+        return check_serving(settings, args.what, serving, topology, mesh)
+
+    name = f"stage {stage.name}" if args.what == "train" else args.what
+    print(f"compiling {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)
     start = time.perf_counter()
-    report = check(settings, stages[name], topology, mesh)
+    report = check(settings)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    print("\n".join(lines(report)))
+    print("\n".join(lines(report)), flush=True)
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-    return 0
+    if not report.fits and args.what == "train" and not args.no_remedies:
+        for words in _try_remedies(config, settings, stage, mesh, report, check):
+            print(words, flush=True)
+    return 0 if report.fits else 1
+
+
+def _stage(settings: Experiment, name: str | None) -> StageConfig:
+    stages = {stage.name: stage for stage in settings.stages}
+    name = name or settings.stages[-1].name
+    if name not in stages:
+        raise ConfigError(f"there is no stage {name!r}; the experiment has {', '.join(stages)}")
+    return stages[name]
+
+
+def _try_remedies(config: ConfigDict, settings: Experiment, stage, mesh, report: Report, check) -> Iterator[str]:
+    tried = remedies(settings, stage, mesh)
+    yield f"\nwhat may help, each compiled alone ({len(tried)} to try; the peak was {_gib(report.peak_bytes)})"
+    for changes in tried:
+        words = " ".join(f"--config.{key}={value}" for key, value in changes.items())
+        try:
+            other = check(experiment(override(config, changes)))
+        except ValueError as error:
+            yield f"  {words}: {str(error).splitlines()[0]}"
+            continue
+        saved, verdict = report.peak_bytes - other.peak_bytes, "fits" if other.fits else "does not fit"
+        step = f", a step takes {_step(other)}" if other.fits else ""
+        yield f"  {words}: peak {_gib(other.peak_bytes)}, {_gib(saved)} less; {verdict}{step}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _step(report: Report) -> str:
+    return f"{report.predicted_step_seconds:.3f} s"
 
 
 def lines(report: Report) -> list[str]:
     """The report as text."""
+    state = "caches" if report.what == "decode" else "optimizer"
+    parts = {"parameters": "parameter", state: "state", "inputs": "input", "activations": "activation"}
+    parts |= {"temporaries": "temporary", "peak": "peak"}
     said = ["", "memory of a chip"]
-    for key in ("argument", "temp", "peak"):
-        said.append(f"  {key:10}{getattr(report, f'{key}_bytes') / 2**30:9.2f} GiB")
-    said.append(f"  the peak is {report.hbm_share:.0%} of its HBM")
+    said += [f"  {title:12}{_gib(getattr(report, f'{name}_bytes')):>12}" for title, name in parts.items()]
+    if report.fits:
+        said.append(f"  the peak is {report.hbm_share:.0%} of its HBM")
+    else:
+        said += [f"  IT DOES NOT FIT: {report.hbm_share:.0%} of its HBM. The largest arrays:"]
+        said += [f"  {_gib(b.bytes):>12}  {b.type:32}{b.source or b.operation}" for b in report.buffers]
     said += ["", f"{'exchange':20}{'over':16}{'MiB':>10}{'times':>7}  shape"]
     for c in report.collectives[:SHOWN]:
         said.append(f"  {c.kind:18}{'+'.join(c.axes) or '?':16}{c.bytes / 2**20:10.1f}{c.times:7}  {list(c.shape)}")
     if len(report.collectives) > SHOWN:
         said.append(f"  and {len(report.collectives) - SHOWN} more kinds, all of fewer bytes")
     for c in report.activation_gathers:
-        said.append(f"  activations over fsdp: {c.kind} of {list(c.shape)}, {c.times} times, from {c.source}")
+        said.append(f"  ACTIVATIONS over fsdp: {c.kind} of {list(c.shape)}, {c.times} times, from {c.source}")
+    if not report.fits:
+        return said
     said += [
         "",
         "predicted, not measured",
         f"  compiler's estimate {report.cycles_seconds:.3f} s, attention kernels {report.kernel_seconds:.3f} s, "
         f"links {report.exchange_seconds:.3f} s",
-        f"  a step takes {report.predicted_step_seconds:.3f} s with exchanges hidden, "
-        f"{report.exposed_step_seconds:.3f} s without",
-        f"  MFU {report.predicted_mfu:.1%} (causal attention halved, recomputation left out)",
+        f"  a step takes {_step(report)} with exchanges hidden, {report.exposed_step_seconds:.3f} s without",
+        f"  MFU {report.predicted_mfu:.1%}, {report.exposed_mfu:.1%} without (causal attention halved, recomputation "
+        "left out)",
     ]
     return said

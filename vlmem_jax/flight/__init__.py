@@ -1,7 +1,8 @@
 """What a run will need, found before anyone pays for the machines."""
 
 from vlmem_jax.flight.chips import Topology
-from vlmem_jax.flight.compile import compile_step, tpu_devices
-from vlmem_jax.flight.report import Report, check
+from vlmem_jax.flight.compile import Serving, tpu_devices
+from vlmem_jax.flight.remedies import Remedy, remedies
+from vlmem_jax.flight.report import Report, check_serving, check_training
 
-__all__ = ["Report", "Topology", "check", "compile_step", "tpu_devices"]
+__all__ = ["Remedy", "Report", "Serving", "Topology", "check_serving", "check_training", "remedies", "tpu_devices"]

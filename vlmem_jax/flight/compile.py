@@ -1,6 +1,10 @@
-"""A training step compiled for devices that need not be there."""
+"""The programs of training and serving, compiled for devices that need not be there."""
 
+import dataclasses
+import math
 import os
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +12,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmem_jax.flight.chips import Topology
+from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
+from vlmem_jax.flight.program import HloProgram
+from vlmem_jax.generate.loop import compiled
+from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
-from vlmem_jax.sharding import batch_sharding
+from vlmem_jax.sharding import batch_sharding, batch_shards, param_shardings
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
@@ -23,8 +31,45 @@ _ENVIRONMENT = {
 """Keeps libtpu from asking a cloud host what it runs on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A program traced for a mesh, and what its arguments hold on each chip, in bytes."""
+
+    lowered: jax.stages.Lowered
+    parameters: int
+    state: int
+    """Of the optimizer, or of caches that decoding carries."""
+    inputs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """What the compiler made of a job, whether it fits the chip or not. Bytes of one chip."""
+
+    program: HloProgram
+    fits: bool
+    temporary: int
+    peak: int
+    buffers: list[Buffer]
+    """What the temporary memory holds, largest first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """Shapes of prefill and decoding: prompts of `tokens` slots and `tiles` tiles, `new_tokens` after them."""
+
+    rows: int
+    tokens: int
+    tiles: int
+    new_tokens: int = 256
+
+    def __post_init__(self):
+        if min(self.rows, self.tokens, self.new_tokens) < 1 or self.tiles < 0:
+            raise ValueError(f"rows, tokens and new tokens must be at least 1, tiles at least 0; got {self}")
+
+
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """The chips of a slice, to compile for.
+    """The chips of one or more slices, to compile for.
 
     Needs the package libtpu (extra `tpu`), which one process at a time can use. Raises ValueError for a slice that does
     not exist.
@@ -32,32 +77,127 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, num_slices=topology.slices
+        )
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error):
             raise ValueError("another process is compiling for TPUs; libtpu serves one at a time, try again") from error
-        raise ValueError(f"there is no slice {topology.name}: {error}") from error
+        raise topology.missing() from error
+    return list(described.devices)
 
 
-def compile_step(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> jax.stages.Compiled:
+def train_job(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Job:
     """The very step that `vlmem train` runs in `stage`, without parameters, data or devices."""
+    experiment.check_mesh(mesh)
     model = VLM(experiment.model)
-    task = NextTokenLoss(model, experiment.loss_chunk)
-    program = Program(task, experiment, stage, mesh)
+    program = Program(NextTokenLoss(model, experiment.loss_chunk), experiment, stage, mesh)
     _, frozen = program.split.part(program.held)
-    replicated = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         batch = batch_shapes(experiment, stage, mesh)
-        denominator = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
-        return program.step.lower(program.state, frozen, batch, denominator).compile()
+        denominator = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        lowered = program.step.lower(program.state, frozen, batch, denominator)
+    return Job(lowered, held((program.state.params, frozen)), held(program.state.optimizer), held(batch))
+
+
+def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
+    """Reading a batch of prompts, as `vlmem generate` does."""
+    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+    prefill, _, _ = compiled(vlm)
+    with jax.set_mesh(mesh):
+        batch = _prompts(vlm, serving, mesh)
+        lowered = prefill.lower(params, batch, serving.tokens + serving.new_tokens)
+    return Job(lowered, held(params), 0, held(batch))
+
+
+def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
+    """One token for each row of a batch whose prompts have been read. Compiles prefill, too: where does its state lie?
+
+    Raises ValueError where that does not fit.
+    """
+    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+    _, _, step = compiled(vlm)
+    prefill = prefill_job(experiment, serving, mesh).lowered
+    try:
+        places = prefill.compile().output_shardings
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError("reading the prompts does not fit; --what prefill says what fills memory") from error
+    logits_BV, state = jax.tree.map(_placed, prefill.out_info, places)
+    choice = jax.eval_shape(
+        lambda: Choice.make(SamplingConfig(), serving.rows, vlm.config.decoder.vocab, banned_ids=(), stop_ids=())
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    choice = jax.tree.map(lambda x: _placed(x, everywhere), choice)
+    finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=everywhere)
+    with jax.set_mesh(mesh):
+        lowered = step.lower(params, state, logits_BV, finished_B, choice, True)
+    return Job(lowered, held(params), held(state), held((logits_BV, choice)))
+
+
+def _serving_params(experiment: Experiment, mesh: Mesh) -> dict:
+    """Parameters as `load_model` holds them."""
+    vlm = VLM(experiment.model)
+    shapes = vlm.abstract()
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, vlm.dtype, sharding=place),
+        shapes,
+        param_shardings(mesh, shapes, vlm.axes()),
+    )
+
+
+def _placed(x: jax.ShapeDtypeStruct, place) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def compile_job(job: Job, chip_options: dict | None = None) -> Compilation:
+    """Compiles; a program that does not fit the chip's memory is described all the same.
+
+    Raises ValueError for what the compiler refuses otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="vlmem_compile_") as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_.*"}
+        arguments = job.parameters + job.state + job.inputs
+        try:
+            done = job.lowered.compile(compiler_options={**(chip_options or {}), **dump})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):
+                raise ValueError(f"the compiler refuses the program: {str(error)[:2000]}") from error
+            done = None
+        written = {kind: _read(folder, kind) for kind in ("after_optimizations.txt", "buffer-assignment.txt")}
+        program = HloProgram(done.as_text() if done else written["after_optimizations.txt"])
+        assignment = written["buffer-assignment.txt"]
+        memory = done.memory_analysis() if done else None
+        temporary = memory.temp_size_in_bytes if memory else temporary_bytes(assignment)
+        peak = memory.peak_memory_in_bytes if memory else arguments + temporary
+        return Compilation(program, done is not None, temporary, peak, buffers(assignment, program))
+
+
+def held(tree) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def batch_shapes(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Batch:
     """Shapes of one step's batch, with leading axes [accumulation, rows]."""
-    data, model = experiment.data_of(stage), VLM(experiment.model)
-    T, I, S = data.pack_tokens, data.pack_tiles, experiment.model.vision.image_size
-    rows, M = (stage.accumulation, data.rows // stage.accumulation), I * model.tokens_per_tile
-    sharding = batch_sharding(mesh, leading=1)
+    data = experiment.data_of(stage)
+    parts = experiment.parts(stage, mesh)
+    return _batch(
+        VLM(experiment.model),
+        (parts, data.rows // parts),
+        data.pack_tokens,
+        data.pack_tiles,
+        batch_sharding(mesh, leading=1),
+    )
+
+
+def _prompts(vlm: VLM, serving: Serving, mesh: Mesh) -> Batch:
+    if serving.rows % batch_shards(mesh):
+        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
+    return _batch(vlm, (serving.rows,), serving.tokens, serving.tiles, batch_sharding(mesh))
+
+
+def _batch(vlm: VLM, rows: tuple[int, ...], T: int, I: int, sharding: NamedSharding) -> Batch:  # noqa: E741
+    S, M = vlm.config.vision.image_size, I * vlm.tokens_per_tile
 
     def leaf(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=sharding)
@@ -73,3 +213,9 @@ def batch_shapes(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Batc
         memory_positions_BM=leaf(M),
         memory_segments_BM=leaf(M),
     )
+
+
+def _read(folder: str, ending: str) -> str:
+    """The largest file of that kind that the compiler wrote: that of the program, not of a helper of it."""
+    files = sorted(Path(folder).glob(f"*{ending}"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text() if files else ""

@@ -18,6 +18,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"\b(pred|bf16|c64|f\d+\w*|[su]\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+_ROW = re.compile(r"^(\d+) ([\"{].*)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,12 @@ class Instruction:
     opcode: str
     rest: str
     """Operands and attributes."""
+
+    @property
+    def operation(self) -> str:
+        """Path of the call in the traced function that it comes from, if the compiler remembers it."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
 
     @functools.cached_property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -59,8 +67,13 @@ class HloProgram:
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         entry, name = None, None
+        self._sources: dict[str, dict[int, str]] = {}
         for line in text.splitlines():
-            if not line.startswith(" "):
+            if line in _TABLES:
+                name, table = None, self._sources.setdefault(line, {})
+            elif row := _ROW.match(line):
+                table[int(row[1])] = row[2]
+            elif not line.startswith(" "):
                 begin = _COMPUTATION.match(line)
                 name = begin[2] if begin else None
                 if begin:
@@ -77,6 +90,20 @@ class HloProgram:
         for name, times in self.times.items():
             for instruction in self.computations[name]:
                 yield instruction, times
+
+    def source(self, instruction: Instruction) -> str:
+        """`file:line` that an instruction comes from: the innermost of this package, if there is one; else empty."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
+        frame = int(found[1]) if found else 0
+        while frame in self._sources.get("StackFrames", {}):
+            place, above = _numbers(self._sources["StackFrames"][frame])
+            file, _, line, *_ = _numbers(self._sources["FileLocations"][place])
+            path = self._sources["FileNames"][file].strip('"')
+            ours = re.search(r"(?:vlmem_jax|kernels_pallas)/(?!.*(?:vlmem_jax|kernels_pallas)/).*", path)
+            if ours:
+                return f"{ours[0]}:{line}"
+            frame = above - 1
+        return ""
 
     def _count(self, entry: str) -> dict[str, int]:
         times: dict[str, int] = defaultdict(int)
@@ -123,7 +150,6 @@ class HloProgram:
             groups = _groups(instruction.rest, math.prod(mesh.values()))
             count = max(len(group) for group in groups)
             axes = names.get(frozenset(groups), ()) if kind != "collective-permute" else _along(groups, mesh)
-            source = re.search(r'op_name="([^"]*)"', instruction.rest)
             parts = instruction.shapes
             if instruction.opcode.endswith("-start"):  # operands and results
                 parts = [max(parts, key=_size)]
@@ -131,7 +157,7 @@ class HloProgram:
                 if kind == "reduce-scatter" and not instruction.opcode.endswith("-start"):
                     shape = (count * shape[0], *shape[1:]) if shape else shape
                 size = _size((element, shape))
-                found[Collective(kind, axes, shape, size, count, 0, source[1] if source else "")] += times
+                found[Collective(kind, axes, shape, size, count, 0, instruction.operation)] += times
         return [dataclasses.replace(c, times=times) for c, times in found.items()]
 
 
@@ -141,6 +167,11 @@ def _instruction(line: str) -> Instruction:
     kind, rest = rest[:end], rest[end:].lstrip()
     opcode, _, _ = rest.partition("(")
     return Instruction(name.lstrip("%"), kind, opcode, rest[len(opcode) :])
+
+
+def _numbers(row: str) -> list[int]:
+    """Of a row of a table of sources, such as {file_name_id=1 line=24}."""
+    return [int(number) for number in re.findall(r"=(\d+)", row)]
 
 
 def _closing(text: str) -> int:

@@ -1,41 +1,61 @@
-"""The flight check: does a step fit, what does it exchange, and how fast should it be."""
+"""The flight check: does a program fit, what does it exchange, and how fast should it be."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from vlmem_jax.flight.chips import Topology
-from vlmem_jax.flight.compile import compile_step
+from vlmem_jax.compiler import options
+from vlmem_jax.flight.chips import Chip, Topology
+from vlmem_jax.flight.compile import Job, Serving, compile_job, decode_job, prefill_job, train_job
+from vlmem_jax.flight.memory import Buffer
 from vlmem_jax.flight.program import Collective, HloProgram
 from vlmem_jax.models import VLM
-from vlmem_jax.models.flops import train_flops
+from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.models.flops import decode_flops, prefill_flops, train_flops
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.stages import Split, flatten
 
 SMALL = 2**20
 """Exchanges of fewer bytes are not worth a flag: norms, counts, losses."""
-KERNEL_UTILISATION = 0.9
-"""Of the matrix units, assumed for attention kernels: what the compiler's cycle counts show for most of them."""
+SHOWN_BUFFERS = 12
+KERNEL_UTILISATION = {
+    ("memory_attention", "forward"): {"v5e": 0.96, "v5p": 0.95, "v6e": 0.45},
+    ("memory_attention", "backward"): {"v5e": 0.97, "v5p": 0.97, "v6e": 0.45},
+    ("splash", "forward"): {"v5e": 0.88, "v5p": 0.88, "v6e": 0.45},
+    ("splash", "backward"): {"v5e": 0.93, "v5p": 0.93, "v6e": 0.45},
+}
+"""Of the matrix units, by the machine code of the kernels: `python -m benchmarks.tpu_static`, long memories."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Numbers of one compiled step, for one chip. Times are predictions."""
+    """Numbers of one compiled program, for one chip. Times are predictions."""
 
     topology: str
-    stage: str
-    argument_bytes: int
-    temp_bytes: int
+    slices: int
+    what: str
+    """train: NAME, prefill or decode."""
+    fits: bool
+    parameter_bytes: int
+    state_bytes: int
+    """Of the optimizer in training, of caches in decoding."""
+    input_bytes: int
+    activation_bytes: int
+    """Kept by the forward pass for the backward pass."""
+    temporary_bytes: int
+    """All else that the program needs while it runs."""
     peak_bytes: int
     hbm_share: float
+    buffers: list[Buffer]
+    """The largest of activations and temporaries."""
     cycles_seconds: float
     """The compiler's estimate, without kernels and communication."""
     kernel_seconds: float
-    """Attention kernels at KERNEL_UTILISATION."""
+    """Attention kernels at KERNEL_UTILISATION, or at the speed of memory where that is slower."""
     exchange_seconds: float
     """All collectives one after the other at full link speed."""
     predicted_step_seconds: float
@@ -45,73 +65,100 @@ class Report:
     flops: int
     """Useful FLOPs of the whole step, see `models.flops`."""
     predicted_mfu: float
+    exposed_mfu: float
     collectives: list[Collective]
     activation_gathers: list[Collective]
     """Exchanges over fsdp of something that is no parameter: the sharding is at fault."""
 
 
-def check(experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh) -> Report:
-    """Compiles a stage's step for `mesh`, which is of that slice, and reads what came out."""
-    compiled = compile_step(experiment, stage, mesh)
-    memory, program = compiled.memory_analysis(), HloProgram(compiled.as_text())
-    collectives = sorted(program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
-    params = flatten(VLM(experiment.model).abstract())
-    data, trained = experiment.data_of(stage), Split.of(stage, list(params)).trainable
+def check_training(experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh) -> Report:
+    """Compiles a stage's step for `mesh`, which is of that topology, and reads what came out."""
+    data = experiment.data_of(stage)
+    trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
     flops = train_flops(experiment.model, data.rows, data.pack_tokens, data.pack_tiles, trained)
-    chip = topology.chip
-    cycles = program.cycles() / chip.clock
-    kernels = kernel_flops(program) / (chip.flops * KERNEL_UTILISATION)
-    exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices) for c in collectives)
-    step = max(cycles + kernels, exchange)
+    return _report(train_job(experiment, stage, mesh), f"train: {stage.name}", flops, experiment.model, topology, mesh)
+
+
+def check_serving(experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh) -> Report:
+    """Compiles `what`, prefill or decode, of these shapes, and reads what came out."""
+    make, count = {"prefill": (prefill_job, prefill_flops), "decode": (decode_job, decode_flops)}[what]
+    flops = count(experiment.model, serving.rows, serving.tokens, serving.tiles)
+    return _report(make(experiment, serving, mesh), what, flops, experiment.model, topology, mesh)
+
+
+def _report(job: Job, what: str, flops: int, model: ModelConfig, topology: Topology, mesh: Mesh) -> Report:
+    done, chip = compile_job(job, options(mesh)), topology.chip
+    collectives = sorted(done.program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
+    cycles, kernels = done.program.cycles() / chip.clock, kernel_seconds(done.program, topology)
+    exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
+    hidden, exposed = max(cycles + kernels, exchange), cycles + kernels + exchange
+    peak_flops = topology.chips * chip.flops
+    kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
     return Report(
         topology=topology.name,
-        stage=stage.name,
-        argument_bytes=memory.argument_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
-        hbm_share=memory.peak_memory_in_bytes / chip.hbm_bytes,
+        slices=topology.slices,
+        what=what,
+        fits=done.fits,
+        parameter_bytes=job.parameters,
+        state_bytes=job.state,
+        input_bytes=job.inputs,
+        activation_bytes=kept,
+        temporary_bytes=done.temporary - kept,
+        peak_bytes=done.peak,
+        hbm_share=done.peak / chip.hbm_bytes,
+        buffers=done.buffers[:SHOWN_BUFFERS],
         cycles_seconds=cycles,
         kernel_seconds=kernels,
         exchange_seconds=exchange,
-        predicted_step_seconds=step,
-        exposed_step_seconds=cycles + kernels + exchange,
+        predicted_step_seconds=hidden,
+        exposed_step_seconds=exposed,
         flops=flops,
-        predicted_mfu=flops / (topology.chips * chip.flops * step),
+        predicted_mfu=flops / (peak_flops * hidden),
+        exposed_mfu=flops / (peak_flops * exposed),
         collectives=collectives,
-        activation_gathers=activation_gathers(collectives, params),
+        activation_gathers=activation_gathers(collectives, flatten(VLM(model).abstract()), mesh.shape),
     )
 
 
-def activation_gathers(collectives: list[Collective], params: Any) -> list[Collective]:
-    """Exchanges over fsdp of as many elements as no parameter, and no layer of a stack of them, has."""
-    sizes = {math.prod(leaf.shape[n:]) for leaf in jax.tree.leaves(params) for n in range(leaf.ndim + 1)}
-    sizes = {size / parts for size in sizes for parts in (1, *_splits(collectives))}
-    return [c for c in collectives if "fsdp" in c.axes and c.bytes >= SMALL and math.prod(c.shape) not in sizes]
+def activation_gathers(
+    collectives: list[Collective], params: Mapping[str, Any], mesh: Mapping[str, int]
+) -> list[Collective]:
+    """Exchanges over fsdp of as many elements as no parameter, and no layer of a stack of them, has.
+
+    A parameter may be cut by tensor parallelism, and what is passed on around a ring is a device's own part of it.
+    """
+    whole = {math.prod(leaf.shape[n:]) for leaf in params.values() for n in range(leaf.ndim + 1)}
+    whole |= {size / mesh["tensor"] for size in whole}
+    passed = {size / mesh["fsdp"] / halves for size in whole for halves in (1, 2)}  # both ways round the ring
+
+    def known(c: Collective) -> bool:
+        return math.prod(c.shape) in (passed | whole if c.kind == "collective-permute" else whole)
+
+    return [c for c in collectives if "fsdp" in c.axes and c.bytes >= SMALL and not known(c)]
 
 
-def _splits(collectives: list[Collective]) -> set[int]:
-    """Into how many parts tensor parallelism may have cut a parameter."""
-    return {c.devices for c in collectives if c.axes == ("tensor",)}
-
-
-def kernel_flops(program: HloProgram) -> int:
-    """FLOPs of attention kernels on one chip: of each kernel's matmuls, causal ones at half."""
-    total = 0
+def kernel_seconds(program: HloProgram, topology: Topology) -> float:
+    """Of attention kernels on one chip: matmuls, causal ones at half, or reading the operands, whichever is longer."""
+    total, name = 0.0, topology.name.partition(":")[0]
     for instruction, times in program:
-        if instruction.opcode != "custom-call":
-            continue
-        name = re.search(r"(memory_attention|splash)\w*", instruction.rest)
-        if name is None:
+        found = re.search(r"(memory_attention|splash)\w*", instruction.rest)
+        if instruction.opcode != "custom-call" or found is None:
             continue
         shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest)]
-        backward = "backward" in instruction.rest or "dkv" in instruction.rest
-        total += times * _attention_flops(name[0], shapes, backward)
+        direction = "backward" if "backward" in instruction.rest or "dkv" in instruction.rest else "forward"
+        flops = _attention_flops(found[1], shapes, direction)
+        total += times * _attention_seconds(topology.chip, flops, shapes, KERNEL_UTILISATION[found[1], direction][name])
     return total
 
 
-def _attention_flops(name: str, shapes: list[tuple[int, ...]], backward: bool) -> int:
-    products = 5 if backward else 2
+def _attention_flops(name: str, shapes: list[tuple[int, ...]], direction: str) -> int:
+    products = 5 if direction == "backward" else 2
     q, k = shapes[0], shapes[1]
-    if name.startswith("splash"):  # q [H, T, C] and k [K, S, C], perhaps with a batch axis in front
+    if name == "splash":  # q [H, T, C] and k [K, S, C], perhaps with a batch axis in front
         return products * math.prod(q) * k[-2]
     return 2 * products * math.prod(q) * k[1]  # q [B, T, H*C], k [B, M, K*C]
+
+
+def _attention_seconds(chip: Chip, flops: int, shapes: list[tuple[int, ...]], utilisation: float) -> float:
+    read = 2 * sum(math.prod(shape) for shape in shapes[:3])  # q, k and v in bf16
+    return max(flops / (chip.flops * utilisation), read / chip.hbm)

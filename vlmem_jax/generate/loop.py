@@ -24,8 +24,8 @@ EXTENSION_BUCKET = 16
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(vlm: VLM):
-    """prefill, extend and step of one model."""
+def compiled(vlm: VLM):
+    """prefill, extend and step of one model, each compiled at its first call."""
 
     def step(params, state, logits_BV, finished_B, choice, greedy):
         tokens_B = choose(logits_BV, choice, state.length_B, greedy)
@@ -61,7 +61,7 @@ class Generator:
         self.stop_ids = tuple(stop_ids)
         self.banned_ids = tuple(banned_ids)
         self.mesh = mesh
-        self.prefill, self.extend, self.step = _compiled(vlm)
+        self.prefill, self.extend, self.step = compiled(vlm)
 
     def context(self):
         """Makes the mesh, if any, the ambient one."""

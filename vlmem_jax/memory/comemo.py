@@ -144,7 +144,8 @@ class CoMemo(Memory):
             k_BMHC, v_BMHC = nnx.merge(graph, state).keys_values(seen.tokens_BMD)
             return None, (rotate(k_BMHC, tables).astype(k_BMHC.dtype), v_BMHC)
 
-        _, (k_LBMHC, v_LBMHC) = jax.lax.scan(body, None, blocks)
+        _, kv = jax.lax.scan(body, None, blocks)
+        k_LBMHC, v_LBMHC = (constrain(x, None, "batch", None, "heads", None) for x in kv)
         return Recalled(k_LBMHC, v_LBMHC, seen.segments_BM)
 
     def metrics(self) -> dict[str, jax.Array]:

@@ -31,6 +31,22 @@ def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained
     return rows * per_row
 
 
+def prefill_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int:
+    """FLOPs of reading `rows` prompts, padding included; scores of the last token alone are computed."""
+    unread = 2 * (tokens - 1) * config.decoder.width * config.decoder.vocab
+    return train_flops(config, rows, tokens, tiles, ()) - rows * unread
+
+
+def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int:
+    """FLOPs of one more token for each of `rows` rows that hold `tokens` tokens and `tiles` tiles."""
+    c = config.decoder
+    per_row = decoder_flops(config, 1)[0] + 4 * c.layers * tokens * c.heads * c.head_dim + 2 * c.width * c.vocab
+    if tiles:
+        whole, without = (sum(memory_flops(config, n, tiles)) for n in (1, 0))
+        per_row += whole - without  # keys and values of the memory are computed once a prompt
+    return rows * per_row
+
+
 def vision_flops(config: ModelConfig) -> tuple[int, int]:
     """Forward FLOPs of the tower for one tile: in its weights, and in attention."""
     c = config.vision

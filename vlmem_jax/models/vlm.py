@@ -106,10 +106,10 @@ class VLM:
             c = self.config.vision
             tiles = normalise(tiles, c.pixel_mean, c.pixel_std, self.dtype)
         tiles = tiles.astype(self.dtype)
-        tiles = constrain(tiles, "batch", None, None, None)
+        tiles = constrain(tiles, "parts", None, None, None)
         patches = modules.vision(tiles, drop_path_key=key, remat_policy=self.config.remat)
         tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
-        return constrain(tokens_BMD, "batch", None, None)
+        return constrain(tokens_BMD, "batch", "tokens", None)
 
     def _splice(self, modules: _Modules, batch: Batch, features_BMD: Array | None) -> Float[Array, "B T D"]:
         """Token embeddings with each image placeholder replaced by its visual token."""
@@ -170,6 +170,7 @@ class VLM:
             raise ValueError(f"the cache must hold the prompts of {T} token slots, got a capacity of {capacity}")
         modules = self._merge(params)
         cache = KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype)
+        cache = jax.tree.map(lambda x: constrain(x, None, "batch", None, "kv_heads", None), cache)
         hidden_BTD, cache, frequencies_BR, recalled = self._run(modules, batch, None, cache)
         length_B = (batch.segments_BT > 0).sum(-1, dtype=jnp.int32)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]

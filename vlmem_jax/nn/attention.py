@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,7 +18,7 @@ from kernels_pallas import Tables
 from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.problem import Inputs
-from vlmem_jax.sharding import even_spec, spec
+from vlmem_jax.sharding import constrain, even_spec, shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +56,13 @@ def memory_attention(
     """Attention to all memory slots of the same sample, without causality; q and k are turned inside.
 
     k_tables None: k is turned already, as in a cache. On the ambient mesh, if there is one, each device runs the
-    kernel on its rows and heads; every device holds all slots of its rows.
+    kernel on its rows, tokens and heads; every device holds all slots of its rows.
     """
     arrays = {"q": q_BTHC, "k": k_BMKC, "v": v_BMKC, "q_pos": q_tables}
     arrays |= {"q_segments": segments_BT, "k_segments": segments_BM}
     if k_tables is not None:
         arrays["k_pos"] = k_tables
-    return _attend_by_kernel(config, arrays, "tokens", k_rotated=k_tables is None)
+    return _attend_by_kernel(config, arrays, "batch", "tokens", k_rotated=k_tables is None)
 
 
 def full_attention(
@@ -72,19 +73,21 @@ def full_attention(
 ) -> Float[Array, "B T H C"]:
     """Every query sees every key of its row, as among the patches of a tile. The T x T scores never exist in memory
     where a kernel serves; none of those that JAX ships takes any T and C, that for memories does."""
-    return _attend_by_kernel(config, {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}, None)
+    return _attend_by_kernel(config, {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}, "parts", None)
 
 
-def _attend_by_kernel(config: AttentionConfig, arrays: dict, length: str | None, **options) -> Float[Array, "B T H C"]:
-    """`kernels_pallas.memory_attention` of `arrays`, by device; `length` is what the axis of the queries means."""
+def _attend_by_kernel(
+    config: AttentionConfig, arrays: dict, rows: str, length: str | None, **options
+) -> Float[Array, "B T H C"]:
+    """`kernels_pallas.memory_attention` of `arrays`, by device; `rows`, `length`: what the axes of the queries mean."""
     wanted = None if config.implementation == "auto" else config.implementation
     name, _ = kernels_pallas.choose(Inputs(**arrays), wanted)
     call = functools.partial(kernels_pallas.memory_attention, implementation=name or wanted, **options)
+    meaning = {"q": (rows, length, "heads", None), "q_pos": (rows, length, None)}
+    meaning |= {"q_segments": (rows, length), "k_segments": (rows, None), "k_pos": (rows, None, None)}
+    meaning |= dict.fromkeys(("k", "v"), (rows, None, "heads", None))
     if jax.sharding.get_abstract_mesh().empty or name in ("xla", None):
-        return call(**arrays)
-    meaning = {"q": ("batch", length, "heads", None), "q_pos": ("batch", length, None)}
-    meaning |= {"q_segments": ("batch", length), "k_segments": ("batch", None), "k_pos": ("batch", None, None)}
-    meaning |= dict.fromkeys(("k", "v"), ("batch", None, "heads", None))
+        return call(**arrays | {n: constrain(arrays[n], *meaning[n]) for n in ("k", "v")})
     specs = {n: jax.tree.map(lambda leaf, n=n: even_spec(leaf.shape, *meaning[n]), x) for n, x in arrays.items()}
     each = jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=specs["q"], check_vma=False)
     return each(arrays)
@@ -107,21 +110,34 @@ def causal_attention(
     T x T scores never exist. Elsewhere XLA does it.
     """
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
+    kernel = _plain_attention
     if platform() == "tpu" and T % 128 == 0 and C % 128 == 0:
-        return _on_each_device(_splash_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT)
+        kernel = _splash_attention
     if platform() == "gpu" and T % 128 == 0 and C in (64, 128):
-        return _on_each_device(_triton_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT)
-    earlier_TT = jnp.tril(jnp.ones((T, T), bool))
-    return attend(q_BTHC, k_BTKC, v_BTKC, same_segment(segments_BT, segments_BT) & earlier_TT)
+        kernel = _triton_attention
+    return _on_each_device(kernel, q_BTHC, k_BTKC, v_BTKC, segments_BT)
 
 
 def _on_each_device(kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
-    """Rows and heads are split over the ambient mesh, if there is one; each device runs the kernel on its own."""
+    """Rows and heads are split over the ambient mesh, if there is one; each device runs the kernel on its own.
+
+    Where tokens are split, they are exchanged for heads: a device gets whole rows of some heads (DeepSpeed-Ulysses,
+    arXiv 2309.14509), so that causal work is even and any kernel serves.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(q_BTHC, k_BTKC, v_BTKC, segments_BT)
-    heads, kv_heads = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
-    specs = (heads, kv_heads, kv_heads, spec("batch", None))
-    return jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    parts, heads, kv_heads = shards("sequence_heads"), q_BTHC.shape[2], k_BTKC.shape[2]
+    if heads % parts == 0 and kv_heads % parts:  # too few to go round: some are given to several devices
+        k_BTKC, v_BTKC = (jnp.repeat(x, parts // math.gcd(kv_heads, parts), axis=2) for x in (k_BTKC, v_BTKC))
+    q_spec, kv_spec = (even_spec(x.shape, "batch", None, "sequence_heads", None) for x in (q_BTHC, k_BTKC))
+    specs = q_spec, kv_spec, kv_spec, even_spec(segments_BT.shape, "batch", None)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=q_spec, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+
+
+def _plain_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
+    T = q_BTHC.shape[1]
+    earlier_TT = jnp.tril(jnp.ones((T, T), bool))
+    return attend(q_BTHC, k_BTKC, v_BTKC, same_segment(segments_BT, segments_BT) & earlier_TT)
 
 
 def _triton_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -15,9 +16,15 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("memory_attention", "causal_attention"),
     ),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What a layer keeps for the backward pass: everything, its inputs only, or the results of weight matmuls and of
-attention kernels."""
+"""What a layer keeps for the backward pass: everything, its inputs only, the results of weight matmuls and of attention
+kernels, or its inputs only and these in the host's memory."""
 
 
 def stack(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Module:
@@ -26,8 +33,12 @@ def stack(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Mo
 
 
 def remat(body: Callable, policy: str) -> Callable:
-    """`body` recomputed in the backward pass under one of REMAT_POLICIES."""
+    """`body`, whose first argument is a layer's input, recomputed in the backward pass under one of REMAT_POLICIES."""
     if policy == "none":
         return body
+
+    def named(x, *rest):
+        return body(checkpoint_name(x, "layer_input"), *rest)
+
     # layers run inside lax.scan, where common-subexpression elimination cannot undo the recomputation
-    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    return jax.checkpoint(named if policy == "offload" else body, policy=REMAT_POLICIES[policy], prevent_cse=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.sharding import LOGICAL_AXES, constrain
+from vlmem_jax.sharding import constrain, shards
 
 
 def cross_entropy(
@@ -53,23 +53,30 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
     B, T, D = hidden_BTD.shape
     V = kernel_DV.shape[1]
     dtype = hidden_BTD.dtype
-    chunks = -(-T // chunk)
     kernel = constrain(kernel_DV.astype(dtype), None, "vocab")  # gathered over fsdp once, not in each chunk
-    # S: the shards of the batch. Each adds up its own share of the kernel's gradient; one reduction ends the loop
-    S = _batch_shards()
-    if B % S:
-        S = 1
+    # S: the pieces that rows and tokens are split into over devices. Each adds up its own share of the kernel's
+    # gradient; one reduction ends the loop
+    rows, pieces = (math.gcd(size, shards(axis)) for size, axis in ((B, "batch"), (T, "tokens")))
+    S, chunk = rows * pieces, -(-chunk // pieces)
+    chunks = -(-T // pieces // chunk)
+    short = chunks * chunk - T // pieces
 
     def cut(x_BT):
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, chunks * chunk - T)) + ((0, 0),) * (x_BT.ndim - 2))
-        x = x_BT.reshape(S, B // S, chunks, chunk, *x_BT.shape[2:])
-        return jnp.moveaxis(x, 2, 0).reshape(chunks, S, B // S * chunk, *x_BT.shape[2:])
+        x = x_BT.reshape(rows, B // rows, pieces, T // pieces, *x_BT.shape[2:])
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, short),) + ((0, 0),) * (x.ndim - 4))
+        x = x.reshape(*x.shape[:3], chunks, chunk, *x_BT.shape[2:])
+        x = jnp.moveaxis(x, (3, 2), (0, 2))  # chunks, rows, pieces, rows of a piece, chunk
+        return x.reshape(chunks, S, B // rows * chunk, *x_BT.shape[2:])
+
+    def joined(x_nSND):
+        x = jnp.moveaxis(x_nSND.reshape(chunks, rows, pieces, B // rows, chunk, D), (0, 2), (3, 2))
+        return x.reshape(rows, B // rows, pieces, chunks * chunk, D)[:, :, :, : T // pieces].reshape(B, T, D)
 
     def body(carry, xs):
         loss_S, d_kernel_SDV = carry
         hidden_SND, targets_SN, weights_SN = xs
         logits_SNV = jnp.einsum("SND,DV->SNV", hidden_SND, kernel, preferred_element_type=jnp.float32)
-        logits_SNV = constrain(logits_SNV, "batch", None, "vocab")
+        logits_SNV = constrain(logits_SNV, "parts", None, "vocab")
         log_sum_SN1 = jax.nn.logsumexp(logits_SNV, axis=-1, keepdims=True)
         # a comparison instead of a gather: it stays where its part of the vocabulary is
         is_target_SNV = jax.lax.broadcasted_iota(jnp.int32, logits_SNV.shape, 2) == targets_SN[..., None]
@@ -78,11 +85,11 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
         if not (hidden_too or kernel_too):
             return (loss_S, None), None
         d_logits_SNV = (jnp.exp(logits_SNV - log_sum_SN1) - is_target_SNV) * weights_SN[..., None]
-        d_logits_SNV = constrain(d_logits_SNV.astype(dtype), "batch", None, "vocab")
+        d_logits_SNV = constrain(d_logits_SNV.astype(dtype), "parts", None, "vocab")
         d_hidden_SND = jnp.einsum("SNV,DV->SND", d_logits_SNV, kernel) if hidden_too else None
         if kernel_too:
             d_kernel_SDV += jnp.einsum("SND,SNV->SDV", hidden_SND, d_logits_SNV, preferred_element_type=jnp.float32)
-            d_kernel_SDV = constrain(d_kernel_SDV, "batch", None, "vocab")
+            d_kernel_SDV = constrain(d_kernel_SDV, "parts", None, "vocab")
         return (loss_S, d_kernel_SDV), d_hidden_SND
 
     xs = jax.tree.map(cut, (hidden_BTD, targets_BT, weights_BT))
@@ -93,17 +100,8 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
     else:
         carry, d_hidden = jax.lax.scan(body, start, xs)
     loss_S, d_kernel_SDV = carry
-    if d_hidden is not None:
-        d_hidden = jnp.moveaxis(d_hidden.reshape(chunks, S, B // S, chunk, D), 0, 2).reshape(B, chunks * chunk, D)[
-            :, :T
-        ]
+    d_hidden = None if d_hidden is None else joined(d_hidden)
     d_kernel = None
     if d_kernel_SDV is not None:
         d_kernel = constrain(d_kernel_SDV.sum(0), "embed", "vocab").astype(kernel_DV.dtype)
     return loss_S.sum(), d_hidden, d_kernel
-
-
-def _batch_shards() -> int:
-    """Parts that the rows are split into under the ambient mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
+from vlmem_jax.paths import as_path
 from vlmem_jax.processing import Processor, Tokenizer
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
@@ -39,7 +40,14 @@ class NextTokenLoss:
 class NextToken(NextTokenLoss):
     """The `next_token` task. Its data continue where those of earlier stages with the same data ended."""
 
-    def __init__(self, experiment: Experiment, stage: StageConfig, model: VLM, mesh: Mesh, workdir: Path | None = None):
+    def __init__(
+        self,
+        experiment: Experiment,
+        stage: StageConfig,
+        model: VLM,
+        mesh: Mesh,
+        workdir: str | os.PathLike | None = None,
+    ):
         """Pack plans are kept in `data.plan_folder`, else in `workdir`, if there is one."""
         super().__init__(model, experiment.loss_chunk)
         self._mesh = mesh
@@ -49,10 +57,11 @@ class NextToken(NextTokenLoss):
         first = sum(other.steps for other in earlier if experiment.data_of(other) == config)
         plan = Plan.train(config, processor, experiment.seed)
         held_out = Plan.eval(config, processor) if config.eval else None
-        folder = config.plan_folder or (workdir and workdir / "plans")
+        folder = config.plan_folder or (workdir and as_path(workdir) / "plans")
         wanted = ((plan, (first + stage.steps) * config.rows), (held_out, None))
         kept = [store(part, folder, rows) for part, rows in wanted if folder and part is not None]
-        self._data = TrainData(plan, stage.steps, accumulation=stage.accumulation, mesh=mesh, first_step=first)
+        parts = experiment.parts(stage, mesh)
+        self._data = TrainData(plan, stage.steps, accumulation=parts, mesh=mesh, first_step=first)
         self.report = "; ".join([plan.report(), *kept])
         self._eval = None if held_out is None else EvalData(held_out, mesh=mesh)
         self._batches: Iterator[HostBatch] | None = None

@@ -110,7 +110,7 @@ class VisionLayer(nnx.Module):
         for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, self.attn), (self.ls2, self.norm2, self.mlp))):
             residual = scale[...].astype(x_BTD.dtype) * block(norm(x_BTD))
             x_BTD += residual if keep_2B is None else residual * keep_2B[n, :, None, None].astype(x_BTD.dtype)
-            x_BTD = constrain(x_BTD, "batch", None, None)
+            x_BTD = constrain(x_BTD, "parts", None, None)
         return x_BTD
 
 
@@ -151,7 +151,7 @@ class InternViT(nnx.Module):
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (B, 1, config.width))
         x_BTD = jnp.concatenate([class_token, self.patch(patches)], axis=1)
         x_BTD += resample_positions(self.position_embedding[...], grid).astype(dtype)
-        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD = constrain(x_BTD, "parts", None, None)
 
         graph, layers = nnx.split(self.layers)
         layers = jax.tree.map(lambda leaf: leaf[: config.layers_used], layers)

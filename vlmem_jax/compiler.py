@@ -1,0 +1,36 @@
+"""What the compiler is told, chip by chip, about collectives and what may run beside them.
+
+The one place for such flags: training and the flight check compile with them. They go with each program, so nothing has
+to be set in the environment before JAX starts.
+"""
+
+from jax.sharding import Mesh
+
+from kernels_pallas.device import CHIPS
+
+_TPU = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+"""Weights of the next layer are gathered while this one computes."""
+
+_VMEM = {"xla_tpu_scoped_vmem_limit_kib": 32768}
+"""What a kernel may take of a core's fast memory, where the default is too little for causal attention's blocks."""
+
+OPTIONS: dict[str, dict[str, bool | int]] = {
+    "v5e": _TPU | _VMEM,
+    "v5p": _TPU,
+    "v6e": _TPU | _VMEM,
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "cpu": {},
+}
+
+
+def options(mesh: Mesh) -> dict[str, bool | int]:
+    """For `compiler_options` of a program on that mesh."""
+    device = mesh.devices.flat[0]
+    platform = "gpu" if device.platform == "cuda" else device.platform
+    return OPTIONS.get(CHIPS.get(device.device_kind, platform), {})
