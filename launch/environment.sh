@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.11 python3 python; do
+    for candidate in "${PYTHON:-}" python3.11 python3 python .venv/bin/python; do
         if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return

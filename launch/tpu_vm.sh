@@ -149,24 +149,32 @@ copy() {
     installed=yes
 }
 
-# Follows the training until it ends. gcloud has a process group of its own: Ctrl-C must reach the hosts, not the connection.
-connection=""
-follow() {
-    local code asked=""
+# Starts a command on the hosts. It has a process group of its own: Ctrl-C must not cut the connection.
+connections=()
+remote() {
     set -m
-    on_workers "$(training)" </dev/null &
-    connection=$!
+    on_workers "$1" </dev/null &
+    connections+=($!)
     set +m
+}
+
+# Follows the training until it ends; a signal makes it end.
+follow() {
+    local code connection asked=""
+    remote "$(training)"
+    connection=$!
     while true; do
         signalled="" code=0
         wait "$connection" || code=$?
-        [ -n "$signalled" ] || return "$code"
+        [ -n "$signalled" ] || break
         if [ -z "$asked" ]; then
             asked=yes
             say "all hosts save and exit; another signal leaves them alone"
-            on_workers "$(worker stop)" || true
+            remote "$(worker stop)"
         fi
     done
+    wait || true
+    return "$code"
 }
 
 # Status 255 comes from ssh: the hosts go on, and are followed again. After any other the rest of the hosts must not go on.
@@ -188,7 +196,7 @@ attempt() {
 signalled=""
 on_signal() {
     if [ -n "$stopping" ]; then
-        [ -z "$connection" ] || kill -- "-$connection" 2>/dev/null || true
+        for connection in "${connections[@]}"; do kill -- "-$connection" 2>/dev/null || true; done
         exit 130
     fi
     stopping=yes signalled=yes

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,5 +7,8 @@ from tests.launch.stage import Stage
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path)
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(tmp_path)
+    yield stage
+    for file in ("vlmem.waits", "vlmem.saves"):  # ends what a test that failed has left
+        (stage.records / file).unlink(missing_ok=True)

@@ -42,9 +42,11 @@ rmdir "$RECORDS/lock"
 [ "${status-0}" = 0 ] || { sleep 0.2 && exit "$status"; }
 touch "$me.runs"
 while [ -e "$RECORDS/vlmem.waits" ] && [ -z "${stop-}" ]; do sleep 0.05; done
+while [ -e "$RECORDS/vlmem.saves" ]; do sleep 0.05; done
 echo saved
 """
-"""Trains until the file `vlmem.waits` is gone or a signal comes, unless a file says that it fails."""
+"""Trains until the file `vlmem.waits` is gone or a signal comes, and saves until `vlmem.saves` is gone; `vlmem.fails`
+says with what status it fails."""
 
 
 class Stage:
@@ -77,6 +79,14 @@ class Stage:
         with file.open("a") as out:
             out.write(f'echo >>"$RECORDS/{name}.calls"\n{script}\n')
         file.chmod(0o755)
+
+    def install(self, extra: str, root: Path | None = None) -> None:
+        """Makes `prepare EXTRA` find that it has been there."""
+        environment = (root or self.root) / ".venv"
+        environment.mkdir(parents=True, exist_ok=True)
+        with (ROOT / "setup.py").open() as file:
+            stamp = subprocess.run(["cksum"], stdin=file, capture_output=True, check=True).stdout
+        (environment / f".installed-{extra}").write_bytes(stamp)
 
     def start(self, script: str, *words: str) -> subprocess.Popen:
         return subprocess.Popen(

@@ -2,12 +2,11 @@
 
 import re
 import signal
-import subprocess
 import time
 
 import pytest
 
-from tests.launch.stage import PLACES, ROOT, TRAIN, VLMEM, WORDS, Stage
+from tests.launch.stage import PLACES, TRAIN, VLMEM, WORDS, Stage
 
 GCLOUD = """
 [ "$1 $2" = "compute tpus" ] || exit 1
@@ -44,8 +43,7 @@ def cloud(stage, tmp_path) -> Stage:
     stage.environment |= {"HOST": str(host), "HOSTNAME": "host-w-0"}
     stage.tool("gcloud", GCLOUD)
     stage.tool("vlmem", VLMEM, host / "vlmem_jax" / ".venv" / "bin")
-    stamp = subprocess.run(["cksum"], stdin=(ROOT / "setup.py").open(), capture_output=True, check=True).stdout
-    (host / "vlmem_jax" / ".venv" / ".installed-tpu,gcs").write_bytes(stamp)
+    stage.install("tpu,gcs", host / "vlmem_jax")
     return stage
 
 
@@ -153,6 +151,24 @@ def test_a_signal_makes_the_hosts_save(number, cloud):
     assert cloud.signals() == ["TERM\n"] and out.endswith("[0] saved\n")
     assert verbs(cloud)[-2:] == ["follow", "stop"]  # the slice stays
     assert "mine still costs" in err
+
+
+def test_a_second_signal_leaves_the_hosts_alone(cloud, tmp_path):
+    for file in ("vlmem.waits", "vlmem.saves"):
+        (cloud.records / file).touch()
+    process = cloud.start("tpu_vm.sh", *PLACES["tpu_vm.sh"], "--poll", "0", *TRAIN)
+    cloud.wait_for_trainings(1)
+    process.send_signal(signal.SIGTERM)
+    while not cloud.signals():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)  # no connection is left that would keep it open
+    assert process.returncode == 130 and "saved" not in out
+    (cloud.records / "vlmem.saves").unlink()
+    status = tmp_path / "host" / ".vlmem" / "status"
+    while not (status.exists() and status.read_text()):
+        time.sleep(0.02)
+    assert status.read_text() == "0\n" and cloud.signals() == ["TERM\n"]
 
 
 def test_stop_ends_a_training_that_another_terminal_follows(cloud):
