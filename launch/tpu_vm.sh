@@ -144,7 +144,7 @@ copy() {
     fi
     run gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" --worker=all || return
     rm -r "$folder"
-    on_workers "mkdir -p vlmem_jax && tar -xzf vlmem_jax.tar.gz -C vlmem_jax && $(worker install)" || return
+    on_workers "if [ -f vlmem_jax/launch/worker.sh ]; then bash vlmem_jax/launch/worker.sh idle; fi && mkdir -p vlmem_jax && tar -xzf vlmem_jax.tar.gz -C vlmem_jax && $(worker install)" || return
     [ -z "${option[setup]}" ] || on_workers "cd vlmem_jax && ${option[setup]}" || return
     installed=yes
 }
@@ -177,19 +177,20 @@ follow() {
     return "$code"
 }
 
-# Status 255 comes from ssh: the hosts go on, and are followed again. After any other the rest of the hosts must not go on.
+# Status 255 comes from ssh: the hosts go on, and are followed again. 64: they train something else, which is left alone.
+# After any other status the rest of the hosts must not go on.
 last=0
 attempt() {
     [ "$last" -eq 0 ] || pause
     ensure_slice || return
-    if [ -z "$installed" ]; then
-        copy || return
-    elif [[ $last -ne 0 && $last -ne 255 ]]; then
+    if [[ -n $installed && $last -ne 0 && $last -ne 255 ]]; then
         on_workers "$(worker stop 60)" || true
     fi
     [ -z "$stopping" ] || return 130
     last=0
-    follow || last=$?
+    [ -n "$installed" ] || copy || last=$?
+    [ "$last" -ne 0 ] || follow || last=$?
+    [ "$last" -ne 64 ] || exit 64
     return "$last"
 }
 

@@ -4,13 +4,15 @@
 #   worker.sh follow WORDS       runs `vlmem train --multihost WORDS`, and shows its log until it ends; it does not end with
 #                                the connection, and the same command follows it again
 #   worker.sh stop [SECONDS]     asks it to save and exit; kills it after SECONDS
+#   worker.sh idle               fails if a training runs
 #   worker.sh pod WORDS          runs `vlmem train --multihost WORDS` in a container
+# Status 64 says that a training runs that this call did not mean.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # pid, command, status and log of the training on this host
-folder=${VLMEM_WORKER_FOLDER:-$HOME/.vlmem}
+folder=$HOME/.vlmem
 
 install() {
     if ! find_python >/dev/null 2>&1; then
@@ -23,6 +25,13 @@ install() {
 
 running() { [ -f "$folder/pid" ] && grep -qs vlmem "/proc/$(<"$folder/pid")/cmdline"; }
 
+busy() {
+    echo "error: on $HOSTNAME runs vlmem train$(<"$folder/command"); stop it first, or follow it with: tpu_vm.sh train ..." >&2
+    exit 64
+}
+
+idle() { ! running || busy; }
+
 follow() {
     local command size=0 pid try lock
     printf -v command ' %q' "$@"
@@ -30,16 +39,13 @@ follow() {
     exec {lock}>"$folder/lock"
     flock "$lock"
     if running; then
-        if [ "$(<"$folder/command")" != "$command" ]; then
-            echo "error: another training runs on $HOSTNAME, stop it first: vlmem train$(<"$folder/command")" >&2
-            exit 2
-        fi
+        [ "$(<"$folder/command")" = "$command" ] || busy
     else
         rm -f "$folder/status" "$folder/pid"
         echo "$command" >"$folder/command"
         touch "$folder/log"
         size=$(stat -c %s "$folder/log")
-        install >>"$folder/log" 2>&1
+        install
         # shellcheck disable=SC2016 # expanded by the inner shell
         setsid bash -c 'cd "$1" && shift
             vlmem train --multihost "${@:2}" & echo $! >"$1/pid"; code=0; wait $! || code=$?; echo $code >"$1/status"' \
@@ -73,6 +79,7 @@ pod() {
     trap 'signalled=1 stopped=1; kill -TERM "$pid" 2>/dev/null || true' TERM
     vlmem train --multihost "$@" &
     pid=$!
+    [ -z "$stopped" ] || kill -TERM "$pid"
     while true; do
         signalled="" code=0
         wait "$pid" || code=$?

@@ -58,7 +58,7 @@ def verbs(stage: Stage) -> list[str]:
         if call[3] == "ssh":
             (command,) = [word for word in call if word.startswith("--command=")]
             assert "--worker=all" in call
-            verbs.append(re.search(r"worker\.sh (\w+)|$", command)[1] or command.removeprefix("--command="))
+            verbs.append(re.search(r".*worker\.sh (\w+)|$", command)[1] or command.removeprefix("--command="))
         elif call[3] != "describe":
             verbs.append(call[3])
     return verbs
@@ -187,13 +187,18 @@ def test_train_neither_copies_nor_starts_a_second_training(cloud):
     second = cloud.start("tpu_vm.sh", "train", *PLACES["tpu_vm.sh"], "--poll", "0", *TRAIN)
     while verbs(cloud).count("follow") < 2:
         time.sleep(0.02)
-    other = cloud.run("tpu_vm.sh", "train", *PLACES["tpu_vm.sh"], "--max-restarts", "0", *TRAIN, "--stage", "finetune")
-    assert other[0] == 2 and "error: another training runs on host-w-0" in other[2]
+    for words in (
+        ["train", *PLACES["tpu_vm.sh"], *TRAIN, "--stage", "finetune"],
+        ["run", *PLACES["tpu_vm.sh"], *TRAIN],
+    ):
+        status, _, err = cloud.run("tpu_vm.sh", *words)
+        assert status == 64 and "error: on host-w-0 runs vlmem train" in err
     (cloud.records / "vlmem.waits").unlink()
     for process in (first, second):
         out, _ = process.communicate(timeout=30)
         assert process.returncode == 0 and out.endswith("[0] saved\n")
-    assert verbs(cloud) == ["create", "scp", "install", "follow", "follow", "follow"]
+    assert cloud.signals() == []
+    assert verbs(cloud) == ["create", "scp", "install", "follow", "follow", "follow", "scp", "install"]
     assert len(cloud.trainings()) == 1
 
 
