@@ -19,6 +19,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
+        "etils[epath]>=1.13",
         "flax>=0.12.4",
         "grain>=0.2.14",
         "jax>=0.10,<0.12",
@@ -39,10 +40,12 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "video": ["av>=14.0"],
+        "gcs": ["gcsfs>=2025.12"],
         "demo": ["scikit-learn>=1.5"],
         "test": [
             "av>=14.0",
             "beartype>=0.20",
+            "gcsfs>=2025.12",
             "hypothesis>=6.100",
             "import-linter>=2.1",
             # the TPU compiler, which runs without a TPU; jax names the release that fits it

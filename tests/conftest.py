@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, a compilation cache, and checked array shapes."""
 
 import os
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,22 @@ install_import_hook("vlmem_jax", "beartype.beartype")
 def golden() -> Path:
     """Folder of reference numbers, a subfolder a system; VLMEM_GOLDEN names another set of the same format."""
     return Path(os.environ.get("VLMEM_GOLDEN", ROOT / "tests" / "golden"))
+
+
+@pytest.fixture(scope="session")
+def gcs():
+    """What this process and its children take for Google Cloud Storage; it has a bucket named `bucket`."""
+    pytest.importorskip("gcsfs")
+    from tests import gcs
+
+    return gcs.serve("bucket")
+
+
+@pytest.fixture
+def bucket(gcs, request):
+    """A folder in a bucket, of this test alone."""
+    gcs.refuse = lambda name: False
+    return f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
 
 
 def pytest_collection_modifyitems(items):

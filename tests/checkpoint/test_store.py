@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import limits
 
 from vlmem_jax import sharding
 from vlmem_jax.checkpoint import CheckpointError, Store, find, load_params, save_params
@@ -81,6 +82,47 @@ def test_restores_onto_another_mesh_and_dtype(tmp_path, devices):
     restored = load_params(tmp_path / "0", {"w": jax.ShapeDtypeStruct((8, 4), jnp.bfloat16, sharding=place)})["w"]
     assert restored.sharding == place and restored.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(restored, np.float32), x)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"context": 8}, {"data": 2, "context": 2, "tensor": 2}])
+def test_restores_what_any_mesh_wrote_onto_any_other(tmp_path, sizes):
+    x = np.arange(256, dtype=np.float32).reshape(2, 16, 8)
+
+    def place(**sizes):
+        mesh = sharding.make_mesh(sharding.MeshConfig(**{"fsdp": 1, **sizes}))
+        return sharding.param_sharding(mesh, ("embed", "heads"), 3)
+
+    save_params(tmp_path / "0", {"w": jax.device_put(x, place(**sizes))})
+    for others in ({"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 4, "context": 2}):
+        wanted = {"w": jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=place(**others))}
+        restored = load_params(tmp_path / "0", wanted)["w"]
+        assert restored.sharding == wanted["w"].sharding
+        np.testing.assert_array_equal(restored, x)
+
+
+def test_a_restore_reads_no_more_at_a_time_than_asked(tmp_path, monkeypatch):
+    peak = 0
+
+    class Watched(limits.LimitInFlightBytes):
+        async def wait_for_bytes(self, requested_bytes):
+            nonlocal peak
+            await super().wait_for_bytes(requested_bytes)
+            peak = max(peak, self._max_bytes - self._available_bytes)
+
+    monkeypatch.setattr(limits, "LimitInFlightBytes", Watched)
+    params = {f"layer_{n}": jax.random.normal(jax.random.key(n), (64, 100)) for n in range(8)}  # of 25.6 kB
+    train = {"count": jnp.int32(1)}
+    store = Store(tmp_path)
+    store.save(1, params, train, {})
+    store.close()
+    for gb, most in ((96.0, 8 * 25_600), (60e-6, 2 * 25_600)):
+        peak = 0
+        restored, _, _ = Store(tmp_path, restore_concurrent_gb=gb).restore(1, target(params), target(train))
+        jax.tree.map(np.testing.assert_array_equal, restored, params)
+        assert 25_600 <= peak <= most
+    assert peak == most
+    with pytest.raises(ValueError, match="checkpoint.restore_concurrent_gb=2e-05 allows .*; raise it"):
+        load_params(tmp_path / "1", target(params), restore_concurrent_gb=20e-6)
 
 
 def test_lists_everything_that_does_not_fit(tmp_path):

@@ -136,6 +136,13 @@ def test_a_checkpoint_of_another_model_lists_what_differs(finished, folder, caps
     assert "3 arrays differ" in text
 
 
+def test_the_limit_of_what_is_read_at_once_reaches_the_reading(finished, folder, capsys):
+    file, workdir = finished
+    line = ["--config", file, "--workdir", folder / "limited", f"--config.init={workdir}"]
+    text = error_of(capsys, *line, "--config.checkpoint.restore_concurrent_gb=1e-7")
+    assert "checkpoint.restore_concurrent_gb=1e-07 allows" in text and "raise it" in text
+
+
 def start(file, workdir, devices=1, script="", **options):
     """A process that runs `vlmem train`, after `script`."""
     flags = f"--xla_force_host_platform_device_count={devices}"

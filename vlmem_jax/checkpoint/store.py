@@ -1,16 +1,17 @@
-"""The checkpoints of one training stage: written in the background, committed by a rename, kept by age and by loss.
+"""The checkpoints of one training stage: written in the background, committed at once, kept by age and by loss.
 
-On disk: `FOLDER/STEP/params` (every parameter, a nested dict), `train` (what only training needs), `meta` (JSON) and
-`metrics` (the evaluation loss). A folder still being written has another name, so a step that is there is whole.
+`FOLDER/STEP/params` (every parameter, a nested dict), `train` (what only training needs), `meta` (JSON) and `metrics`
+(the evaluation loss). On a disk, a folder still being written has another name, so a step that is there is whole; in a
+bucket (gs://), where nothing can be renamed, a step is whole once it has a file `commit_success.txt`.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vlmem_jax.checkpoint.folder import committed_steps
+from vlmem_jax.paths import AnyPath, as_path, is_remote
 
 Tree = Mapping[str, Any]
+RESTORE_CONCURRENT_GB = 96.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,14 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     keep_best: int = 1
     """Checkpoints with the lowest evaluation loss to keep as well."""
+    restore_concurrent_gb: float = RESTORE_CONCURRENT_GB
+    """What a host reads at the same time when a checkpoint is restored, GB: lower it where host memory runs out."""
 
     def __post_init__(self):
         if self.every < 1 or self.keep_last < 1 or self.keep_best < 0:
             raise ValueError(f"every and keep_last must be at least 1 and keep_best at least 0; got {self}")
+        if self.restore_concurrent_gb <= 0:
+            raise ValueError(f"restore_concurrent_gb must be positive, got {self.restore_concurrent_gb}")
 
 
 class CheckpointError(OSError):
@@ -50,8 +57,15 @@ class Store:
     `wait` as CheckpointError, and leaves every earlier checkpoint as it was.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 2, keep_best: int = 1):
-        self.folder = Path(folder).absolute()
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        restore_concurrent_gb: float = RESTORE_CONCURRENT_GB,
+    ):
+        self.folder = as_path(folder)
+        self._restore_concurrent_gb = restore_concurrent_gb
         best = policies.BestN(get_metric_fn=_loss_of, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
@@ -60,7 +74,7 @@ class Store:
             cleanup_tmp_directories=True,
         )
         self._writing: int | None = None
-        logging.getLogger("absl").addFilter(_drop_orbax)
+        quieten_orbax()
         with self._failures():
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -84,9 +98,7 @@ class Store:
         if step == self.latest():
             return
         with self._failures(step):
-            needed, free = sum(x.nbytes for x in jax.tree.leaves((params, train))), shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(f"it needs {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
+            self._check_room(sum(x.nbytes for x in jax.tree.leaves((params, train))))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -112,8 +124,9 @@ class Store:
     def restore(self, step: int, params: Tree, train: Tree) -> tuple[Any, Any, dict]:
         """`(params, train, meta)` of `step`, in the shapes, dtypes and shardings of the two target trees."""
         folder = self.folder / str(step)
-        meta = json.loads((folder / "meta" / "metadata").read_text())
-        return _restore(folder / "params", params), _restore(folder / "train", train), meta
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        gb = self._restore_concurrent_gb
+        return _restore(folder / "params", params, gb), _restore(folder / "train", train, gb), meta
 
     def close(self) -> None:
         """Waits for the last write, and ends the background threads."""
@@ -122,6 +135,11 @@ class Store:
         finally:
             with contextlib.suppress(Exception):  # it raises the failure that `wait` has already reported
                 self._manager.close()
+
+    def _check_room(self, needed: int) -> None:
+        free = needed if is_remote(self.folder) else shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"it needs {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
 
     @contextlib.contextmanager
     def _failures(self, step: int | None = None):
@@ -133,24 +151,31 @@ class Store:
                 raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {_first_line(error)}") from error
             last = self.latest()
             good = "no earlier checkpoint exists" if last is None else f"the checkpoint of step {last} is whole"
+            advice = (
+                "Look at its permissions and quota"
+                if is_remote(self.folder)
+                else "Make room on the disk or lower checkpoint.keep_last"
+            )
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {_first_line(error)}; {good}. "
-                "Make room on the disk or lower checkpoint.keep_last, then start again: it continues from there"
+                f"{advice}, then start again: it continues from there"
             ) from error
 
 
-def save_params(folder: str | Path, params: Tree) -> None:
-    """Writes parameters alone as `folder/params`, whole or not at all."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(Path(folder).absolute() / "params", args=_layerwise(params))
+def save_params(step_folder: str | os.PathLike, params: Tree) -> None:
+    """Writes parameters alone as a new `step_folder`, whole or not at all."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(as_path(step_folder), args=ocp.args.Composite(params=_layerwise(params)))
 
 
-def load_params(step_folder: str | Path, target: Tree) -> Any:
+def load_params(
+    step_folder: str | os.PathLike, target: Tree, restore_concurrent_gb: float = RESTORE_CONCURRENT_GB
+) -> Any:
     """Parameters of `step_folder` (from `folder.find`) in the shapes, dtypes and shardings of `target`.
 
     Raises ValueError that lists every parameter that is missing, unknown, or of another shape.
     """
-    return _restore(Path(step_folder).absolute() / "params", target)
+    return _restore(as_path(step_folder) / "params", target, restore_concurrent_gb)
 
 
 def _layerwise(tree: Tree) -> ocp.args.PyTreeSave:
@@ -159,10 +184,11 @@ def _layerwise(tree: Tree) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda x: by_layer if x.ndim >= 3 else whole, tree))
 
 
-def _restore(folder: Path, target: Tree) -> Any:
+def _restore(folder: AnyPath, target: Tree, concurrent_gb: float) -> Any:
     if not folder.is_dir():
         raise ValueError(f"{folder.parent} is no checkpoint: it has no folder {folder.name!r}")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    quieten_orbax()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=concurrent_gb)) as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata
         if stored is None:
             raise ValueError(f"{folder} is damaged: it has no _METADATA; use another step of this run")
@@ -171,10 +197,15 @@ def _restore(folder: Path, target: Tree) -> Any:
         try:
             return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
         except Exception as error:  # of many kinds, by what is broken
+            if "more bytes than we reserved" in str(error):
+                raise ValueError(
+                    f"{folder} holds arrays of which a device needs more at once than "
+                    f"checkpoint.restore_concurrent_gb={concurrent_gb:g} allows ({_first_line(error)}); raise it"
+                ) from error
             raise ValueError(f"{folder} is damaged: {_first_line(error)}; use another step of this run") from error
 
 
-def _check_fit(folder: Path, stored: Tree, wanted: Tree) -> None:
+def _check_fit(folder: AnyPath, stored: Tree, wanted: Tree) -> None:
     lines = [f"  {name}: not in the checkpoint" for name in wanted if name not in stored]
     lines += [f"  {name}: not in the model" for name in stored if name not in wanted]
     lines += [
@@ -189,9 +220,9 @@ def _check_fit(folder: Path, stored: Tree, wanted: Tree) -> None:
         )
 
 
-def _eval_loss(step_folder: Path) -> float | None:
+def _eval_loss(step_folder: AnyPath) -> float | None:
     file = step_folder / "metrics" / "metrics"
-    return json.loads(file.read_text())["loss"] if file.is_file() else None
+    return json.loads(file.read_bytes())["loss"] if file.is_file() else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -202,6 +233,10 @@ def _loss_of(metrics: Tree) -> float:
     return metrics["loss"]
 
 
-def _drop_orbax(record: logging.LogRecord) -> bool:
-    """Keeps orbax from printing each failure a dozen times from its threads: `Store` raises it once."""
+def quieten_orbax() -> None:
+    """Keeps orbax from printing each failure a dozen times from its threads, besides raising it once."""
+    logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname

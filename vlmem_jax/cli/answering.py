@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a workdir of `vlmem train` or a folder made by `vlmem convert`",
+        help="a workdir of `vlmem train` or a folder made by `vlmem convert`, on a disk or gs://",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer, tokens (%(default)s)"

@@ -1,14 +1,14 @@
 """Converts a checkpoint: a Hugging Face folder of InternVL2 or CoMemo (config.json, safetensors, tokenizer files) to
 ours, or any of ours (a workdir, a stage, a step, a converted folder) to a Hugging Face folder. SOURCE decides which.
 
-Memory follows the size of a layer, not of the model. TARGET is a new folder; it appears whole or not at all.
+Memory follows the size of a layer, not of the model. TARGET is a new folder; it appears whole or not at all. A
+checkpoint of ours may lie in a bucket (gs://BUCKET/...).
 A plain InternVL2 checkpoint gets fresh memory blocks with --config.model.memory=comemo.
 """
 
 import argparse
 import re
 import sys
-from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -19,6 +19,7 @@ from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import build, override, to_dict
 from vlmem_jax.hub.convert import SHARD_BYTES, Summary, export_folder, import_folder, released
 from vlmem_jax.models import presets
+from vlmem_jax.paths import AnyPath, as_path
 from vlmem_jax.processing.images import ImageConfig
 
 EXAMPLE = "vlmem convert CoMemo-2B checkpoints/comemo-2b\n  vlmem convert runs/mine CoMemo-2B-mine --dtype bfloat16"
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = Path(args.source)
+    source = as_path(args.source)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("converting", total=None)
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(args: argparse.Namespace, source: Path):
+def _wanted(args: argparse.Namespace, source: AnyPath):
     """The model and image config that the line asks for; None for what config.json says."""
     experiment = args.experiment
     if experiment is None and args.overrides:
@@ -84,10 +85,10 @@ def _wanted(args: argparse.Namespace, source: Path):
     return presets.resolve(wanted["model"]), build(ImageConfig, wanted["image"], "config.image")
 
 
-def _is_ours(source: Path) -> bool:
+def _is_ours(source: AnyPath) -> bool:
     if not source.is_dir() or ((source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file()):
         return False
-    return any((folder / MODEL_FILE).is_file() for folder in (source, *source.absolute().parents[:2]))
+    return any((folder / MODEL_FILE).is_file() for folder in (source, *source.parents[:2]))
 
 
 def _describe(summary: Summary) -> str:

@@ -22,7 +22,7 @@ COMMANDS = {
 }
 """Name and help line; the module of a command is vlmem_jax.cli.<name>, imported when the command is run."""
 
-EXTRAS = {"av": "video", "sklearn": "demo"}
+EXTRAS = {"av": "video", "gcsfs": "gcs", "sklearn": "demo"}
 """Optional package -> the extra of ours that installs it."""
 
 

@@ -6,13 +6,13 @@ import json
 import os
 import time
 import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from vlmem_jax.data import hosts
 from vlmem_jax.data.plan import Plan
+from vlmem_jax.paths import AnyPath, as_path, write_whole
 
 VERSION = 1
 """Of the file and of the way to pack: a change of either makes older files of no use."""
@@ -32,7 +32,7 @@ def store(plan: Plan, folder: str | os.PathLike, rows: int | None = None) -> str
     """
     config, content = _config(plan), _content(plan)
     _check_hosts(config, content)
-    file = Path(folder) / f"{_digest(config)[:16]}.plan"
+    file = as_path(folder) / f"{_digest(config)[:16]}.plan"
     plan.samples.plan_file = str(file)
     reason = _load(plan, file, content)
     before, start = len(plan), time.perf_counter()
@@ -44,22 +44,15 @@ def store(plan: Plan, folder: str | os.PathLike, rows: int | None = None) -> str
     error = ""
     if jax.process_index() == 0:
         try:
-            _write(file, _frame(content, plan.dump()))
+            write_whole(file, _frame(content, plan.dump()))
         except OSError as problem:  # the others must not go on alone
-            error = f"the pack plan cannot be kept in {file}: {problem.strerror}"
+            error = f"the pack plan cannot be kept in {file}: {problem.strerror or problem}"
     if error := hosts.broadcast(error.encode()).decode():
         raise OSError(error)
     return f"the pack plan was made in {seconds:.1f} s and kept in {file}: {reason or f'it had {before} rows'}"
 
 
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # another run may keep the same plan
-    unfinished.write_bytes(content)
-    os.replace(unfinished, file)
-
-
-def _load(plan: Plan, file: Path, content: dict[str, str]) -> str | None:
+def _load(plan: Plan, file: AnyPath, content: dict[str, str]) -> str | None:
     """Restores the plan, on all hosts, from the file that host 0 finds, or says why not."""
     reason, stored = _read(file, content) if jax.process_index() == 0 else (None, b"")
     reason, stored = _unframe(hosts.broadcast(_frame(reason, stored)))
@@ -68,7 +61,7 @@ def _load(plan: Plan, file: Path, content: dict[str, str]) -> str | None:
     return reason
 
 
-def _read(file: Path, content: dict[str, str]) -> tuple[str | None, bytes]:
+def _read(file: AnyPath, content: dict[str, str]) -> tuple[str | None, bytes]:
     """Why the file is of no use, or what it holds."""
     try:
         old, stored = _unframe(file.read_bytes())

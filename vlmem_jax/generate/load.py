@@ -1,7 +1,7 @@
 """A model and its processor from a folder: a workdir of training, a converted checkpoint, or a Hugging Face folder."""
 
 import dataclasses
-from pathlib import Path
+import os
 
 import jax
 from jax.sharding import Mesh
@@ -39,7 +39,7 @@ class LoadedModel:
         )
 
 
-def load_model(path: str | Path, mesh: MeshConfig = MeshConfig()) -> LoadedModel:
+def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> LoadedModel:
     """The newest checkpoint at `path`, its parameters in the compute dtype and sharded over `mesh`.
 
     Raises ValueError if there is none, or it does not fit its own config.

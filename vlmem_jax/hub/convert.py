@@ -25,6 +25,7 @@ from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.models import VLM, ModelConfig, presets
 from vlmem_jax.models.vlm import Params
+from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
 from vlmem_jax.processing.images import ImageConfig
 
 RELEASED_CONFIG = "released_config.json"
@@ -38,7 +39,7 @@ Progress = Callable[[int, int], None]
 class Summary:
     """What a conversion did."""
 
-    folder: Path
+    folder: AnyPath
     parameters: int
     nbytes: int
     fresh: tuple[str, ...] = ()
@@ -58,14 +59,14 @@ def import_folder(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
-    """Converts the Hugging Face folder `source` into a new checkpoint folder `target`, dtypes kept.
+    """Converts the Hugging Face folder `source` into a new checkpoint folder `target`, on a disk or gs://, dtypes kept.
 
     model, image: what to make of it (default: what its config.json says). A model with memory blocks may start from a
     checkpoint without, and one with a larger vocabulary from a smaller one; `seed` is that of what is made new.
     Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at all.
     """
-    source = Path(source)
     tensors, content, found = _open(source)
+    source = Path(source)
     tokenizer = TokenizerFiles.of(source)
     if model is None:
         vocab = max(found.model.decoder.vocab, tokenizer.new_size)
@@ -78,12 +79,12 @@ def import_folder(
     leaves, fresh, new_rows = _leaves(VLM(model), tensors, found.model, seed, source)
     total = sum(leaf.nbytes for leaf in leaves.values())
     with whole_folder(target, total) as folder:
-        orbax_io.write_leaves(folder / "0" / "params", leaves, lambda done: progress(done, total))
+        orbax_io.write_leaves(folder / "0", leaves, lambda done: progress(done, total))
         tokenizer.copy(folder / TOKENIZER_FOLDER)
         about = {"model": to_dict(model), "image": to_dict(image or found.image)}
         about |= {"template": found.template, "system": None}
-        _write_json(folder / MODEL_FILE, about)
         _write_json(folder / RELEASED_CONFIG, content)
+        _write_json(folder / MODEL_FILE, about)  # last: without it, a folder is no checkpoint
     return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added)
 
 
@@ -95,9 +96,8 @@ def load_folder(
     shardings: a tree like `vlm.abstract()`. dtype: of all parameters (default: as stored). See `import_folder` for what
     may be missing, and for what raises ValueError.
     """
-    source = Path(source)
     tensors, _, found = _open(source)
-    leaves = _leaves(vlm, tensors, found.model, seed, source)[0]
+    leaves = _leaves(vlm, tensors, found.model, seed, Path(source))[0]
     where = flat(shardings)
     return nested({path: leaf.array(where[path], dtype) for path, leaf in leaves.items()})
 
@@ -110,10 +110,12 @@ def export_folder(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
-    """Writes a checkpoint (workdir, stage, step or converted folder) as a new Hugging Face folder `target`.
+    """Writes a checkpoint (workdir, stage, step or converted folder) as a new Hugging Face folder `target` on a disk.
 
     dtype: float32, bfloat16 or float16 (default: as stored). `target` appears whole or not at all.
     """
+    if is_remote(target):
+        raise ValueError(f"a folder in the Hugging Face layout is written to a disk; got {target}")
     checkpoint = find(source)
     about = checkpoint.model
     model = presets.resolve(about["model"])
@@ -158,10 +160,13 @@ def _assign(rule, tensors: Mapping[str, np.ndarray], slab: np.ndarray, start: in
 
 def released(source: str | os.PathLike) -> Released:
     """What a Hugging Face folder says of its model. Raises ValueError naming what is missing or not supported."""
-    return _open(Path(source))[2]
+    return _open(source)[2]
 
 
-def _open(folder: Path) -> tuple[Tensors, dict, Released]:
+def _open(source: str | os.PathLike) -> tuple[Tensors, dict, Released]:
+    if is_remote(source):
+        raise ValueError(f"a folder in the Hugging Face layout must lie on a disk; got {source}")
+    folder = Path(source)
     if not folder.is_dir():
         raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
     if not (folder / CONFIG_FILE).is_file():
@@ -241,7 +246,7 @@ def _check_settings(config: ModelConfig, released: ModelConfig, source: Path) ->
         raise ValueError(f"the model differs from {source / CONFIG_FILE}; change one of the two:\n  {lines}")
 
 
-def _check_leaves(wanted: Mapping[str, tuple], stored: Mapping[str, Leaf], folder: Path) -> None:
+def _check_leaves(wanted: Mapping[str, tuple], stored: Mapping[str, Leaf], folder: AnyPath) -> None:
     lines = [f"missing: {path}" for path in wanted if path not in stored]
     lines += [f"unknown: {path}" for path in stored if path not in wanted]
     lines += [
@@ -254,14 +259,22 @@ def _check_leaves(wanted: Mapping[str, tuple], stored: Mapping[str, Leaf], folde
 
 
 @contextlib.contextmanager
-def whole_folder(target: str | os.PathLike, nbytes: int) -> Iterator[Path]:
+def whole_folder(target: str | os.PathLike, nbytes: int) -> Iterator[AnyPath]:
     """A folder to write into that gets its name `target` when the block ends well; otherwise nothing stays.
 
-    Raises ValueError if `target` is in use, OSError if the disk has no room for `nbytes`.
+    In a bucket, where nothing can be renamed, it is `target` itself. Raises ValueError if `target` is in use, OSError
+    if the disk has no room for `nbytes`.
     """
-    target = Path(target).absolute()
+    target = as_path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; name a new folder to write to")
+    if is_remote(target):
+        try:
+            yield target
+        except BaseException:
+            target.rmtree(missing_ok=True)
+            raise
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
@@ -278,7 +291,7 @@ def whole_folder(target: str | os.PathLike, nbytes: int) -> Iterator[Path]:
 
 def _summary(target: str | os.PathLike, leaves: Mapping[str, Leaf], **more) -> Summary:
     parameters = sum(leaf.size for leaf in leaves.values())
-    return Summary(Path(target), parameters, sum(leaf.nbytes for leaf in leaves.values()), **more)
+    return Summary(as_path(target), parameters, sum(leaf.nbytes for leaf in leaves.values()), **more)
 
 
 def _merged(base: dict, top: Mapping) -> dict:
@@ -288,9 +301,9 @@ def _merged(base: dict, top: Mapping) -> dict:
     return base
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: AnyPath) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
@@ -298,5 +311,5 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _write_json(path: Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(path: AnyPath, content: Mapping) -> None:
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

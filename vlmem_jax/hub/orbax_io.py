@@ -4,19 +4,19 @@ orbax by itself holds whole leaves, several times over. Here a leaf is a `Leaf`:
 of that type moves the data slab by slab. What is written restores like any other checkpoint.
 """
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from vlmem_jax.checkpoint.store import quieten_orbax
 from vlmem_jax.hub.leaves import Leaf
 from vlmem_jax.hub.rules import flat, nested
+from vlmem_jax.paths import AnyPath
 
 CHUNK_BYTES = 32 << 20
 """Of a chunk in the file, unless one row of the first axis is more: a layer of a stacked leaf is read alone."""
@@ -24,8 +24,8 @@ SLAB_BYTES = 64 << 20
 """Read or written at once."""
 
 
-def write_leaves(folder: Path, leaves: Mapping[str, Leaf], progress: Callable[[int], None]) -> None:
-    """Writes `folder`, an item of an orbax checkpoint, from path -> leaf; `progress` is told the bytes done so far.
+def write_leaves(step_folder: AnyPath, leaves: Mapping[str, Leaf], progress: Callable[[int], None]) -> None:
+    """Writes the parameters of an orbax checkpoint from path -> leaf; `progress` is told the bytes done so far.
 
     Raises OSError if the disk does not take it.
     """
@@ -33,17 +33,13 @@ def write_leaves(folder: Path, leaves: Mapping[str, Leaf], progress: Callable[[i
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    logging.getLogger("absl").addFilter(_not_orbax)
+    quieten_orbax()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(nested(leaves)))
+        params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(params=params)) as checkpointer:
+            checkpointer.save(step_folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(nested(leaves))))
     finally:
         handler.stop()
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """orbax prints an error from each of its threads, besides raising it."""
-    return "orbax" not in record.pathname
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
@@ -99,8 +95,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 class Stored(Leaf):
     """A leaf of a checkpoint."""
 
-    def __init__(self, folder: Path, path: str):
-        kvstore = {"driver": "ocdbt", "base": folder.absolute().as_uri(), "path": path.replace("/", ".") + "/"}
+    def __init__(self, folder: AnyPath, path: str):
+        kvstore = {"driver": "ocdbt", "base": f"{folder.as_uri()}/", "path": path.replace("/", ".") + "/"}
         self._store = tensorstore.open({"driver": "auto", "kvstore": kvstore}, open=True, read=True).result()
         super().__init__(self._store.shape, self._store.dtype.numpy_dtype)
 
@@ -114,8 +110,9 @@ class Stored(Leaf):
         return super().slabs(rows or chunk * max(SLAB_BYTES // max(chunk_bytes, 1), 1))
 
 
-def read_leaves(folder: Path) -> dict[str, Leaf]:
+def read_leaves(folder: AnyPath) -> dict[str, Leaf]:
     """Every leaf of an item of an orbax checkpoint, by path."""
+    quieten_orbax()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        tree = checkpointer.metadata(folder).item_metadata.tree
     return {path: Stored(folder, path) for path in flat(tree)}

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import os
-import shutil
-from pathlib import Path
 
 import tokenizers
 
+from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from vlmem_jax.processing.tokenizer import Tokenizer
 
@@ -27,14 +26,14 @@ ADDED = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>
 class TokenizerFiles:
     """The tokenizer of `folder`; `added` go behind its `size` ids."""
 
-    folder: Path
+    folder: AnyPath
     size: int = 0
     added: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, folder: str | os.PathLike) -> "TokenizerFiles":
         """Finds out what is missing. A folder without a tokenizer has size 0 and gets none."""
-        folder = Path(folder)
+        folder = as_path(folder)
         if not any((folder / name).is_file() for name in FILES[:2]):
             return cls(folder)
         tokenizer = Tokenizer.load(folder)
@@ -47,23 +46,20 @@ class TokenizerFiles:
         """The smallest vocabulary a model may have."""
         return self.size + len(self.added)
 
-    def copy(self, target: Path) -> None:
+    def copy(self, target: AnyPath) -> None:
         """Writes the files into the folder `target`."""
-        present = [name for name in FILES if (self.folder / name).is_file()]
-        if present:
-            target.mkdir(exist_ok=True)
-        for name in present:
-            shutil.copyfile(self.folder / name, target / name)
-        if not self.added:
-            return
-        if "tokenizer.json" in present:
-            fast = tokenizers.Tokenizer.from_file(str(target / "tokenizer.json"))
-            fast.add_special_tokens(list(self.added))
-            fast.save(str(target / "tokenizer.json"))
-        path = target / "added_tokens.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        known |= {token: self.size + i for i, token in enumerate(self.added)}
-        path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        present = (name for name in FILES if (self.folder / name).is_file())
+        files = {name: (self.folder / name).read_bytes() for name in present}
+        if self.added:
+            if "tokenizer.json" in files:
+                fast = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+                fast.add_special_tokens(list(self.added))
+                files["tokenizer.json"] = fast.to_str(pretty=True).encode()
+            known = json.loads(files.get("added_tokens.json", b"{}"))
+            known |= {token: self.size + i for i, token in enumerate(self.added)}
+            files["added_tokens.json"] = (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, content in files.items():
+            write_whole(target / name, content)
 
 
 def _has(tokenizer: Tokenizer, token: str) -> bool:

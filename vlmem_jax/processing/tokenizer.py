@@ -6,7 +6,6 @@ Only data files are read; code that a checkpoint brings along is never run.
 import hashlib
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable
 from typing import SupportsIndex
@@ -14,13 +13,15 @@ from typing import SupportsIndex
 import sentencepiece
 import tokenizers
 
+from vlmem_jax.paths import AnyPath, as_path
+
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 
 
 class Tokenizer:
     """Encodes and decodes text; special tokens are recognised in it. Safe to share between threads."""
 
-    def __init__(self, backend: "_FastTokenizer | _SentencePiece", folder: pathlib.Path, settings: dict):
+    def __init__(self, backend: "_FastTokenizer | _SentencePiece", folder: AnyPath, settings: dict):
         self._backend = backend
         self.folder = folder
         self.bos_id = self.id(settings.get("bos_token") or "<s>")
@@ -34,7 +35,7 @@ class Tokenizer:
 
         Raises ValueError naming the folder or file that does not fit.
         """
-        folder = pathlib.Path(folder)
+        folder = as_path(folder)
         settings = _settings(folder)
         if (folder / "tokenizer.json").is_file():
             return cls(_FastTokenizer(folder / "tokenizer.json"), folder, settings)
@@ -104,9 +105,9 @@ class TextStream:
 
 
 class _FastTokenizer:
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: AnyPath):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is no tokenizer: {error}") from error
         self._tokenizer.no_padding()
@@ -127,10 +128,11 @@ class _FastTokenizer:
 class _SentencePiece:
     """sentencepiece knows nothing of added tokens: text is split at them first, pieces between are encoded alone."""
 
-    def __init__(self, folder: pathlib.Path, settings: dict):
+    def __init__(self, folder: AnyPath, settings: dict):
         path = folder / "tokenizer.model"
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(path.read_bytes())
         except Exception as error:  # RuntimeError or OSError, by the kind of damage
             raise ValueError(f"{path} is no sentencepiece model: {error}") from error
         size = self._model.get_piece_size()
@@ -169,22 +171,22 @@ class _SentencePiece:
         return found if self._model.id_to_piece(found) == token else None
 
 
-def _settings(folder: pathlib.Path) -> dict:
+def _settings(folder: AnyPath) -> dict:
     """`tokenizer_config.json`, with token entries given as objects reduced to their text; {} if there is none."""
     settings = _read_json(folder / "tokenizer_config.json")
     return {key: value.get("content", value) if isinstance(value, dict) else value for key, value in settings.items()}
 
 
-def _added_tokens(folder: pathlib.Path, settings: dict) -> dict[str, int]:
+def _added_tokens(folder: AnyPath, settings: dict) -> dict[str, int]:
     decoder = settings.get("added_tokens_decoder") or {}
     return _read_json(folder / "added_tokens.json") | {entry["content"]: int(i) for i, entry in decoder.items()}
 
 
-def _read_json(path: pathlib.Path) -> dict:
+def _read_json(path: AnyPath) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):

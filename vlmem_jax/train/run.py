@@ -1,7 +1,7 @@
 """A whole experiment: its stages one after the other, each from the last checkpoint of the one before."""
 
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, committed_steps
 from vlmem_jax.config import ConfigError
 from vlmem_jax.hub.convert import load_folder
 from vlmem_jax.models import VLM
+from vlmem_jax.paths import AnyPath, as_path
 from vlmem_jax.sharding import make_mesh
 from vlmem_jax.train import workdir as folder
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -21,7 +22,7 @@ from vlmem_jax.train.metrics import Recorder
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.stages import Split, flatten
 
-MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, Path], Task]
+MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, AnyPath], Task]
 
 TASKS: dict[str, MakeTask] = {"next_token": NextToken}
 """`stages.N.task` -> what makes it."""
@@ -29,17 +30,17 @@ TASKS: dict[str, MakeTask] = {"next_token": NextToken}
 
 def run(
     experiment: Experiment,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     only: str | None = None,
     tasks: Mapping[str, MakeTask] = TASKS,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Trains the stages that are not done yet, or the one named `only`, in `workdir`.
+    """Trains the stages that are not done yet, or the one named `only`, in `workdir`, on a disk or gs://.
 
     True when they are done, False if interrupted: calling it again goes on. Raises ValueError for what does not fit
     together, NonFiniteError and CheckpointError from the loop.
     """
-    workdir = Path(workdir).absolute()
+    workdir = as_path(workdir)
     stages = {stage.name: stage for stage in experiment.stages}
     if only is not None and only not in stages:
         raise ConfigError(f"there is no stage {only!r}; the experiment has {', '.join(stages)}")
@@ -61,7 +62,7 @@ def _run_stage(
     stage: StageConfig,
     model: VLM,
     mesh: Mesh,
-    workdir: Path,
+    workdir: AnyPath,
     make_task: MakeTask,
     say: Callable[[str], None],
 ) -> bool:
@@ -78,7 +79,7 @@ def _run_stage(
         say(report)
     before = sum(other.steps for other in experiment.stages[: experiment.stages.index(stage)])
     keep = experiment.checkpoint
-    store = Store(workdir / stage.name, keep.keep_last, keep.keep_best)
+    store = Store(workdir / stage.name, keep.keep_last, keep.keep_best, keep.restore_concurrent_gb)
     try:
         done = fit(
             task,
@@ -99,16 +100,16 @@ def _run_stage(
     return True
 
 
-def _last(workdir: Path, stage: StageConfig) -> int:
+def _last(workdir: AnyPath, stage: StageConfig) -> int:
     steps = committed_steps(workdir / stage.name)
     return steps[-1] if steps else 0
 
 
 def _origin(
-    experiment: Experiment, stage: StageConfig, model: VLM, workdir: Path
+    experiment: Experiment, stage: StageConfig, model: VLM, workdir: AnyPath
 ) -> tuple[Callable[[dict], dict], str]:
     """What gives the parameters of step 0, and its name."""
-    number = experiment.stages.index(stage)
+    number, limit = experiment.stages.index(stage), experiment.checkpoint.restore_concurrent_gb
     if number:
         before = experiment.stages[number - 1]
         if _last(workdir, before) != before.steps:
@@ -117,14 +118,14 @@ def _origin(
                 f"{before.steps} steps are done in {workdir}; run it first, or without --stage"
             )
         step = workdir / before.name / str(before.steps)
-        return (lambda target: load_params(step, target)), f"the end of stage {before.name}"
+        return (lambda target: load_params(step, target, limit)), f"the end of stage {before.name}"
     if experiment.init is None:
         return (lambda target: _random(model, experiment.seed, target)), f"seed {experiment.seed}"
-    source = Path(experiment.init)
+    source = as_path(experiment.init)
     if (source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file():
         return (lambda target: _released(model, source, experiment.seed, target)), str(source)
     step = find(source).step_folder
-    return (lambda target: load_params(step, target)), str(step)
+    return (lambda target: load_params(step, target, limit)), str(step)
 
 
 def _random(model: VLM, seed: int, target: dict) -> dict:
@@ -134,7 +135,7 @@ def _random(model: VLM, seed: int, target: dict) -> dict:
     return make.lower().compile(compiler_options=options)()
 
 
-def _released(model: VLM, source: Path, seed: int, target: dict) -> dict:
+def _released(model: VLM, source: AnyPath, seed: int, target: dict) -> dict:
     params = load_folder(source, model, _places(target), seed=seed)
     return jax.jit(lambda params: _cast(params, target), out_shardings=_places(target), donate_argnums=0)(params)
 

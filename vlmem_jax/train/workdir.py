@@ -2,56 +2,53 @@
 
 import json
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, committed_steps
 from vlmem_jax.config import ConfigError, to_dict
+from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.train.config import Experiment
 
 CHANGEABLE = ("mesh.", "checkpoint.", "log_every", "eval_every", "data.threads", "data.prefetch", "data.plan_folder")
 """Keys that say how a run is carried out, not what it computes: they may differ when it goes on."""
 
 
-def prepare(workdir: Path, experiment: Experiment) -> None:
+def prepare(workdir: str | os.PathLike, experiment: Experiment) -> None:
     """Writes config.json, model.json and the tokenizer into `workdir`.
 
     Raises ConfigError if it holds something else: another experiment (the keys that differ are listed), or a converted
     checkpoint.
     """
-    config = to_dict(experiment)
+    workdir, config = as_path(workdir), to_dict(experiment)
     if (workdir / CONFIG_FILE).is_file():
-        _check_same(workdir, json.loads((workdir / CONFIG_FILE).read_text()), config)
+        _check_same(workdir, json.loads((workdir / CONFIG_FILE).read_bytes()), config)
     elif (workdir / MODEL_FILE).is_file():
         raise ConfigError(
             f"{workdir} holds a checkpoint; start from it with --config.init={workdir}, in another --workdir"
         )
-    if not Path(experiment.tokenizer).is_dir():
+    tokenizer = as_path(experiment.tokenizer)
+    if not tokenizer.is_dir():
         raise ConfigError(
             f"config.tokenizer must be a folder with a tokenizer; there is no folder {experiment.tokenizer!r}"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / TOKENIZER_FOLDER).is_dir():
-        unfinished = workdir / f"{TOKENIZER_FOLDER}.tmp"
-        shutil.copytree(experiment.tokenizer, unfinished, dirs_exist_ok=True, ignore=_not_tokenizer)
-        os.replace(unfinished, workdir / TOKENIZER_FOLDER)
+    for file in tokenizer.iterdir():
+        kept = workdir / TOKENIZER_FOLDER / file.name
+        if _of_tokenizer(file.name) and not kept.exists():
+            write_whole(kept, file.read_bytes())
     _write(workdir / MODEL_FILE, {key: config[key] for key in ("model", "image", "template", "system")})
     _write(workdir / CONFIG_FILE, config)
 
 
-def _not_tokenizer(folder: str, names: list[str]) -> list[str]:
-    """What not to copy: the tokenizer may lie beside weights."""
-    return [name for name in names if not name.endswith((".json", ".model", ".txt")) or name.endswith(".index.json")]
+def _of_tokenizer(name: str) -> bool:
+    """Whether to copy a file: the tokenizer may lie beside weights."""
+    return name.endswith((".json", ".model", ".txt")) and not name.endswith(".index.json")
 
 
-def _write(file: Path, content: dict) -> None:
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(unfinished, file)
+def _write(file: AnyPath, content: dict) -> None:
+    write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _check_same(workdir: Path, old: dict, new: dict) -> None:
+def _check_same(workdir: AnyPath, old: dict, new: dict) -> None:
     """A stage without a checkpoint may still change; everything else must be as it was."""
     started = [stage["name"] for stage in old["stages"] if committed_steps(workdir / stage["name"])]
     if not started:
