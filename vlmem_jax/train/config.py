@@ -29,6 +29,8 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     muon_rms: float = 0.2
     """Root mean square of a Muon update before the learning rate; 0.2 is that of AdamW (arXiv 2502.16982)."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the moments: in bfloat16 they take half the memory, see `optimizer.in_bfloat16`."""
 
     def __post_init__(self):
         for key in ("b1", "b2", "muon_momentum"):
