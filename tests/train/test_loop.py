@@ -1,5 +1,6 @@
 import json
 import signal
+import time
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from tests.train import standin
 from vlmem_jax import sharding
 from vlmem_jax.checkpoint import Store, load_params
 from vlmem_jax.train.config import OptimizerConfig
+from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import NonFiniteError, fit, interruption
-from vlmem_jax.train.metrics import Recorder
+from vlmem_jax.train.profile import ProfileConfig
 from vlmem_jax.train.stages import flatten
 
 
@@ -40,13 +42,13 @@ def train(folder, experiment=None, task=None, mesh=None, until=None):
         places = jax.tree.map(lambda t: t.sharding, target)
         return jax.jit(lambda: task.model.init(jax.random.key(0)), out_shardings=places)()
 
-    def recorder(done, flops):
-        return Recorder(folder, stage.name, stage.steps, done, flops=flops)
-
+    clock = Goodput()
     try:
-        done = fit(task, experiment, stage, mesh, store, recorder, start)
+        done, stopped = fit(task, experiment, stage, mesh, store, folder, start, clock)
     finally:
         store.close()
+        clock.close()
+    assert stopped == (until is not None)
     return done, task
 
 
@@ -63,6 +65,7 @@ def test_the_loss_goes_down_and_everything_is_recorded(tmp_path):
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
     assert last.keys() >= {"loss", "absolute", "grad_norm", "learning_rate", "gate/first", "tokens_per_s", "mfu"}
     assert last["fill"] == 0.75
+    assert 0 < last["goodput"] < 1 and last["seconds/compile"] > 0 and last["seconds/evaluation"] > 0
     assert task.evaluations == 15 and task.closed
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -167,6 +170,49 @@ def test_the_second_ctrl_c_ends_the_program():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_waiting_for_data_is_told_from_training(tmp_path):
+    experiment = standin.experiment(steps=8)
+    task = standin.Task(experiment, experiment.stages[0], None, mesh_of(1, 1, 1))
+    work = task.work
+
+    def slow(step, params):
+        time.sleep(0.2)
+        return work(step, params)
+
+    task.work = slow
+    train(tmp_path, experiment, task)
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-2]
+    assert 1.2 < last["seconds/input_wait"] <= 2.0, "1.6 s are slept, and the numbers themselves take a moment"
+    assert last["seconds/step"] < 0.6
+
+
+def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path, capsys):
+    train(tmp_path, standin.experiment(steps=7, profile=ProfileConfig(first_step=3, steps=2)))
+    (trace,) = (tmp_path / "profile" / "only" / "plugins" / "profile").glob("*/*.xplane.pb")
+    events = (
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    )
+    assert {dict(event.stats)["step_num"] for event in events} == {3, 4}
+    assert "a trace from step 3 on is in profile/only of the workdir" in capsys.readouterr().out
+
+
+def test_a_profile_of_steps_that_are_over_says_so(tmp_path, capsys):
+    train(tmp_path, standin.experiment(steps=2, profile=ProfileConfig(first_step=3)))
+    assert "no trace was taken: steps 3 to 5 were not among those done now" in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists()
+
+
+def test_each_step_names_its_samples(tmp_path):
+    train(tmp_path, standin.experiment(steps=3, log_samples=True))
+    lines = [json.loads(line) for line in (tmp_path / "samples" / "0.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [("only", 1), ("only", 2), ("only", 3)]
+    assert lines[1]["samples"] == [f"numbers.jsonl:{row}" for row in range(8, 16)]
 
 
 def test_the_program_is_compiled_once_a_stage(tmp_path):

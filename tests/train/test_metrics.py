@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import struct
@@ -6,7 +7,10 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from tests.train import standin
 from vlmem_jax.train import metrics
+from vlmem_jax.train.config import StageConfig
+from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.metrics import Recorder, Terminal
 
 COUNTS = {"tokens": 60, "images": 3, "tiles": 5, "slots": 80}
@@ -21,16 +25,25 @@ def clock(monkeypatch):
     return now
 
 
+def recorder_of(folder, steps=10, log_every=1, done=0, flops=0, before=1):
+    """The recorder of stage `s`, and its clock."""
+    stages = StageConfig("earlier", before, 0.1), StageConfig("s", steps, 0.1)
+    experiment = dataclasses.replace(standin.experiment(log_every=log_every), stages=stages)
+    clock = Goodput()
+    return Recorder(folder, experiment, stages[1], done, flops, clock), clock
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_rates_are_those_of_the_steps_since_the_last_record(tmp_path, clock):
-    recorder = Recorder(tmp_path, "s", 10, log_every=2, flops=200)
+    recorder, spending = recorder_of(tmp_path, log_every=2, flops=200)
     for step in range(1, 7):
-        clock[0] += 0.5
+        with spending.spent("step"):
+            clock[0] += 0.5
         if step == 5:
-            with recorder.pause():
+            with spending.spent("evaluation"):
                 clock[0] += 30
         recorder.step(step, {"loss": float(step)}, COUNTS)
     recorder.close()
@@ -40,20 +53,23 @@ def test_rates_are_those_of_the_steps_since_the_last_record(tmp_path, clock):
         assert record["tokens_per_s"] == 120 and record["images_per_s"] == 6 and record["tiles_per_s"] == 10
         assert record["mfu"] == pytest.approx(200 * 2 / 1000)
         assert record["fill"] == 0.75
+    assert others[-1]["seconds/step"] == 3 and others[-1]["seconds/evaluation"] == 30
+    assert others[-1]["goodput"] == pytest.approx(3 / 33)
 
 
 def test_the_last_step_is_always_recorded(tmp_path, clock):
-    recorder = Recorder(tmp_path, "s", 3, log_every=100)
+    recorder, _ = recorder_of(tmp_path, steps=3, log_every=100)
     for step in (1, 2, 3):
+        clock[0] += 1
         recorder.step(step, {"loss": 1.0}, COUNTS)
     recorder.close()
     assert [record["step"] for record in records(tmp_path)] == [3]
 
 
 def test_going_on_forgets_what_was_not_saved(tmp_path):
-    lines = [{"stage": "a", "step": 4}, {"stage": "b", "step": 1}, {"stage": "b", "step": 2}, {"stage": "b", "step": 3}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "b", "st')
-    Recorder(tmp_path, "b", 10, done=2).close()
+    lines = [{"stage": "a", "step": 4}, {"stage": "s", "step": 1}, {"stage": "s", "step": 2}, {"stage": "s", "step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "s", "st')
+    recorder_of(tmp_path, done=2)[0].close()
     assert records(tmp_path) == lines[:3]
 
 
@@ -74,7 +90,7 @@ def test_a_bar_in_a_terminal():
 
 
 def test_tensorboard_gets_every_number(tmp_path):
-    recorder = Recorder(tmp_path, "s", 10, done=3, before=100)
+    recorder, _ = recorder_of(tmp_path, done=3, before=100)
     recorder.write(4, {"loss": 2.5, "gate/attn/1": 0.125})
     recorder.close()
     data, events = next((tmp_path / "tensorboard").iterdir()).read_bytes(), []

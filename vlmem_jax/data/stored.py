@@ -31,7 +31,8 @@ def store(plan: Plan, folder: str | os.PathLike, rows: int | None = None) -> str
     see the same data and config; OSError if the file cannot be written.
     """
     config, content = _config(plan), _content(plan)
-    _check_hosts(config, content)
+    hosts.require_same("hosts must have the same data files and tokenizer", content)
+    hosts.require_same("hosts must run the same config", config)
     file = as_path(folder) / f"{_digest(config)[:16]}.plan"
     plan.samples.plan_file = str(file)
     reason = _load(plan, file, content)
@@ -95,22 +96,6 @@ def _content(plan: Plan) -> dict[str, str]:
     return {file.path: file.digest for file in plan.samples.files} | {
         "the tokenizer": plan.samples.processor.tokenizer.digest()
     }
-
-
-def _check_hosts(config: dict[str, Any], content: dict[str, str]) -> None:
-    """Raises ValueError on every host, naming hosts and files, if they do not agree."""
-    first, *others = [json.loads(part) for part in hosts.gather(json.dumps([config, content]).encode())]
-    for host, (its_config, its_content) in enumerate(others, 1):
-        keys = [key for key in first[0] if its_config[key] != first[0][key]]
-        if keys or its_content.keys() != first[1].keys():
-            raise ValueError(
-                f"hosts must run the same config, but {', '.join(keys)} of host {host} is not as on host 0"
-            )
-        files = [name for name in first[1] if its_content[name] != first[1][name]]
-        if files:
-            raise ValueError(
-                f"hosts must see the same data files, but {', '.join(files)} of host {host} is not as on host 0"
-            )
 
 
 def _digest(value: Any) -> str:

@@ -44,8 +44,8 @@ def joined(
         _later(LEAVING_SECONDS, lambda: _leave(code))
         if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
             raise SystemExit(
-                "error: another process of this run has ended or cannot be reached; its output says why. Start all "
-                "again: the run goes on from its last checkpoint"
+                "error: another process of this run has ended or cannot be reached; its output may say why. Start all "
+                f"again: the run goes on from its last checkpoint ({str(error).splitlines()[0]})"
             ) from error
         raise
     jax.distributed.shutdown()

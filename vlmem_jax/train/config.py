@@ -4,14 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlmem_jax.checkpoint import CheckpointConfig
-from vlmem_jax.config import build, to_dict
+from vlmem_jax.config import ConfigError, build, to_dict
 from vlmem_jax.data.config import DataConfig
 from vlmem_jax.models import ModelConfig, presets
 from vlmem_jax.processing.images import ImageConfig
-from vlmem_jax.sharding import MeshConfig
+from vlmem_jax.sharding import MeshConfig, batch_shards
+from vlmem_jax.train.profile import ProfileConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,8 @@ class StageConfig:
     frozen: tuple[str, ...] = ()
     """Regular expressions that take parameters out of `trainable` again."""
     accumulation: int = 1
-    """Parts that the rows of a step are cut into, worked on one after the other to save memory."""
+    """Parts that the rows of a step are cut into, worked on one after the other to save memory; 0: as many as leave
+    each device one row at a time."""
     task: str = "next_token"
     """What is learned: a name of train.run.TASKS."""
     optimizer: OptimizerConfig | None = None
@@ -70,8 +73,8 @@ class StageConfig:
     """In place of the experiment's."""
 
     def __post_init__(self):
-        if self.steps < 1 or self.accumulation < 1:
-            raise ValueError(f"steps and accumulation must be at least 1, got {self.steps} and {self.accumulation}")
+        if self.steps < 1 or self.accumulation < 0:
+            raise ValueError(f"steps must be at least 1, accumulation 0; got {self.steps} and {self.accumulation}")
         if not self.name or set(self.name) & set("/\\.") or self.name.isdigit():
             raise ValueError(f"name becomes a folder: letters, digits, - and _, not digits alone; got {self.name!r}")
         for key in ("final_fraction", "warmup_fraction"):
@@ -102,6 +105,9 @@ class Experiment:
     """Steps between evaluations on data.eval; the last step of a stage is always evaluated."""
     log_every: int = 10
     """Steps between records of metrics."""
+    log_samples: bool = False
+    """Whether each host writes the samples of every step to WORKDIR/samples."""
+    profile: ProfileConfig = ProfileConfig()
     loss_chunk: int = 1024
     """Tokens of a row whose logits exist at the same time."""
 
@@ -119,10 +125,35 @@ class Experiment:
             )
         for stage in self.stages:
             rows = self.data_of(stage).rows
-            if rows % stage.accumulation:
+            if stage.accumulation and rows % stage.accumulation:
                 raise ValueError(
                     f"data.rows {rows} must be a multiple of stages.{stage.name}.accumulation {stage.accumulation}"
                 )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises ConfigError, naming the keys, where rows, tokens, tiles or heads cannot be split over `mesh`."""
+        shape, rows_split = mesh.shape, batch_shards(mesh)
+        context, heads_split = shape["context"], shape["tensor"] * shape["context"]
+        if self.model.decoder.heads % heads_split:
+            raise ConfigError(
+                f"mesh.tensor x mesh.context = {heads_split} must divide model.decoder.heads {self.model.decoder.heads}"
+            )
+        for stage in self.stages:
+            data = self.data_of(stage)
+            at_once = data.rows // self.parts(stage, mesh)
+            if at_once % rows_split:
+                raise ConfigError(
+                    f"mesh.data x mesh.fsdp = {rows_split} must divide the {at_once} rows of a batch that stage "
+                    f"{stage.name} works on at a time; change data.rows {data.rows}, "
+                    f"stages.{stage.name}.accumulation {stage.accumulation} or the mesh"
+                )
+            for key in ("pack_tokens", "pack_tiles"):
+                if getattr(data, key) % context:
+                    raise ConfigError(f"mesh.context={context} must divide data.{key} {getattr(data, key)}")
+
+    def parts(self, stage: StageConfig, mesh: Mesh) -> int:
+        """Parts that a stage's rows are cut into on `mesh`, worked on one after the other."""
+        return stage.accumulation or max(self.data_of(stage).rows // batch_shards(mesh), 1)
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """Data of a stage."""

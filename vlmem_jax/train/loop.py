@@ -15,10 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from vlmem_jax.checkpoint import Store
+from vlmem_jax.compiler import options
+from vlmem_jax.data import hosts
+from vlmem_jax.paths import AnyPath, Mirror
 from vlmem_jax.sharding import batch_sharding, param_shardings
 from vlmem_jax.train.config import Experiment, StageConfig
-from vlmem_jax.train.metrics import Recorder
+from vlmem_jax.train.goodput import Goodput
+from vlmem_jax.train.metrics import Recorder, SampleLog
 from vlmem_jax.train.optimizer import make_optimizer, make_schedule
+from vlmem_jax.train.profile import Profile
 from vlmem_jax.train.stages import Flat, Split, flatten, storage, unflatten
 from vlmem_jax.train.step import TrainState, init_state, make_step, state_shardings
 
@@ -91,46 +96,70 @@ def fit(
     stage: StageConfig,
     mesh: Mesh,
     store: Store,
-    recorder: Callable[[int, int], Recorder],
+    workdir: AnyPath,
     start: Callable[[dict], dict],
-) -> int:
+    clock: Goodput,
+) -> tuple[int, bool]:
     """Trains one stage from its newest checkpoint, if it has one, to its last step; gives the steps done.
 
-    `start(target)` gives the parameters of step 0 in the shapes, dtypes and shardings of `target`;
-    `recorder(done, flops)` makes the recorder. On SIGTERM and Ctrl-C the step is finished and saved,
-    and fewer steps are done. Raises NonFiniteError and CheckpointError; the last checkpoint is then as it was.
+    `start(target)` gives the parameters of step 0 in the shapes, dtypes and shardings of `target`; `clock` learns where
+    the time goes. On SIGTERM and Ctrl-C, at any one of the hosts, all of them finish and save the same step, and the
+    second result is True. Raises NonFiniteError and CheckpointError; the last checkpoint is then as it was.
     """
     with jax.set_mesh(mesh), interruption() as interrupted, contextlib.ExitStack() as closing:
         program = Program(task, experiment, stage, mesh)
         closing.callback(task.close)
         step = store.latest() or 0
+        files = closing.enter_context(Mirror(workdir, ["metrics.jsonl", f"samples/{jax.process_index()}.jsonl"]))
+        records = Recorder(files.local, experiment, stage, step, task.flops(program.split.trainable), clock)
+        closing.callback(records.close)
+        profile = Profile(experiment.profile, files.local / "profile" / stage.name, records.say)
+        closing.callback(profile.close)
+        samples = SampleLog(files.local, stage.name) if experiment.log_samples else None
         if step:
-            state, frozen, saved = program.restore(store, step)
-            task.restore(saved)
+            with clock.spent("checkpoint"):
+                state, frozen, saved = program.restore(store, step)
+                task.restore(saved)
         else:
             state, frozen = program.begin(start)
-        records = recorder(step, task.flops(program.split.trainable))
-        closing.callback(records.close)
-        replicated = NamedSharding(mesh, PartitionSpec())
+        closing.enter_context(clock.spent("step"))
+        alone = jax.process_count() == 1
+        ask_all = None if alone else any_host(mesh)
+        compiled: jax.stages.Compiled | None = None
+        stopping = False
         in_flight: tuple[int, Work, dict] | None = None
 
         def settle() -> None:
             """Reads the numbers of the step in flight; that waits for it."""
-            nonlocal in_flight
+            nonlocal in_flight, stopping
             if in_flight is not None:
                 done, work, metrics = in_flight
                 in_flight = None
                 values = {key: value.item() for key, value in jax.device_get(metrics).items()}
                 if not values.pop("finite"):
                     raise NonFiniteError(_non_finite(stage, done, values, work, store.latest()))
+                stopping |= values.pop("stop", False)
+                if samples is not None:
+                    samples.write(done, work.sample_ids)
                 records.step(done, values, work.counts)
 
-        stopping = False
         while step < stage.steps and not stopping:
-            with jax.transfer_guard("disallow"):
-                work = task.work(step, unflatten({**frozen, **state.params}))
-                denominator = jax.device_put(np.float32(work.denominator), replicated)
-                state, metrics = program.step(state, frozen, work.batch, denominator)
+            if profile.due(step + 1):
+                settle()
+                with clock.spent("other"):
+                    profile.switch()
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                with clock.input_wait():
+                    work = task.work(step, unflatten({**frozen, **state.params}))
+                denominator = _everywhere(np.float32(work.denominator), program.replicated)
+                if compiled is None:
+                    with clock.spent("compile"):
+                        compiled = program.step.lower(state, frozen, work.batch, denominator).compile()
+                        hosts.meet("compiled")  # collectives on CPU do not wait long for a host that compiles slower
+                state, metrics = compiled(state, frozen, work.batch, denominator)
+                if ask_all is not None:
+                    metrics["stop"] = ask_all(interrupted.is_set())
+                clock.started(metrics)
                 settle()
                 step += 1
                 in_flight = step, work, metrics
@@ -138,17 +167,19 @@ def fit(
             scores = {}
             if step % experiment.eval_every == 0 or step == stage.steps:
                 settle()
-                with records.pause():
+                with clock.spent("evaluation"):
                     scores = task.evaluate(unflatten({**frozen, **state.params}))
                 if scores:
                     records.write(step, {f"eval/{name}": value for name, value in scores.items()})
-            stopping = interrupted.is_set()
+            stopping |= alone and interrupted.is_set()
             if step % experiment.checkpoint.every == 0 or step == stage.steps or stopping:
                 settle()
-                with records.pause():
+                with clock.spent("checkpoint"):
+                    files.send()  # first: a run that goes on from this checkpoint has the records before it
                     program.save(store, step, state, frozen, task.state(), scores.get("loss"))
-        store.wait()
-        return step
+        with clock.spent("checkpoint"):
+            store.wait()
+        return step, stopping
 
 
 class Program:
@@ -164,8 +195,8 @@ class Program:
         self.optimizer = make_optimizer(optimizer_config, schedule, axes)
         trainable, _ = self.split.part(self.held)
         shapes = jax.eval_shape(lambda params: init_state(params, self.optimizer), trainable)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        places = state_shardings(shapes, shardings, replicated)
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        places = state_shardings(shapes, shardings, self.replicated)
         self.state = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
         )
@@ -181,8 +212,9 @@ class Program:
         self.step = jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(places, self.split.part(shardings)[1], batch_sharding(mesh, leading=1), replicated),
-            out_shardings=(places, replicated),
+            in_shardings=(places, self.split.part(shardings)[1], batch_sharding(mesh, leading=1), self.replicated),
+            out_shardings=(places, self.replicated),
+            compiler_options=options(mesh),
         )
 
     def begin(self, start: Callable[[dict], dict]) -> tuple[TrainState, Flat]:
@@ -198,7 +230,7 @@ class Program:
         trainable, frozen = self.split.part(flatten(params))
         saved = flatten(train)
         optimizer = jax.tree.map_with_path(lambda path, _: saved[_name(path)], self.state.optimizer)
-        state = TrainState(jax.device_put(jnp.int32(step), self.state.step.sharding), trainable, optimizer)
+        state = TrainState(_everywhere(np.int32(step), self.state.step.sharding), trainable, optimizer)
         return state, frozen, meta["task"]
 
     def save(
@@ -241,6 +273,25 @@ def interruption() -> Iterator[threading.Event]:
         yield event
     finally:
         restore()
+
+
+def any_host(mesh: Mesh) -> Callable[[bool], Array]:
+    """Asks all hosts whether any of them says yes, as work for the devices: nobody waits before the answer is read."""
+    everyone = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def say(yes: bool) -> Array:
+        words = [jax.device_put(np.array([yes]), device) for device in everyone.addressable_devices]
+        return jax.make_array_from_single_device_arrays((mesh.size,), everyone, words)
+
+    words = say(False), say(True)
+    answer = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda yes: answer(words[yes])
+
+
+def _everywhere(value: np.generic, replicated: NamedSharding) -> Array:
+    """A number on all devices, without the comparison between hosts that device_put makes."""
+    copies = [jax.device_put(value, device) for device in replicated.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), replicated, copies)
 
 
 def _non_finite(stage: StageConfig, step: int, values: dict[str, float], work: Work, last: int | None) -> str:

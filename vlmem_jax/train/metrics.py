@@ -1,8 +1,8 @@
-"""What a run reports: metrics.jsonl, TensorBoard, and a progress bar (plain lines where there is no terminal).
+"""What a run reports: metrics.jsonl, TensorBoard, a progress bar (plain lines where there is no terminal), its samples.
 
 MFU is useful FLOPs a second over the peak of all devices: `models.flops.train_flops`, that is forward and backward pass
-of the padded program without recomputation, and for frozen parts no weight gradients. Seconds include waiting for data,
-not evaluation and saving.
+of the padded program without recomputation, and for frozen parts no weight gradients. Rates count the seconds of steps
+and of waiting for data, not those of compiling, evaluation and saving.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.goodput import Goodput
 
 PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
@@ -54,49 +57,46 @@ def _measured_peak(size: int = 1024, tries: int = 5) -> float:
 
 
 class Recorder:
-    """Takes the numbers of each step of one stage, and writes those of every `log_every`-th.
+    """Takes the numbers of each step of one stage, and writes those of every `log_every`-th, with the clock's.
 
-    `before`: steps of all earlier stages, so that curves in TensorBoard join. `done`: steps of this stage that are
-    behind us; records of later ones, left by a run that was killed, are dropped. On hosts other than the first nothing
-    is written.
+    `done`: steps of this stage that are behind us; records of later ones, left by a run that was killed, are dropped.
+    `flops`: of a step. On hosts other than the first nothing is written.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        stage: str,
-        steps: int,
-        done: int = 0,
-        before: int = 0,
-        log_every: int = 1,
-        flops: int = 0,
+        self, workdir: Path, experiment: Experiment, stage: StageConfig, done: int, flops: int, clock: Goodput
     ):
-        self._stage, self._steps, self._before, self._log_every, self._flops = stage, steps, before, log_every, flops
+        self._stage, self._steps, self._log_every, self._flops = stage.name, stage.steps, experiment.log_every, flops
+        # curves of the stages join in TensorBoard
+        self._before = sum(other.steps for other in experiment.stages[: experiment.stages.index(stage)])
         self._peak = peak_flops() if flops else None
         self._window: list[dict[str, int]] = []
-        self._clock: float | None = None
+        self._clock, self._trained = clock, 0.0
+        self._seen_first = False
         self._writes = jax.process_index() == 0
         if self._writes:
             file = workdir / "metrics.jsonl"
-            _forget(file, stage, done)
+            _forget(file, stage.name, done)
             self._file = file.open("a")
-            self._board = Board(workdir / "tensorboard", before + done + 1)
-            self._terminal = Terminal(stage, steps, done)
+            self._board = Board(workdir / "tensorboard", self._before + done + 1)
+            self._terminal = Terminal(stage.name, stage.steps, done)
 
     def step(self, step: int, values: dict[str, float], counts: dict[str, int]) -> None:
         """Numbers of the step that makes `step` steps done. `counts`: tokens, images, tiles, slots of its batch."""
-        now = time.perf_counter()
-        if self._clock is None:  # the first step has also compiled: time runs from its end
-            self._clock = now
-        else:
+        seconds = self._clock.seconds()
+        trained = seconds["step"] + seconds["input_wait"]
+        if self._seen_first:
             self._window.append(counts)
+        else:  # the first step waits for the data to start: rates begin with its end
+            self._seen_first, self._trained = True, trained
         if step % self._log_every and step != self._steps:
             return
-        record = {**values, **self._rates(now - self._clock)}
+        record = {**values, **self._rates(trained - self._trained)}
         if counts.get("slots"):
             record["fill"] = counts["tokens"] / counts["slots"]
-        self._window, self._clock = [], now
-        self.write(step, record)
+        record["goodput"] = seconds["step"] / sum(seconds.values())
+        self._window, self._trained = [], trained
+        self.write(step, record | {f"seconds/{kind}": round(spent, 3) for kind, spent in seconds.items()})
 
     def _rates(self, seconds: float) -> dict[str, float]:
         if not self._window or seconds <= 0:
@@ -128,14 +128,6 @@ class Recorder:
         if self._writes:
             self._terminal.say(text)
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time in here does not count as training."""
-        start = time.perf_counter()
-        yield
-        if self._clock is not None:
-            self._clock += time.perf_counter() - start
-
     def close(self) -> None:
         """Ends the progress bar and the files."""
         if self._writes:
@@ -144,6 +136,23 @@ class Recorder:
                 self._board.close()
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+class SampleLog:
+    """Which samples each step took: WORKDIR/samples/HOST.jsonl, a line a step with the samples of that host's rows.
+
+    Lines are only ever added. A step that is done again, because the run was killed after it, has lines again.
+    """
+
+    def __init__(self, workdir: Path, stage: str):
+        folder = workdir / "samples"
+        folder.mkdir(exist_ok=True)
+        self._file, self._stage = folder / f"{jax.process_index()}.jsonl", stage
+
+    def write(self, step: int, sample_ids: Sequence[str]) -> None:
+        """Samples of the step that makes `step` steps done."""
+        with self._file.open("a") as file:
+            file.write(json.dumps({"stage": self._stage, "step": step, "samples": sample_ids}) + "\n")
 
 
 class Board:

@@ -1,24 +1,30 @@
 """A whole experiment: its stages one after the other, each from the last checkpoint of the one before."""
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+import kernels_pallas
+import vlmem_jax
 from vlmem_jax.checkpoint import Store, find, load_params
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, committed_steps
-from vlmem_jax.config import ConfigError
+from vlmem_jax.config import ConfigError, to_dict
+from vlmem_jax.data import hosts
 from vlmem_jax.hub.convert import load_folder
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import AnyPath, as_path
 from vlmem_jax.sharding import make_mesh
 from vlmem_jax.train import workdir as folder
 from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import Task, fit
-from vlmem_jax.train.metrics import Recorder
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.stages import Split, flatten
 
@@ -26,6 +32,9 @@ MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, AnyPath], Task]
 
 TASKS: dict[str, MakeTask] = {"next_token": NextToken}
 """`stages.N.task` -> what makes it."""
+
+SHARED_FOLDER_SECONDS = 20
+"""What a file of one host may need until the others see it."""
 
 
 def run(
@@ -41,6 +50,8 @@ def run(
     together, NonFiniteError and CheckpointError from the loop.
     """
     workdir = as_path(workdir)
+    say = say if jax.process_index() == 0 else _silent
+    _check_hosts(experiment, workdir, only)
     stages = {stage.name: stage for stage in experiment.stages}
     if only is not None and only not in stages:
         raise ConfigError(f"there is no stage {only!r}; the experiment has {', '.join(stages)}")
@@ -48,7 +59,9 @@ def run(
         if stage.task not in tasks:
             raise ConfigError(f"stages.{stage.name}.task must be one of {', '.join(tasks)}; got {stage.task!r}")
     mesh, model = make_mesh(experiment.mesh), VLM(experiment.model)
-    folder.prepare(workdir, experiment)
+    experiment.check_mesh(mesh)
+    hosts.on_first(lambda: folder.prepare(workdir, experiment))
+    _check_shared(experiment, workdir)
     for stage in [stages[only]] if only else experiment.stages:
         if _last(workdir, stage) == stage.steps:
             say(f"stage {stage.name} is done")
@@ -66,6 +79,7 @@ def _run_stage(
     make_task: MakeTask,
     say: Callable[[str], None],
 ) -> bool:
+    clock = Goodput()
     start, origin = _origin(experiment, stage, model, workdir)
     shapes = flatten(model.abstract())
     trained = sum(shapes[path].size for path in Split.of(stage, list(shapes)).trainable)
@@ -77,27 +91,51 @@ def _run_stage(
     task = make_task(experiment, stage, model, mesh, workdir)
     if report := getattr(task, "report", ""):
         say(report)
-    before = sum(other.steps for other in experiment.stages[: experiment.stages.index(stage)])
     keep = experiment.checkpoint
     store = Store(workdir / stage.name, keep.keep_last, keep.keep_best, keep.restore_concurrent_gb)
     try:
-        done = fit(
-            task,
-            experiment,
-            stage,
-            mesh,
-            store,
-            lambda done, flops: Recorder(workdir, stage.name, stage.steps, done, before, experiment.log_every, flops),
-            start,
-        )
+        done, stopped = fit(task, experiment, stage, mesh, store, workdir, start, clock)
     finally:
         store.close()
+        clock.close()
+    say(clock.summary())
     if done < stage.steps:
         say(f"stopped at step {done} of stage {stage.name}, which is saved; the same command goes on from there")
         return False
     best = store.best()
     say(f"stage {stage.name} is done" + (f"; lowest evaluation loss {best[1]:.4f} at step {best[0]}" if best else ""))
-    return True
+    return not stopped
+
+
+def _silent(text: str) -> None:
+    """In place of `print`, on hosts other than the first."""
+
+
+def _check_hosts(experiment: Experiment, workdir: AnyPath, only: str | None) -> None:
+    """Raises ValueError if hosts were started with different code or configs."""
+    if jax.process_count() == 1:
+        return
+    code = {"jax": jax.__version__, "vlmem_jax": vlmem_jax.__version__}
+    for package in (vlmem_jax, kernels_pallas):
+        root = Path(package.__file__).parent
+        for file in root.rglob("*.py"):
+            name = file.relative_to(root.parent).as_posix()
+            code[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    hosts.require_same("hosts must run the same code", code)
+    config = {f"config.{key}": value for key, value in folder.flat(to_dict(experiment)).items()}
+    hosts.require_same("hosts must run the same config", config | {"--stage": only, "--workdir": str(workdir)})
+
+
+def _check_shared(experiment: Experiment, workdir: AnyPath) -> None:
+    """Raises ValueError if hosts do not see one workdir, in which the first has just written."""
+    if jax.process_count() == 1:
+        return
+    end = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not (workdir / CONFIG_FILE).is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = {CONFIG_FILE: (workdir / CONFIG_FILE).is_file()}
+    seen |= {f"checkpoints of stage {stage.name}": committed_steps(workdir / stage.name) for stage in experiment.stages}
+    hosts.require_same(f"--workdir must be a folder that all hosts share, such as NFS or gs://, got {workdir}", seen)
 
 
 def _last(workdir: AnyPath, stage: StageConfig) -> int:

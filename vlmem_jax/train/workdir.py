@@ -9,7 +9,10 @@ from vlmem_jax.config import ConfigError, to_dict
 from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.train.config import Experiment
 
-CHANGEABLE = ("mesh.", "checkpoint.", "log_every", "eval_every", "data.threads", "data.prefetch", "data.plan_folder")
+CHANGEABLE = (
+    "mesh.", "checkpoint.", "log_every", "log_samples", "eval_every", "profile.", "data.threads", "data.prefetch",
+    "data.plan_folder",
+)  # fmt: skip
 """Keys that say how a run is carried out, not what it computes: they may differ when it goes on."""
 
 
@@ -55,7 +58,7 @@ def _check_same(workdir: AnyPath, old: dict, new: dict) -> None:
         return
     until = 1 + max(n for n, stage in enumerate(old["stages"]) if stage["name"] in started)
     old, new = ({**config, "stages": {s["name"]: s for s in config["stages"][:until]}} for config in (old, new))
-    olds, news = _flat(old), _flat(new)
+    olds, news = flat(old), flat(new)
     differing = [
         key
         for key in sorted(olds.keys() | news.keys())
@@ -69,10 +72,11 @@ def _check_same(workdir: AnyPath, old: dict, new: dict) -> None:
         )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         return {path: value}
     return {
-        key: leaf for name, item in items for key, leaf in _flat(item, f"{path}.{name}" if path else str(name)).items()
+        key: leaf for name, item in items for key, leaf in flat(item, f"{path}.{name}" if path else str(name)).items()
     }
