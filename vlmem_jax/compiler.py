@@ -14,8 +14,11 @@ _TPU = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
+    # a product in as many pieces as there are parts of its weight: each is too thin, and their sum goes through memory
+    "xla_tpu_enable_windowed_einsum_for_all_gather": False,
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
 }
-"""Weights of the next layer are gathered while this one computes."""
+"""Weights are gathered whole, those of the next layer while this one computes."""
 
 _VMEM = {"xla_tpu_scoped_vmem_limit_kib": 32768}
 """What a kernel may take of a core's fast memory, where the default is too little for causal attention's blocks."""

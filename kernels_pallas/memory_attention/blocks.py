@@ -84,8 +84,14 @@ def forward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = 
         return Forward(rows, rows, best.slots)
     if num_queries % best.q == 0 and (long or num_slots <= 4096):
         return best
-    rows = min(512, up(-(-num_queries // 2), LANES))
-    return Forward(rows if long else 2 * rows, rows, best.slots)
+    rows = _rows(num_queries)
+    blocks = up(num_queries, rows) // rows
+    return Forward(rows if long else rows * next(n for n in (4, 3, 2, 1) if blocks % n == 0), rows, best.slots)
+
+
+def _rows(num_queries: int) -> int:
+    """Rows of a matmul that leave least padding, the more the better."""
+    return min((512, 384, 256), key=lambda rows: (up(num_queries, rows), -rows))
 
 
 def small(num_queries: int, num_heads: int, group: int, chip: str = "v5e") -> Small:
@@ -99,8 +105,9 @@ def small(num_queries: int, num_heads: int, group: int, chip: str = "v5e") -> Sm
 def backward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False) -> Backward:
     """Blocks for T queries and M slots; both are padded to whole blocks. Smaller ones skip more where masked."""
     best = TUNED[chip]["backward"]
-    rows = min(best.rows, up(num_queries, LANES))
-    q = min(best.q, up(num_queries, rows))
+    rows = min(best.rows, up(num_queries, LANES)) if num_queries <= 512 else _rows(num_queries)
+    q = up(num_queries, rows)
+    q = q if q <= best.q else max(n * rows for n in range(1, best.q // rows + 1) if q % (n * rows) == 0)
     if num_slots <= 1024:
         return Backward(q, up(num_slots, LANES), rows)
     wanted, most = (1024, 1792) if masked else (best.slots, best.slots)

@@ -53,7 +53,10 @@ HLO = """HloModule step
   %start = (bf16[8,4], bf16[16,4]) all-gather-start(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %done = bf16[16,4] all-gather-done(%start)
   %part = bf16[8,4] reduce-scatter(%done), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
-  %heavy = bf16[8,4] fusion(%part), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"100"}
+  %kernel = bf16[8,4] custom-call(%part), frontend_attributes={kernel_metadata={
+"block": "1"
+}}, metadata={op_name="jit(step)/kernel"}
+  %heavy = bf16[8,4] fusion(%kernel), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"100"}
   ROOT %next = (s32[], bf16[8,4]) tuple(%i, %heavy)
 }
 
@@ -100,3 +103,9 @@ def test_groups_by_axes_of_the_compiler_s_own_mesh(text, groups):
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         HloProgram("module @jit_step {\n}\n")
+
+
+def test_an_attribute_may_contain_line_breaks():
+    program = HloProgram(HLO)
+    (kernel,) = (i for i, _ in program if i.opcode == "custom-call")
+    assert kernel.operation == "jit(step)/kernel"

@@ -65,7 +65,7 @@ class HloProgram:
     """The computations of a compiled program."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, list[Instruction]] = {}
+        lines: dict[str, list[str]] = {}
         entry, name = None, None
         self._sources: dict[str, dict[int, str]] = {}
         for line in text.splitlines():
@@ -73,14 +73,17 @@ class HloProgram:
                 name, table = None, self._sources.setdefault(line, {})
             elif row := _ROW.match(line):
                 table[int(row[1])] = row[2]
-            elif not line.startswith(" "):
-                begin = _COMPUTATION.match(line)
-                name = begin[2] if begin else None
-                if begin:
-                    self.computations[name] = []
-                    entry = name if begin[1] else entry
-            elif name is not None and " = " in line:
-                self.computations[name].append(_instruction(line))
+            elif begin := _COMPUTATION.match(line):
+                name = begin[2]
+                lines[name] = []
+                entry = name if begin[1] else entry
+            elif line == "}":
+                name = None
+            elif name is not None and line.startswith("  ") and " = " in line:
+                lines[name].append(line)
+            elif name is not None and lines[name]:  # an attribute may contain line breaks
+                lines[name][-1] += line
+        self.computations = {name: [_instruction(line) for line in found] for name, found in lines.items()}
         if entry is None:
             raise ValueError("this is no HLO module: it has no ENTRY computation")
         self.times = self._count(entry)

@@ -17,6 +17,7 @@ import kernels_pallas
 from kernels_pallas import Tables
 from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
+from kernels_pallas.memory_attention.blocks import LANES, up
 from kernels_pallas.memory_attention.problem import Inputs
 from vlmem_jax.sharding import constrain, even_spec, shards
 
@@ -70,10 +71,20 @@ def full_attention(
     q_BTHC: Float[Array, "B T H C"],
     k_BTKC: Float[Array, "B T K C"],
     v_BTKC: Float[Array, "B T K C"],
+    length: int,
 ) -> Float[Array, "B T H C"]:
-    """Every query sees every key of its row, as among the patches of a tile. The T x T scores never exist in memory
-    where a kernel serves; none of those that JAX ships takes any T and C, that for memories does."""
-    return _attend_by_kernel(config, {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}, "parts", None)
+    """Every query sees the first `length` keys of its row, as among the patches of a tile. The T x T scores never exist
+    in memory where a kernel serves; none of those that JAX ships takes any T and C, that for memories does."""
+    arrays = {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}
+    if length < k_BTKC.shape[1]:
+        arrays["limit"] = jnp.full(q_BTHC.shape[:2], length, jnp.int32)
+    return _attend_by_kernel(config, arrays, "parts", None)
+
+
+def kernel_sizes(config: AttentionConfig, length: int, head_dim: int) -> tuple[int, int]:
+    """Length and head dim from which the backend's kernel reads arrays as they lie; others it copies to pad them."""
+    wanted = config.implementation if config.implementation != "auto" else platform()
+    return (up(length, LANES), up(head_dim, LANES)) if wanted in ("tpu", "tpu_interpret") else (length, head_dim)
 
 
 def _attend_by_kernel(
@@ -85,6 +96,7 @@ def _attend_by_kernel(
     call = functools.partial(kernels_pallas.memory_attention, implementation=name or wanted, **options)
     meaning = {"q": (rows, length, "heads", None), "q_pos": (rows, length, None)}
     meaning |= {"q_segments": (rows, length), "k_segments": (rows, None), "k_pos": (rows, None, None)}
+    meaning |= {"limit": (rows, length)}
     meaning |= dict.fromkeys(("k", "v"), (rows, None, "heads", None))
     if jax.sharding.get_abstract_mesh().empty or name in ("xla", None):
         return call(**arrays | {n: constrain(arrays[n], *meaning[n]) for n in ("k", "v")})

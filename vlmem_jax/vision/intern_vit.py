@@ -1,6 +1,7 @@
 """InternViT, the vision tower of the InternVL family (arXiv 2404.16821): every tile is one row of its batch."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.nn.attention import AttentionConfig, full_attention
+from vlmem_jax.nn.attention import AttentionConfig, full_attention, kernel_sizes
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
@@ -78,18 +79,29 @@ class VisionAttention(nnx.Module):
         self.q_norm = RMSNorm(width, config.norm_eps, rngs=rngs) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.norm_eps, rngs=rngs) if config.qk_norm else None
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x_ND: Float[Array, "N D"], slots: int, length: int) -> Float[Array, "N D"]:
+        """The first `length` of each tile's T slots are there; what comes out for the others means nothing. N = B T."""
+        C = self.qkv.bias.shape[-1]
+        # zeros in the weights make heads as wide as the kernel reads them: cheaper than to copy q, k, v and the output
+        wide = C if self.q_norm is not None else kernel_sizes(self.attention, length, C)[1]
         # three products: the result of a single one, [3, heads, head_dim], could not stay split over the heads
-        q, k, v = (self._project(x_BTD, n) for n in range(3))
+        q, k, v = (self._project(x_ND, n, wide) for n in range(3))
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.reshape(x_BTD.shape)).reshape(q.shape)
-            k = self.k_norm(k.reshape(x_BTD.shape)).reshape(k.shape)
-        return self.proj(full_attention(self.attention, q, k, v))
+            q, k = self.q_norm(q), self.k_norm(k)
+        q *= (wide / C) ** 0.5  # the scale of C, not of wide
+        out_BTHC = full_attention(
+            self.attention, *(x.reshape(-1, slots, x.shape[1] // wide, wide) for x in (q, k, v)), length
+        )
+        kernel_HCD = self.proj.kernel[...].astype(x_ND.dtype)
+        matrix = jnp.pad(kernel_HCD, ((0, 0), (0, wide - C), (0, 0))).reshape(-1, x_ND.shape[-1])
+        return out_BTHC.reshape(len(x_ND), -1) @ matrix + self.proj.bias[...].astype(x_ND.dtype)
 
-    def _project(self, x_BTD: Float[Array, "B T D"], n: int) -> Float[Array, "B T H C"]:
-        kernel_DHC, bias_HC = (leaf[...].astype(x_BTD.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
-        y = x_BTD @ kernel_DHC.reshape(len(kernel_DHC), -1)
-        return y.reshape(*x_BTD.shape[:2], *bias_HC.shape) + bias_HC
+    def _project(self, x_ND: Float[Array, "N D"], n: int, wide: int) -> Float[Array, "N E"]:
+        """Heads side by side, each `wide` lanes."""
+        kernel_DHC, bias_HC = (leaf[...].astype(x_ND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
+        more = (0, wide - bias_HC.shape[-1])
+        kernel_DHC, bias_HC = jnp.pad(kernel_DHC, ((0, 0), (0, 0), more)), jnp.pad(bias_HC, ((0, 0), more))
+        return x_ND @ kernel_DHC.reshape(len(kernel_DHC), -1) + bias_HC.reshape(-1)
 
 
 class VisionLayer(nnx.Module):
@@ -106,19 +118,26 @@ class VisionLayer(nnx.Module):
         self.ls1 = param(scale, (config.width,), ("norm",), rngs)
         self.ls2 = param(scale, (config.width,), ("norm",), rngs)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], keep_2B: Float[Array, "2 B"] | None) -> Float[Array, "B T D"]:
-        for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, self.attn), (self.ls2, self.norm2, self.mlp))):
-            residual = scale[...].astype(x_BTD.dtype) * block(norm(x_BTD))
-            x_BTD += residual if keep_2B is None else residual * keep_2B[n, :, None, None].astype(x_BTD.dtype)
-            x_BTD = constrain(x_BTD, "parts", None, None)
-        return x_BTD
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], keep_2B: Float[Array, "2 B"] | None, length: int
+    ) -> Float[Array, "B T D"]:
+        T, dtype = x_BTD.shape[1], x_BTD.dtype
+        x_ND = x_BTD.reshape(
+            -1, x_BTD.shape[-1]
+        )  # as rows, the compiler lays them out as the attention kernel reads them
+        attn = functools.partial(self.attn, slots=T, length=length)
+        for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, attn), (self.ls2, self.norm2, self.mlp))):
+            residual = scale[...].astype(dtype) * block(norm(x_ND))
+            x_ND += residual if keep_2B is None else residual * jnp.repeat(keep_2B[n], T)[:, None].astype(dtype)
+            x_ND = constrain(x_ND, "parts", None)
+        return x_ND.reshape(x_BTD.shape)
 
 
 class InternViT(nnx.Module):
     """Tiles to patch features; no norm after the last layer."""
 
     def __init__(self, config: VisionConfig, attention: AttentionConfig = AttentionConfig(), *, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.attention = config, attention
         p, width = config.patch_size, config.width
         self.class_embedding = param(nnx.initializers.normal(1.0), (width,), ("norm",), rngs)
         stored = config.position_grid or config.grid
@@ -151,6 +170,8 @@ class InternViT(nnx.Module):
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (B, 1, config.width))
         x_BTD = jnp.concatenate([class_token, self.patch(patches)], axis=1)
         x_BTD += resample_positions(self.position_embedding[...], grid).astype(dtype)
+        Q = x_BTD.shape[1]
+        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, self._slots(Q) - Q), (0, 0)))
         x_BTD = constrain(x_BTD, "parts", None, None)
 
         graph, layers = nnx.split(self.layers)
@@ -163,9 +184,13 @@ class InternViT(nnx.Module):
 
         def body(x_BTD, layer):
             state, keep_2B = layer
-            return nnx.merge(graph, state)(x_BTD, keep_2B), None
+            return nnx.merge(graph, state)(x_BTD, keep_2B, Q), None
 
-        return jax.lax.scan(remat(body, remat_policy), x_BTD, (layers, keep_L2B))[0]
+        return jax.lax.scan(remat(body, remat_policy), x_BTD, (layers, keep_L2B))[0][:, :Q]
+
+    def _slots(self, length: int) -> int:
+        """Tokens of a tile with those that the attention kernel wants beside them."""
+        return kernel_sizes(self.attention, length, self.config.width // self.config.heads)[0]
 
 
 def resample_positions(table_PD: Float[Array, "P D"], grid: int) -> Float[Array, "Q D"]:
