@@ -123,6 +123,13 @@ def test_scores_far_beyond_the_first_slots_are_computed_with_a_running_maximum(b
     compare(backend, arrays, allowed, do, dlse, 2e-4)
 
 
+def test_blocks_fit_the_number_of_queries():
+    # the patches of a tile, 1025, in blocks of 384 rows, so that 127 are padding and not 1023
+    assert blocks.forward(1025, 1152).q == 1152 and blocks.backward(1025, 1152).q == 1152
+    arrays, allowed, do, dlse = draw(4, 1, 1025, 1025, 1, 1, 64, "float32", False, True, False)
+    compare("tpu_interpret", arrays, allowed, do, dlse, 3e-6)
+
+
 def test_a_block_that_reaches_few_slots_skips_the_others():
     arrays, allowed, do, dlse = draw(3, 1, 300, 1200, 1, 1, 128, "float32", False, False, False)
     q_segments = np.where(np.arange(300) < 250, 7, 9)[None]

@@ -158,7 +158,7 @@ def vlm_seen(vlm, modules, batch):
     return VisualTokens(features, batch.memory_positions_BM, batch.memory_segments_BM)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots"])
+@pytest.mark.parametrize("policy", ["full", "dots", "offload"])
 def test_recomputation_changes_no_gradient(vlm, params, policy):
     batch = row(vlm, [FIRST, LAST], 48, 4)
 
