@@ -76,7 +76,7 @@ def test_the_tables_of_a_real_program_are_read():
     assert any(source.startswith("kernels_pallas/memory_attention/reference.py:") for source in sources)
 
 
-PARAMS = {"layers": jax.ShapeDtypeStruct((6, 1024, 2048), jnp.float32)}
+PARAMS = [(6, 1024, 2048)]
 
 
 def gather(shape, axes=("fsdp",), devices=8, kind="all-gather"):

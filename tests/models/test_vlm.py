@@ -158,7 +158,7 @@ def vlm_seen(vlm, modules, batch):
     return VisualTokens(features, batch.memory_positions_BM, batch.memory_segments_BM)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "offload"])
+@pytest.mark.parametrize("policy", ["full", "attention", "dots", "offload"])
 def test_recomputation_changes_no_gradient(vlm, params, policy):
     batch = row(vlm, [FIRST, LAST], 48, 4)
 
@@ -208,7 +208,7 @@ def test_bad_models_name_the_key():
         ),
         ({"preset": "tiny", "decoder": {"layer": 3}}, "layers"),
         ({"preset": "tiny", "vision": {"image_size": 30}}, "image_size must be a multiple of patch_size 7"),
-        ({"preset": "tiny", "remat": "some"}, "remat must be one of none, full, dots"),
+        ({"preset": "tiny", "remat": "some"}, "remat must be one of none, full, attention, dots"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve(config)

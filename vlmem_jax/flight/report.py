@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from jax.sharding import Mesh
 
+from kernels_pallas.memory_attention.blocks import LANES, up
 from vlmem_jax.compiler import options
 from vlmem_jax.flight.chips import Chip, Topology
 from vlmem_jax.flight.compile import Job, Serving, compile_job, decode_job, prefill_job, train_job
@@ -116,18 +116,29 @@ def _report(job: Job, what: str, flops: int, model: ModelConfig, topology: Topol
         predicted_mfu=flops / (peak_flops * hidden),
         exposed_mfu=flops / (peak_flops * exposed),
         collectives=collectives,
-        activation_gathers=activation_gathers(collectives, flatten(VLM(model).abstract()), mesh.shape),
+        activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
     )
 
 
+def _shapes(model: VLM) -> set[tuple[int, ...]]:
+    """Of all parameters, also with heads as wide as kernels read them."""
+    shapes, axes = flatten(model.abstract()), flatten(model.axes())
+    found = {leaf.shape for leaf in shapes.values()}
+    for path, leaf in shapes.items():
+        names = (None,) * (leaf.ndim - len(axes[path])) + axes[path]
+        sizes = zip(leaf.shape, names, strict=True)
+        found.add(tuple(up(size, LANES) if name == "head_dim" else size for size, name in sizes))
+    return found
+
+
 def activation_gathers(
-    collectives: list[Collective], params: Mapping[str, Any], mesh: Mapping[str, int]
+    collectives: list[Collective], params: Iterable[tuple[int, ...]], mesh: Mapping[str, int]
 ) -> list[Collective]:
     """Exchanges over fsdp of as many elements as no parameter, and no layer of a stack of them, has.
 
     A parameter may be cut by tensor parallelism, and what is passed on around a ring is a device's own part of it.
     """
-    whole = {math.prod(leaf.shape[n:]) for leaf in params.values() for n in range(leaf.ndim + 1)}
+    whole = {math.prod(shape[n:]) for shape in params for n in range(len(shape) + 1)}
     whole |= {size / mesh["tensor"] for size in whole}
     passed = {size / mesh["fsdp"] / halves for size in whole for halves in (1, 2)}  # both ways round the ring
 

@@ -12,6 +12,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("causal_attention"),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("memory_attention", "causal_attention"),
@@ -23,8 +24,8 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""What a layer keeps for the backward pass: everything, its inputs only, the results of weight matmuls and of attention
-kernels, or its inputs only and these in the host's memory."""
+"""What a layer keeps for the backward pass: everything, its inputs only, these and the result of the kernel for causal
+attention, the results of weight matmuls and of all attention kernels, or its inputs only in the host's memory."""
 
 
 def stack(make: Callable[[nnx.Rngs], Module], layers: int, rngs: nnx.Rngs) -> Module:
