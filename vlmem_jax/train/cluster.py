@@ -16,7 +16,7 @@ from vlmem_jax.config import ConfigError
 
 TIMEOUT = 300
 """Seconds that a process waits for the others at the start."""
-LEAVING_SECONDS = 5
+LEAVING_SECONDS = 10
 """For a process that failed: to say why, and to end."""
 
 
@@ -43,10 +43,13 @@ def joined(
         atexit.register(_leave, code)
         _later(LEAVING_SECONDS, lambda: _leave(code))
         if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
-            raise SystemExit(
+            print(
                 "error: another process of this run has ended or cannot be reached; its output may say why. Start all "
-                f"again: the run goes on from its last checkpoint ({str(error).splitlines()[0]})"
-            ) from error
+                f"again: the run goes on from its last checkpoint ({str(error).splitlines()[0]})",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(1) from error
         raise
     jax.distributed.shutdown()
 

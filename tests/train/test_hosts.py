@@ -1,0 +1,209 @@
+"""Real clusters: processes that share nothing but a folder train as one, are killed, and go on in other numbers."""
+
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import world
+from vlmem_jax.checkpoint.folder import committed_steps
+from vlmem_jax.cli.main import main
+
+STEPS, ROWS = 24, 8
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+
+
+def mixture(folder):
+    """One pass over two files, of text and pictures, is exactly STEPS x ROWS rows of two tiles: each is full.
+
+    A row has two samples of one tile (text alone has a blank one), or one of two.
+    """
+    short, long = [], []
+    for n in range(ROWS * STEPS):
+        picture = {"image": f"{n % 8 * 3}.png"} if n % 2 else {}  # every third is of one tile
+        question = "<image>\nSay a word." if picture else "Say" + " it" * (n % 7)
+        answer = "ab" * (1 + n % 5)
+        short.append({**picture, "conversations": turns(question, answer)})
+        if n % 2:
+            long.append({"image": ["0.png", f"{n % 8 * 3}.png"], "conversations": turns("<image>\n<image>", answer)})
+    for name, lines in (("short", short), ("long", long)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [dict(path=str(folder / f"{name}.jsonl")) for name in ("short", "long")]
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    """Every process compiles, and together they wait for the slowest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that are started
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """`vlmem train` of one stage, up to its workdir."""
+    folder = world.make(tmp_path_factory.mktemp("world"))
+    data = dict(train=mixture(folder), rows=ROWS, pack_tokens=160, pack_tiles=2, open_packs=1, threads=1)
+    config = world.config_file(
+        folder,
+        data=data,
+        stages=[dict(name="all", steps=STEPS, learning_rate=1e-3, trainable=["projector/", "memory/"])],
+        checkpoint=dict(every=8, keep_last=2, keep_best=0),
+        log_samples=True,
+    )
+    return ["train", "--config", str(config), *MESH, "--workdir"]
+
+
+@pytest.fixture(scope="module")
+def whole(line, tmp_path_factory):
+    """Workdir of the run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert main([*line, str(workdir)]) == 0
+    return workdir
+
+
+def start(line, processes=2, last=(), script=""):
+    """Processes that have eight devices between them; the last one also gets the options `last`, and runs `script`."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    command = "import sys\nfrom vlmem_jax.cli.main import main\n{}\nsys.exit(main(sys.argv[1:]))"
+    hosts = []
+    for number in range(processes):
+        is_last = number == processes - 1
+        program = command.format(textwrap.dedent(script) if is_last else "")
+        options = ["--coordinator", address, "--processes", str(processes), "--process", str(number)]
+        hosts.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *line, *options, *(last if is_last else ())],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "XLA_FLAGS": flags},
+            )
+        )
+    return hosts
+
+
+def finish(hosts, codes):
+    """Output and errors of each, which must end with these exit codes."""
+    try:
+        texts = [host.communicate(timeout=200) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == codes, texts
+    return texts
+
+
+def await_records(workdir, count, hosts):
+    """Until that many steps are in the metrics."""
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < count:
+        assert all(host.poll() is None for host in hosts), finish(hosts, [0] * len(hosts))
+        time.sleep(0.02)
+
+
+def samples(workdir):
+    """Step -> its samples, of all hosts and of all times it was done."""
+    found = collections.defaultdict(list)
+    for file in (workdir / "samples").iterdir():
+        for record in map(json.loads, file.read_text().splitlines()):
+            found[record["step"]] += record["samples"]
+    return found
+
+
+def check_equal(workdir, whole, killed_after):
+    """Losses are those of the run in one piece, and every sample was seen once."""
+    losses, expected = world.losses(workdir), world.losses(whole)
+    assert losses.keys() == expected.keys()
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-6)
+    seen, expected = samples(workdir), samples(whole)
+    assert {step: set(names) for step, names in seen.items()} == {step: set(names) for step, names in expected.items()}
+    for step in range(killed_after + 1, STEPS + 1):
+        assert sorted(seen[step]) == sorted(expected[step]), "no sample is on two hosts"
+
+
+def test_the_whole_run_sees_every_sample_once(whole):
+    seen = collections.Counter(name for names in samples(whole).values() for name in names)
+    assert len(seen) == 1.5 * STEPS * ROWS and set(seen.values()) == {1}
+
+
+@pytest.mark.slow
+def test_a_killed_cluster_goes_on_with_other_numbers_of_processes(line, whole, tmp_path):
+    workdir = tmp_path / "two"
+    hosts = start([*line, str(workdir)])
+    # in step 16 one checkpoint is whole, and the next is begun
+    await_records(workdir, random.randrange(16, STEPS), hosts)
+    time.sleep(random.random() / 5)
+    for host in hosts:
+        host.kill()
+    finish(hosts, [-signal.SIGKILL] * 2)
+    killed_after = max(samples(workdir))
+    saved = committed_steps(workdir / "all")[-1]
+
+    one = shutil.copytree(workdir, tmp_path / "one")
+    assert main([*line, str(one)]) == 0
+    check_equal(one, whole, killed_after)
+
+    (out, _), *others = finish(start([*line, str(workdir)], processes=4), [0] * 4)
+    assert f"from its checkpoint of step {saved}" in out
+    assert not any("stage" in text for text, _ in others), "one host speaks for all"
+    assert "goodput" in out
+    check_equal(workdir, whole, killed_after)
+    assert len(list((workdir / "plans").iterdir())) == 1
+    assert sorted(file.name for file in (workdir / "samples").iterdir()) == [f"{n}.jsonl" for n in range(4)]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_the_same_step_on_all(line, tmp_path):
+    workdir = tmp_path / "run"
+    hosts = start([*line, str(workdir), "--config.stages.all.steps=5000"])
+    await_records(workdir, 3, hosts)
+    hosts[1].send_signal(signal.SIGTERM)
+    (out, _), (silent, _) = finish(hosts, [0, 0])
+    step = committed_steps(workdir / "all")[-1]
+    assert f"stopped at step {step} of stage all, which is saved" in out and "stage" not in silent
+    assert max(world.losses(workdir)) == ("all", step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "last, script, message",
+    [
+        (
+            ["--config.seed=7", "--config.optimizer.b2=0.9"],
+            "",
+            "hosts must run the same config, but these differ:\n"
+            "  config.optimizer.b2: 0.9 on host 1, 0.999 on host 0\n"
+            "  config.seed: 7 on host 1, 42 on host 0",
+        ),
+        (
+            [],
+            "import vlmem_jax; vlmem_jax.__version__ = '9.9'",
+            'hosts must run the same code, but these differ:\n  vlmem_jax: "9.9" on host 1, "',
+        ),
+    ],
+)
+def test_hosts_that_differ_refuse_to_start(line, tmp_path, last, script, message):
+    for _, error in finish(start([*line, str(tmp_path / "run")], last=last, script=script), [2, 2]):
+        assert message in error, error
+    assert not (tmp_path / "run").exists()
