@@ -9,6 +9,7 @@ import pytest
 from tests.train import standin
 from vlmem_jax import sharding
 from vlmem_jax.checkpoint import Store, load_params
+from vlmem_jax.train import loop
 from vlmem_jax.train.config import OptimizerConfig
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import NonFiniteError, fit, interruption
@@ -166,7 +167,9 @@ def test_the_second_ctrl_c_ends_the_program():
     try:
         with pytest.raises(KeyboardInterrupt), interruption() as asked:
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to the process and to its group: one and the same
             assert asked.is_set()
+            time.sleep(loop.REPEATED + 0.1)
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, former)

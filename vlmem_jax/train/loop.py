@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -84,6 +85,10 @@ class Task(Objective, Protocol):
 
     def close(self) -> None:
         """Ends its threads."""
+
+
+REPEATED = 1.0
+"""Seconds in which a signal is taken for the one before: launchers may send it to a process and to its group."""
 
 
 class NonFiniteError(ValueError):
@@ -252,8 +257,8 @@ def _by_name(optimizer: Any) -> dict:
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; a second one ends the program the usual way."""
-    event = threading.Event()
+    """An event that SIGTERM or Ctrl-C sets; another, more than REPEATED later, ends the program the usual way."""
+    event, asked = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
@@ -264,8 +269,13 @@ def interruption() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: Any) -> None:
-        event.set()
-        restore()
+        nonlocal asked
+        if not event.is_set():
+            event.set()
+            asked = time.monotonic()
+        elif time.monotonic() - asked > REPEATED:
+            restore()
+            signal.raise_signal(number)
 
     for number in former:
         signal.signal(number, ask)
