@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vlmem_jax.demo.config import comemo_experiment, mix_experiment, plain_experiment
+from vlmem_jax.demo.config import comemo_experiment, plain_experiment
 from vlmem_jax.demo.job import Demo, Trained
 from vlmem_jax.generate import LoadedModel
 
@@ -37,10 +37,8 @@ def compare(demo: Demo, base: Path, comemo: Trained) -> dict[str, dict[str, Any]
     train_and_add("plain_equal_steps", "no memory, as many steps", total, plain(total))
     train_and_add("plain_equal_full_steps", "no memory, as many steps of all parameters", full, plain(full))
     add("base", "the base alone", 0, demo.ask(demo.workdir / "base"))
-    read = demo.workdir / "base" / "read"
     for name, (what, image) in OTHER_POSITIONS.items():
-        mixed = demo.train(f"compare/{name}_base", mix_experiment(demo.dataset, demo.recipe, read, **image))
-        config = comemo_experiment(demo.dataset, demo.recipe, demo.hand_over(mixed), **image)
+        config = comemo_experiment(demo.dataset, demo.recipe, base, **image)
         train_and_add(name, f"CoMemo, {what}", total, config)
     return rows
 
