@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from vlmem_jax.demo.config import comemo_experiment, plain_experiment
+from vlmem_jax.demo.config import comemo_experiment, mix_experiment, plain_experiment
 from vlmem_jax.demo.job import Demo, Trained
 from vlmem_jax.generate import LoadedModel
 
@@ -26,8 +27,12 @@ def compare(demo: Demo, base: Path, comemo: Trained) -> dict[str, dict[str, Any]
         accuracy = rows[name]["accuracy"]
         demo.say(f"{what}: one image {accuracy['single_image']:.1%}, several {accuracy['multi_image']:.1%}")
 
-    def train_and_add(name: str, what: str, steps: int, config) -> None:
-        add(name, what, steps, demo.ask(demo.train(f"compare/{name}", config)))
+    def train(name: str, config: ConfigDict) -> Path:
+        config.eval_every = 10_000  # at the end alone: these runs draw no curves
+        return demo.train(f"compare/{name}", config)
+
+    def train_and_add(name: str, what: str, steps: int, config: ConfigDict) -> None:
+        add(name, what, steps, demo.ask(train(name, config)))
 
     def plain(steps: int):
         return plain_experiment(demo.dataset, demo.recipe, base, steps)
@@ -37,8 +42,10 @@ def compare(demo: Demo, base: Path, comemo: Trained) -> dict[str, dict[str, Any]
     train_and_add("plain_equal_steps", "no memory, as many steps", total, plain(total))
     train_and_add("plain_equal_full_steps", "no memory, as many steps of all parameters", full, plain(full))
     add("base", "the base alone", 0, demo.ask(demo.workdir / "base"))
+    read = demo.workdir / "base" / "read"
     for name, (what, image) in OTHER_POSITIONS.items():
-        config = comemo_experiment(demo.dataset, demo.recipe, base, **image)
+        mixed = train(f"{name}_base", mix_experiment(demo.dataset, demo.recipe, read, **image))
+        config = comemo_experiment(demo.dataset, demo.recipe, demo.hand_over(mixed), **image)
         train_and_add(name, f"CoMemo, {what}", total, config)
     return rows
 

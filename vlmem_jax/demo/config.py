@@ -53,10 +53,14 @@ class Recipe:
 
 
 def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
-    """Without memory and, as public models are, without RoPE-DHR: `read` one tile, then a `mix` of everything."""
+    """Without memory: `read` one tile, then a `mix` of everything."""
     read = _stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=_data(dataset, "reading", tiles=1))
-    mix = _stage("mix", recipe.base["mix"], 4e-3)
-    return _experiment(dataset, "none", [read, mix], seed=0, rope_dhr=False)
+    return _experiment(dataset, "none", [read, _mix(recipe)], seed=0)
+
+
+def mix_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
+    """The second stage of the base alone, from the end of the first, with other keys of `image`."""
+    return _experiment(dataset, "none", [_mix(recipe)], seed=0, init=init, **image)
 
 
 def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
@@ -74,6 +78,10 @@ def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -
 def plain_experiment(dataset: Path, recipe: Recipe, init: Path, steps: int) -> ConfigDict:
     """The control: all of the base trained on, without memory."""
     return _experiment(dataset, "none", [_stage("finetune", steps, 3e-3)], seed=1, init=init)
+
+
+def _mix(recipe: Recipe) -> dict[str, Any]:
+    return _stage("mix", recipe.base["mix"], 4e-3)
 
 
 def _experiment(
