@@ -105,6 +105,12 @@ def test_other_text_is_refused():
         HloProgram("module @jit_step {\n}\n")
 
 
+def test_a_program_of_one_slice_names_the_groups_of_that_slice_alone():
+    one = HLO.replace("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups={{0,1},{2,3}}")
+    found = {c.kind: c for c in HloProgram(one).collectives({"data": 2, "fsdp": 2, "tensor": 2})}
+    assert found["reduce-scatter"].axes == ("tensor",)
+
+
 def test_an_attribute_may_contain_line_breaks():
     program = HloProgram(HLO)
     (kernel,) = (i for i, _ in program if i.opcode == "custom-call")

@@ -152,7 +152,7 @@ class HloProgram:
                 continue
             groups = _groups(instruction.rest, math.prod(mesh.values()))
             count = max(len(group) for group in groups)
-            axes = names.get(frozenset(groups), ()) if kind != "collective-permute" else _along(groups, mesh)
+            axes = _called(groups, names) if kind != "collective-permute" else _along(groups, mesh)
             parts = instruction.shapes
             if instruction.opcode.endswith("-start"):  # operands and results
                 parts = [max(parts, key=_size)]
@@ -244,6 +244,12 @@ def _groups_by_axes(mesh: Mapping[str, int]) -> dict[frozenset[Group], tuple[str
             rows = moved.reshape(-1, math.prod(mesh[axis] for axis in some)).tolist()
             named[frozenset(map(frozenset, rows))] = some
     return named
+
+
+def _called(groups: list[Group], names: Mapping[frozenset[Group], tuple[str, ...]]) -> tuple[str, ...]:
+    """The axes along which these groups lie; a program of one of several slices names those of its slice alone."""
+    found = frozenset(groups)
+    return names.get(found) or next((axes for whole, axes in names.items() if found < whole), ())
 
 
 def _along(pairs: list[Group], mesh: Mapping[str, int]) -> tuple[str, ...]:

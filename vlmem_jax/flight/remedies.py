@@ -20,7 +20,10 @@ def remedies(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> list[Rem
         tried.append({f"stages.{stage.name}.accumulation": 2 * parts})
     if shape["data"] > 1:
         tried.append({"mesh.data": 1, "mesh.fsdp": -1})
-    if experiment.model.remat not in ("full", "offload"):
+    model = experiment.model
+    if (model.vision_remat or model.remat) not in ("full", "offload"):
+        tried.append({"model.vision_remat": "full"})
+    if model.remat not in ("full", "offload"):
         tried.append({"model.remat": "full"})
     if experiment.model.remat != "offload":
         tried.append({"model.remat": "offload"})

@@ -24,13 +24,17 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matmuls; softmax, norms, angles and logits are fp32 always."""
     remat: str = "dots"
-    """What layers recompute in the backward pass: none, dots (all but weight matmuls) or full. Scanned layers store
-    what they keep, so `dots` takes half the memory of `none` and is no slower."""
+    """What layers recompute in the backward pass: none, dots (all but weight matmuls), attention (all but causal
+    attention), full, or offload (full, with what is kept in the host's memory). Scanned layers store what they keep, so
+    `dots` takes half the memory of `none` and is no slower."""
+    vision_remat: str = ""
+    """The same for the vision tower; empty: as `remat`."""
 
     def __post_init__(self):
         for key, value, allowed in (
             ("memory", self.memory, ("none", *MEMORIES)),
             ("remat", self.remat, tuple(REMAT_POLICIES)),
+            ("vision_remat", self.vision_remat, ("", *REMAT_POLICIES)),
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {value!r}")

@@ -107,7 +107,8 @@ class VLM:
             tiles = normalise(tiles, c.pixel_mean, c.pixel_std, self.dtype)
         tiles = tiles.astype(self.dtype)
         tiles = constrain(tiles, "parts", None, None, None)
-        patches = modules.vision(tiles, drop_path_key=key, remat_policy=self.config.remat)
+        policy = self.config.vision_remat or self.config.remat
+        patches = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
         tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
         return constrain(tokens_BMD, "batch", "tokens", None)
 

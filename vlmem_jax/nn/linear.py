@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlmem_jax.sharding import constrain
+
 
 def param(init, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.Param:
     """fp32 parameter whose axes mean `axes` (names of `sharding.LOGICAL_AXES`)."""
@@ -56,3 +58,24 @@ class Linear(nnx.Module):
         y = x.reshape(*x.shape[: x.ndim - n], -1) @ matrix
         y = y.reshape(*y.shape[:-1], *kernel.shape[n:])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def widen(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str, ...]) -> Float[Array, "..."]:
+    """A parameter whose axes mean `axes` with zeros behind `axis` up to `size`.
+
+    Its gradient is summed into its shards before the zeros are cut off: the TPU compiler fails where it can do both at
+    once.
+    """
+    if x.shape[axis] == size:
+        return x
+
+    @jax.custom_vjp
+    def pad(x):
+        return jnp.pad(x, [(0, size - have if n == axis else 0) for n, have in enumerate(x.shape)])
+
+    def backward(_, g):
+        g = jax.lax.optimization_barrier(constrain(g, *axes))
+        return (jax.lax.slice_in_dim(g, 0, x.shape[axis], axis=axis),)
+
+    pad.defvjp(lambda x: (pad(x), None), backward)
+    return pad(x)

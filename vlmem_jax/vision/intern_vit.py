@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlmem_jax.nn.attention import AttentionConfig, full_attention, kernel_sizes
-from vlmem_jax.nn.linear import Linear, param, zeros
+from vlmem_jax.nn.linear import Linear, param, widen, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
@@ -93,14 +93,14 @@ class VisionAttention(nnx.Module):
             self.attention, *(x.reshape(-1, slots, x.shape[1] // wide, wide) for x in (q, k, v)), length
         )
         kernel_HCD = self.proj.kernel[...].astype(x_ND.dtype)
-        matrix = jnp.pad(kernel_HCD, ((0, 0), (0, wide - C), (0, 0))).reshape(-1, x_ND.shape[-1])
+        matrix = widen(kernel_HCD, 1, wide, ("heads", "head_dim", "embed")).reshape(-1, x_ND.shape[-1])
         return out_BTHC.reshape(len(x_ND), -1) @ matrix + self.proj.bias[...].astype(x_ND.dtype)
 
     def _project(self, x_ND: Float[Array, "N D"], n: int, wide: int) -> Float[Array, "N E"]:
         """Heads side by side, each `wide` lanes."""
         kernel_DHC, bias_HC = (leaf[...].astype(x_ND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
-        more = (0, wide - bias_HC.shape[-1])
-        kernel_DHC, bias_HC = jnp.pad(kernel_DHC, ((0, 0), (0, 0), more)), jnp.pad(bias_HC, ((0, 0), more))
+        kernel_DHC = widen(kernel_DHC, 2, wide, ("embed", "heads", "head_dim"))
+        bias_HC = widen(bias_HC, 1, wide, ("heads", "head_dim"))
         return x_ND @ kernel_DHC.reshape(len(kernel_DHC), -1) + bias_HC.reshape(-1)
 
 
