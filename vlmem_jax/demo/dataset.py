@@ -27,9 +27,9 @@ Grid = tuple[int, int]
 GRIDS: tuple[Grid, ...] = ((1, 1), (2, 1), (1, 2), (2, 2))
 MIXTURE: tuple[tuple[int, Grid], ...] = (
     *[(1, (1, 1))] * 1,
-    *[(1, (2, 1))] * 2,
-    *[(1, (1, 2))] * 2,
-    *[(1, (2, 2))] * 3,
+    *[(1, (2, 1))] * 3,
+    *[(1, (1, 2))] * 3,
+    *[(1, (2, 2))] * 5,
     *[(images, (1, 1)) for images in (2, 3, 4)],
 )
 """Images of a training sample and their grid, equally often; the larger a grid, the longer it takes to learn."""
