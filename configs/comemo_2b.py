@@ -10,7 +10,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
     memory, one_pack = ("projector", "memory"), dict(accumulation=0)  # at a time on each chip, whatever the slice
     return ConfigDict(
         dict(
-            model=dict(preset="comemo_2b", memory="comemo", remat="full"),
+            model=dict(preset="comemo_2b", memory="comemo", remat="attention"),
             # a chat model of the InternVL family in the Hugging Face layout: start of training and tokenizer
             init="checkpoints/InternVL2-2B",
             tokenizer="checkpoints/InternVL2-2B",

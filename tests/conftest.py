@@ -52,6 +52,7 @@ def bucket(gcs, request):
     return f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the names of the tests
 def pytest_collection_modifyitems(items):
     """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`)."""
     for item in items:

@@ -73,6 +73,12 @@ def up(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
+def heads_together(heads: int, width: int) -> int:
+    """How many of a call's heads fill the 128 lanes together; 1 where a head is padded to them."""
+    together = LANES // width if LANES % width == 0 else 1
+    return together if together <= 4 and heads % together == 0 else 1
+
+
 def forward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False) -> Forward:
     """Blocks for T queries and M slots; queries are padded to whole blocks, slots to 128."""
     if num_queries <= 16:

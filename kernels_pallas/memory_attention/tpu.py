@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels_pallas import rotary
 from kernels_pallas.memory_attention import blocks as block_sizes
 from kernels_pallas.memory_attention import tpu_backward, tpu_forward, tpu_small
-from kernels_pallas.memory_attention.blocks import LANES, up
+from kernels_pallas.memory_attention.blocks import LANES, heads_together, up
 from kernels_pallas.memory_attention.problem import Inputs, Problem, reach, spans
 from kernels_pallas.memory_attention.tpu_forward import NEVER, Spec
 
@@ -48,7 +48,7 @@ def backward(
     problem: Problem, inputs: Inputs, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the shapes and types of q, k, v."""
-    delta = jnp.einsum("bthc,bthc->bht", o.astype(jnp.float32), do.astype(jnp.float32))
+    delta = _products(o.astype(jnp.float32), do.astype(jnp.float32), _side_by_side(inputs))
     if dlse is not None:
         delta -= dlse
     log2 = jnp.where(jnp.isfinite(lse), lse / _LN2, -NEVER)
@@ -73,12 +73,13 @@ def _total(parts: list[jax.Array]) -> jax.Array:
 
 
 def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    (_batch, num_queries, heads, width), (kv_heads, num_slots) = inputs.q.shape, (inputs.k.shape[2], inputs.k.shape[1])
+    (batch, num_queries, heads, width), (kv_heads, num_slots) = inputs.q.shape, (inputs.k.shape[2], inputs.k.shape[1])
     group = heads // kv_heads
     folded = group > 1 and num_queries * group <= 16 and isinstance(inputs.q_pos, rotary.Tables | None)
     if folded:  # decoding: the heads that share a kv head are rows of one matmul
         return _unfold(*_forward(problem, _fold(inputs, group)), group)
-    if num_slots <= block_sizes.SMALL_SLOTS and num_queries > 16:
+    together = _side_by_side(inputs)
+    if num_slots <= block_sizes.SMALL_SLOTS and num_queries > 16 and together == 1:
         kernel, blocks = tpu_small.forward, block_sizes.small(num_queries, heads, group, problem.chip)
     else:
         kernel = tpu_forward.forward
@@ -87,23 +88,42 @@ def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     if spec.masked and kernel is tpu_forward.forward:
         chunk = tpu_forward.chunk_width(up(num_slots, LANES), blocks)
         arrays["active"] = spans(_reach(arrays, blocks.q, chunk))
-    o, lse = kernel(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
-    lse = lse[:, :, 0, :num_queries]
-    return _unpad(o, num_queries, width), jnp.where(lse == -NEVER, -jnp.inf, lse * _LN2)
+    o, lse = kernel(spec, arrays, num_units=heads // together, blocks=blocks, cores=problem.cores)
+    lse = lse[..., :num_queries].reshape(batch, heads, num_queries)
+    return _unpad(o, num_queries, width, together), jnp.where(lse == -NEVER, -jnp.inf, lse * _LN2)
 
 
 def _backward(problem, inputs, log2, delta, do):
-    (_, num_queries, heads, width), num_slots = inputs.q.shape, inputs.k.shape[1]
+    (batch, num_queries, heads, width), num_slots = inputs.q.shape, inputs.k.shape[1]
+    units = heads // _side_by_side(inputs)
     blocks = block_sizes.backward(num_queries, num_slots, problem.chip, inputs.masked)
     padded_queries, padded_slots = up(num_queries, blocks.q), up(num_slots, blocks.slots)
     spec, arrays = _prepare(problem, inputs, padded_queries, padded_slots)
     more = padded_queries - num_queries
-    arrays["do"] = _pad(do, padded_queries)
-    arrays["lse"], arrays["delta"] = (jnp.pad(x, ((0, 0), (0, 0), (0, more)))[:, :, None] for x in (log2, delta))
+    arrays["do"] = _pad(do, padded_queries, spec.heads)
+    rows = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (log2, delta))
+    arrays["lse"], arrays["delta"] = (x.reshape(batch, units, spec.heads, padded_queries) for x in rows)
     if spec.masked:
         arrays["active"] = _reach(arrays, blocks.rows, blocks.slots).swapaxes(1, 2).astype(jnp.int32)
-    dq, dk, dv = tpu_backward.backward(spec, arrays, num_heads=heads, blocks=blocks, cores=problem.cores)
-    return _unpad(dq, num_queries, width), _unpad(dk, num_slots, width), _unpad(dv, num_slots, width)
+    dq, dk, dv = tpu_backward.backward(spec, arrays, num_units=units, blocks=blocks, cores=problem.cores)
+    sizes = (dq, num_queries), (dk, num_slots), (dv, num_slots)
+    return tuple(_unpad(x, rows, width, spec.heads) for x, rows in sizes)
+
+
+def _side_by_side(inputs: Inputs) -> int:
+    """Heads that share the 128 lanes: narrow ones, each with keys of its own, that need no turning."""
+    (*_, heads, width), kv_heads = inputs.q.shape, inputs.k.shape[2]
+    return 1 if inputs.q_pos is not None or heads != kv_heads else heads_together(heads, width)
+
+
+def _products(x: jax.Array, y: jax.Array, together: int) -> jax.Array:
+    """[B, H, T] of the inner products of x and y [B, T, H, C], in fp32."""
+    if together == 1:
+        return jnp.einsum("bthc,bthc->bht", x, y)
+    batch, rows, heads, width = x.shape  # narrow heads stay as they lie: apart, each would be padded to 128 lanes
+    belongs = jnp.repeat(jnp.eye(heads, dtype=jnp.float32), width, axis=0)
+    flat = x.reshape(batch, rows, -1) * y.reshape(batch, rows, -1)
+    return jnp.einsum("bte,eh->bht", flat, belongs, precision=jax.lax.Precision.HIGHEST)
 
 
 def _fold(inputs: Inputs, group: int) -> Inputs:
@@ -135,18 +155,18 @@ def _halves(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], LANES)
 
 
-def _pad(x: jax.Array, rows: int) -> jax.Array:
-    """[B, N, H, C] to [B, rows, H*128]."""
-    x = _halves(x)
+def _pad(x: jax.Array, rows: int, together: int) -> jax.Array:
+    """[B, N, H, C] to [B, rows, H*128], or to [B, rows, H*C] where heads share lanes."""
+    x = _halves(x) if together == 1 else x
     x = x.reshape(*x.shape[:2], -1)
     return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))
 
 
-def _unpad(x: jax.Array, rows: int, width: int) -> jax.Array:
-    x = x[:, :rows].reshape(x.shape[0], rows, -1, LANES)
-    if width == LANES:
-        return x
-    x = x.reshape(*x.shape[:-1], 2, LANES // 2)[..., : width // 2]
+def _unpad(x: jax.Array, rows: int, width: int, together: int) -> jax.Array:
+    """The other way."""
+    if together > 1 or width == LANES:
+        return x[:, :rows].reshape(x.shape[0], rows, -1, width)
+    x = x[:, :rows].reshape(x.shape[0], rows, -1, 2, LANES // 2)[..., : width // 2]
     return x.reshape(*x.shape[:-2], width)
 
 
@@ -157,8 +177,9 @@ def _row(x: jax.Array, count: int, fill: int) -> jax.Array:
 def _prepare(problem: Problem, inputs: Inputs, num_queries: int, num_slots: int) -> tuple[Spec, dict[str, jax.Array]]:
     """The kernel's arrays, padded, with rows that have no memory marked by segment -1 or limit 0."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    width = q.shape[-1]
-    arrays = {"q": _pad(q, num_queries), "k": _pad(k, num_slots), "v": _pad(v, num_slots)}
+    width, together = q.shape[-1], _side_by_side(inputs)
+    arrays = {"q": _pad(q, num_queries, together)}
+    arrays |= {name: _pad(x, num_slots, together) for name, x in (("k", k), ("v", v))}
     limit = inputs.limit
     if inputs.k_segments is None and limit is None and num_slots > k.shape[1]:
         limit = jnp.full(q.shape[:2], k.shape[1], jnp.int32)
@@ -186,6 +207,7 @@ def _prepare(problem: Problem, inputs: Inputs, num_queries: int, num_slots: int)
         head_dim=width,
         theta=problem.theta,
         rotation=rotation,
+        heads=together,
         k_rotated=inputs.k_pos is None,
         segments="q_segments" in arrays,
         limit="q_limit" in arrays,

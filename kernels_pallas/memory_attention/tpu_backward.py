@@ -14,7 +14,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention.tpu_forward import LANES, Spec, column, precision, transposed_mask
+from kernels_pallas.memory_attention.tpu_forward import (
+    LANES,
+    Spec,
+    column,
+    own,
+    precision,
+    side_by_side,
+    transposed_mask,
+)
 
 _NT = (((1,), (1,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
@@ -85,15 +93,22 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Backward, names: tuple[str, .
     def chunk(row, k_segments):
         """dk and dv that rows row.. of this block of queries add; dq is added in place."""
         here, kept = pl.ds(row, blocks.rows), pl.ds(base + row, blocks.rows)
-        q, do = ref["q_turned"][kept], ref["do"][here]
-        p = jnp.exp2(dot(k[...], q, _NT) - ref["lse"][:, here])
+        allowed = None
         if spec.masked:
             rows = {kind: ref[f"q_{kind}"][:, here] for kind in ("segments", "limit") if f"q_{kind}" in ref}
-            p = jnp.where(transposed_mask(spec, k_segments, rows, kv * slots, slots), p, 0.0)
-        dv = dot(p.astype(dtype), do, _NN)
-        ds = (p * (dot(v[...], do, _NT) - ref["delta"][:, here])).astype(dtype)
-        ref["dq_sum"][kept] += dot(ds, k[...], _TN)
-        return dot(ds, q, _NN), dv
+            allowed = transposed_mask(spec, k_segments, rows, kv * slots, slots)
+        dq, dk, dv = [], [], []
+        for head in range(spec.heads):
+            q, do = own(spec, ref["q_turned"][kept], head), own(spec, ref["do"][here], head)
+            p = jnp.exp2(dot(k[...], q, _NT) - ref["lse"][head : head + 1, here])
+            if allowed is not None:
+                p = jnp.where(allowed, p, 0.0)
+            dv.append(dot(p.astype(dtype), do, _NN))
+            ds = (p * (dot(v[...], do, _NT) - ref["delta"][head : head + 1, here])).astype(dtype)
+            dq.append(dot(ds, k[...], _TN))
+            dk.append(dot(ds, q, _NN))
+        ref["dq_sum"][kept] += side_by_side(spec, dq)
+        return functools.reduce(jnp.add, dk), functools.reduce(jnp.add, dv)  # zero in the lanes of other heads
 
     def k_column():
         return column(ref["k_segments"][...]) if spec.segments else None
@@ -152,17 +167,17 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Backward, names: tuple[str, .
 
 
 def backward(
-    spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks: block_sizes.Backward, cores: int = 1
+    spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks: block_sizes.Backward, cores: int = 1
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq [B, T, H*128], dk, dv [B, M, K*128].
+    """dq [B, T, U*128], dk, dv [B, M, K*128].
 
-    arrays: those of `forward`, do [B, T, H*128], lse (log2) and delta [B, H, 1, T]; active [B, M/slots, T/rows],
+    arrays: those of `forward`, do [B, T, U*128], lse (log2) and delta [B, U, S, T]; active [B, M/slots, T/rows],
     1 where a chunk of queries reaches a block of slots.
     """
     q, k = arrays["q"], arrays["k"]
     (batch, num_queries, _), num_slots = q.shape, k.shape[1]
     kv_heads = k.shape[2] // LANES
-    group = num_heads // kv_heads
+    group = num_units // kv_heads
     cores = cores if kv_heads % cores == 0 else 1
     per_core = kv_heads // cores
     grid = (batch, cores, per_core, num_slots // blocks.slots, group, num_queries // blocks.q)
@@ -176,7 +191,9 @@ def backward(
     k_table = pl.BlockSpec((None, blocks.slots, LANES), lambda b, core, j, kv, g, i, *_: (b, kv, 0))
     q_row = pl.BlockSpec((None, 1, blocks.q), lambda b, core, j, kv, g, i, *_: (b, 0, i))
     k_row = pl.BlockSpec((None, 1, blocks.slots), lambda b, core, j, kv, g, i, *_: (b, 0, kv))
-    head_row = pl.BlockSpec((None, None, 1, blocks.q), lambda b, core, j, kv, g, i, *_: (b, q_head(core, j, g), 0, i))
+    head_row = pl.BlockSpec(
+        (None, None, spec.heads, blocks.q), lambda b, core, j, kv, g, i, *_: (b, q_head(core, j, g), 0, i)
+    )
 
     def last_sweep(b, core, j, kv, g, i, *_):  # the block of dq moves only while its final values are written
         final = kv == grid[3] - 1

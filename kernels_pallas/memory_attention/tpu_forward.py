@@ -33,6 +33,8 @@ class Spec:
     theta: float
     rotation: str
     """"tables", "positions" (tables made in the kernel) or "none"."""
+    heads: int = 1
+    """Narrow heads that lie side by side in the 128 lanes, as they do in memory: nothing is padded."""
     k_rotated: bool = False
     segments: bool = False
     limit: bool = False
@@ -47,6 +49,19 @@ class Spec:
     def scale(self) -> float:
         """Scores come out in powers of two."""
         return self.head_dim**-0.5 * LOG2_E
+
+
+def own(spec: Spec, x: jax.Array, head: int) -> jax.Array:
+    """x [N, 128] with zeros in the lanes of other heads: a product over all lanes is then that of one head."""
+    if spec.heads == 1:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(lane // spec.head_dim == head, x, jnp.zeros_like(x))
+
+
+def side_by_side(spec: Spec, parts: list[jax.Array]) -> jax.Array:
+    """[N, 128] that takes the lanes of each head from its own part."""
+    return functools.reduce(jnp.add, [own(spec, part, head) for head, part in enumerate(parts)])
 
 
 def column(row: jax.Array) -> jax.Array:
@@ -159,53 +174,57 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
             some = some & (columns["limit"][:, :1] > 0)
         return some
 
-    def write(here, o, l, m, columns):
-        inverse = 1 / l
-        log = m + jnp.log2(l)
-        if spec.masked:
-            inverse = jnp.where(has_memory(columns), inverse, 0.0)
-            log = jnp.where(has_memory(columns), log, -NEVER)
-        ref["o"][here] = (o * inverse).astype(ref["o"].dtype)
-        ref["lse"][:, here] = jnp.broadcast_to(log, (o.shape[0], LANES)).T[:1]
+    def write(here, sums, columns):
+        """o, l and m of each head."""
+        outputs = []
+        for head, (o, l, m) in enumerate(sums):
+            inverse = 1 / l
+            log = m + jnp.log2(l)
+            if spec.masked:
+                inverse = jnp.where(has_memory(columns), inverse, 0.0)
+                log = jnp.where(has_memory(columns), log, -NEVER)
+            outputs.append(o * inverse)
+            ref["lse"][head : head + 1, here] = jnp.broadcast_to(log, (o.shape[0], LANES)).T[:1]
+        ref["o"][here] = side_by_side(spec, outputs).astype(ref["o"].dtype)
 
     def anchored():
         worst = jnp.ones((1, 1), jnp.float32)
         for r in range(0, q_rows, blocks.rows):
             here = pl.ds(r, blocks.rows)
-            q, cols = queries(here), columns(here)
-            o = jnp.zeros((blocks.rows, LANES), jnp.float32)
-            l = jnp.zeros((blocks.rows, LANES), jnp.float32)
-            for c in range(0, num_slots, blocks.slots):
-                width = min(blocks.slots, num_slots - c)
-                slots = pl.ds(c, width)
-                if once and not spec.k_rotated and r == 0:
-                    turn(slots)  # hidden under the matmuls
-                s = dot(q, k_ref[slots], _NT)
-                if c == 0:
-                    m = jnp.max(s, axis=1, keepdims=True)
-                s = s - m
+            block, cols, sums = queries(here), columns(here), []
+            for head in range(spec.heads):
+                q = own(spec, block, head)
+                o = jnp.zeros((blocks.rows, LANES), jnp.float32)
+                l = jnp.zeros((blocks.rows, LANES), jnp.float32)
+                for c in range(0, num_slots, blocks.slots):
+                    width = min(blocks.slots, num_slots - c)
+                    slots = pl.ds(c, width)
+                    if once and not spec.k_rotated and r == 0:
+                        turn(slots)  # hidden under the matmuls
+                    s = dot(q, k_ref[slots], _NT)
+                    if c == 0:
+                        m = jnp.max(s, axis=1, keepdims=True)
+                    s = s - m
+                    if spec.masked:
+                        k_segments = ref["k_segments"][:, slots] if spec.segments else None
+                        s = jnp.where(mask(spec, cols, k_segments, c, width), s, NEVER)
+                    p = jnp.exp2(s)
+                    l += lane_sums(p)
+                    o += dot(p.astype(dtype), v_ref[slots], (((1,), (0,)), ((), ())))
+                l = jnp.sum(l, axis=1, keepdims=True)
+                sums.append((o, l, m))
+                strain = jnp.maximum(l, 1 / l)
                 if spec.masked:
-                    k_segments = ref["k_segments"][:, slots] if spec.segments else None
-                    s = jnp.where(mask(spec, cols, k_segments, c, width), s, NEVER)
-                p = jnp.exp2(s)
-                l += lane_sums(p)
-                o += dot(p.astype(dtype), v_ref[slots], (((1,), (0,)), ((), ())))
-            l = jnp.sum(l, axis=1, keepdims=True)
-            write(here, o, l, m, cols)
-            strain = jnp.maximum(l, 1 / l)
-            if spec.masked:
-                strain = jnp.where(has_memory(cols), strain, 1.0)
-            worst = jnp.maximum(worst, jnp.max(strain, axis=0, keepdims=True))
+                    strain = jnp.where(has_memory(cols), strain, 1.0)
+                worst = jnp.maximum(worst, jnp.max(strain, axis=0, keepdims=True))
+            write(here, sums, cols)
         return worst[0, 0]
 
     def running(low, high):
         """Slots of chunks low to high, with a running maximum."""
         width = chunk_width(num_slots, blocks)
 
-        def rows(r, _):
-            here = pl.ds(pl.multiple_of(r * blocks.rows, LANES), blocks.rows)
-            q, cols = queries(here), columns(here)
-
+        def attend(q, cols):
             def chunk(i, carry):
                 m, l, o = carry
                 slots = pl.ds(pl.multiple_of(i * width, LANES), width)
@@ -222,8 +241,12 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
             zeros = jnp.zeros((blocks.rows, LANES), jnp.float32)
             m, l, o = jax.lax.fori_loop(low, high, chunk, (ones * NEVER, zeros, zeros))
             l = jnp.sum(l, axis=1, keepdims=True)
-            l = jnp.where(m > NEVER / 2, l, 1.0)  # rows without memory
-            write(here, o, l, m, cols)
+            return o, jnp.where(m > NEVER / 2, l, 1.0), m  # else rows without memory
+
+        def rows(r, _):
+            here = pl.ds(pl.multiple_of(r * blocks.rows, LANES), blocks.rows)
+            block, cols = queries(here), columns(here)
+            write(here, [attend(own(spec, block, head), cols) for head in range(spec.heads)], cols)
             return 0
 
         jax.lax.fori_loop(0, q_rows // blocks.rows, rows, 0)
@@ -254,16 +277,16 @@ def chunk_width(num_slots: int, blocks: block_sizes.Forward) -> int:
     return math.gcd(num_slots, max(512, blocks.slots))
 
 
-def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks: block_sizes.Forward, cores: int = 1):
-    """o [B, T, H*128] and lse [B, H, 1, T] (log2; +1e30 without memory) or None.
+def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks: block_sizes.Forward, cores: int = 1):
+    """o [B, T, U*128] and lse [B, U, S, T] (log2; +1e30 without memory); each of U `num_units` has S `spec.heads`.
 
-    arrays: q [B, T, H*128], k, v [B, M, K*128]; q_cos.. k_sin [B, ., 128] | q_pos, k_pos [B, 1, .] and angles [1, 128];
+    arrays: q [B, T, U*128], k, v [B, M, K*128]; q_cos.. k_sin [B, ., 128] | q_pos, k_pos [B, 1, .] and angles [1, 128];
     q_segments, k_segments, q_limit [B, 1, .]; active [B, T/q, 2]: chunks that a block of queries reaches.
     """
     q, k = arrays["q"], arrays["k"]
     (batch, num_queries, _), num_slots = q.shape, k.shape[1]
     kv_heads = k.shape[2] // LANES
-    group = num_heads // kv_heads
+    group = num_units // kv_heads
     cores = cores if kv_heads % cores == 0 else 1
     per_core = kv_heads // cores
 
@@ -301,10 +324,10 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
     inputs = [name for name in layout if name in arrays]
     outputs = {
         "o": jax.ShapeDtypeStruct(q.shape, q.dtype),
-        "lse": jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32),
+        "lse": jax.ShapeDtypeStruct((batch, num_units, spec.heads, num_queries), jnp.float32),
     }
     lse_row = pl.BlockSpec(
-        (None, None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, i)
+        (None, None, spec.heads, blocks.q), lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, i)
     )
     scratch = {"again": pltpu.SMEM((1,), jnp.int32)}
     if not spec.k_rotated:

@@ -71,11 +71,11 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Small, names: tuple[str, ...]
         finish(*task)
 
 
-def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks: block_sizes.Small, cores: int = 1):
+def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks: block_sizes.Small, cores: int = 1):
     """As `tpu_forward.forward`; heads of a grid step are a multiple or a divisor of the group that shares a kv head."""
     q, k = arrays["q"], arrays["k"]
     (batch, num_queries, _), num_slots = q.shape, k.shape[1]
-    group = num_heads * LANES // k.shape[2]
+    group = num_units * LANES // k.shape[2]
     kv_width = max(1, blocks.heads // group)
     shared = max(1, group // blocks.heads)  # grid steps that share a kv head
 
@@ -106,12 +106,12 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_heads: int, blocks:
     inputs = [name for name in layout if name in arrays]
     o, lse = pl.pallas_call(
         functools.partial(_kernel, spec=spec, blocks=blocks, names=(*inputs, "o", "lse"), group=group),
-        grid=(batch, num_heads // blocks.heads, num_queries // blocks.q),
+        grid=(batch, num_units // blocks.heads, num_queries // blocks.q),
         in_specs=[layout[name] for name in inputs],
         out_specs=[heads, pl.BlockSpec((None, blocks.heads, 1, blocks.q), lambda b, h, i: (b, h, 0, i))],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, num_units, 1, num_queries), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 3, vmem_limit_bytes=block_sizes.VMEM_LIMIT[spec.chip]

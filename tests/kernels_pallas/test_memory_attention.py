@@ -57,8 +57,9 @@ def run(backend, arrays, do, dlse, theta=1e6, **options):
     return o, lse, gradients
 
 
-def compare(backend, arrays, allowed, do, dlse, tolerance):
-    o, lse, gradients = run(backend, arrays, do, dlse)
+def compare(backend, arrays, allowed, do, dlse, tolerance, turned=True):
+    given = arrays if turned else {name: x for name, x in arrays.items() if not name.endswith("_pos")}
+    o, lse, gradients = run(backend, given, do, dlse)
     q_pos, k_pos = (np.asarray(arrays[name]) for name in ("q_pos", "k_pos"))
     qkv = (arrays[name] for name in ("q", "k", "v"))
     want_o, want_lse, want = exact.attention(
@@ -138,6 +139,21 @@ def test_a_block_that_reaches_few_slots_skips_the_others():
     arrays["v"] = arrays["v"].at[:, 600:700].set(jnp.nan)  # nobody may touch a chunk out of reach
     arrays["v"] = jnp.where(jnp.isnan(arrays["v"]), 0.0, arrays["v"])
     compare("tpu_interpret", arrays, q_segments[..., None] == k_segments[:, None], do, dlse, 3e-6)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(4, 64), (4, 32), (3, 64)])
+@pytest.mark.parametrize("masks", [(False, False, False), (True, True, False)])
+def test_narrow_heads_that_are_not_turned_share_the_lanes(heads, width, masks):
+    together = {(4, 64): 2, (4, 32): 4, (3, 64): 1}
+    assert blocks.heads_together(heads, width) == together[heads, width]
+    case = draw(6, 2, 140, 150, heads, heads, width, "float32", *masks, furthest=1)
+    compare("tpu_interpret", *case, TOLERANCE["float32"], turned=False)
+
+
+def test_narrow_heads_share_the_lanes_with_a_running_maximum():
+    arrays, allowed, do, dlse = draw(0, 1, 20, 1100, 2, 2, 64, "float32", False, False, False, furthest=1)
+    arrays["k"] *= jnp.where(jnp.arange(1100) < blocks.forward(20, 1100).slots, 0.01, 100.0)[None, :, None, None]
+    compare("tpu_interpret", arrays, allowed, do, dlse, 2e-4, turned=False)
 
 
 @pytest.mark.parametrize("backend", ["xla", "tpu_interpret"])

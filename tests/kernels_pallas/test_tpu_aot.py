@@ -22,10 +22,11 @@ chip = sys.argv[1]
 shape = jax.ShapeDtypeStruct
 
 
-def attend(t, m, heads=(2, 1), width=128, kind=jnp.bfloat16, tables=False, segments=False, decode=False, backward=True):
+def attend(t, m, heads=(2, 1), width=128, kind=jnp.bfloat16, backward=True, **how):
+    tables, segments, decode, plain = (how.get(key, False) for key in ("tables", "segments", "decode", "plain"))
     arrays = dict(q=shape((1, t, heads[0], width), kind), k=shape((1, m, heads[1], width), kind))
     arrays["v"] = arrays["k"]
-    ints = {"q_pos": t} if decode else {"q_pos": t, "k_pos": m}
+    ints = {} if plain else {"q_pos": t} if decode else {"q_pos": t, "k_pos": m}
     if segments:
         ints |= {"q_segments": t, "k_segments": m}
     arrays |= {name: shape((1, n), jnp.int32) for name, n in ints.items()}
@@ -51,6 +52,7 @@ cases = {
     "tables": attend(1024, 1024, (2, 2), tables=True),
     "odd sizes, fp32, head dim 80, segments": attend(300, 650, width=80, kind=jnp.float32, segments=True),
     "few slots, head dim 64, segments": attend(512, 256, (4, 2), width=64, segments=True),
+    "narrow heads side by side": attend(1025, 1152, (4, 4), width=64, plain=True),
     "decode": attend(1, 1024, (4, 2), tables=True, decode=True, backward=False),
     "decode of many heads": attend(16, 1024, (4, 2), tables=True, decode=True, backward=False),
     "rope_dhr": (turn, (shape((1, 512, 4, 128), jnp.bfloat16), shape((1, 512), jnp.int32))),

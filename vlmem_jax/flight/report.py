@@ -155,7 +155,8 @@ def kernel_seconds(program: HloProgram, topology: Topology) -> float:
         found = re.search(r"(memory_attention|splash)\w*", instruction.rest)
         if instruction.opcode != "custom-call" or found is None:
             continue
-        shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest)]
+        arrays = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest + instruction.type)
+        shapes = [tuple(int(size) for size in sizes.split(",")) for sizes in arrays]
         direction = "backward" if "backward" in instruction.rest or "dkv" in instruction.rest else "forward"
         flops = _attention_flops(found[1], shapes, direction)
         total += times * _attention_seconds(topology.chip, flops, shapes, KERNEL_UTILISATION[found[1], direction][name])
@@ -167,7 +168,9 @@ def _attention_flops(name: str, shapes: list[tuple[int, ...]], direction: str) -
     q, k = shapes[0], shapes[1]
     if name == "splash":  # q [H, T, C] and k [K, S, C], perhaps with a batch axis in front
         return products * math.prod(q) * k[-2]
-    return 2 * products * math.prod(q) * k[1]  # q [B, T, H*C], k [B, M, K*C]
+    # q [B, T, units of 128 lanes], k [B, M, units], lse [B, units, heads of one, T]; each head takes all 128 lanes
+    lse = next(shape for shape in shapes if len(shape) == 4)
+    return 2 * products * math.prod(lse) * k[1] * LANES
 
 
 def _attention_seconds(chip: Chip, flops: int, shapes: list[tuple[int, ...]], utilisation: float) -> float:

@@ -81,10 +81,10 @@ def full_attention(
     return _attend_by_kernel(config, arrays, "parts", None)
 
 
-def kernel_sizes(config: AttentionConfig, length: int, head_dim: int) -> tuple[int, int]:
-    """Length and head dim from which the backend's kernel reads arrays as they lie; others it copies to pad them."""
+def kernel_length(config: AttentionConfig, length: int) -> int:
+    """Length from which the backend's kernel reads arrays as they lie; others it copies to pad them."""
     wanted = config.implementation if config.implementation != "auto" else platform()
-    return (up(length, LANES), up(head_dim, LANES)) if wanted in ("tpu", "tpu_interpret") else (length, head_dim)
+    return up(length, LANES) if wanted in ("tpu", "tpu_interpret") else length
 
 
 def _attend_by_kernel(

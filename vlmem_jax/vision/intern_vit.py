@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.nn.attention import AttentionConfig, full_attention, kernel_sizes
-from vlmem_jax.nn.linear import Linear, param, widen, zeros
+from vlmem_jax.nn.attention import AttentionConfig, full_attention, kernel_length
+from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
@@ -81,27 +81,19 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x_ND: Float[Array, "N D"], slots: int, length: int) -> Float[Array, "N D"]:
         """The first `length` of each tile's T slots are there; what comes out for the others means nothing. N = B T."""
-        C = self.qkv.bias.shape[-1]
-        # zeros in the weights make heads as wide as the kernel reads them: cheaper than to copy q, k, v and the output
-        wide = C if self.q_norm is not None else kernel_sizes(self.attention, length, C)[1]
         # three products: the result of a single one, [3, heads, head_dim], could not stay split over the heads
-        q, k, v = (self._project(x_ND, n, wide) for n in range(3))
+        q_ND, k_ND, v_ND = (self._project(x_ND, n) for n in range(3))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q *= (wide / C) ** 0.5  # the scale of C, not of wide
-        out_BTHC = full_attention(
-            self.attention, *(x.reshape(-1, slots, x.shape[1] // wide, wide) for x in (q, k, v)), length
-        )
-        kernel_HCD = self.proj.kernel[...].astype(x_ND.dtype)
-        matrix = widen(kernel_HCD, 1, wide, ("heads", "head_dim", "embed")).reshape(-1, x_ND.shape[-1])
-        return out_BTHC.reshape(len(x_ND), -1) @ matrix + self.proj.bias[...].astype(x_ND.dtype)
+            q_ND, k_ND = self.q_norm(q_ND), self.k_norm(k_ND)
+        heads = self.qkv.bias.shape[1:]
+        q_BTHC, k_BTHC, v_BTHC = (x_ND.reshape(-1, slots, *heads) for x_ND in (q_ND, k_ND, v_ND))
+        out_BTHC = full_attention(self.attention, q_BTHC, k_BTHC, v_BTHC, length)
+        return self.proj(out_BTHC.reshape(-1, *heads))
 
-    def _project(self, x_ND: Float[Array, "N D"], n: int, wide: int) -> Float[Array, "N E"]:
-        """Heads side by side, each `wide` lanes."""
-        kernel_DHC, bias_HC = (leaf[...].astype(x_ND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
-        kernel_DHC = widen(kernel_DHC, 2, wide, ("embed", "heads", "head_dim"))
-        bias_HC = widen(bias_HC, 1, wide, ("heads", "head_dim"))
-        return x_ND @ kernel_DHC.reshape(len(kernel_DHC), -1) + bias_HC.reshape(-1)
+    def _project(self, x_ND: Float[Array, "N D"], n: int) -> Float[Array, "N E"]:
+        """All heads of q, k or v side by side."""
+        kernel, bias = (leaf[...].astype(x_ND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
+        return x_ND @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)
 
 
 class VisionLayer(nnx.Module):
@@ -122,9 +114,8 @@ class VisionLayer(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], keep_2B: Float[Array, "2 B"] | None, length: int
     ) -> Float[Array, "B T D"]:
         T, dtype = x_BTD.shape[1], x_BTD.dtype
-        x_ND = x_BTD.reshape(
-            -1, x_BTD.shape[-1]
-        )  # as rows, the compiler lays them out as the attention kernel reads them
+        # as rows, the compiler lays them out as the attention kernel reads them
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         attn = functools.partial(self.attn, slots=T, length=length)
         for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, attn), (self.ls2, self.norm2, self.mlp))):
             residual = scale[...].astype(dtype) * block(norm(x_ND))
@@ -190,7 +181,7 @@ class InternViT(nnx.Module):
 
     def _slots(self, length: int) -> int:
         """Tokens of a tile with those that the attention kernel wants beside them."""
-        return kernel_sizes(self.attention, length, self.config.width // self.config.heads)[0]
+        return kernel_length(self.attention, length)
 
 
 def resample_positions(table_PD: Float[Array, "P D"], grid: int) -> Float[Array, "Q D"]:
