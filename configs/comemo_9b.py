@@ -11,5 +11,6 @@ def get_config(profile: str | None = None) -> ConfigDict:
     """The experiment of comemo_2b.py, profiles included, with the larger language model."""
     config = load(f"{Path(__file__).with_name('comemo_2b.py')}:{profile or ''}")
     config.model.preset = "comemo_9b"
+    config.model.remat = "full"  # fits v5e; on v5p, remat=dots with vision_remat=full is faster
     config.init = config.tokenizer = "checkpoints/InternVL2-8B"
     return config

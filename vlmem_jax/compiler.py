@@ -25,7 +25,7 @@ _VMEM = {"xla_tpu_scoped_vmem_limit_kib": 32768}
 
 OPTIONS: dict[str, dict[str, bool | int]] = {
     "v5e": _TPU | _VMEM,
-    "v5p": _TPU,
+    "v5p": _TPU | _VMEM,
     "v6e": _TPU | _VMEM,
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "cpu": {},
