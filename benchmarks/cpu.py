@@ -28,7 +28,7 @@ from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM, presets
-from vlmem_jax.processing import Processor, Tokenizer
+from vlmem_jax.processing import TileProcessor, Tokenizer, make_processor
 from vlmem_jax.processing.images import ImageConfig, tile_grid
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import experiment
@@ -215,7 +215,7 @@ def pipeline() -> list[Row]:
         folder = Path(name)
         written = write_jpegs(folder, [(640, 480)] * count)
         config = DataConfig(train=written.train, pack_tokens=3584, pack_tiles=13)
-        processor = Processor(Tokenizer.load(folder / "tokenizer"), image, tokens_per_side=16)
+        processor = TileProcessor(Tokenizer.load(folder / "tokenizer"), image, tokens_per_side=16)
         plan = Plan.train(config, processor, seed=0)
         data = TrainData(plan, steps)
 
@@ -281,7 +281,8 @@ def recompilations() -> list[Row]:
         while_training = Watched.marks[-1] - Watched.marks[warm]
 
         vlm, params = make({"preset": "tiny"})
-        processor = Processor(Tokenizer.load(folder / "tokenizer"), ImageConfig(**image), vlm.tokens_per_side)
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+        processor = make_processor(tokenizer, ImageConfig(**image), vlm.config.vision.geometry)
         generator = Generator(vlm, params, stop_ids=[processor.stop_id], mesh=make_mesh(MeshConfig()))
         pictures = [Image.open(folder / f"{n}.jpg") for n in range(len(sizes))]
 

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from ml_collections import ConfigDict
@@ -81,6 +81,18 @@ def build(cls: type[T], config: Any, where: str = "config") -> T:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def build_kind(kinds: Sequence[type[T]], config: Any, where: str = "config") -> T:
+    """`build` of the dataclass whose default `kind` is that of `config`, or of the first where it names none.
+
+    Raises ConfigError for an unknown kind, and what `build` raises.
+    """
+    named = {cls.kind: cls for cls in kinds}
+    kind = (_group(config) or {}).get("kind", kinds[0].kind)
+    if kind not in named:
+        raise ConfigError(f"{where}.kind must be one of {', '.join(named)}; got {_show(kind)}")
+    return build(named[kind], config, where)
 
 
 def to_dict(config: Any) -> Any:
@@ -182,6 +194,8 @@ def _convert_union(hint: Any, options: tuple, value: Any, where: str) -> Any:
             return None
     if len(others) == 1:
         return _convert(others[0], value, where)
+    if all(map(dataclasses.is_dataclass, others)):
+        return value if isinstance(value, tuple(others)) else build_kind(others, value, where)
     for option in others:
         try:
             return _convert(option, value, where)

@@ -1,12 +1,15 @@
-"""Rotary positions of text and visual tokens: RoPE-DHR id maps and the walk over a whole sequence. Pure numpy.
+"""Where tokens stand: rotary positions of text and visual tokens, and the windows of packed patches. Pure numpy.
 
 A tiled image is seen twice: as a thumbnail of side x side tokens and as tiles of that size. RoPE-DHR (CoMemo sec. 3.2)
 gives each token of a tile the position of the thumbnail cell it lies in, so that an image of any number of tiles
 spends side * side positions.
+
+M-RoPE (Qwen2-VL, arXiv 2409.12191, sec. 2.1) gives each token three positions, time, row and column: of text all equal.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -103,3 +106,84 @@ def sequence_positions(
     )
     positions_T[placeholder_M] = memory_positions_M
     return positions_T, memory_positions_M
+
+
+class PatchGrid(NamedTuple):
+    """An image or video as visual tokens: `frames` steps of time, each of `rows` x `cols` tokens."""
+
+    frames: int
+    rows: int
+    cols: int
+    seconds: float = 0.0
+    """Of a step of time; an image has one step alone."""
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.rows * self.cols
+
+
+def mrope_positions(
+    tokens_T: Int[np.ndarray, "T"],
+    grids: Sequence[PatchGrid],
+    placeholders: Collection[int],
+    tokens_per_second: float,
+) -> Int32[np.ndarray, "T 3"]:
+    """Time, row and column of each token; `grids` are those of images and videos in the order of their placeholders.
+
+    Text counts on along all three axes. The tokens of an image or video start where the text before them ended, and
+    text goes on after the largest position among them; a second of video is `tokens_per_second` positions. Raises
+    ValueError where placeholders and grids do not fit (Qwen2.5-VL, arXiv 2502.13923, sec. 2.1).
+    """
+    is_text_T = ~np.isin(tokens_T, list(placeholders))
+    held, given = int((~is_text_T).sum()), sum(grid.tokens for grid in grids)
+    if held != given:
+        shapes = [tuple(map(int, grid[:3])) for grid in grids]
+        raise ValueError(
+            f"images and videos of (time, row, column) tokens {shapes} give {given} features, "
+            f"but the text holds {held} placeholders"
+        )
+    waiting = iter(grids)
+    positions_T3 = np.zeros((len(tokens_T), 3), np.int32)
+    start, count = 0, 0
+    while start < len(tokens_T):
+        if is_text_T[start]:
+            length = int(np.argmin(is_text_T[start:])) or len(tokens_T) - start
+            block = np.arange(length)[:, None]
+        else:
+            grid = next(waiting)
+            length = grid.tokens
+            if np.any(tokens_T[start : start + length] != tokens_T[start]):
+                raise ValueError("the placeholders of an image must stand next to each other, but text interrupts them")
+            block = np.indices(grid[:3]).reshape(3, -1).T
+            # in fp32 and in this order, as published: it decides which side of a whole number a product falls on
+            seconds = block[:, 0].astype(np.float32) * np.float32(grid.seconds)
+            block[:, 0] = np.floor(seconds * np.float32(tokens_per_second))
+        positions_T3[start : start + length] = count + block
+        count = int(positions_T3[start : start + length].max()) + 1
+        start += length
+    return positions_T3
+
+
+def window_order(grid: PatchGrid, side: int) -> tuple[Int32[np.ndarray, "M"], Int32[np.ndarray, "M 4"]]:
+    """The tokens of an image or video, window after window of at most side x side, and what is known of each then.
+
+    First their indices in row-major order; then, for each in the new order: 1 + the index of the first token of its
+    window and of its frame, so that equal ids see each other; its row and its column (Qwen2.5-VL sec. 2.1).
+    """
+    order_N, windows_N = _frame_windows(int(grid.rows), int(grid.cols), int(side))
+    first_F1 = np.arange(grid.frames, dtype=np.int32)[:, None] * len(order_N)
+    ids = 1 + first_F1 + windows_N, 1 + first_F1, order_N // grid.cols, order_N % grid.cols
+    layout_M4 = np.stack(np.broadcast_arrays(*ids), axis=-1).reshape(-1, 4)
+    return (first_F1 + order_N).reshape(-1), layout_M4.astype(np.int32)
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame_windows(rows: int, cols: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of a frame's tokens in the order of windows; in that order, the place where the window of each begins."""
+    row_N, col_N = np.indices((rows, cols)).reshape(2, -1)
+    window_N = row_N // side * -(-cols // side) + col_N // side
+    order_N = np.argsort(window_N, kind="stable").astype(np.int32)
+    begins_N = np.searchsorted(window_N[order_N], window_N[order_N]).astype(np.int32)
+    for array in (order_N, begins_N):
+        array.setflags(write=False)
+    return order_N, begins_N

@@ -1,7 +1,7 @@
 """The data that crosses package borders: one sample on the host, one packed batch on the device."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,68 @@ IGNORED = -100
 """Label of a token that is not a training target."""
 
 
+class TileGeometry(NamedTuple):
+    """How a vision tower sees a tile."""
+
+    size: int
+    """Side, pixels."""
+    tokens_per_side: int
+
+
+class PatchGeometry(NamedTuple):
+    """How a vision tower cuts what it sees."""
+
+    size: int
+    """Side of a patch, pixels."""
+    frames: int
+    """Of a patch; an image fills them with copies."""
+    merge: int
+    """Patches along a side of the block that becomes one visual token."""
+    window: int
+    """Visual tokens along a side of a window."""
+    tokens_per_second: float
+    """Rotary positions that a second of video takes."""
+
+    @property
+    def factor(self) -> int:
+        """Sides of a resized image are multiples of so many pixels."""
+        return self.size * self.merge
+
+
+class TileShape(NamedTuple):
+    """What a vision tower takes at a time, a tile, and what a model makes of it."""
+
+    side: int
+    """S: pixels along a side, or, where tiles are blocks of patches, patches."""
+    channels: int
+    """c: colours of a pixel, or all values of a patch: [colour, frame, y, x] in one axis."""
+    tokens: int
+    """P: visual tokens that the tile becomes."""
+    layout: bool = False
+    """Whether tiles of an image see each other, so that the tower needs to know their places."""
+    axes: int = 1
+    """Rotary positions of a token: 1, or 3 (time, row, column)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One conversation ready for the model, on the host.
 
-    T tokens, I tiles of S x S pixels, P visual tokens a tile, M = I * P memory slots.
+    T tokens, I tiles of S x S pixels, P visual tokens a tile, M = I * P memory slots; see `TileShape`.
     """
 
     tokens_T: Int32[np.ndarray, "T"]
     labels_T: Int32[np.ndarray, "T"]
     """The token itself where it is a target, IGNORED elsewhere; not shifted."""
-    positions_T: Int32[np.ndarray, "T"]
+    positions_T: Int32[np.ndarray, "T"] | Int32[np.ndarray, "T 3"]
     """Rotary position; repeats under RoPE-DHR."""
     slots_T: Int32[np.ndarray, "T"]
     """Which of the sample's M visual tokens replaces this token's embedding; -1 for text."""
-    pixels_ISSc: UInt8[np.ndarray, "I S S 3"]
-    memory_positions_M: Int32[np.ndarray, "M"]
+    pixels_ISSc: UInt8[np.ndarray, "I S S c"]
+    memory_positions_M: Int32[np.ndarray, "M"] | Int32[np.ndarray, "M 3"]
     """Rotary position of each visual token as a memory key."""
+    layout_I4: Int32[np.ndarray, "I 4"] | None = None
+    """As in `Batch`."""
     name: str = ""
     """Where the sample came from, as `file:line`, for error messages."""
 
@@ -49,12 +94,37 @@ class Batch:
     weights_BT: Float32[Array, "... B T"]
     """Weight of that target in the loss."""
     positions_BT: Int32[Array, "... B T"]
+    """Or [B, T, 3], of time, row and column, where the model has M-RoPE; so are the memory's."""
     segments_BT: Int32[Array, "... B T"]
     slots_BT: Int32[Array, "... B T"]
     """Which of the row's M visual tokens replaces this token's embedding; -1 for text."""
-    pixels_BISSc: UInt8[Array, "... B I S S 3"]
+    pixels_BISSc: UInt8[Array, "... B I S S c"]
     memory_positions_BM: Int32[Array, "... B M"]
     memory_segments_BM: Int32[Array, "... B M"]
+    layout_BI4: Int32[Array, "... B I 4"] | None = None
+    """Where tiles see each other: 1 + the index, in the row, of the first tile of the tile's window and of its frame,
+    and its own row and column in the image; zeros for padding. None where each tile is on its own."""
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], tokens: int, tiles: int, tile: TileShape) -> "Batch":
+        """Nothing but padding, in numpy arrays with leading axes `shape`: T = `tokens`, I = `tiles`."""
+
+        def zeros(*axes: int, dtype=np.int32) -> np.ndarray:
+            return np.zeros((*shape, *axes), dtype)
+
+        axes, slots = (tile.axes,) * (tile.axes > 1), tiles * tile.tokens
+        return cls(
+            tokens_BT=zeros(tokens),
+            targets_BT=zeros(tokens),
+            weights_BT=zeros(tokens, dtype=np.float32),
+            positions_BT=zeros(tokens, *axes),
+            segments_BT=zeros(tokens),
+            slots_BT=zeros(tokens) - 1,
+            pixels_BISSc=zeros(tiles, tile.side, tile.side, tile.channels, dtype=np.uint8),
+            memory_positions_BM=zeros(slots, *axes),
+            memory_segments_BM=zeros(slots),
+            layout_BI4=zeros(tiles, 4) if tile.layout else None,
+        )
 
 
 @jax.tree_util.register_dataclass

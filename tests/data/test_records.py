@@ -11,7 +11,7 @@ from tests.data.test_plan import mixed_lines
 from vlmem_jax.data import EvalData, Plan, SourceConfig, TrainData, store
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import PackedLines, pack
-from vlmem_jax.processing import Processor
+from vlmem_jax.processing import TileProcessor
 
 
 def packed(folder, lines, name="data.array_record", **options):
@@ -115,7 +115,7 @@ def test_files_are_not_written_over(folder):
 
 def test_too_large_an_image_names_the_knob(folder, processor):
     source = packed(folder, [folder.talk(), folder.talk(image=folder.image("big.png", 300, 30))])
-    small = Processor(processor.tokenizer, dataclasses.replace(processor.image, max_pixels=5000), 2, system="s")
+    small = TileProcessor(processor.tokenizer, dataclasses.replace(processor.image, max_pixels=5000), 2, system="s")
     with pytest.raises(
         ValueError, match=r"big.png has 300x30 .* image.max_pixels .*data.array_record:2 \(.*packed.jsonl:2"
     ):

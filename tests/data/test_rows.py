@@ -3,7 +3,7 @@ import pytest
 
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row, sample_weight
-from vlmem_jax.types import IGNORED, Sample
+from vlmem_jax.types import IGNORED, Sample, TileShape
 
 TILE, PER_TILE = 2, 4  # pixels, visual tokens
 
@@ -26,7 +26,7 @@ def sample(tokens, targets, tiles=0, first=10, spliced=True):
 
 
 def row(*samples, **config):
-    return pack_row(samples, DataConfig(**{"pack_tokens": 24, "pack_tiles": 4, **config}), PER_TILE, TILE)
+    return pack_row(samples, DataConfig(**{"pack_tokens": 24, "pack_tiles": 4, **config}), TileShape(TILE, 3, PER_TILE))
 
 
 def test_samples_follow_each_other_and_padding_comes_last():

@@ -15,7 +15,7 @@ from vlmem_jax.memory import comemo
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.nn.attention import same_segment
-from vlmem_jax.processing import ImageConfig, Processor, Tokenizer
+from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     blocks = params["memory"]["blocks"]
     blocks["attn_gate"], blocks["mlp_gate"] = jnp.full((2, 1), 0.4), jnp.full((2, 1), -0.3)
     params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))
-    processor = Processor(Tokenizer.load(folder), ImageConfig(size=32, dhr_map="raster"), 4, "")
+    processor = TileProcessor(Tokenizer.load(folder), ImageConfig(size=32, dhr_map="raster"), 4, "")
     return LoadedModel(vlm, params, processor, make_mesh(MeshConfig()))
 
 
@@ -48,7 +48,7 @@ def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
         return jnp.einsum("BHTM,BMHC->BTHC", weights, v_BMHC)
 
     monkeypatch.setattr(comemo, "memory_attention", read)
-    batch = pad_prompts([sample], 1, 32, 16)
+    batch = pad_prompts([sample], 1, model.vlm.tile)
     model.vlm.hidden(model.params, jax.tree.map(jnp.asarray, batch))
     jax.effects_barrier()
     M = len(sample.memory_positions_M)

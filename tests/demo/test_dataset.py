@@ -8,7 +8,7 @@ from vlmem_jax.demo.dataset import GROUPS, Asked, read_questions, write_dataset
 from vlmem_jax.models import VLM
 from vlmem_jax.processing.images import image_size
 from vlmem_jax.train.config import experiment
-from vlmem_jax.train.next_token import make_processor
+from vlmem_jax.train.next_token import experiment_processor
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -23,7 +23,7 @@ def test_the_same_config_writes_the_same_bytes(dataset, small, tmp_path):
 @pytest.mark.parametrize(("name", "least"), [("reading", 0.9), ("mixture", 0.9), ("heldout", 0.9)])
 def test_a_conversation_nearly_fills_a_row_and_never_more(dataset, small, name, least):
     config = experiment(base_experiment(dataset, Recipe.scaled(0.01)))
-    processor = make_processor(config, VLM(config.model))
+    processor = experiment_processor(config, VLM(config.model))
     room = small.reading_tokens if name == "reading" else small.mixture_tokens
     tokens = []
     for line in (dataset / f"{name}.jsonl").read_text().splitlines():

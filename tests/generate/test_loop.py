@@ -33,7 +33,7 @@ def test_incremental_decoding_equals_full_forward(vlm, params, generator, make_p
     assert len(answer) == GREEDY.max_new_tokens
     logits = jax.jit(vlm.logits)
     for _ in answer[:4]:
-        batch = pad_prompts([prompt], 1, vlm.config.vision.image_size, vlm.tokens_per_tile)
+        batch = pad_prompts([prompt], 1, vlm.tile)
         token = int(logits(params, batch)[0, len(prompt.tokens_T) - 1].argmax())
         assert token == answer[0]
         answer = answer[1:]
@@ -143,7 +143,7 @@ def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):
 
 def test_without_images_the_program_is_that_of_a_plain_model(vlm, params, make_prompt):
     plain = VLM(dataclasses.replace(vlm.config, memory="none"))
-    batch = jax.tree.map(jnp.asarray, pad_prompts([make_prompt(9, 0)], 1, 28, vlm.tokens_per_tile))
+    batch = jax.tree.map(jnp.asarray, pad_prompts([make_prompt(9, 0)], 1, vlm.tile))
     without_memory = {name: part for name, part in params.items() if name != "memory"}
 
     def program(vlm, params):

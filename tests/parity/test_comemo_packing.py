@@ -6,7 +6,7 @@ from scipy.special import log_softmax
 
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
-from vlmem_jax.types import IGNORED, Sample
+from vlmem_jax.types import IGNORED, Sample, TileShape
 from vlmem_jax.vision import VisionConfig
 
 PADDING_TOKENS, PADDING_TILES = 5, 2
@@ -44,7 +44,8 @@ def packed(arrays, loss_weight="square"):
         pack_tiles=len(arrays["batch/pixel_values"]) + PADDING_TILES,
         loss_weight=loss_weight,
     )
-    return pack_row(list(samples(arrays)), config, int(arrays["side"]) ** 2, arrays["batch/pixel_values"].shape[-1])
+    tile = TileShape(arrays["batch/pixel_values"].shape[-1], 3, int(arrays["side"]) ** 2)
+    return pack_row(list(samples(arrays)), config, tile)
 
 
 def test_layout_of_a_packed_row(arrays):

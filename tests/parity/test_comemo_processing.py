@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlmem_jax.positions import dhr_map, sequence_positions
-from vlmem_jax.processing import ImageConfig, Processor, Tokenizer, chat
+from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer, chat
 from vlmem_jax.processing.images import tile_grid, tile_image
 from vlmem_jax.types import IGNORED
 from vlmem_jax.vision import VisionConfig, normalise
@@ -135,7 +135,7 @@ def processor(packed, sizes, tmp_path_factory):
     write_tokenizer(folder, vocab, special)
     text = "".join(map(character, system[len("system\n") :]))
     image = ImageConfig(size=sizes["vision_config"]["image_size"])
-    return Processor(Tokenizer.load(folder), image, int(packed["side"]), system=text)
+    return TileProcessor(Tokenizer.load(folder), image, int(packed["side"]), system=text)
 
 
 def conversation(processor, ids, packed):

@@ -11,10 +11,11 @@ def turn(speaker, value):
     return {"from": speaker, "value": value}
 
 
-def text(*values, images=0, video=False, system="S"):
+def text(*values, images=0, frames=(), system="S"):
     """The prompt of a training conversation whose turns are `values`, without its system turn."""
     conversation = [turn(("human", "gpt")[index % 2], value) for index, value in enumerate(values)]
-    prompt = chat.render(chat.read_conversation(conversation, images, video), TEMPLATE, system)
+    dialogue = chat.with_frames(chat.read_conversation(conversation, images, len(frames)), frames)
+    prompt = chat.render(dialogue, TEMPLATE, system)
     return prompt.removeprefix(f"<|im_start|>system\n{system}<|im_end|>")
 
 
@@ -41,9 +42,9 @@ def test_images_may_come_in_later_questions():
 
 def test_video_frames_take_a_line_each():
     frames = "Frame1:<img><IMG_CONTEXT></img>\nFrame2:<img><IMG_CONTEXT></img>\na"
-    assert f"user\n{frames}<|im_end|>" in text("<video>\na", "b", images=2, video=True)
-    assert text("a", "b", images=2, video=True) == text("<video>\na", "b", images=2, video=True)
-    assert text("<image>\na", "b", images=2, video=True) == text("<video>\na", "b", images=2, video=True)
+    assert f"user\n{frames}<|im_end|>" in text("<video>\na", "b", frames=[2])
+    assert text("a", "b", frames=[2]) == text("<video>\na", "b", frames=[2])
+    assert text("<image>\na", "b", frames=[2]) == text("<video>\na", "b", frames=[2])
 
 
 def test_the_conversations_own_system_text_comes_first():
@@ -119,5 +120,5 @@ def test_control_tokens_may_not_be_smuggled_in(token):
 
 
 def test_unknown_template():
-    with pytest.raises(ValueError, match=r"one of \['internlm2-chat'\], got 'vicuna'"):
+    with pytest.raises(ValueError, match=r"one of \['internlm2-chat', 'qwen2-vl'\], got 'vicuna'"):
         chat.template("vicuna")

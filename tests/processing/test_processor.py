@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmem_jax.processing import ImageConfig, Processor
+from vlmem_jax.processing import ImageConfig, TileProcessor, Video
 from vlmem_jax.types import IGNORED
 
 SIDE, SIZE = 2, 8
@@ -20,7 +20,7 @@ def image(width, height, level=100):
 
 
 def make(tokenizer, **config):
-    return Processor(tokenizer, ImageConfig(size=SIZE, **config), SIDE, system="system")
+    return TileProcessor(tokenizer, ImageConfig(size=SIZE, **config), SIDE, system="system")
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_text_sample_can_do_without(processor):
 
 
 def test_video_frames_have_one_tile_each(processor):
-    sample = processor.encode(QUESTION, [image(1600, 400)] * 5, video=True)
+    sample = processor.encode(QUESTION, videos=[Video([image(1600, 400)] * 5)])
     assert len(sample.pixels_ISSc) == 5
     assert "Frame1:" in processor.tokenizer.decode(sample.tokens_T)
 
@@ -118,16 +118,22 @@ def samples(draw):
             values[2 * draw(st.integers(0, turns - 1))] += " <image>"
     speakers = ["human", "gpt"] * turns
     conversation = [{"from": speaker, "value": value} for speaker, value in zip(speakers, values, strict=True)]
-    return conversation, sizes, {"video": video, "mask_text_only": draw(st.booleans())}
+    return conversation, sizes, video, draw(st.booleans())
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(sample=samples(), rope_dhr=st.booleans(), kind=st.sampled_from(["code", "raster"]), most=st.integers(1, 12))
 def test_the_plan_is_what_encode_gives(tokenizer, sample, rope_dhr, kind, most):
-    conversation, sizes, options = sample
+    conversation, sizes, is_video, mask_text_only = sample
     processor = make(tokenizer, rope_dhr=rope_dhr, dhr_map=kind, max_tiles=most)
-    encoded = processor.encode(conversation, [image(*size) for size in sizes], **options)
-    plan = processor.plan(conversation, sizes, **options)
+    options = {"mask_text_only": mask_text_only}
+    if is_video:
+        video = Video([image(*sizes[0]) for _ in sizes])
+        encoded = processor.encode(conversation, videos=[video], **options)
+        plan = processor.plan(conversation, video_sizes=[video.size], **options)
+    else:
+        encoded = processor.encode(conversation, [image(*size) for size in sizes], **options)
+        plan = processor.plan(conversation, sizes, **options)
     assert plan == (len(encoded.tokens_T), len(encoded.pixels_ISSc), int((encoded.labels_T != IGNORED).sum()))
     assert len(encoded.memory_positions_M) == plan.tiles * SIDE * SIDE
     lengths = {len(x) for x in (encoded.tokens_T, encoded.labels_T, encoded.positions_T, encoded.slots_T)}
@@ -182,7 +188,7 @@ def test_dhr_is_chosen_per_call(processor):
 
 
 def test_a_video_prompt(processor):
-    sample = processor.prompt("What is it?", [image(100, 20)] * 3, video=True)
+    sample = processor.prompt("What is it?", videos=[Video([image(100, 20)] * 3)])
     assert len(sample.pixels_ISSc) == 3
     assert "Frame3:" in processor.tokenizer.decode(sample.tokens_T)
 

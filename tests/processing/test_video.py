@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmem_jax.processing.video import choose_frames, frame_count, read_frames
+from vlmem_jax.processing.video import choose_frames, probe, read_frames
 
 LENGTH = 50
 
@@ -45,7 +45,7 @@ def test_random_frames_are_ordered_and_one_to_an_interval(available, minimum, mo
 
 @pytest.mark.parametrize("name", ["a.mp4", "b.mkv", "c.avi", "d.h264"])
 def test_exactly_the_asked_frames_come(videos, name):
-    assert frame_count(videos / name) == LENGTH
+    assert probe(videos / name) == (LENGTH, 25.0, 64, 48)
     indices = [0, 1, 11, 12, 13, 30, 49, 7]
     frames = read_frames(videos / name, indices)
     assert all(frame.mode == "RGB" and frame.size == (64, 48) for frame in frames)
@@ -61,14 +61,14 @@ def test_truncated_video(videos, tmp_path):
     whole = (videos / "a.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.mp4 cannot be read"):
-        frame_count(tmp_path / "half.mp4")
+        probe(tmp_path / "half.mp4")
 
 
 def test_bad_files(videos, tmp_path):
     with pytest.raises(ValueError, match=r"none\.mp4 does not exist"):
-        frame_count(tmp_path / "none.mp4")
+        probe(tmp_path / "none.mp4")
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(ValueError, match=r"empty\.mp4 cannot be read"):
-        frame_count(tmp_path / "empty.mp4")
+        probe(tmp_path / "empty.mp4")
     with pytest.raises(ValueError, match=r"64x48 pixels but image\.max_pixels is 100"):
         read_frames(videos / "a.mp4", [0], max_pixels=100)

@@ -1,5 +1,5 @@
-"""Converts a checkpoint: a Hugging Face folder of InternVL2 or CoMemo (config.json, safetensors, tokenizer files) to
-ours, or any of ours (a workdir, a stage, a step, a converted folder) to a Hugging Face folder. SOURCE decides which.
+"""Converts a checkpoint: a Hugging Face folder of InternVL2, CoMemo or Qwen2.5-VL (config.json, safetensors, tokenizer
+files) to ours, or any of ours (a workdir, a stage, a step, a converted folder) to one of Hugging Face. SOURCE decides.
 
 Memory follows the size of a layer, not of the model. TARGET is a new folder; it appears whole or not at all. A
 checkpoint of ours may lie in a bucket (gs://BUCKET/...).
@@ -16,11 +16,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE
 from vlmem_jax.cli.flags import add_config
-from vlmem_jax.config import build, override, to_dict
+from vlmem_jax.config import override, to_dict
 from vlmem_jax.hub.convert import SHARD_BYTES, Summary, export_folder, import_folder, released
 from vlmem_jax.models import presets
 from vlmem_jax.paths import AnyPath, as_path
-from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.processing import image_config
 
 EXAMPLE = "vlmem convert CoMemo-2B checkpoints/comemo-2b\n  vlmem convert runs/mine CoMemo-2B-mine --dtype bfloat16"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -82,7 +82,7 @@ def _wanted(args: argparse.Namespace, source: AnyPath):
     for key in ("model", "image"):
         if key not in wanted:
             raise ValueError(f"config.{key} must be given; {args.config} has none")
-    return presets.resolve(wanted["model"]), build(ImageConfig, wanted["image"], "config.image")
+    return presets.resolve(wanted["model"]), image_config(wanted["image"], "config.image")
 
 
 def _is_ours(source: AnyPath) -> bool:

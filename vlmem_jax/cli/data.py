@@ -16,7 +16,7 @@ from vlmem_jax.data.records import SHARD_BYTES, pack
 from vlmem_jax.data.survey import glance, survey
 from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
-from vlmem_jax.train.next_token import make_processor
+from vlmem_jax.train.next_token import experiment_processor
 
 EXAMPLE = "vlmem data pack --data my/train.jsonl --root my/images --out my/train.array_record"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -118,7 +118,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.stage and args.stage not in stages:
         raise ConfigError(f"there is no stage {args.stage!r}; the experiment has {', '.join(stages)}")
     config = settings.data_of(stages[args.stage]) if args.stage else settings.data
-    processor = make_processor(settings, VLM(settings.model))
+    processor = experiment_processor(settings, VLM(settings.model))
     parts = {"data.train": (config.train, settings.seed), "data.eval": (config.eval, None)}
     if args.data:
         parts = {"--data": ((SourceConfig(args.data, args.root),), settings.seed)}

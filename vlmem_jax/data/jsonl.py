@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmem_jax.processing.images import Encoded
+from vlmem_jax.processing.video import Clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Record:
     video: str | Encoded | None = None
     sizes: tuple[tuple[int, int], ...] | None = None
     """(width, height) of the images in pixels, where they are known."""
-    frames: int | None = None
-    """Frames of the video, where they are known."""
+    clip: Clip | None = None
+    """What the header of the video says, where it is known."""
 
 
 class JsonLines:

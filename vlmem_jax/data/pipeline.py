@@ -168,12 +168,11 @@ class PackedData:
             return None
 
     def _blank(self, key: Key) -> Sample:
-        processor = self.plan.samples.processor
-        return blank_sample(self.plan.samples.size(key), processor.tokens_per_side**2, processor.image.size)
+        samples = self.plan.samples
+        return blank_sample(samples.size(key), samples.processor.tile)
 
     def _pack(self, samples: Sequence[Sample]) -> Batch:
-        processor = self.plan.samples.processor
-        return pack_row(samples, self.config, processor.tokens_per_side**2, processor.image.size)
+        return pack_row(samples, self.config, self.plan.samples.processor.tile)
 
     def _assemble(self, rows: Sequence[tuple[int, Batch, list[str]]]) -> HostBatch:
         """The step of these rows."""

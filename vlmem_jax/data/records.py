@@ -22,9 +22,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from vlmem_jax.data.jsonl import JsonLines, Record, as_record
 from vlmem_jax.processing import images, video
 from vlmem_jax.processing.images import Encoded
+from vlmem_jax.processing.video import Clip
 
 SUFFIX = ".array_record"
-FORMAT = "vlmem samples 1"
+FORMAT = "vlmem samples 2"
 SHARD_BYTES = 10**9
 """Size after which a file is closed and the next begun."""
 READ_AT_ONCE = 64
@@ -79,7 +80,7 @@ class PackedLines:
         names = (record.video,) if record.video else record.images
         files = [] if small else [Encoded(n, content[a:b]) for n, (a, b) in zip(names, spans, strict=True)]
         sizes = tuple((width, height) for width, height in head["sizes"])
-        return dataclasses.replace(record, sizes=sizes, frames=head["frames"]), files
+        return dataclasses.replace(record, sizes=sizes, clip=head["clip"] and Clip(*head["clip"])), files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +234,11 @@ def _read(lines: JsonLines, root: str | os.PathLike, index: int) -> tuple[bytes,
     except ValueError as error:
         return error
     names = (record.video,) if record.video else record.images
-    frames, sizes = None, []
+    clip, sizes = None, []
     try:
         files = [_encoded(root, name) for name in names]
         if record.video:
-            frames = video.frame_count(files[0])
+            clip = video.probe(files[0])
         else:
             sizes = [images.image_size(file, images.PILLOW_PIXEL_LIMIT) for file in files]
     except ValueError as error:
@@ -247,7 +248,7 @@ def _read(lines: JsonLines, root: str | os.PathLike, index: int) -> tuple[bytes,
         "from": record.name,
         "bytes": [len(file.data) for file in files],
         "sizes": sizes,
-        "frames": frames,
+        "clip": clip,
     }
     return json.dumps(head).encode(), [file.data for file in files]
 

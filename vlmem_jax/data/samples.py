@@ -20,6 +20,8 @@ from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]
 """Number of a file, and of a sample in it."""
+SIZE_KNOB = {"tiles": "max_tiles", "patches": "max_pixels"}
+"""Key of `image` that bounds the tiles of a sample, by `image.kind`."""
 
 
 class Size(NamedTuple):
@@ -109,20 +111,17 @@ class Samples:
         """
         record = self.files[key[0]][key[1]]
         with _naming(record.name):
-            limit = self.processor.image.max_pixels
+            limit = self.processor.open_limit
             if record.video:
-                path = self._path(key, record.video)
-                pictures = video.read_frames(path, self._frames(key, record), limit)
+                clip, chosen = self._frames(key, record)
+                pictures = video.read_frames(self._path(key, record.video), chosen, limit)
             else:
                 pictures = [images.open_image(self._path(key, path), limit) for path in record.images]
         if augment is not None:
             pictures = [images.jpeg_round_trip(picture, int(augment.integers(75, 101))) for picture in pictures]
+        shown = {"videos": [video.Video(pictures, clip.seconds(chosen))]} if record.video else {"images": pictures}
         sample = self.processor.encode(
-            record.conversations,
-            pictures,
-            video=record.video is not None,
-            mask_text_only=self.config.mask_text_only,
-            name=record.name,
+            record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
         )
         targets = int((sample.labels_T != IGNORED).sum())
         found, planned = Size(len(sample.tokens_T), len(sample.pixels_ISSc), targets, len(pictures)), self.size(key)
@@ -139,17 +138,14 @@ class Samples:
             record = self.files[key[0]].header(key[1])
             with _naming(record.name):
                 if record.video:
-                    image_sizes = [(1, 1)] * len(self._frames(key, record))  # one tile each, whatever its shape
+                    clip, chosen = self._frames(key, record)
+                    shown = {"video_sizes": [clip.taken(chosen)]}
                 else:
-                    image_sizes = self._image_sizes(key, record)
+                    shown = {"image_sizes": self._image_sizes(key, record)}
             plan = self.processor.plan(
-                record.conversations,
-                image_sizes,
-                video=record.video is not None,
-                mask_text_only=self.config.mask_text_only,
-                name=record.name,
+                record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
             )
-            size = Size(plan.tokens, plan.tiles, plan.targets, len(image_sizes))
+            size = Size(plan.tokens, plan.tiles, plan.targets, len(chosen if record.video else shown["image_sizes"]))
             with _naming(record.name):
                 self._check_limits(size)
             return size
@@ -165,7 +161,7 @@ class Samples:
         if size.tiles > config.pack_tiles:
             raise ValueError(
                 f"a row has {config.pack_tiles} tiles but this sample has {size.tiles}; "
-                "raise data.pack_tiles or lower image.max_tiles"
+                f"raise data.pack_tiles or lower image.{SIZE_KNOB[self.processor.image.kind]}"
             )
         if not size.targets:
             raise ValueError("a sample must have an answer to learn, but this one has no target token")
@@ -174,18 +170,18 @@ class Samples:
         return path if isinstance(path, Encoded) else images.resolve(self.roots[key[0]], path)
 
     def _image_sizes(self, key: Key, record: Record) -> list[tuple[int, int]]:
-        limit = self.processor.image.max_pixels
+        limit = self.processor.open_limit
         if record.sizes is None:
             return [images.image_size(self._path(key, path), limit) for path in record.images]
         for path, size in zip(record.images, record.sizes, strict=True):
             images.check_pixels(path, size, limit)
         return list(record.sizes)
 
-    def _frames(self, key: Key, record: Record) -> list[int]:
-        """Which frames the sample takes of its video: the same each time it is seen."""
+    def _frames(self, key: Key, record: Record) -> tuple[video.Clip, list[int]]:
+        """The video of a sample, and which frames it takes of it: the same each time it is seen."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, *key])
-        available = record.frames or video.frame_count(self._path(key, record.video))
-        return video.choose_frames(available, self.config.min_frames, self.config.max_frames, rng)
+        clip = record.clip or video.probe(self._path(key, record.video))
+        return clip, self.processor.choose_frames(clip, self.config.min_frames, self.config.max_frames, rng)
 
 
 def open_lines(path: str) -> JsonLines | PackedLines:

@@ -86,7 +86,7 @@ def _config(plan: Plan) -> dict[str, Any]:
         "sources": [dataclasses.asdict(source) for source in samples.sources],
         "image": dataclasses.asdict(processor.image),
         "text": [processor.system, processor.template.system, processor.template.start],
-        "tokens_per_side": processor.tokens_per_side,
+        "tile": list(processor.tile),
         "seed": samples.seed,
     }
 

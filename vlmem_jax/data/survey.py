@@ -79,7 +79,8 @@ def glance(source: SourceConfig, threads: int) -> Glance:
         try:
             record = lines.header(index)
             if record.video:
-                return [], record.frames or video.frame_count(images.resolve(root, record.video))
+                clip = record.clip or video.probe(images.resolve(root, record.video))
+                return [], clip.frames
             sizes = record.sizes
             if sizes is None:
                 sizes = [images.image_size(images.resolve(root, path)) for path in record.images]

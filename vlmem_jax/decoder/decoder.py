@@ -38,12 +38,22 @@ class DecoderConfig:
     ntk_factor: float = 0.0
     """Dynamic NTK scaling of rows longer than max_positions; 0: none."""
     max_positions: int = 32768
+    rope_sections: tuple[int, ...] = ()
+    """M-RoPE: pairs of a head that turn by a token's time, row and column; none: one position a token."""
+    qkv_bias: bool = False
+    tied: bool = False
+    """Whether the token table is the head, too."""
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads {self.kv_heads}, got {self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.rope_sections and (len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.head_dim):
+            raise ValueError(
+                f"rope_sections must be three numbers that add up to head_dim / 2 = {self.head_dim // 2}, "
+                f"got {self.rope_sections}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +71,9 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         embed, C = {"embed": config.width}, {"head_dim": config.head_dim}
-        self.q = Linear(embed, {"heads": config.heads} | C, rngs=rngs)
-        self.k = Linear(embed, {"kv_heads": config.kv_heads} | C, rngs=rngs)
-        self.v = Linear(embed, {"kv_heads": config.kv_heads} | C, rngs=rngs)
+        self.q = Linear(embed, {"heads": config.heads} | C, bias=config.qkv_bias, rngs=rngs)
+        self.k = Linear(embed, {"kv_heads": config.kv_heads} | C, bias=config.qkv_bias, rngs=rngs)
+        self.v = Linear(embed, {"kv_heads": config.kv_heads} | C, bias=config.qkv_bias, rngs=rngs)
         self.o = Linear({"heads": config.heads} | C, embed, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable) -> tuple[jax.Array, Any]:
@@ -96,7 +106,7 @@ class Decoder(nnx.Module):
         self.embed = param(init, (config.vocab, config.width), ("vocab", "embed"), rngs)
         self.layers = stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.layers, rngs)
         self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
-        self.head = Linear({"embed": config.width}, {"vocab": config.vocab}, rngs=rngs)
+        self.head = None if config.tied else Linear({"embed": config.width}, {"vocab": config.vocab}, rngs=rngs)
 
     def embeddings(self, tokens_BT: Int32[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Rows of the token table."""
@@ -106,8 +116,8 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every token, in fp32."""
-        kernel = self.head.kernel[...].astype(x_BTD.dtype)
-        return jnp.einsum("BTD,DV->BTV", x_BTD, kernel, preferred_element_type=jnp.float32)
+        kernel = self.embed[...].T if self.head is None else self.head.kernel[...]
+        return jnp.einsum("BTD,DV->BTV", x_BTD, kernel.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
 
     def __call__(
         self,

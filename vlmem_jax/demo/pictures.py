@@ -71,7 +71,7 @@ def looking(model: LoadedModel, folder: Path, question: dict[str, Any]) -> Looki
     picture = open_image(folder / question["image"])
     sample = model.processor.prompt(opening(1) + question["question"], [picture])
     weights = attention.last_token(model, sample)
-    side = model.vlm.tokens_per_side
+    side = model.processor.tokens_per_side
     every = model.vlm.config.comemo.every
 
     def maps(kind: str, weights_LHM: np.ndarray, layers: Sequence[int]) -> list[Map]:

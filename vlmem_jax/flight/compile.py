@@ -197,22 +197,8 @@ def _prompts(vlm: VLM, serving: Serving, mesh: Mesh) -> Batch:
 
 
 def _batch(vlm: VLM, rows: tuple[int, ...], T: int, I: int, sharding: NamedSharding) -> Batch:  # noqa: E741
-    S, M = vlm.config.vision.image_size, I * vlm.tokens_per_tile
-
-    def leaf(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=sharding)
-
-    return Batch(
-        tokens_BT=leaf(T),
-        targets_BT=leaf(T),
-        weights_BT=leaf(T, dtype=jnp.float32),
-        positions_BT=leaf(T),
-        segments_BT=leaf(T),
-        slots_BT=leaf(T),
-        pixels_BISSc=leaf(I, S, S, 3, dtype=jnp.uint8),
-        memory_positions_BM=leaf(M),
-        memory_segments_BM=leaf(M),
-    )
+    batch = Batch.empty(rows, T, I, vlm.tile)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 def _read(folder: str, ending: str) -> str:

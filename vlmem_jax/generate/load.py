@@ -7,14 +7,11 @@ import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
-from vlmem_jax.config import build
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.processing.images import ImageConfig
-from vlmem_jax.processing.processor import Processor
-from vlmem_jax.processing.tokenizer import Tokenizer
+from vlmem_jax.processing import Processor, Tokenizer, image_config, make_processor
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 
 
@@ -33,7 +30,7 @@ class LoadedModel:
         return Generator(
             self.vlm,
             self.params,
-            stop_ids=[self.processor.stop_id],
+            stop_ids=self.processor.stop_ids,
             banned_ids=[*self.processor.control_ids, *unknown],
             mesh=self.mesh,
         )
@@ -47,9 +44,9 @@ def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> Load
     checkpoint = folder.find(path)
     described = checkpoint.model
     vlm = VLM(resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model"))
-    image = build(ImageConfig, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
-    tokenizer = Tokenizer.load(checkpoint.tokenizer)
-    processor = Processor(tokenizer, image, vlm.tokens_per_side, described["system"], described["template"])
+    image = image_config(described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
+    tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer), vlm.config.vision.geometry
+    processor = make_processor(tokenizer, image, geometry, described["system"], described["template"])
     devices = make_mesh(mesh)
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, vlm.dtype, sharding=sharding),

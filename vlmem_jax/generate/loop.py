@@ -71,7 +71,7 @@ class Generator:
         """Reads the prompts; room is made for `new_tokens` more. `rows`: size of the batch, default one a prompt."""
         shards = batch_shards(self.mesh) if self.mesh else 1
         rows = -(-(rows or len(samples)) // shards) * shards
-        batch = pad_prompts(samples, rows, self.vlm.config.vision.image_size, self.vlm.tokens_per_tile)
+        batch = pad_prompts(samples, rows, self.vlm.tile)
         longest = max(len(sample.tokens_T) for sample in samples)
         capacity = max(bucket(longest + new_tokens, 64), batch.tokens_BT.shape[1])
         with self.context():

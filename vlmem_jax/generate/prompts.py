@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from vlmem_jax.types import Batch, Sample
+from vlmem_jax.types import Batch, Sample, TileShape
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -19,9 +17,7 @@ def bucket(size: int, smallest: int = 1) -> int:
     return step
 
 
-def pad_prompts(
-    samples: Sequence[Sample], rows: int, tile_size: int, tokens_per_tile: int, smallest: int = 64
-) -> Batch:
+def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64) -> Batch:
     """A batch with a row for each prompt, padded on the right to bucketed lengths; rows beyond the prompts are empty.
 
     Raises ValueError if there are more prompts than rows, or a prompt's tiles do not fit the model.
@@ -30,25 +26,15 @@ def pad_prompts(
         raise ValueError(f"{len(samples)} prompts do not fit a batch of {rows} rows")
     T = bucket(max(len(sample.tokens_T) for sample in samples), smallest)
     I = bucket(max(len(sample.pixels_ISSc) for sample in samples))
-    M = I * tokens_per_tile
-    batch = Batch(
-        tokens_BT=np.zeros((rows, T), np.int32),
-        targets_BT=np.zeros((rows, T), np.int32),
-        weights_BT=np.zeros((rows, T), np.float32),
-        positions_BT=np.zeros((rows, T), np.int32),
-        segments_BT=np.zeros((rows, T), np.int32),
-        slots_BT=np.full((rows, T), -1, np.int32),
-        pixels_BISSc=np.zeros((rows, I, tile_size, tile_size, 3), np.uint8),
-        memory_positions_BM=np.zeros((rows, M), np.int32),
-        memory_segments_BM=np.zeros((rows, M), np.int32),
-    )
+    batch = Batch.empty((rows,), T, I, tile)
     for row, sample in enumerate(samples):
         t, tiles, m = len(sample.tokens_T), len(sample.pixels_ISSc), len(sample.memory_positions_M)
-        if sample.pixels_ISSc.shape[1] != tile_size or m != tiles * tokens_per_tile:
+        shape = sample.pixels_ISSc.shape[1:]
+        if shape != batch.pixels_BISSc.shape[2:] or m != tiles * tile.tokens:
             raise ValueError(
-                f"the model sees tiles of {tile_size} px as {tokens_per_tile} tokens each, but the prompt "
-                f"{sample.name} has {tiles} tiles of {sample.pixels_ISSc.shape[1]} px and {m} tokens; "
-                "image.size must be vision.image_size"
+                f"the model sees tiles of {batch.pixels_BISSc.shape[2:]} (height, width, channels) as {tile.tokens} "
+                f"tokens each, but the prompt {sample.name} has {tiles} tiles of {shape} and {m} tokens; its processor "
+                "must have the sizes of model.vision"
             )
         batch.tokens_BT[row, :t] = sample.tokens_T
         batch.positions_BT[row, :t] = sample.positions_T
@@ -57,4 +43,6 @@ def pad_prompts(
         batch.pixels_BISSc[row, :tiles] = sample.pixels_ISSc
         batch.memory_positions_BM[row, :m] = sample.memory_positions_M
         batch.memory_segments_BM[row, :m] = 1
+        if tile.layout:
+            batch.layout_BI4[row, :tiles] = sample.layout_I4
     return batch

@@ -15,18 +15,18 @@ import numpy as np
 
 from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER
-from vlmem_jax.config import build, to_dict
-from vlmem_jax.hub import internvl, orbax_io
+from vlmem_jax.config import to_dict
+from vlmem_jax.hub import families, orbax_io
 from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.internvl_config import Released, read_config, write_config
 from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Leaf
 from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
-from vlmem_jax.hub.tokenizer_files import TokenizerFiles
+from vlmem_jax.hub.settings import Released
+from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
 from vlmem_jax.models import VLM, ModelConfig, presets
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
-from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, image_config
 
 RELEASED_CONFIG = "released_config.json"
 """The config.json a checkpoint came with; export keeps its keys that mean nothing here."""
@@ -55,7 +55,7 @@ def import_folder(
     target: str | os.PathLike,
     *,
     model: ModelConfig | None = None,
-    image: ImageConfig | None = None,
+    image: ImageConfig | PatchConfig | None = None,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
@@ -66,8 +66,7 @@ def import_folder(
     Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at all.
     """
     tensors, content, found = _open(source)
-    source = Path(source)
-    tokenizer = TokenizerFiles.of(source)
+    tokenizer = TokenizerFiles.of(source, families.of_config(content).added_tokens)
     if model is None:
         vocab = max(found.model.decoder.vocab, tokenizer.new_size)
         model = dataclasses.replace(found.model, decoder=dataclasses.replace(found.model.decoder, vocab=vocab))
@@ -119,7 +118,8 @@ def export_folder(
     checkpoint = find(source)
     about = checkpoint.model
     model = presets.resolve(about["model"])
-    rules = internvl.name_table(model)
+    family = families.of_model(model)
+    rules = family.name_table(model, None, None)
     stored = orbax_io.read_leaves(checkpoint.step_folder / "params")
     _check_leaves({rule.ours: rule.our_shape for rule in rules}, stored, checkpoint.step_folder)
     layout = {
@@ -141,10 +141,14 @@ def export_folder(
         tensors.flush()
         TokenizerFiles(checkpoint.tokenizer).copy(folder)
         kinds = [kind.name for _, kind in layout.values()]
-        image = build(ImageConfig, about["image"], f"{MODEL_FILE} image")
-        content = write_config(model, image, about["template"], max(kinds, key=kinds.count))
-        original = checkpoint.root / RELEASED_CONFIG
-        _write_json(folder / CONFIG_FILE, _merged(_read_json(original) if original.is_file() else {}, content))
+        image = image_config(about["image"], f"{MODEL_FILE} image")
+        has_tokenizer = any((checkpoint.tokenizer / name).is_file() for name in FILES[:2])
+        tokenizer = Tokenizer.load(checkpoint.tokenizer) if has_tokenizer else None
+        contents = family.write_files(model, image, about["template"], max(kinds, key=kinds.count), tokenizer)
+        original = _optional_json(checkpoint.root / RELEASED_CONFIG)
+        contents[CONFIG_FILE] = _merged(original, contents[CONFIG_FILE])
+        for name, content in contents.items():
+            _write_json(folder / name, content)
     return _summary(target, stored)
 
 
@@ -173,8 +177,10 @@ def _open(source: str | os.PathLike) -> tuple[Tensors, dict, Released]:
         raise ValueError(f"{folder} has no {CONFIG_FILE}; a folder in the Hugging Face layout must hold it")
     content = _read_json(folder / CONFIG_FILE)
     tensors = Tensors(folder)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE)
     try:
-        return tensors, content, read_config(content, {name: tensor.shape for name, tensor in tensors.items()})
+        return tensors, content, families.of_config(content).read_config(content, shapes, preprocessor)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
 
@@ -186,18 +192,18 @@ def _leaves(
     config = vlm.config
     _check_settings(config, released, source)
     bare = config.memory != "none" and released.memory == "none"
-    rows = len(tensors[internvl.EMBEDDING]) if internvl.EMBEDDING in tensors else config.decoder.vocab
+    family, known = families.of_model(config), dataclasses.replace(config, memory="none") if bare else config
+    rules = family.name_table(known, family.layout(tensors), None)
+    [embedding] = next(rule.names for rule in rules if rule.ours == "decoder/embed")
+    rows = len(tensors[embedding]) if embedding in tensors else config.decoder.vocab
     new_rows = max(config.decoder.vocab - rows, 0)
-    rules = internvl.name_table(
-        dataclasses.replace(config, memory="none") if bare else config,
-        wrapped=internvl.is_wrapped(tensors),
-        vocab=config.decoder.vocab - new_rows,
-    )
+    if new_rows:
+        rules = family.name_table(known, family.layout(tensors), rows)
     check_fit(rules, tensors, str(source))
     leaves: dict[str, Leaf] = {rule.ours: FromTensors(rule, tensors) for rule in rules}
     dtype = leaves["decoder/embed"].dtype
     if new_rows:
-        _extend_vocabulary(leaves, tensors, new_rows, seed)
+        _extend_vocabulary(leaves, new_rows, seed)
     fresh = [path for path in flat(vlm.abstract()) if path not in leaves]
     for path in fresh:
         leaves[path] = _fresh_blocks(config, path, dtype, seed)
@@ -215,13 +221,14 @@ def _fresh_blocks(config: ModelConfig, path: str, dtype: np.dtype, seed: int) ->
     return Fresh(init, config.decoder.layers // every)
 
 
-def _extend_vocabulary(leaves: dict[str, Leaf], tensors: Tensors, count: int, seed: int) -> None:
-    """New tokens embed as normal(0, 0.02) and score as the mean of the old ones (CoMemo's way)."""
-    embed, head = leaves["decoder/embed"], leaves["decoder/head/kernel"]
+def _extend_vocabulary(leaves: dict[str, Leaf], count: int, seed: int) -> None:
+    """New tokens embed as normal(0, 0.02) and, where the head is apart, score as the mean of the old (CoMemo's way)."""
+    embed, head = leaves["decoder/embed"], leaves.get("decoder/head/kernel")
     new = np.random.default_rng(seed).normal(0.0, 0.02, (count, embed.shape[1]))
-    mean_D = np.add.reduce(tensors[internvl.HEAD], axis=0, dtype=np.float64) / embed.shape[0]
     leaves["decoder/embed"] = Extended(embed, new, axis=0)
-    leaves["decoder/head/kernel"] = Extended(head, np.repeat(mean_D[:, None], count, axis=1), axis=1)
+    if head is not None:
+        mean_D = np.add.reduce(head.view().T, axis=0, dtype=np.float64) / embed.shape[0]
+        leaves["decoder/head/kernel"] = Extended(head, np.repeat(mean_D[:, None], count, axis=1), axis=1)
 
 
 _FREE = ("vision.drop_path", "vision.layer_scale_init", "decoder.vocab")
@@ -237,9 +244,9 @@ def _check_settings(config: ModelConfig, released: ModelConfig, source: Path) ->
     for part in parts:
         ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(released, part))
         wrong += [
-            f"model.{part}.{key} is {ours[key]!r}, there it is {theirs[key]!r}"
+            f"model.{part}.{key} is {ours[key]!r}, there it is {theirs.get(key)!r}"
             for key in ours
-            if ours[key] != theirs[key] and f"{part}.{key}" not in _FREE and key != "decode_position"
+            if ours[key] != theirs.get(key) and f"{part}.{key}" not in _FREE and key != "decode_position"
         ]
     if wrong:
         lines = "\n  ".join(wrong)
@@ -309,6 +316,10 @@ def _read_json(path: AnyPath) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
+
+
+def _optional_json(path: AnyPath) -> dict:
+    return _read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: AnyPath, content: Mapping) -> None:

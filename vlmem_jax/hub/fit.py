@@ -1,12 +1,14 @@
 """Do the tensors that came fit those that are needed? All that does not is said at once, with what may be meant."""
 
 import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vlmem_jax.hub.rules import Rule
+from vlmem_jax.hub.leaves import FromTensors
+from vlmem_jax.hub.rules import Rule, nested
 
 BUFFERS = (".rotary_emb.inv_freq",)
 """Endings of tensors that some checkpoints carry along and that follow from the config."""
@@ -41,6 +43,15 @@ def check_fit(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], what: st
         raise ValueError(f"{what} does not fit the model; {len(lines)} differences:\n  " + "\n  ".join(lines))
 
 
+def assemble(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray]) -> dict:
+    """The parameters that `rules` make of tensors, as numpy arrays of the same dtype.
+
+    Raises ValueError listing all tensors that are missing, unknown or of another shape.
+    """
+    check_fit(rules, tensors, "the set of tensors")
+    return nested({rule.ours: FromTensors(rule, tensors).read(()) for rule in rules})
+
+
 def _differing(wanted: Mapping[str, tuple], tensors: Mapping[str, np.ndarray]) -> dict[tuple, list[str]]:
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, shape in wanted.items():
@@ -53,10 +64,9 @@ def _by_layer(names: Iterable[str]) -> dict[str, list[int]]:
     """Names with the number of the layer cut out -> the numbers that occur."""
     groups: dict[str, list[int]] = defaultdict(list)
     for name in names:
-        before, layers, after = name.partition("layers.")
-        number, dot, after = after.partition(".")
-        if layers and number.isdecimal():
-            groups[f"{before}layers.*{dot}{after}"].append(int(number))
+        found = re.search(r"\b(?:layers|blocks)\.(\d+)(?=\.)", name)
+        if found:
+            groups[f"{name[: found.start(1)]}*{name[found.end() :]}"].append(int(found[1]))
         else:
             groups[name] = []
     return groups

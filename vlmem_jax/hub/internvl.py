@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.leaves import FromTensors
-from vlmem_jax.hub.rules import Rule, nested
+from vlmem_jax.hub import comemo
+from vlmem_jax.hub.fit import assemble
+from vlmem_jax.hub.rules import Rule, section
 from vlmem_jax.models import ModelConfig
 
 LAYER = "language_model.model.layers.{}."
@@ -29,15 +29,7 @@ def name_table(config: ModelConfig, wrapped: bool | None = None, vocab: int | No
     """
     wrapped = config.memory != "none" if wrapped is None else wrapped
     rules = _vision(config.vision) + _projector(config) + _decoder(config.decoder, NESTED * wrapped, vocab)
-    return rules + (_comemo(config) if config.memory == "comemo" else [])
-
-
-def _section(ours: str, theirs: str, sizes: dict[str, int], rows, layers: range | None = None) -> list[Rule]:
-    names = [theirs] if layers is None else [theirs.format(layer) for layer in layers]
-    return [
-        Rule(ours + leaf, tuple(name + tensor for name in names), pattern, sizes, layers is not None, *pick)
-        for leaf, tensor, pattern, *pick in rows
-    ]
+    return rules + (comemo.rules(config, LAYER) if config.memory == "comemo" else [])
 
 
 def _vision(vision) -> list[Rule]:
@@ -69,7 +61,7 @@ def _vision(vision) -> list[Rule]:
     if vision.qk_norm:
         layer += [("attn/q_norm/scale", "attn.q_norm.weight", "D -> D")]
         layer += [("attn/k_norm/scale", "attn.k_norm.weight", "D -> D")]
-    return _section("vision/", "vision_model.embeddings.", sizes, embeddings) + _section(
+    return section("vision/", "vision_model.embeddings.", sizes, embeddings) + section(
         "vision/layers/", "vision_model.encoder.layers.{}.", sizes, layer, range(vision.layers)
     )
 
@@ -84,7 +76,7 @@ def _projector(config: ModelConfig) -> list[Rule]:
         ("mlp/fc2/kernel", "3.weight", "E D -> D E"),
         ("mlp/fc2/bias", "3.bias", "E -> E"),
     ]
-    return _section("projector/", "mlp1.", sizes, rows)
+    return section("projector/", "mlp1.", sizes, rows)
 
 
 def _decoder(decoder, level: str, vocab: int | None) -> list[Rule]:
@@ -108,36 +100,11 @@ def _decoder(decoder, level: str, vocab: int | None) -> list[Rule]:
         ("norm/scale", "model.norm.weight", "D -> D"),
         ("head/kernel", "output.weight", "V D -> D V"),
     ]
-    return _section("decoder/layers/", LAYER + level, sizes, layer, range(decoder.layers)) + _section(
+    return section("decoder/layers/", LAYER + level, sizes, layer, range(decoder.layers)) + section(
         "decoder/", "language_model.", sizes, ends
     )
 
 
-def _comemo(config: ModelConfig) -> list[Rule]:
-    comemo = config.comemo
-    sizes = {"D": config.decoder.width, "F": comemo.mlp_width, "H": comemo.heads, "C": comemo.head_dim}
-    rows = [
-        ("attn_gate", "attn_gate", "g -> g"),
-        ("mlp_gate", "ff_gate", "g -> g"),
-        ("attn_norm/scale", "cross_attention_norm.weight", "D -> D"),
-        ("mlp_norm/scale", "ffn_norm_2.weight", "D -> D"),
-        ("attn/q/kernel", "cross_attn.to_q.weight", "(H C) D -> D H C"),
-        ("attn/k/kernel", "cross_attn.to_kv.weight", "(kv H C) D -> D H C", {"kv": 0}),
-        ("attn/v/kernel", "cross_attn.to_kv.weight", "(kv H C) D -> D H C", {"kv": 1}),
-        ("attn/o/kernel", "cross_attn.to_out.weight", "D (H C) -> H C D"),
-        ("mlp/gate/kernel", "ffn_2.w1.weight", "F D -> D F"),
-        ("mlp/up/kernel", "ffn_2.w3.weight", "F D -> D F"),
-        ("mlp/down/kernel", "ffn_2.w2.weight", "D F -> F D"),
-    ]
-    layers = range(comemo.every - 1, config.decoder.layers, comemo.every)
-    return _section("memory/blocks/", LAYER + "gated_cross_attn_layer.", sizes | {"g": 1, "kv": 2}, rows, layers)
-
-
 def from_arrays(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
-    """Tensors by their Hugging Face name -> the model's parameters, as numpy arrays of the same dtype.
-
-    Raises ValueError listing all tensors that are missing, unknown or of another shape.
-    """
-    rules = name_table(config)
-    check_fit(rules, tensors, "the set of tensors")
-    return nested({rule.ours: FromTensors(rule, tensors).read(()) for rule in rules})
+    """Tensors by their Hugging Face name -> the model's parameters; see `fit.assemble`."""
+    return assemble(name_table(config), tensors)

@@ -1,10 +1,11 @@
 """config.json of InternVL2 (with an InternLM2 decoder) and of CoMemo <-> our model and image configs."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlmem_jax.config import build
+from vlmem_jax.hub import comemo
+from vlmem_jax.hub.settings import Released, check_fixed, check_needed, ours, theirs
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing.chat import TEMPLATES
 from vlmem_jax.processing.images import ImageConfig
@@ -35,14 +36,6 @@ DECODER = {
     "rope_theta": "rope_theta",
     "max_positions": "max_position_embeddings",
 }
-COMEMO = {
-    "every": "mixin_every_n_layers",
-    "heads": "num_heads",
-    "head_dim": "head_dim",
-    "mlp_width": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-}
 IMAGE = {
     "size": "force_image_size",
     "min_tiles": "min_dynamic_patch",
@@ -61,28 +54,19 @@ FIXED = {
 """Keys with one supported value."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Released:
-    """What a released config.json says."""
-
-    model: ModelConfig
-    image: ImageConfig
-    template: str
-
-
 def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Released:
     """From a parsed config.json; `shapes` of the checkpoint's tensors fill in what mixin_config leaves out.
 
     Raises ValueError naming the key that is missing, or has a value that is not supported.
     """
-    _check_fixed(content)
+    check_fixed(FIXED, content)
     tower, language = content.get("vision_config", {}), content.get("llm_config", {})
-    vision, decoder = _ours(VISION, tower), _ours(DECODER, language)
-    image = _ours(IMAGE, content)
+    vision, decoder = ours(VISION, tower), ours(DECODER, language)
+    image = ours(IMAGE, content)
     stored = vision.get("image_size")
     image["size"] = vision["image_size"] = image.get("size") or stored
-    _check_needed("vision_config", VISION, vision, "width layers heads mlp_width image_size patch_size")
-    _check_needed("llm_config", DECODER, decoder, "vocab width layers heads mlp_width")
+    check_needed("vision_config", VISION, vision, "width layers heads mlp_width image_size patch_size")
+    check_needed("llm_config", DECODER, decoder, "vocab width layers heads mlp_width")
     if stored and stored != image["size"]:
         vision["position_grid"] = stored // vision["patch_size"]
     if "select_layer" in content:
@@ -97,31 +81,12 @@ def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     template = content.get("template", "internlm2-chat")
     if template not in TEMPLATES:
         raise ValueError(f"template of config.json must be one of {', '.join(TEMPLATES)}; got {template!r}")
-    comemo = _comemo(content.get("mixin_config"), shapes)
-    model = {"vision": vision, "decoder": decoder, "memory": "comemo" if comemo else "none"}
-    model |= {"comemo": comemo} if comemo else {}
+    blocks = comemo.read(content.get("mixin_config"), shapes)
+    model = {"vision": vision, "decoder": decoder, "memory": "comemo" if blocks else "none"}
+    model |= {"comemo": blocks} if blocks else {}
     model |= {"projector": {"shuffle": content["ps_version"]}} if "ps_version" in content else {}
     model |= {"compute_dtype": "float32"} if content.get("torch_dtype") == "float32" else {}
     return Released(build(ModelConfig, model, "config.json"), build(ImageConfig, image, "config.json"), template)
-
-
-def _comemo(mixin: Mapping | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """None for a checkpoint without memory blocks."""
-    block = ".gated_cross_attn_layer."
-    blocks = {name: shape for name, shape in shapes.items() if block in name}
-    if not mixin and not blocks:
-        return None
-    comemo = _ours(COMEMO, mixin or {})
-    comemo.setdefault("head_dim", 128)  # assumed: shapes give only heads * head_dim
-    tensors = {name.split(block)[1]: shape for name, shape in blocks.items()}
-    if blocks:
-        comemo.setdefault("every", 1 + min(int(name.split(block)[0].rsplit(".", 1)[1]) for name in blocks))
-    if "cross_attn.to_q.weight" in tensors:
-        comemo.setdefault("heads", tensors["cross_attn.to_q.weight"][0] // comemo["head_dim"])
-    if "ffn_2.w1.weight" in tensors:
-        comemo.setdefault("mlp_width", tensors["ffn_2.w1.weight"][0])
-    _check_needed("mixin_config", COMEMO, comemo, "every heads mlp_width")
-    return comemo
 
 
 def write_config(model: ModelConfig, image: ImageConfig, template: str, dtype: str) -> dict[str, Any]:
@@ -133,41 +98,14 @@ def write_config(model: ModelConfig, image: ImageConfig, template: str, dtype: s
         "model_type": "internvl_chat",
         "torch_dtype": dtype,
         "template": template,
-        "vision_config": {"model_type": "intern_vit_6b"} | _theirs(VISION, vision) | {"image_size": stored},
-        "llm_config": {"model_type": "internlm2"} | _theirs(DECODER, decoder) | {"rope_scaling": scaling},
+        "vision_config": {"model_type": "intern_vit_6b"} | theirs(VISION, vision) | {"image_size": stored},
+        "llm_config": {"model_type": "internlm2"} | theirs(DECODER, decoder) | {"rope_scaling": scaling},
         "select_layer": vision.select_layer,
         "ps_version": model.projector.shuffle,
         "dynamic_image_size": image.max_tiles > 1,
-    } | _theirs(IMAGE, image)
-    if model.memory == "comemo":
-        width = {"language_dim": decoder.width, "vision_dim": decoder.width}
-        content["mixin_config"] = _theirs(COMEMO, model.comemo) | width
+    }
+    content |= theirs(IMAGE, image) | comemo.write(model)
     for key, value in FIXED.items():
         *section, name = key.split(".")
         (content[section[0]] if section else content)[name] = value
     return content
-
-
-def _ours(names: Mapping[str, str], section: Mapping[str, Any]) -> dict[str, Any]:
-    return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
-
-
-def _theirs(names: Mapping[str, str], config: Any) -> dict[str, Any]:
-    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
-
-
-def _check_needed(section: str, names: Mapping[str, str], found: Mapping[str, Any], needed: str) -> None:
-    missing = [f"{section}.{names[key]}" for key in needed.split() if found.get(key) is None]
-    if missing:
-        raise ValueError(f"config.json must have {', '.join(missing)}")
-
-
-def _check_fixed(content: Mapping[str, Any]) -> None:
-    wrong = []
-    for key, value in FIXED.items():
-        *section, name = key.split(".")
-        found = (content.get(section[0], {}) if section else content).get(name, value)
-        if found != value:
-            wrong.append(f"{key} must be {value!r}, got {found!r}")
-    if wrong:
-        raise ValueError(f"config.json describes a model that is not supported: {'; '.join(wrong)}")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -61,6 +61,20 @@ class Rule:
         tensor = tensor[tuple(self.pick.get(axis, 0 if axis == "1" else slice(None)) for axis in axes)]
         axes = [axis for axis in axes if axis != "1" and not isinstance(self.pick.get(axis), int)]
         return tensor.transpose([axes.index(axis) for group in self._ours for axis in group])
+
+
+def section(
+    ours: str, theirs: str, sizes: Mapping[str, int], rows: Sequence[tuple], layers: range | None = None
+) -> list[Rule]:
+    """Rules of (our leaf, their tensor, pattern, perhaps pick) below the prefixes `ours` and `theirs`.
+
+    With `layers`, leaves are stacked over them, and `theirs` holds {} for the number of one.
+    """
+    names = [theirs] if layers is None else [theirs.format(layer) for layer in layers]
+    return [
+        Rule(ours + leaf, tuple(name + tensor for name in names), pattern, sizes, layers is not None, *pick)
+        for leaf, tensor, pattern, *pick in rows
+    ]
 
 
 def _groups(axes: str) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 
 import tokenizers
 
@@ -31,15 +32,15 @@ class TokenizerFiles:
     added: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: str | os.PathLike) -> "TokenizerFiles":
-        """Finds out what is missing. A folder without a tokenizer has size 0 and gets none."""
+    def of(cls, folder: str | os.PathLike, wanted: Sequence[str] = ADDED) -> "TokenizerFiles":
+        """Finds out which of `wanted` are missing. A folder without a tokenizer has size 0 and gets none."""
         folder = as_path(folder)
         if not any((folder / name).is_file() for name in FILES[:2]):
             return cls(folder)
         tokenizer = Tokenizer.load(folder)
         if all(_has(tokenizer, token) for token in IMAGE_TOKENS):
             return cls(folder, tokenizer.vocab_size)
-        return cls(folder, tokenizer.vocab_size, tuple(token for token in ADDED if not _has(tokenizer, token)))
+        return cls(folder, tokenizer.vocab_size, tuple(token for token in wanted if not _has(tokenizer, token)))
 
     @property
     def new_size(self) -> int:

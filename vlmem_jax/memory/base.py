@@ -25,6 +25,7 @@ class VisualTokens:
 
     tokens_BMD: Float[Array, "B M D"]
     positions_BM: Int32[Array, "B M"]
+    """Or [B, M, 3] under M-RoPE, as in `types.Batch`."""
     segments_BM: Int32[Array, "B M"]
 
 
@@ -32,7 +33,10 @@ class Memory(nnx.Module):
     """Base of all memories."""
 
     def attend(
-        self, seen: VisualTokens | Any, positions_BT: Int32[Array, "B T"], segments_BT: Int32[Array, "B T"]
+        self,
+        seen: VisualTokens | Any,
+        positions_BT: Int32[Array, "B T"] | Int32[Array, "B T A"],
+        segments_BT: Int32[Array, "B T"],
     ) -> Interleaved | None:
         """ATTEND: the blocks through which tokens at these positions read. `seen` is what was seen, or `recall` of it.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from kernels_pallas import Tables, rotary_tables
+from kernels_pallas import Tables, rotary_tables, tables_of_angles
 from kernels_pallas.rotary import rotate
 from vlmem_jax.decoder import DecoderConfig, Interleaved
 from vlmem_jax.memory.base import Memory, VisualTokens
@@ -22,6 +22,7 @@ from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segme
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
+from vlmem_jax.nn.rope import angles, frequencies
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.sharding import constrain
 
@@ -107,15 +108,26 @@ class CoMemo(Memory):
     def __init__(self, config: CoMemoConfig, decoder: DecoderConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
         if config.every > decoder.layers:
             raise ValueError(f"comemo.every must be at most decoder.layers {decoder.layers}, got {config.every}")
-        self.config, self.attention = config, attention
+        if decoder.rope_sections and config.head_dim != decoder.head_dim:
+            raise ValueError(
+                f"comemo.head_dim must be decoder.head_dim {decoder.head_dim}, whose rope_sections the memory shares; "
+                f"got {config.head_dim}"
+            )
+        self.config, self.attention, self.sections = config, attention, decoder.rope_sections
         count = decoder.layers // config.every
         self.blocks = stack(lambda rngs: MemoryBlock(config, decoder.width, rngs=rngs), count, rngs)
 
-    def _tables(self, positions: Int32[Array, "B T"]) -> Tables:
-        return rotary_tables(positions, self.config.rope_theta, self.config.head_dim)
+    def _tables(self, positions: Int32[Array, "B T"] | Int32[Array, "B T A"]) -> Tables:
+        theta, head_dim = self.config.rope_theta, self.config.head_dim
+        if positions.ndim == 3:  # M-RoPE
+            return tables_of_angles(angles(positions, frequencies(head_dim, theta), self.sections))
+        return rotary_tables(positions, theta, head_dim)
 
     def attend(
-        self, seen: VisualTokens | Recalled, positions_BT: Int32[Array, "B T"], segments_BT: Int32[Array, "B T"]
+        self,
+        seen: VisualTokens | Recalled,
+        positions_BT: Int32[Array, "B T"] | Int32[Array, "B T A"],
+        segments_BT: Int32[Array, "B T"],
     ) -> Interleaved:
         graph, blocks = nnx.split(self.blocks)
         recalled = isinstance(seen, Recalled)

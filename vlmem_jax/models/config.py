@@ -7,16 +7,18 @@ from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory import MEMORIES, CoMemoConfig
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.stack import REMAT_POLICIES
-from vlmem_jax.vision import ProjectorConfig, VisionConfig
+from vlmem_jax.vision import ProjectorConfig, QwenViTConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One model; `presets.resolve` fills it from a preset's name and the keys that differ."""
 
-    vision: VisionConfig
+    vision: VisionConfig | QwenViTConfig
+    """Its key `kind` says which: intern_vit or qwen_vit."""
     decoder: DecoderConfig
     projector: ProjectorConfig = ProjectorConfig()
+    """Of intern_vit; qwen_vit has a merger without keys of its own."""
     memory: str = "comemo"
     """Which memory lives in the model: a name of memory.MEMORIES, or none."""
     comemo: CoMemoConfig = CoMemoConfig()
@@ -38,7 +40,12 @@ class ModelConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {value!r}")
-        if self.vision.grid % 2:
+        if bool(self.decoder.rope_sections) != isinstance(self.vision, QwenViTConfig):
+            raise ValueError(
+                "decoder.rope_sections belong to vision.kind qwen_vit, which places tokens on three axes; "
+                f"got rope_sections {self.decoder.rope_sections} and kind {self.vision.kind}"
+            )
+        if isinstance(self.vision, VisionConfig) and self.vision.grid % 2:
             raise ValueError(
                 f"vision.image_size / vision.patch_size must be even for pixel shuffle, got {self.vision.grid}"
             )

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.vision import QwenViTConfig
 
 
 def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained: Collection[str]) -> int:
@@ -14,8 +15,9 @@ def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained
     weights, where they are. `trained` are parameter paths.
     """
     trains = {part: any(path.startswith(part) for path in trained) for part in ("vision", "projector", "memory")}
-    head = "decoder/head/kernel" in trained
-    body = any(path.startswith("decoder") and path != "decoder/head/kernel" for path in trained)
+    scores = "decoder/embed" if config.decoder.tied else "decoder/head/kernel"
+    head = scores in trained
+    body = any(path.startswith("decoder") and path != scores for path in trained)
     reaches_text = body or any(trains.values())
 
     def step(weights: int, attention: int, weights_trained: bool, input_gradient: bool) -> int:
@@ -48,8 +50,15 @@ def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int
 
 
 def vision_flops(config: ModelConfig) -> tuple[int, int]:
-    """Forward FLOPs of the tower for one tile: in its weights, and in attention."""
+    """Forward FLOPs of the tower for one tile: in its weights, and in attention.
+
+    Layers that attend within frames count as those within windows, since it depends on the images how large frames are.
+    """
     c = config.vision
+    if isinstance(c, QwenViTConfig):
+        patches, near = c.merge**2, (c.window // c.patch_size) ** 2
+        weights = patches * c.width * (c.tile.channels + c.layers * (4 * c.width + 3 * c.mlp_width))
+        return 2 * weights, c.layers * 4 * patches * near * c.width
     patches, queries = c.grid**2, c.grid**2 + 1
     weights = 2 * patches * 3 * c.patch_size**2 * c.width
     weights += c.layers_used * 2 * queries * c.width * (4 * c.width + 2 * c.mlp_width)
@@ -58,8 +67,11 @@ def vision_flops(config: ModelConfig) -> tuple[int, int]:
 
 def projector_flops(config: ModelConfig) -> int:
     """Forward FLOPs of the projector for one tile."""
-    width = config.decoder.width
-    return 2 * (config.vision.grid // 2) ** 2 * (4 * config.vision.width * width + width * width)
+    c, width = config.vision, config.decoder.width
+    if isinstance(c, QwenViTConfig):
+        inner = c.merge**2 * c.width
+        return 2 * (inner * inner + inner * width)
+    return 2 * c.tile.tokens * (4 * c.width * width + width * width)
 
 
 def decoder_flops(config: ModelConfig, tokens: int) -> tuple[int, int]:
@@ -76,7 +88,7 @@ def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int
     c, width = config.comemo, config.decoder.width
     blocks, slots, inner = (
         config.decoder.layers // c.every,
-        tiles * (config.vision.grid // 2) ** 2,
+        tiles * config.vision.tile.tokens,
         c.heads * c.head_dim,
     )
     weights = 2 * width * (2 * inner * (tokens + slots) + 3 * c.mlp_width * tokens)

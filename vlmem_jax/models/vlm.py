@@ -22,8 +22,8 @@ from vlmem_jax.memory import MEMORIES, Memory, VisualTokens
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
 from vlmem_jax.sharding import constrain
-from vlmem_jax.types import Batch, DecodeState, KVCache
-from vlmem_jax.vision import InternViT, Projector, normalise
+from vlmem_jax.types import Batch, DecodeState, KVCache, TileShape
+from vlmem_jax.vision import InternViT, Merger, Projector, QwenViT, QwenViTConfig, normalise
 
 Params = dict[str, Any]
 """Nested dict of arrays; layers of one kind are stacked on a leading axis."""
@@ -31,10 +31,20 @@ Params = dict[str, Any]
 
 class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.vision = InternViT(config.vision, config.attention, rngs=rngs)
-        self.projector = Projector(config.projector, config.vision.width, config.decoder.width, rngs=rngs)
+        self.vision, self.projector = _tower(config, rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
         self.memory = _memory(config, rngs)
+
+
+def _tower(config: ModelConfig, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
+    """Vision tower and projector."""
+    c, width = config.vision, config.decoder.width
+    if isinstance(c, QwenViTConfig):
+        return (
+            QwenViT(c, config.attention, rngs=rngs),
+            Merger(c.merge**2, c.width, width, c.norm_eps, rngs=rngs),
+        )
+    return InternViT(c, config.attention, rngs=rngs), Projector(config.projector, c.width, width, rngs=rngs)
 
 
 def _memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
@@ -62,13 +72,13 @@ class VLM:
         return jnp.dtype(self.config.compute_dtype)
 
     @property
-    def tokens_per_side(self) -> int:
-        """Visual tokens along a side of a tile."""
-        return self.config.vision.grid // 2
+    def tile(self) -> TileShape:
+        """What the vision tower takes at a time."""
+        return self.config.vision.tile
 
     @property
     def tokens_per_tile(self) -> int:
-        return self.tokens_per_side**2
+        return self.tile.tokens
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -92,23 +102,32 @@ class VLM:
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def encode_images(self, params: Params, pixels_BISSc: Array, key: jax.Array | None = None) -> Float[Array, "B M D"]:
+    def encode_images(
+        self,
+        params: Params,
+        pixels_BISSc: Array,
+        key: jax.Array | None = None,
+        layout_BI4: Int32[Array, "B I 4"] | None = None,
+    ) -> Float[Array, "B M D"]:
         """Visual tokens of all tiles of each row, M = I * P. uint8 pixels are normalised; floats already are.
 
-        With a key, the tower drops paths as in training.
+        With a key, the tower drops paths as in training. `layout_BI4` as in `Batch`.
         """
-        return self._encode(self._merge(params), pixels_BISSc, key)
+        return self._encode(self._merge(params), pixels_BISSc, key, layout_BI4)
 
-    def _encode(self, modules: _Modules, pixels_BISSc: Array, key: jax.Array | None) -> Float[Array, "B M D"]:
-        B, I, S = pixels_BISSc.shape[:3]
-        tiles = pixels_BISSc.reshape(B * I, S, S, 3)
-        if tiles.dtype == jnp.uint8:
-            c = self.config.vision
-            tiles = normalise(tiles, c.pixel_mean, c.pixel_std, self.dtype)
-        tiles = tiles.astype(self.dtype)
-        tiles = constrain(tiles, "parts", None, None, None)
-        policy = self.config.vision_remat or self.config.remat
-        patches = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
+    def _encode(
+        self, modules: _Modules, pixels_BISSc: Array, key: jax.Array | None, layout_BI4: Array | None = None
+    ) -> Float[Array, "B M D"]:
+        c, policy = self.config.vision, self.config.vision_remat or self.config.remat
+        B, I, *tile = pixels_BISSc.shape
+        if pixels_BISSc.dtype == jnp.uint8:
+            pixels_BISSc = normalise(pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
+        pixels_BISSc = pixels_BISSc.astype(self.dtype)
+        if layout_BI4 is not None:
+            patches = modules.vision(pixels_BISSc, layout_BI4, remat_policy=policy)
+        else:
+            tiles = constrain(pixels_BISSc.reshape(B * I, *tile), "parts", None, None, None)
+            patches = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
         tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
         return constrain(tokens_BMD, "batch", "tokens", None)
 
@@ -131,7 +150,8 @@ class VLM:
         """Hidden states of whole rows, and all that decoding needs afterwards."""
         T, capacity = batch.tokens_BT.shape[1], cache.k_LBSKC.shape[2] if cache else 0
         # a batch without tile slots has no vision tower and no memory in its program
-        features_BMD = self._encode(modules, batch.pixels_BISSc, key) if batch.pixels_BISSc.shape[1] else None
+        seeing = batch.pixels_BISSc.shape[1] > 0
+        features_BMD = self._encode(modules, batch.pixels_BISSc, key, batch.layout_BI4) if seeing else None
         x_BTD = self._splice(modules, batch, features_BMD)
         frequencies_BR = self._frequencies((batch.segments_BT > 0).sum(-1), max(T, capacity))
         between, seen = None, None
@@ -140,7 +160,7 @@ class VLM:
             if cache is not None:
                 seen = modules.memory.recall(seen)
             between = modules.memory.attend(seen, batch.positions_BT, batch.segments_BT)
-        tables = rotation(batch.positions_BT, frequencies_BR)
+        tables = rotation(batch.positions_BT, frequencies_BR, self.config.decoder.rope_sections)
         hidden_BTD, cache = modules.decoder(
             x_BTD, tables, batch.segments_BT, between=between, cache=cache, remat_policy=self.config.remat
         )
@@ -151,7 +171,8 @@ class VLM:
         return self._run(self._merge(params), batch, key, cache=None)[0]
 
     def head_kernel(self, params: Params) -> Float[Array, "D V"]:
-        return params["decoder"]["head"]["kernel"]
+        decoder = params["decoder"]
+        return decoder["embed"].T if self.config.decoder.tied else decoder["head"]["kernel"]
 
     def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
         """fp32 scores of every token at every position. Large: for tests and small models."""
@@ -175,7 +196,8 @@ class VLM:
         hidden_BTD, cache, frequencies_BR, recalled = self._run(modules, batch, None, cache)
         length_B = (batch.segments_BT > 0).sum(-1, dtype=jnp.int32)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
-        position_B = jnp.take_along_axis(batch.positions_BT, last_B1, axis=1)[:, 0] + 1
+        used = jnp.where((batch.segments_BT > 0)[..., None], batch.positions_BT.reshape(B, T, -1), -1)
+        position_B = used.max(axis=(1, 2)) + 1
         by_length = self.config.memory == "comemo" and self.config.comemo.decode_position == "length"
         state = DecodeState(
             cache=cache,

@@ -81,6 +81,50 @@ def full_attention(
     return _attend_by_kernel(config, arrays, "parts", None)
 
 
+def segment_attention(
+    config: AttentionConfig,
+    q_BTHC: Float[Array, "B T H C"],
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
+    segments_BT: Int32[Array, "B T"],
+) -> Float[Array, "B T H C"]:
+    """Every query sees the keys of its segment, as among the patches of a frame; computed as `full_attention`."""
+    arrays = {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC, "q_segments": segments_BT, "k_segments": segments_BT}
+    return _attend_by_kernel(config, arrays, "batch", "tokens")
+
+
+def window_attention(
+    q_BTHC: Float[Array, "B T H C"],
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
+    segments_BT: Int32[Array, "B T"],
+    longest: int,
+) -> Float[Array, "B T H C"]:
+    """Every query sees the keys of its segment, where segments are runs of at most `longest` neighbours.
+
+    A run of that many queries then meets keys of its own and the two neighbouring runs alone: 3 * longest scores a
+    query, however long the row.
+    """
+    B, T = segments_BT.shape
+    runs = -(-T // longest)
+
+    def own(x):
+        x = jnp.pad(x, ((0, 0), (0, runs * longest - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, runs, longest, *x.shape[2:])
+
+    def near(x):
+        x = own(x)
+        around = jnp.pad(x, ((0, 0), (1, 1)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.concatenate([around[:, :-2], x, around[:, 2:]], axis=2)
+
+    def flat(x):
+        return x.reshape(B * runs, *x.shape[2:])
+
+    allowed = same_segment(flat(own(segments_BT)), flat(near(segments_BT)))
+    out = attend(flat(own(q_BTHC)), flat(near(k_BTKC)), flat(near(v_BTKC)), allowed)
+    return out.reshape(B, runs * longest, *q_BTHC.shape[2:])[:, :T]
+
+
 def kernel_length(config: AttentionConfig, length: int) -> int:
     """Length from which the backend's kernel reads arrays as they lie; others it copies to pad them."""
     wanted = config.implementation if config.implementation != "auto" else platform()

@@ -8,12 +8,12 @@ from vlmem_jax.nn.linear import Linear
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x), without biases."""
+    """down(silu(gate x) * up x)."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear({"embed": width}, {"mlp": hidden}, rngs=rngs)
-        self.up = Linear({"embed": width}, {"mlp": hidden}, rngs=rngs)
-        self.down = Linear({"mlp": hidden}, {"embed": width}, rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, bias: bool = False, rngs: nnx.Rngs):
+        self.gate = Linear({"embed": width}, {"mlp": hidden}, bias=bias, rngs=rngs)
+        self.up = Linear({"embed": width}, {"mlp": hidden}, bias=bias, rngs=rngs)
+        self.down = Linear({"mlp": hidden}, {"embed": width}, bias=bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -21,11 +21,30 @@ def dynamic_theta(
     return theta * jnp.maximum(stretch, 1.0) ** (head_dim / (head_dim - 2))
 
 
-def rotation(positions_BT: Int32[Array, "B T"], frequencies: Float32[Array, "*B R"]) -> Rotation:
-    """Tables for `rotate`, made once and shared by all layers; frequencies may differ from row to row."""
+def angles(
+    positions: Int32[Array, "B T"] | Int32[Array, "B T A"],
+    frequencies: Float32[Array, "*B R"],
+    sections: tuple[int, ...] = (),
+) -> Float32[Array, "B T R"]:
+    """Angle of every pair; frequencies may differ from row to row.
+
+    Of positions on A axes the first sections[0] pairs turn by the first, the next sections[1] by the second, and so on.
+    """
     per_row = frequencies[:, None] if frequencies.ndim == 2 else frequencies
-    angles = positions_BT[..., None].astype(jnp.float32) * per_row
-    return jnp.cos(angles), jnp.sin(angles)
+    if positions.ndim == 3:
+        spread = [jnp.repeat(positions[..., n : n + 1], pairs, axis=-1) for n, pairs in enumerate(sections)]
+        return jnp.concatenate(spread, axis=-1).astype(jnp.float32) * per_row
+    return positions[..., None].astype(jnp.float32) * per_row
+
+
+def rotation(
+    positions: Int32[Array, "B T"] | Int32[Array, "B T A"],
+    frequencies: Float32[Array, "*B R"],
+    sections: tuple[int, ...] = (),
+) -> Rotation:
+    """Tables for `rotate`, made once and shared by all layers; see `angles`."""
+    turned = angles(positions, frequencies, sections)
+    return jnp.cos(turned), jnp.sin(turned)
 
 
 def rotate(x_BTHC: Float[Array, "B T H C"], tables: Rotation) -> Float[Array, "B T H C"]:

@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -46,6 +46,7 @@ class ImageConfig:
     """Which RoPE-DHR map: `code` (released weights) or `raster` (geometric, for training from scratch)."""
     max_pixels: int = 89_478_485
     """Largest image that is opened, pixels: a guard against decompression bombs."""
+    kind: Literal["tiles"] = "tiles"
 
     def __post_init__(self):
         if self.size < 1:
@@ -182,13 +183,14 @@ def write_tiles(image: Image.Image, grid: tuple[int, int], tiles_ISSc: UInt8[np.
     """`tile_image` into existing memory: the array's length says whether a thumbnail follows the tiles."""
     cols, rows = grid
     count, size = cols * rows, tiles_ISSc.shape[1]
-    whole = np.asarray(_resized(image, size * cols, size * rows)).reshape(rows, size, cols, size, 3)
+    whole = np.asarray(resized(image, size * cols, size * rows)).reshape(rows, size, cols, size, 3)
     tiles_ISSc[:count].reshape(rows, cols, size, size, 3)[...] = whole.swapaxes(1, 2)
     if len(tiles_ISSc) > count:
-        tiles_ISSc[count] = _resized(image, size, size)
+        tiles_ISSc[count] = resized(image, size, size)
 
 
-def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image as RGB of this size, bicubic."""
     if image.mode != "RGB":
         image = to_rgb(image)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""A conversation and its images to a Sample: the one place where image placeholders are expanded and counted."""
+"""A conversation and what it shows to a Sample: the one place where placeholders are expanded and counted."""
 
 import contextlib
 import dataclasses
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlmem_jax import positions
 from vlmem_jax.processing import chat
-from vlmem_jax.processing.images import ImageConfig, tile_grid, write_tiles
 from vlmem_jax.processing.tokenizer import Tokenizer
-from vlmem_jax.types import IGNORED, Sample
+from vlmem_jax.processing.video import Clip, Video, VideoSize
+from vlmem_jax.types import IGNORED, Sample, TileShape
 
 Conversation = Any
 """A list of {`from`: human | gpt, `value`: text}, as JSON gives it: checked here, not by its type."""
-Grid = tuple[int, int]
+ImageSize = tuple[int, int]
+"""Width and height, pixels."""
 
 
 class Plan(NamedTuple):
@@ -29,76 +29,90 @@ class Plan(NamedTuple):
     """Tokens that the loss counts."""
 
 
+class Placed(NamedTuple):
+    """Where the tokens of a sample stand, and what becomes of its visual tokens."""
+
+    positions_T: np.ndarray
+    slot_M: np.ndarray
+    """Which visual token each placeholder stands for."""
+    memory_positions_M: np.ndarray
+    layout_I4: np.ndarray | None = None
+
+
 class Processor:
-    """Makes samples for a model that sees a tile as `tokens_per_side`**2 visual tokens.
+    """Makes samples for a model; a subclass a way of seeing, see `TileProcessor` and `PatchProcessor`.
 
     `system` replaces the template's system text. Every error names the sample, as far as the caller gives a `name`.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        image: ImageConfig,
-        tokens_per_side: int,
-        system: str | None = None,
-        template: str = "internlm2-chat",
-    ):
+    tile: TileShape
+    """What the model's tower takes at a time."""
+    image: Any
+    """The config of images, a dataclass."""
+    open_limit: int
+    """Pixels of the largest image or video frame that may be opened."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None, template: str):
         self.tokenizer = tokenizer
-        self.image = image
-        self.tokens_per_side = tokens_per_side
         self.system = system
         self.template = chat.template(template)
-        start, end, *image_tokens = (_control_id(tokenizer, token) for token in self.template.control_tokens)
-        self._start_id = start
-        self.stop_id = end
-        """Ends an answer."""
-        self.context_id = image_tokens[-1]
-        """The placeholder of one visual token."""
-        self.control_ids = tuple(sorted({*image_tokens, tokenizer.pad_id} - {end}))
+        ids = {token: _control_id(tokenizer, token) for token in self.template.control_tokens}
+        self._start_id, self.stop_id = ids[self.template.start], ids[self.template.end]
+        """stop_id ends an answer."""
+        self.stop_ids = (self.stop_id, *map(tokenizer.id, self.template.stops))
+        """Any of them ends a generated answer."""
+        self.context_id = ids[self.template.image[1]]
+        """The placeholder of one visual token of an image."""
+        self.video_id = ids[self.template.video[1]] if self.template.video else self.context_id
+        inputs = {tokenizer.pad_id, *ids.values()} - {self._start_id, *self.stop_ids}
+        self.control_ids = tuple(sorted(inputs))
         """Ids that a model must never generate: they have a meaning as input only."""
         self._answer_start = tokenizer.encode(self.template.answer_start)
+        if self.template.bos and tokenizer.bos_id is None:
+            raise ValueError(
+                f"the template {template} begins with a start token, but the tokenizer in {tokenizer.folder} has none; "
+                "name it in tokenizer_config.json (bos_token)"
+            )
 
     def plan(
         self,
         conversations: Conversation,
-        image_sizes: Sequence[tuple[int, int]] = (),
+        image_sizes: Sequence[ImageSize] = (),
+        video_sizes: Sequence[VideoSize] = (),
         *,
-        video: bool = False,
         mask_text_only: bool = False,
         name: str = "",
     ) -> Plan:
-        """Sizes of what `encode` gives for images of these (width, height) in pixels; raises what `encode` raises."""
+        """Sizes of what `encode` gives for images and videos of these sizes; raises what `encode` raises."""
         with _naming(name):
-            ids, targets = self._training_text(conversations, len(image_sizes), video)
-            tiles = sum(self._tile_counts(self._training_grids(image_sizes, video)))
-            length = len(ids) - len(image_sizes) + tiles * self.tokens_per_side**2
-            blank = not image_sizes and not mask_text_only
+            dialogue, shown = self._read(conversations, image_sizes, video_sizes)
+            ids, targets = self._training_text(dialogue)
+            tiles = sum(map(self._tiles, self._grids(shown, training=True)))
+            blank = not shown and not mask_text_only
+            length = len(ids) - len(shown) + tiles * self.tile.tokens
             return Plan(length, tiles + blank, int(targets.sum()))
 
     def encode(
         self,
         conversations: Conversation,
         images: Sequence[Image.Image] = (),
+        videos: Sequence[Video] = (),
         *,
-        video: bool = False,
         mask_text_only: bool = False,
         name: str = "",
     ) -> Sample:
         """A training sample: answers and the tokens that close them are targets (CoMemo sec. 4).
 
-        Images share `image.max_tiles`; with `video` they are frames of one tile each. Without images the sample gets
-        a blank tile that no token stands for, or none with `mask_text_only`. Raises ValueError for a conversation or
-        images that do not fit.
+        Without images and videos the sample gets a blank tile that no token stands for, or none with `mask_text_only`.
+        Raises ValueError for a conversation or images that do not fit.
         """
         with _naming(name):
-            ids, targets = self._training_text(conversations, len(images), video)
-            grids = self._training_grids([image.size for image in images], video)
-            sample = self._sample(ids, targets, images, grids, self.image.rope_dhr, name)
-        if images or mask_text_only:
+            dialogue, shown = self._read(conversations, images, videos)
+            ids, targets = self._training_text(dialogue)
+            sample = self._sample(ids, targets, shown, self._grids(shown, training=True), None, name)
+        if shown or mask_text_only:
             return sample
-        size, slots = self.image.size, np.arange(self.tokens_per_side**2, dtype=np.int32)
-        blank_ISSc = np.full((1, size, size, 3), 255, np.uint8)
-        return dataclasses.replace(sample, pixels_ISSc=blank_ISSc, memory_positions_M=slots)
+        return dataclasses.replace(sample, **blank_tiles(1, self.tile))
 
     def prompt(
         self,
@@ -106,22 +120,23 @@ class Processor:
         images: Sequence[Image.Image] = (),
         history: Sequence[tuple[str, str]] = (),
         *,
+        videos: Sequence[Video] = (),
         rope_dhr: bool | None = None,
-        video: bool = False,
         name: str = "",
     ) -> Sample:
         """A prompt to be answered, after a `history` of (question, answer) pairs; no token is a target.
 
-        `images` are those of all turns in order, each of up to `image.max_tiles`; where there is no history, those
-        that the question does not mark stand before it. With `video` they are frames of one tile each. `rope_dhr`
-        replaces the config's for this call. Without images there are no tiles. Raises ValueError for texts or images
-        that do not fit (CoMemo sec. 3).
+        `images` and `videos` are those of all turns in order; where there is no history, those that the question does
+        not mark stand before it. `rope_dhr` replaces the config's for this call. Without images there are no tiles.
+        Raises ValueError for texts or images that do not fit (CoMemo sec. 3).
         """
         with _naming(name):
-            ids = self._ids(chat.read_question(question, len(images), history, video))
-            grids = [tile_grid(*image.size, self.image, max_tiles=1 if video else None) for image in images]
-            rope_dhr = self.image.rope_dhr if rope_dhr is None else rope_dhr
-            return self._sample(ids, np.zeros(len(ids), bool), images, grids, rope_dhr, name)
+            before = self.template.before_text
+            dialogue = chat.read_question(question, len(images), history, len(videos), before)
+            dialogue, shown = self._shown(dialogue, images, videos)
+            ids = self._ids(dialogue)
+            grids = self._grids(shown, training=False)
+            return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
 
     def follow_up(self, question: str) -> list[int]:
         """Ids that go on from an answer without its closing token to the start of the next answer.
@@ -132,18 +147,52 @@ class Processor:
         with _naming("follow-up question"):
             dialogue = chat.read_question(question)
             chat.check_text(dialogue, template)
-            text = f"{template.start}{template.user}\n{question}{template.end}{template.answer_start}"
-            return [self.stop_id, *self.tokenizer.encode(text)]
+            turn = f"{template.start}{template.user}\n{question}{template.end}{template.after_turn}"
+            return [self.stop_id, *self.tokenizer.encode(f"{template.after_turn}{turn}{template.answer_start}")]
+
+    def choose_frames(
+        self, clip: Clip, minimum: int = 4, maximum: int = 24, rng: np.random.Generator | None = None
+    ) -> list[int]:
+        """Which frames to take of a video; where the family leaves the number open, `minimum` to `maximum`."""
+        raise NotImplementedError
+
+    # what the families do in their own ways
+
+    def _shown(self, dialogue: chat.Dialogue, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list]:
+        """The dialogue as it is written out, and what each placeholder in it shows, in order: pictures or sizes."""
+        raise NotImplementedError
+
+    def _grids(self, shown: Sequence, training: bool) -> list:
+        """How each of `shown` is cut."""
+        raise NotImplementedError
+
+    def _tiles(self, grid: Any) -> int:
+        """Tiles of a grid."""
+        raise NotImplementedError
+
+    def _place(self, tokens_T: np.ndarray, grids: Sequence, rope_dhr: bool | None) -> Placed:
+        """Raises ValueError where placeholders do not fit what is shown."""
+        raise NotImplementedError
+
+    def _cut(self, picture: Image.Image | Video, grid: Any, out_ISSc: np.ndarray) -> None:
+        """Writes the tiles of one of `shown`."""
+        raise NotImplementedError
+
+    # what they share
+
+    def _read(self, conversations: Conversation, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list[Any]]:
+        before = self.template.before_text
+        return self._shown(chat.read_conversation(conversations, len(images), len(videos), before), images, videos)
 
     def _ids(self, dialogue: chat.Dialogue) -> np.ndarray:
         """Ids of the prompt with one placeholder for each image. The text is tokenised once and whole."""
         chat.check_text(dialogue, self.template)
-        text = chat.render(dialogue, self.template, self.system)
-        return np.array([self.tokenizer.bos_id, *self.tokenizer.encode(text)], np.int32)
+        ids = self.tokenizer.encode(chat.render(dialogue, self.template, self.system))
+        return np.array([self.tokenizer.bos_id, *ids] if self.template.bos else ids, np.int32)
 
-    def _training_text(self, conversations: Conversation, images: int, video: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _training_text(self, dialogue: chat.Dialogue) -> tuple[np.ndarray, np.ndarray]:
         """`_ids` of a conversation and which of them are targets."""
-        ids = self._ids(chat.read_conversation(conversations, images, video))
+        ids = self._ids(dialogue)
         targets = np.zeros(len(ids), bool)
         starts, ends = np.flatnonzero(ids == self._start_id), np.flatnonzero(ids == self.stop_id)
         for start, end in zip(starts[2::2], ends[2::2], strict=True):  # turns: system, user, assistant, user, ...
@@ -156,38 +205,50 @@ class Processor:
             targets[answer : end + 1] = True
         return ids, targets
 
-    def _training_grids(self, image_sizes: Sequence[tuple[int, int]], video: bool) -> list[Grid]:
-        share = 1 if video else self.image.max_tiles // max(len(image_sizes), 1)
-        return [tile_grid(width, height, self.image, share) for width, height in image_sizes]
-
-    def _tile_counts(self, grids: Sequence[Grid]) -> list[int]:
-        return [positions.tile_count(cols, rows, self.image.thumbnail) for cols, rows in grids]
-
     def _sample(
         self,
         ids: np.ndarray,
         targets: np.ndarray,
-        images: Sequence[Image.Image],
-        grids: Sequence[Grid],
-        rope_dhr: bool,
+        shown: Sequence[Any],
+        grids: Sequence[Any],
+        rope_dhr: bool | None,
         name: str,
     ) -> Sample:
-        """Expands placeholders, checks them against the images' features, and cuts the tiles."""
-        config, side, counts = self.image, self.tokens_per_side, self._tile_counts(grids)
+        """Expands placeholders, checks them against the features, and cuts the tiles."""
+        counts = [self._tiles(grid) for grid in grids]
+        placeholders = self.context_id, self.video_id
         repeats = np.ones(len(ids), np.int64)
-        repeats[ids == self.context_id] = np.multiply(counts, side * side)
+        repeats[np.isin(ids, placeholders)] = np.multiply(counts, self.tile.tokens)
         tokens_T = np.repeat(ids, repeats)
-        labels_T = np.repeat(np.where(targets, ids, np.int32(IGNORED)), repeats)
-        positions_T, memory_positions_M = positions.sequence_positions(
-            tokens_T, grids, side, self.context_id, rope_dhr, config.dhr_map, config.thumbnail
-        )
+        placed = self._place(tokens_T, grids, rope_dhr)
         slots_T = np.full(len(tokens_T), -1, np.int32)
-        slots_T[tokens_T == self.context_id] = np.arange(len(memory_positions_M), dtype=np.int32)
-        pixels_ISSc = np.empty((sum(counts), config.size, config.size, 3), np.uint8)
-        last = np.cumsum(counts)
-        for image, grid, count, end in zip(images, grids, counts, last, strict=True):
-            write_tiles(image, grid, pixels_ISSc[end - count : end])
-        return Sample(tokens_T, labels_T, positions_T, slots_T, pixels_ISSc, memory_positions_M, name)
+        slots_T[np.isin(tokens_T, placeholders)] = placed.slot_M
+        shape = self.tile.side, self.tile.side, self.tile.channels
+        pixels_ISSc = np.empty((sum(counts), *shape), np.uint8)
+        for picture, grid, count, end in zip(shown, grids, counts, np.cumsum(counts), strict=True):
+            self._cut(picture, grid, pixels_ISSc[end - count : end])
+        return Sample(
+            tokens_T=tokens_T,
+            labels_T=np.repeat(np.where(targets, ids, np.int32(IGNORED)), repeats),
+            positions_T=placed.positions_T,
+            slots_T=slots_T,
+            pixels_ISSc=pixels_ISSc,
+            memory_positions_M=placed.memory_positions_M,
+            layout_I4=placed.layout_I4,
+            name=name,
+        )
+
+
+def blank_tiles(count: int, tile: TileShape) -> dict[str, np.ndarray]:
+    """Fields of a Sample with `count` white tiles that no token stands for and that see nothing of each other."""
+    positions_M, alone_I = np.arange(count * tile.tokens, dtype=np.int32), np.arange(1, count + 1, dtype=np.int32)
+    fields = {
+        "pixels_ISSc": np.full((count, tile.side, tile.side, tile.channels), 255, np.uint8),
+        "memory_positions_M": positions_M if tile.axes == 1 else np.stack([positions_M] * tile.axes, axis=1),
+    }
+    if tile.layout:
+        fields["layout_I4"] = np.stack([alone_I, alone_I, 0 * alone_I, 0 * alone_I], axis=1)
+    return fields
 
 
 def _control_id(tokenizer: Tokenizer, token: str) -> int:

@@ -24,7 +24,8 @@ class Tokenizer:
     def __init__(self, backend: "_FastTokenizer | _SentencePiece", folder: AnyPath, settings: dict):
         self._backend = backend
         self.folder = folder
-        self.bos_id = self.id(settings.get("bos_token") or "<s>")
+        self.bos_id = backend.id(settings.get("bos_token") or "<s>")
+        """Start token; None if there is none."""
         self.pad_id = self.id(settings.get("pad_token") or settings.get("eos_token") or "</s>")
         self.vocab_size: int = backend.vocab_size
         """Ids are smaller than this."""

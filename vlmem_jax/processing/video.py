@@ -2,15 +2,63 @@
 
 import bisect
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vlmem_jax.processing.images import Encoded, ImageConfig
+
+DEFAULT_FPS = 25
+"""Of a file that does not say."""
+
+
+class Clip(NamedTuple):
+    """What the header of a video file says."""
+
+    frames: int
+    fps: float
+    """Frames a second."""
+    width: int
+    """Pixels."""
+    height: int
+
+    def seconds(self, chosen: Sequence[int]) -> float:
+        """From one of the frames `chosen`, which are spread over the whole video, to the next."""
+        return self.frames / self.fps / len(chosen)
+
+    def taken(self, chosen: Sequence[int]) -> "VideoSize":
+        """Sizes of the frames `chosen`."""
+        return VideoSize(len(chosen), self.width, self.height, self.seconds(chosen))
+
+
+class VideoSize(NamedTuple):
+    """Sizes of the frames taken of a video."""
+
+    frames: int
+    width: int
+    """Pixels."""
+    height: int
+    seconds: float = 1.0
+    """From one of them to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Frames taken of a video, evenly spaced."""
+
+    frames: Sequence[Image.Image]
+    seconds: float = 1.0
+    """From one of them to the next."""
+
+    @property
+    def size(self) -> VideoSize:
+        return VideoSize(len(self.frames), *self.frames[0].size, self.seconds)
 
 
 def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Generator | None = None) -> list[int]:
@@ -25,16 +73,18 @@ def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Gen
     return ((first + last) // 2 if rng is None else rng.integers(first, last + 1)).tolist()
 
 
-def frame_count(path: str | os.PathLike | Encoded) -> int:
-    """Number of frames, nothing decoded: from the header where it says so, else by reading the packets.
+def probe(path: str | os.PathLike | Encoded) -> Clip:
+    """What the header says, nothing decoded; frames that it does not count are counted by reading the packets.
 
     Raises ValueError naming the file if it is missing, damaged or empty.
     """
     with _open(path) as (container, stream):
+        fps = float(stream.average_rate or DEFAULT_FPS)
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        width, height = stream.width, stream.height
     if not count:
         raise ValueError(f"video {path} holds no frame")
-    return count
+    return Clip(count, fps, width, height)
 
 
 def read_frames(
@@ -73,7 +123,7 @@ def sampled_frames(path: str | os.PathLike, fps: float) -> Iterator[tuple[int, f
     """
     with _open(path) as (container, stream):
         stream.thread_type = "AUTO"
-        rate, first, wanted = float(stream.average_rate or 25), None, 0
+        rate, first, wanted = float(stream.average_rate or DEFAULT_FPS), None, 0
         for number, frame in enumerate(container.decode(stream)):
             time = number / rate if frame.time is None else frame.time
             first = time if first is None else first

@@ -11,7 +11,7 @@ from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.config import ConfigError, build, to_dict
 from vlmem_jax.data.config import DataConfig
 from vlmem_jax.models import ModelConfig, presets
-from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.sharding import MeshConfig, batch_shards
 from vlmem_jax.train.profile import ProfileConfig
 
@@ -91,8 +91,9 @@ class Experiment:
     """Folder with tokenizer.json or tokenizer.model."""
     stages: tuple[StageConfig, ...]
     data: DataConfig = DataConfig()
-    image: ImageConfig = ImageConfig()
-    template: Literal["internlm2-chat"] = "internlm2-chat"
+    image: ImageConfig | PatchConfig = ImageConfig()
+    """Its key `kind` says which: tiles for intern_vit, patches for qwen_vit."""
+    template: Literal["internlm2-chat", "qwen2-vl"] = "internlm2-chat"
     system: str | None = None
     """System message of the prompt; None: that of the template."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -15,7 +15,7 @@ from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
 from vlmem_jax.paths import as_path
-from vlmem_jax.processing import Processor, Tokenizer
+from vlmem_jax.processing import Processor, Tokenizer, make_processor
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import cross_entropy
@@ -52,7 +52,7 @@ class NextToken(NextTokenLoss):
         super().__init__(model, experiment.loss_chunk)
         self._mesh = mesh
         self._config = config = experiment.data_of(stage)
-        processor = make_processor(experiment, model)
+        processor = experiment_processor(experiment, model)
         earlier = experiment.stages[: experiment.stages.index(stage)]
         first = sum(other.steps for other in earlier if experiment.data_of(other) == config)
         plan = Plan.train(config, processor, experiment.seed)
@@ -123,14 +123,12 @@ def _eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Arra
     return next_token_loss(model, params, jax.tree.map(lambda x: x[0], batch), chunk)
 
 
-def make_processor(experiment: Experiment, model: VLM) -> Processor:
+def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
     """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
-    vision, image = model.config.vision, experiment.image
-    if image.size != vision.image_size:
-        raise ValueError(f"image.size {image.size} must equal model.vision.image_size {vision.image_size}, in pixels")
     tokenizer = Tokenizer.load(experiment.tokenizer)
-    processor = Processor(tokenizer, image, model.tokens_per_side, experiment.system, experiment.template)
-    highest, vocab = max(*processor.control_ids, processor.stop_id), model.config.decoder.vocab
+    geometry = model.config.vision.geometry
+    processor = make_processor(tokenizer, experiment.image, geometry, experiment.system, experiment.template)
+    highest, vocab = max(*processor.control_ids, *processor.stop_ids), model.config.decoder.vocab
     if highest >= vocab:
         raise ValueError(
             f"model.decoder.vocab must be above every token id, but the tokenizer in {experiment.tokenizer} has the id "

@@ -16,6 +16,7 @@ from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
 from vlmem_jax.sharding import constrain
+from vlmem_jax.types import TileGeometry, TileShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class VisionConfig:
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     select_layer: int = -1
     """Which hidden state is the output: -1 the last layer's, 0 the embeddings."""
+    kind: Literal["intern_vit"] = "intern_vit"
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -55,6 +57,19 @@ class VisionConfig:
     def grid(self) -> int:
         """Patches along a side of a tile."""
         return self.image_size // self.patch_size
+
+    @property
+    def geometry(self) -> TileGeometry:
+        """What cutting images into tiles needs to know."""
+        return TileGeometry(self.image_size, self.grid // 2)
+
+    @property
+    def tile(self) -> TileShape:
+        return TileShape(side=self.image_size, channels=3, tokens=(self.grid // 2) ** 2)
+
+    def channels(self, colours: tuple[float, float, float]) -> tuple[float, ...]:
+        """A number of each colour as one of each channel of a tile."""
+        return colours
 
     @property
     def layers_used(self) -> int:

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlmem_jax.nn.mlp import GeluMLP
-from vlmem_jax.nn.norm import LayerNorm
+from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +37,16 @@ class Projector(nnx.Module):
 
     def __call__(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
         return self.mlp(self.norm(pixel_shuffle(features_BPD, self.config.shuffle)))
+
+
+class Merger(nnx.Module):
+    """RMSNorm of each patch, then a two-layer MLP over the `patches` that become one visual token (Qwen2.5-VL)."""
+
+    def __init__(self, patches: int, vision_width: int, width: int, norm_eps: float, *, rngs: nnx.Rngs):
+        inner = patches * vision_width
+        self.norm = RMSNorm(vision_width, norm_eps, rngs=rngs)
+        self.mlp = GeluMLP(inner, inner, width, rngs=rngs)
+
+    def __call__(self, features_BND: Float[Array, "B N D"]) -> Float[Array, "B I E"]:
+        normed_BND = self.norm(features_BND)
+        return self.mlp(normed_BND.reshape(len(normed_BND), -1, self.mlp.fc1.kernel.shape[0]))

@@ -1,0 +1,67 @@
+"""CoMemo's memory blocks as they stand in a checkpoint: their tensor names, and `mixin_config` of its config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmem_jax.hub import settings
+from vlmem_jax.hub.rules import Rule, section
+from vlmem_jax.models import ModelConfig
+
+LAYER = "gated_cross_attn_layer."
+"""Level of a decoder layer's tensors that those of the block before it have."""
+# Our key -> theirs.
+KEYS = {
+    "every": "mixin_every_n_layers",
+    "heads": "num_heads",
+    "head_dim": "head_dim",
+    "mlp_width": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def rules(config: ModelConfig, layer: str) -> list[Rule]:
+    """The blocks' part of a name table; `layer` is the name of a decoder layer, with {} for its number."""
+    comemo = config.comemo
+    sizes = {"D": config.decoder.width, "F": comemo.mlp_width, "H": comemo.heads, "C": comemo.head_dim}
+    rows = [
+        ("attn_gate", "attn_gate", "g -> g"),
+        ("mlp_gate", "ff_gate", "g -> g"),
+        ("attn_norm/scale", "cross_attention_norm.weight", "D -> D"),
+        ("mlp_norm/scale", "ffn_norm_2.weight", "D -> D"),
+        ("attn/q/kernel", "cross_attn.to_q.weight", "(H C) D -> D H C"),
+        ("attn/k/kernel", "cross_attn.to_kv.weight", "(kv H C) D -> D H C", {"kv": 0}),
+        ("attn/v/kernel", "cross_attn.to_kv.weight", "(kv H C) D -> D H C", {"kv": 1}),
+        ("attn/o/kernel", "cross_attn.to_out.weight", "D (H C) -> H C D"),
+        ("mlp/gate/kernel", "ffn_2.w1.weight", "F D -> D F"),
+        ("mlp/up/kernel", "ffn_2.w3.weight", "F D -> D F"),
+        ("mlp/down/kernel", "ffn_2.w2.weight", "D F -> F D"),
+    ]
+    layers = range(comemo.every - 1, config.decoder.layers, comemo.every)
+    return section("memory/blocks/", layer + LAYER, sizes | {"g": 1, "kv": 2}, rows, layers)
+
+
+def read(mixin: Mapping | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Our keys; None for a checkpoint without memory blocks. `shapes` of tensors fill in what `mixin` leaves out."""
+    blocks = {name: shape for name, shape in shapes.items() if f".{LAYER}" in name}
+    if not mixin and not blocks:
+        return None
+    comemo = settings.ours(KEYS, mixin or {})
+    comemo.setdefault("head_dim", 128)  # assumed: shapes give only heads * head_dim
+    tensors = {name.split(f".{LAYER}")[1]: shape for name, shape in blocks.items()}
+    if blocks:
+        comemo.setdefault("every", 1 + min(int(name.split(f".{LAYER}")[0].rsplit(".", 1)[1]) for name in blocks))
+    if "cross_attn.to_q.weight" in tensors:
+        comemo.setdefault("heads", tensors["cross_attn.to_q.weight"][0] // comemo["head_dim"])
+    if "ffn_2.w1.weight" in tensors:
+        comemo.setdefault("mlp_width", tensors["ffn_2.w1.weight"][0])
+    settings.check_needed("mixin_config", KEYS, comemo, "every heads mlp_width")
+    return comemo
+
+
+def write(model: ModelConfig) -> dict[str, Any]:
+    """{"mixin_config": ...} of a model with memory blocks, {} of one without."""
+    if model.memory != "comemo":
+        return {}
+    width = {"language_dim": model.decoder.width, "vision_dim": model.decoder.width}
+    return {"mixin_config": settings.theirs(KEYS, model.comemo) | width}
