@@ -1,4 +1,4 @@
-"""Answers one question about images."""
+"""Answers one question about images and videos."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from vlmem_jax.cli import answering
 from vlmem_jax.processing.images import open_image
 
 EXAMPLE = """vlmem generate --checkpoint runs/comemo --image a.jpg --image b.jpg --prompt "What differs?"
+vlmem generate --checkpoint runs/qwen --video a.mp4 --prompt "What happens?"
 vlmem generate --checkpoint runs/comemo --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1"""
 
 
@@ -14,13 +15,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answering.add_arguments(parser)
     parser.add_argument("--prompt", required=True, help="the question; <image> in it marks where the images belong")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, marked by <video>")
 
 
 def run(args: argparse.Namespace) -> int:
     sampling = answering.sampling(args)
     images = [open_image(path) for path in args.image]
     model = answering.load(args)
-    sample = model.processor.prompt(args.prompt, images, rope_dhr=answering.rope_dhr(args), name="--prompt")
+    videos = []
+    for path in args.video:
+        video, chosen = model.processor.open_video(path)
+        print(f"{path}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)
+        videos.append(video)
+    sample = model.processor.prompt(
+        args.prompt, images, videos=videos, rope_dhr=answering.rope_dhr(args), name="--prompt"
+    )
     text = model.processor.tokenizer.stream()
     session = model.generator().start([sample], sampling.max_new_tokens)
     for tokens_B in session.stream(sampling):

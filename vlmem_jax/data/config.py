@@ -46,7 +46,7 @@ class DataConfig:
     mask_text_only: bool = False
     """Whether a sample without images has no memory at all, rather than one blank tile."""
     min_frames: int = 4
-    """Fewest frames taken from a video, if it has them."""
+    """Fewest frames taken from a video, if it has them; a model that sees patches goes by image.fps instead."""
     max_frames: int = 24
     """Most frames taken from a video; the number is drawn once for each sample."""
     jpeg_augment: bool = False

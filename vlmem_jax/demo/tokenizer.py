@@ -10,6 +10,8 @@ import pathlib
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>")
+PATCH_SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|endoftext|>")
+"""Control tokens of models that see images as patches; the demo's own does not use them."""
 MAX_IMAGES = 4
 MAX_LINES = 8
 """Most rows or columns of digits in an image."""
@@ -19,7 +21,7 @@ TEMPLATE_WORDS = ("system", "user", "assistant")
 
 
 def words() -> list[str]:
-    """The vocabulary, control tokens first."""
+    """The vocabulary."""
     lines = range(1, MAX_LINES + 1)
     return [
         *SPECIAL,
@@ -28,6 +30,7 @@ def words() -> list[str]:
         *(f"image{n}" for n in range(1, MAX_IMAGES + 1)),
         *(f"row{n}" for n in lines),
         *(f"column{n}" for n in lines),
+        *PATCH_SPECIAL,
     ]
 
 
@@ -44,7 +47,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL + PATCH_SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 
 from vlmem_jax.types import Batch, Sample, TileShape
 
+BLOCK_BUCKET = 64
+"""Smallest number of tiles of a tower that reads images in their own size."""
 
-def bucket(size: int, smallest: int = 1) -> int:
-    """The least of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...) that holds `size`, rounded up; 0 stays 0."""
+
+def bucket(size: int, smallest: int = 1, steps: int = 2) -> int:
+    """The least of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...) that holds `size`, rounded up; 0 stays 0.
+
+    `steps` from one power of 2 to the next: with more, less is padding and more shapes are compiled.
+    """
     if size == 0:
         return 0
-    step = smallest
-    while step < size:
-        if (step * 3 + 1) // 2 >= size:
-            return (step * 3 + 1) // 2
-        step *= 2
-    return step
+    octave = smallest
+    while octave * 2 < size:
+        octave *= 2
+    buckets = (-(-octave * (steps + n) // steps) for n in range(steps + 1))
+    return next(found for found in buckets if found >= size)
 
 
 def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64) -> Batch:
@@ -25,7 +30,8 @@ def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest:
     if len(samples) > rows:
         raise ValueError(f"{len(samples)} prompts do not fit a batch of {rows} rows")
     T = bucket(max(len(sample.tokens_T) for sample in samples), smallest)
-    I = bucket(max(len(sample.pixels_ISSc) for sample in samples))
+    I = max(len(sample.pixels_ISSc) for sample in samples)
+    I = bucket(I, BLOCK_BUCKET, steps=8) if tile.layout else bucket(I)
     batch = Batch.empty((rows,), T, I, tile)
     for row, sample in enumerate(samples):
         t, tiles, m = len(sample.tokens_T), len(sample.pixels_ISSc), len(sample.memory_positions_M)

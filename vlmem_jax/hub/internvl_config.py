@@ -79,8 +79,9 @@ def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     if content.get("dynamic_image_size") is False:
         image["min_tiles"] = image["max_tiles"] = 1
     template = content.get("template", "internlm2-chat")
-    if template not in TEMPLATES:
-        raise ValueError(f"template of config.json must be one of {', '.join(TEMPLATES)}; got {template!r}")
+    known = [name for name, chat in TEMPLATES.items() if chat.video is None]
+    if template not in known:
+        raise ValueError(f"template of config.json must be one of {', '.join(known)}; got {template!r}")
     blocks = comemo.read(content.get("mixin_config"), shapes)
     model = {"vision": vision, "decoder": decoder, "memory": "comemo" if blocks else "none"}
     model |= {"comemo": blocks} if blocks else {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from vlmem_jax.processing import chat
 from vlmem_jax.processing.tokenizer import Tokenizer
-from vlmem_jax.processing.video import Clip, Video, VideoSize
+from vlmem_jax.processing.video import Clip, Video, VideoSize, probe, read_frames
 from vlmem_jax.types import IGNORED, Sample, TileShape
 
 Conversation = Any
@@ -155,6 +156,18 @@ class Processor:
     ) -> list[int]:
         """Which frames to take of a video; where the family leaves the number open, `minimum` to `maximum`."""
         raise NotImplementedError
+
+    def open_video(self, path: str | os.PathLike) -> tuple[Video, list[int]]:
+        """The frames of a video file that `choose_frames` takes, and which they are.
+
+        Raises ValueError naming the file if it cannot be read or has too few frames.
+        """
+        clip = probe(path)
+        try:
+            chosen = self.choose_frames(clip)
+        except ValueError as error:
+            raise ValueError(f"{error} ({path})") from error
+        return Video(read_frames(path, chosen, self.open_limit), clip.seconds(chosen)), chosen
 
     # what the families do in their own ways
 

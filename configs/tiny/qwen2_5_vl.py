@@ -1,0 +1,35 @@
+"""The smallest Qwen2.5-VL on the dataset of `vlmem demo` (in runs/demo/dataset), in the same three stages."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(profile: str | None = None) -> ConfigDict:
+    """Profiles: none (the plain model), `comemo` (with CoMemo's memory)."""
+    if profile not in (None, "comemo"):
+        raise ValueError(f"configs/tiny/qwen2_5_vl.py has the profile comemo, got {profile!r}")
+    stages = [dict(name="finetune", steps=60, learning_rate=3e-3, schedule="cosine")]
+    if profile == "comemo":
+        stages.insert(0, dict(name="pretrain", steps=20, learning_rate=3e-3, trainable=("projector/", "memory/")))
+    return ConfigDict(
+        dict(
+            model=dict(preset="tiny_qwen2_5_vl", memory=profile or "none"),
+            tokenizer="runs/demo/dataset/tokenizer",
+            template="qwen2-vl",
+            system="",
+            # a token for each 8 x 8 pixels
+            image=dict(kind="patches", min_pixels=256, max_pixels=4096),
+            data=dict(
+                train=[dict(path="runs/demo/dataset/mixture.jsonl")],
+                eval=[dict(path="runs/demo/dataset/heldout.jsonl")],
+                rows=8,
+                pack_tokens=384,
+                pack_tiles=320,
+                loss_weight="token",
+            ),
+            optimizer=dict(name="muon", b2=0.98, weight_decay=0.0),
+            stages=stages,
+            mesh=dict(data=-1, fsdp=1),
+            checkpoint=dict(every=20),
+            eval_every=20,
+        )
+    )
