@@ -259,3 +259,45 @@ runs = st.builds(
 @given(runs)
 def test_a_round_trip_through_json_gives_an_equal_dataclass(run):
     assert build(Run, json.loads(json.dumps(to_dict(run)))) == run
+
+
+# kinds
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    radius: float
+    kind: Literal["round"] = "round"
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    side: int
+    kind: Literal["square"] = "square"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    shape: Round | Square
+
+
+def test_a_group_says_of_which_kind_it_is():
+    assert build(Picture, {"shape": {"radius": 1}}).shape == Round(1.0)
+    square = build(Picture, {"shape": {"kind": "square", "side": 2}})
+    assert square.shape == Square(2) and build(Picture, to_dict(square)) == square
+    assert build(Picture, {"shape": Square(2)}) == square
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ({"kind": "oval"}, r"config.shape.kind must be one of round, square; got 'oval'"),
+        ({"kind": "square", "sid": 2}, r"unknown key config.shape.sid; did you mean config.shape.side\?"),
+        ({"kind": "square", "side": 2.5}, "config.shape.side must be int; got 2.5"),
+        ({"side": 2}, "unknown key config.shape.side"),
+        (3, "config.shape must be a group of keys; got 3"),
+    ],
+)
+def test_errors_name_the_key_of_that_kind(shape, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Picture, {"shape": shape})

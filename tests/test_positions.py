@@ -1,11 +1,11 @@
-"""RoPE-DHR maps and the walk over a sequence, against plain loops."""
+"""RoPE-DHR maps and the walk over a sequence, against plain loops; M-RoPE and windows."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmem_jax.positions import dhr_map, sequence_positions, tile_count
+from vlmem_jax.positions import PatchGrid, dhr_map, mrope_positions, sequence_positions, tile_count, window_order
 
 GRIDS = [(cols, rows) for cols in range(1, 13) for rows in range(1, 13) if cols * rows <= 12]
 CONTEXT = 9
@@ -119,3 +119,69 @@ def test_placeholders_must_match_the_images():
 def test_an_image_must_not_be_interrupted():
     with pytest.raises(ValueError, match="next to each other"):
         sequence_positions(np.array([CONTEXT, CONTEXT, 1, CONTEXT, CONTEXT]), [(1, 1)], 2, CONTEXT)
+
+
+# --- M-RoPE and windows -----------------------------------------------------------------------------------------------
+
+IMAGE, VIDEO = 100, 101
+grids = st.builds(PatchGrid, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, 0.35, 1.0]))
+
+
+def shown(grid, placeholder=IMAGE, before=7, after=3):
+    return np.array([1] * before + [placeholder] * grid.tokens + [2] * after, np.int32)
+
+
+def test_an_image_spreads_over_rows_and_columns_and_text_goes_on_behind_the_longest_side():
+    positions = mrope_positions(shown(PatchGrid(1, 3, 5)), [PatchGrid(1, 3, 5)], (IMAGE, VIDEO), 2.0)
+    assert positions[:7].tolist() == [[n] * 3 for n in range(7)]
+    assert positions[7:22].tolist() == [[7, 7 + row, 7 + col] for row in range(3) for col in range(5)]
+    assert positions[22:].tolist() == [[n] * 3 for n in (12, 13, 14)]
+
+
+@pytest.mark.parametrize("seconds, times", [(1.0, [7, 9, 11]), (0.7, [7, 8, 9]), (0.0, [7, 7, 7]), (3.0, [7, 13, 19])])
+def test_a_video_takes_time(seconds, times):
+    grid = PatchGrid(3, 2, 3, seconds)
+    positions = mrope_positions(shown(grid, VIDEO), [grid], (IMAGE, VIDEO), 2.0)
+    assert positions[7:25].reshape(3, 6, 3)[..., 0].tolist() == [[time] * 6 for time in times]
+    assert positions[25].tolist() == [max(times[-1], 9) + 1] * 3
+
+
+def test_images_and_videos_take_their_turns():
+    first, second = PatchGrid(2, 1, 2, 1.0), PatchGrid(1, 2, 2)
+    tokens = np.concatenate([shown(first, VIDEO, 2, 0), shown(second, IMAGE, 1, 1)])
+    positions = mrope_positions(tokens, [first, second], (IMAGE, VIDEO), 2.0)
+    assert positions[:, 0].tolist() == [0, 1, 2, 2, 4, 4, 5, 6, 6, 6, 6, 8]
+
+
+def test_text_alone_counts():
+    assert mrope_positions(np.arange(4), [], (IMAGE, VIDEO), 2.0).tolist() == [[n] * 3 for n in range(4)]
+
+
+def test_placeholders_must_match_the_grids():
+    with pytest.raises(ValueError, match=r"\[\(1, 2, 2\)\] give 4 features, but the text holds 6 placeholders"):
+        mrope_positions(shown(PatchGrid(1, 2, 3)), [PatchGrid(1, 2, 2)], (IMAGE, VIDEO), 2.0)
+    with pytest.raises(ValueError, match="next to each other"):
+        mrope_positions(np.array([IMAGE, 1, IMAGE]), [PatchGrid(1, 1, 2)], (IMAGE, VIDEO), 2.0)
+
+
+def test_windows_of_a_small_image():
+    order, layout = window_order(PatchGrid(1, 3, 5), 2)
+    assert order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+    assert layout[:, 0].tolist() == [1] * 4 + [5] * 4 + [9] * 2 + [11] * 2 + [13] * 2 + [15]
+    assert set(layout[:, 1]) == {1}
+
+
+@given(grids, st.integers(1, 4))
+def test_tokens_of_a_window_are_neighbours_in_its_order(grid, side):
+    order, layout = window_order(grid, side)
+    assert sorted(order.tolist()) == list(range(grid.tokens))
+    frame, place = np.divmod(order, grid.rows * grid.cols)
+    row, col = np.divmod(place, grid.cols)
+    np.testing.assert_array_equal(layout[:, 2:], np.stack([row, col], axis=1))
+    windows, frames = np.stack([frame, row // side, col // side], axis=1), frame[:, None]
+    for column, groups in ((0, windows), (1, frames)):
+        ids = layout[:, column]
+        same = (groups[:, None] == groups[None]).all(axis=-1)
+        np.testing.assert_array_equal(ids[:, None] == ids[None], same)
+        np.testing.assert_array_equal(ids, 1 + np.argmax(same, axis=1))
+        assert (np.diff(ids) >= 0).all()

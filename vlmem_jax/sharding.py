@@ -30,6 +30,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "pixels": None,
     "pixels_x": None,
     "channels": None,
+    "frames": None,
     "norm": None,
     "scalar": None,
 }

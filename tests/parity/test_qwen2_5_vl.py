@@ -140,7 +140,7 @@ def layer_outputs(model, seen):
     segments = Segments(*(jnp.repeat(seen.layout_BI4[..., n], S * S, axis=1) for n in range(2)))
     tables = vision._rotation(seen.layout_BI4[..., 2:])
     run = jax.jit(lambda state, x, full: nnx.merge(graph, state)(x, tables, segments, full))
-    outputs = [vision.patch(seen.pixels_BISSc.reshape(B, I * S * S, -1))]
+    outputs = [vision.patch(seen.pixels_BISSc.reshape(B, I * S * S, *vision.patch.kernel.shape[:-1]))]
     for n in range(c.layers):
         state = jax.tree.map(lambda leaf, n=n: leaf[n], layers)
         outputs.append(run(state, outputs[-1], jnp.bool_(n in c.full_layers)))

@@ -66,6 +66,7 @@ def import_folder(
     Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at all.
     """
     tensors, content, found = _open(source)
+    source = Path(source)
     tokenizer = TokenizerFiles.of(source, families.of_config(content).added_tokens)
     if model is None:
         vocab = max(found.model.decoder.vocab, tokenizer.new_size)

@@ -52,7 +52,7 @@ def _vision(config: ModelConfig, prefix: str) -> list[Rule]:
         ("mlp/fc2/kernel", "mlp.2.weight", "E M -> M E"),
         ("mlp/fc2/bias", "mlp.2.bias", "E -> E"),
     ]
-    patch = [("patch/kernel", "patch_embed.proj.weight", "D 3 t p q -> (3 t p q) D")]
+    patch = [("patch/kernel", "patch_embed.proj.weight", "D 3 t p q -> 3 t p q D")]
     return [
         *section("vision/", prefix, sizes, patch),
         *section("vision/layers/", prefix + "blocks.{}.", sizes, layer, range(vision.layers)),

@@ -117,8 +117,8 @@ class QwenViTLayer(nnx.Module):
     def __call__(
         self, x_BND: Float[Array, "B N D"], tables: Rotation, segments: Segments, full: Bool[Array, ""]
     ) -> Float[Array, "B N D"]:
-        x_BND = constrain(x_BND + self.attn(self.norm1(x_BND), tables, segments, full), "batch", None, None)
-        return constrain(x_BND + self.mlp(self.norm2(x_BND)), "batch", None, None)
+        x_BND = constrain(x_BND + self.attn(self.norm1(x_BND), tables, segments, full), "batch", "tokens", None)
+        return constrain(x_BND + self.mlp(self.norm2(x_BND)), "batch", "tokens", None)
 
 
 class QwenViT(nnx.Module):
@@ -126,7 +126,9 @@ class QwenViT(nnx.Module):
 
     def __init__(self, config: QwenViTConfig, attention: AttentionConfig = AttentionConfig(), *, rngs: nnx.Rngs):
         self.config = config
-        self.patch = Linear({"pixels": config.tile.channels}, {"embed": config.width}, rngs=rngs)
+        p = config.patch_size
+        values = {"channels": 3, "frames": config.patch_frames, "pixels": p, "pixels_x": p}
+        self.patch = Linear(values, {"embed": config.width}, rngs=rngs)
         self.layers = stack(lambda rngs: QwenViTLayer(config, attention, rngs=rngs), config.layers, rngs)
 
     def __call__(
@@ -134,9 +136,9 @@ class QwenViT(nnx.Module):
     ) -> Float[Array, "B N D"]:
         """Features of the N = I * S * S patches, block after block; `layout_BI4` is that of `types.Batch`."""
         c = self.config
-        B, I, S, _, values = pixels_BISSc.shape
-        x_BND = self.patch(pixels_BISSc.reshape(B, I * S * S, values))
-        x_BND = constrain(x_BND, "batch", None, None)
+        B, I, S = pixels_BISSc.shape[:3]
+        x_BND = self.patch(pixels_BISSc.reshape(B, I * S * S, 3, c.patch_frames, c.patch_size, c.patch_size))
+        x_BND = constrain(x_BND, "batch", "tokens", None)
         segments = Segments(*(jnp.repeat(layout_BI4[..., n], S * S, axis=1) for n in range(2)))
         tables = self._rotation(layout_BI4[..., 2:])
         is_full_L = np.isin(np.arange(c.layers), c.full_layers)

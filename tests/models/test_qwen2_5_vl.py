@@ -1,0 +1,171 @@
+"""What holds for a model that sees patches, whatever its sizes: packing, padding, decoding, memory, meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.patches_world import one_row, sample
+from vlmem_jax.config import ConfigError
+from vlmem_jax.data import DataConfig
+from vlmem_jax.data.rows import pack_row
+from vlmem_jax.generate import Generator, SamplingConfig
+from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+from vlmem_jax.positions import PatchGrid
+from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+
+IMAGE, TALL, VIDEO = PatchGrid(1, 3, 5), PatchGrid(1, 7, 2), PatchGrid(3, 2, 3, 0.7)
+SHAPE = dict(pack_tokens=128, pack_tiles=80)
+
+
+@pytest.fixture(scope="module", params=["none", "comemo"])
+def vlm(request):
+    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": request.param}))
+
+
+@pytest.fixture(scope="module")
+def params(vlm):
+    params = jax.jit(vlm.init)(jax.random.key(1))
+    # biases start at 0, where they do nothing, and all tokens near 0, where attention hardly tells them apart
+    params = jax.tree.map(lambda x: x if x.any() else x + 0.1, params)
+    params["decoder"]["embed"] *= 30
+    for name in ("q", "k"):
+        params["decoder"]["layers"]["attn"][name]["kernel"] *= 4
+    if vlm.config.memory == "comemo":
+        for gate in ("attn_gate", "mlp_gate"):
+            params["memory"]["blocks"][gate] = jnp.full_like(params["memory"]["blocks"][gate], 0.7)
+    return params
+
+
+@pytest.fixture(scope="module")
+def samples(vlm):
+    """One image; a video and two images; text alone."""
+    return [
+        sample(vlm, [IMAGE], 9, seed=1),
+        sample(vlm, [VIDEO, TALL, IMAGE], 11, seed=2),
+        sample(vlm, [], 8, seed=3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def logits(vlm):
+    return jax.jit(vlm.logits)
+
+
+def packed(vlm, samples):
+    return one_row(pack_row(samples, DataConfig(**SHAPE), vlm.tile))
+
+
+def test_a_packed_sample_equals_that_sample_alone(vlm, params, logits, samples):
+    """Rows of one shape: every sample goes through one program."""
+    together, start = logits(params, packed(vlm, samples))[0], 0
+    for one in samples:
+        alone = logits(params, packed(vlm, [one]))[0]
+        length = len(one.tokens_T)
+        np.testing.assert_allclose(together[start : start + length], alone[:length], atol=2e-5)
+        start += length
+    assert logits._cache_size() == 1
+
+
+def test_positions_of_each_axis_matter(vlm, params, logits, samples):
+    batch = packed(vlm, samples[:2])
+    for axis in range(3):
+        moved = dataclasses.replace(batch, positions_BT=batch.positions_BT.at[..., axis].multiply(2))
+        assert np.abs(logits(params, moved) - logits(params, batch)).max() > 1e-3
+
+
+def test_decoding_with_the_cache_equals_reading_all_again(vlm, params, samples):
+    generator = Generator(vlm, params, stop_ids=[])
+    answers = generator.generate(samples, SamplingConfig(max_new_tokens=4))
+    for one, answer in zip(samples, answers, strict=True):
+        after = one.positions_T.max() + 1 + np.arange(len(answer), dtype=np.int32)
+        longer = dataclasses.replace(
+            one,
+            tokens_T=np.append(one.tokens_T, np.int32(answer)),
+            labels_T=np.append(one.labels_T, np.int32(answer)),
+            positions_T=np.append(one.positions_T, np.stack([after] * 3, axis=1), axis=0),
+            slots_T=np.append(one.slots_T, np.full(len(answer), -1, np.int32)),
+        )
+        batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, vlm.tile))
+        scores = jax.jit(vlm.logits)(params, batch)[0]
+        last = len(one.tokens_T) - 1
+        assert scores[last : last + len(answer)].argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, context=2, tensor=2), dict(fsdp=4, context=2)])
+def test_every_mesh_gives_the_same_numbers(vlm, params, logits, samples, sizes):
+    config = DataConfig(**SHAPE)
+    rows = [pack_row(part, config, vlm.tile) for part in (samples, samples[:2], samples[1:], samples[::2])]
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    sharded = jax.device_put(params, param_shardings(mesh, vlm.abstract(), vlm.axes()))
+    with jax.set_mesh(mesh):
+        found = jax.jit(vlm.logits)(sharded, batch)
+    np.testing.assert_allclose(found, logits(params, batch), atol=2e-5)
+
+
+def test_recomputation_changes_no_gradient(vlm, params, samples):
+    batch = packed(vlm, samples)
+
+    def gradient(policy):
+        model = VLM(dataclasses.replace(vlm.config, remat=policy))
+        return jax.jit(jax.grad(lambda params: (model.hidden(params, batch) ** 2).mean()))(params)
+
+    plain = gradient("none")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain["vision"]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), plain, gradient("dots"))
+
+
+def test_a_tied_head_is_the_token_table(vlm, params, samples):
+    batch = packed(vlm, samples)
+    hidden = jax.jit(vlm.hidden)(params, batch)
+    np.testing.assert_allclose(vlm.logits(params, batch), hidden @ params["decoder"]["embed"].T, atol=2e-5)
+    np.testing.assert_array_equal(vlm.head_kernel(params), params["decoder"]["embed"].T)
+    assert "head" not in params["decoder"]
+
+
+def test_a_cache_must_hold_the_prompts(vlm, params, samples):
+    batch = jax.tree.map(jnp.asarray, pad_prompts(samples, 4, vlm.tile))
+    with pytest.raises(ValueError, match=r"must hold the prompts of \d+ token slots, got a capacity of 7"):
+        vlm.prefill(params, batch, 7)
+
+
+def test_tiles_of_another_kind_are_refused(vlm, samples):
+    wide = dataclasses.replace(samples[0], pixels_ISSc=samples[0].pixels_ISSc[..., :3])
+    with pytest.raises(ValueError, match=r"but the prompt sample 1 has 15 tiles of \(2, 2, 3\)"):
+        pad_prompts([wide], 1, vlm.tile)
+
+
+def test_published_sizes():
+    def count(name):
+        parts = VLM(resolve({"preset": name})).abstract()
+        return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in parts.items()}
+
+    small, middle, large = (count(f"qwen2_5_vl_{name}") for name in ("3b", "7b", "72b"))
+    assert (sum(small.values()), sum(middle.values()), sum(large.values())) == (
+        3_754_622_976,
+        8_292_166_656,
+        73_410_777_344,
+    )
+    assert small["vision"] + small["projector"] == 668_684_288
+    assert middle["decoder"] - 152064 * 3584 == 7_070_619_136
+
+
+def test_bad_models_name_the_key():
+    for changes, message in (
+        ({"vision": {"kind": "siglip"}}, "config.model.vision.kind must be one of intern_vit, qwen_vit; got 'siglip'"),
+        ({"vision": {"full_layers": (3,)}}, r"full_layers must name layers 0 to 2, got \(3,\)"),
+        ({"vision": {"window": 15}}, "window must be a multiple of patch_size [*] merge, got 15"),
+        ({"vision": {"heads": 3}}, "width must be a multiple of 4 [*] heads 3, got 32"),
+        ({"vision": {"image_size": 3}}, "unknown key config.model.vision.image_size"),
+        ({"decoder": {"rope_sections": (2, 3, 4)}}, "three numbers that add up to head_dim / 2 = 8"),
+        ({"decoder": {"rope_sections": ()}}, "rope_sections belong to vision.kind qwen_vit"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resolve({"preset": "tiny_qwen2_5_vl", **changes})
+    with pytest.raises(ValueError, match="comemo.head_dim must be decoder.head_dim 16"):
+        VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "comemo", "comemo": {"head_dim": 8}})).abstract()
