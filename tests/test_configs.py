@@ -11,17 +11,20 @@ from vlmem_jax.train.stages import Split, flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]
-SPECS += ["comemo_2b.py:released", "comemo_9b.py:released"]
+SPECS += ["comemo_2b.py:released", "comemo_9b.py:released", "tiny/qwen2_5_vl.py:comemo"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_configs_build(spec):
     built = experiment(load(str(CONFIGS / spec)))
-    assert built.image.dhr_map == ("code" if spec.endswith(":released") else "raster")
-    assert built.image.size == built.model.vision.image_size
+    if built.image.kind == "patches":
+        assert (built.model.vision.kind, built.template) == ("qwen_vit", "qwen2-vl")
+    else:
+        assert built.image.dhr_map == ("code" if spec.endswith(":released") else "raster")
+        assert built.image.size == built.model.vision.image_size
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if ":" not in spec])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if ":" not in spec and "comemo" in spec])
 def test_stages_train_what_the_paper_trains(spec):
     built = experiment(load(str(CONFIGS / spec)))
     paths = list(flatten(VLM(built.model).abstract()))
@@ -30,6 +33,14 @@ def test_stages_train_what_the_paper_trains(spec):
     trained = {stage.name: set(Split.of(stage, paths).trainable) for stage in built.stages}
     assert len(gates) == 2
     assert trained == {"pretrain": new, "pretrain_phase2": new - gates, "finetune": set(paths)}
+
+
+def test_profiles_of_the_smallest_qwen():
+    plain, comemo = (experiment(load(str(CONFIGS / "tiny" / f"qwen2_5_vl.py{end}"))) for end in ("", ":comemo"))
+    assert (plain.model.memory, [stage.name for stage in plain.stages]) == ("none", ["finetune"])
+    assert (comemo.model.memory, [stage.name for stage in comemo.stages]) == ("comemo", ["pretrain", "finetune"])
+    paths = list(flatten(VLM(comemo.model).abstract()))
+    assert all(path.startswith(("projector/", "memory/")) for path in Split.of(comemo.stages[0], paths).trainable)
 
 
 def test_keys_change_from_the_command_line():
