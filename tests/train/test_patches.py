@@ -47,12 +47,9 @@ def config(folder, **data):
             tokenizer=str(folder / "tokenizer"),
             template="qwen2-vl",
             image=dict(kind="patches", min_pixels=64, max_pixels=1024, min_frame_pixels=64, max_frame_pixels=256),
-            data=dict(train=source, eval=source, rows=4, pack_tokens=256, pack_tiles=96, threads=1) | data,
-            stages=[
-                dict(name="memory", steps=2, learning_rate=1e-2, trainable=["projector/", "memory/"]),
-                dict(name="all", steps=4, learning_rate=1e-2),
-            ],
-            mesh=dict(data=2, fsdp=2, context=1, tensor=2),
+            data=dict(train=source, eval=source, rows=8, pack_tokens=256, pack_tiles=96, threads=1) | data,
+            stages=[dict(name="all", steps=4, learning_rate=1e-2)],
+            mesh=dict(data=-1, fsdp=1),
             checkpoint=dict(every=2, keep_last=2, keep_best=0),
             eval_every=2,
             log_every=1,
@@ -63,7 +60,7 @@ def config(folder, **data):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """Workdir of a run through both stages, the second one stopped half-way and taken up again."""
+    """Workdir of a run."""
     text = config(folder).to_json()
     (folder / "config.py").write_text(
         f"import json\nfrom ml_collections import ConfigDict\n\n\n"
@@ -74,10 +71,10 @@ def trained(folder):
     return folder / "run"
 
 
-def test_the_loss_falls_and_only_what_a_stage_trains_has_moved(trained):
+def test_the_loss_falls(trained):
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [record["eval/loss"] for record in records if "eval/loss" in record]
-    assert losses == sorted(losses, reverse=True) and len(losses) >= 3
+    assert losses == sorted(losses, reverse=True) and len(losses) == 2
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
 
 
@@ -120,10 +117,10 @@ def test_rows_hold_patches_and_tokens_on_their_own_axes(folder):
     data, processor = rows_of(config(folder))
     host = data[0]
     batch = host.batch
-    assert batch.pixels_BISSc.shape == (1, 4, 96, 2, 2, 96) and batch.positions_BT.shape == (1, 4, 256, 3)
+    assert batch.pixels_BISSc.shape == (1, 8, 96, 2, 2, 96) and batch.positions_BT.shape == (1, 8, 256, 3)
     shown = np.isin(batch.tokens_BT, (processor.context_id, processor.video_id))
     np.testing.assert_array_equal(shown, batch.slots_BT >= 0)
-    for row in np.ndindex(1, 4):
+    for row in np.ndindex(1, 8):
         used, segments = batch.memory_segments_BM[row], batch.segments_BT[row]
         slots = batch.slots_BT[row][shown[row]]
         np.testing.assert_array_equal(used[slots], segments[shown[row]])
