@@ -162,6 +162,16 @@ def test_new_rows_of_a_tied_table(tmp_path):
     np.testing.assert_array_equal(embed[:-4], params["decoder"]["embed"])
 
 
+def test_a_tied_head_may_stand_beside_the_table(hf_folder, tmp_path):
+    """Some libraries write both; the table is what counts."""
+    content = json.loads((hf_folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (hf_folder / "config.json").write_text(json.dumps(content))
+    import_folder(hf_folder, tmp_path / "ours")
+    assert "decoder/head/kernel" not in parameters(tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    assert tensors(hf_folder).keys() - tensors(tmp_path / "back").keys() == {"lm_head.weight"}
+
+
 def test_straight_into_arrays(hf_folder):
     vlm = VLM(released(hf_folder).model)
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -206,7 +216,10 @@ def test_what_a_released_config_leaves_out_is_as_released():
     assert read_config(content, {}).model == presets.resolve({"preset": "qwen2_5_vl_7b"})
     shapes = {"visual.blocks.0.mlp.gate_proj.weight": (3456, 1280), "lm_head.weight": (1, 1)}
     assert read_config(content, shapes).model.vision.mlp_width == 3456
-    assert read_config(content, {"model.visual.blocks.0.mlp.gate_proj.weight": (3456, 1280)}).model.decoder.tied
+    untold = {key: value for key, value in content.items() if key != "tie_word_embeddings"}
+    nested = {"model.visual.blocks.0.mlp.gate_proj.weight": (3456, 1280)}
+    assert read_config(untold, nested).model.decoder.tied and not read_config(untold, shapes).model.decoder.tied
+    assert read_config(changed("vision_config.depth", 10), {}).model.vision.full_layers == (7,)
 
 
 def test_newer_files():
@@ -238,7 +251,7 @@ def test_what_is_written_is_read_again(changes):
         ("rope_scaling", {"type": "yarn", "mrope_section": [16, 24, 24]}, "rope_scaling .* must be of type mrope"),
         ("rope_scaling", None, "rope_scaling .* must be of type mrope, with mrope_section; got None"),
         ("hidden_size", None, "config.json must have hidden_size"),
-        ("vision_config.window_size", 100, "window must be a multiple of patch_size [*] merge, got 100"),
+        ("vision_config.window_size", 27, "window must be at least patch_size [*] merge 28, got 27"),
     ],
 )
 def test_what_is_not_supported_names_its_key(key, value, message):

@@ -159,7 +159,7 @@ def test_bad_models_name_the_key():
     for changes, message in (
         ({"vision": {"kind": "siglip"}}, "config.model.vision.kind must be one of intern_vit, qwen_vit; got 'siglip'"),
         ({"vision": {"full_layers": (3,)}}, r"full_layers must name layers 0 to 2, got \(3,\)"),
-        ({"vision": {"window": 15}}, "window must be a multiple of patch_size [*] merge, got 15"),
+        ({"vision": {"window": 7}}, "window must be at least patch_size [*] merge 8, got 7"),
         ({"vision": {"heads": 3}}, "width must be a multiple of 4 [*] heads 3, got 32"),
         ({"vision": {"image_size": 3}}, "unknown key config.model.vision.image_size"),
         ({"decoder": {"rope_sections": (2, 3, 4)}}, "three numbers that add up to head_dim / 2 = 8"),

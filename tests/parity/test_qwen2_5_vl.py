@@ -94,9 +94,12 @@ def test_positions(prompt, name):
 
 
 def test_positions_are_not_those_of_newer_libraries(prompt):
-    for name, other in (("video", "hf5"), ("video_frac", "hf457")):
+    """Which for some videos give others, and so other scores; the files of those hold them."""
+    others = [name for name in PROMPTS if "logits_hf5_positions" in prompt(name)[0]]
+    assert "video" in others
+    for name in others:
         arrays, [row] = prompt(name)
-        assert not np.array_equal(row.placed.positions_T, arrays[f"position_ids_{other}"][:, 0].T), name
+        assert not np.array_equal(row.placed.positions_T, arrays["position_ids_hf5"][:, 0].T), name
 
 
 def order(row):
@@ -269,9 +272,10 @@ def test_both_layouts_of_a_checkpoint_are_the_same_parameters(model, folder, tmp
     names = json.loads((folder / "weight_keys.json").read_text())
     table = qwen2_5_vl.name_table(model.vlm.config)
     hub = {name: list(rule.shape) for rule in table for name in rule.names}
-    assert hub == {name: shape for name, shape in names.values()}
+    copies = {name for rule in table for name in rule.copies}  # a tied head may be listed
+    assert hub == {name: shape for name, shape in names.values() if name not in copies}
     in_memory = {name for rule in qwen2_5_vl.name_table(model.vlm.config, nested=True) for name in rule.names}
-    assert in_memory == set(names) == set(model.weights)
+    assert in_memory == set(names) - copies == set(model.weights) - copies
     (tmp_path / "model.safetensors").symlink_to(folder.resolve() / "checkpoint_hub_layout.safetensors")
     found = qwen2_5_vl.from_arrays(model.vlm.config, dict(Tensors(tmp_path)))
     for path, leaf in flat(found).items():

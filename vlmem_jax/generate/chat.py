@@ -39,7 +39,7 @@ class Chat:
         """Pieces of the answer as they come. New images stand before the question unless it marks them `<image>`."""
         missing = len(images) - question.count(IMAGE_MARKER)
         if missing > 0:
-            question = f"{IMAGE_MARKER}\n" * missing + question
+            question = f"{IMAGE_MARKER}{self.processor.template.before_text}" * missing + question
         every_image = [*self.images, *images]
         session = None if images else self._continued(question)
         if session is None:

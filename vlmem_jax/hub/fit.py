@@ -21,7 +21,8 @@ def check_fit(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], what: st
     The nearest name is given with each; layers that differ alike share a line.
     """
     wanted = {name: rule.shape for rule in rules for name in rule.names}
-    found = [name for name in tensors if not name.endswith(BUFFERS)]
+    copies = {name for rule in rules for name in rule.copies}
+    found = [name for name in tensors if not name.endswith(BUFFERS) and name not in copies]
     missing = _by_layer(name for name in wanted if name not in tensors)
     unknown = _by_layer(name for name in found if name not in wanted)
     lines = [f"missing: {_show(*item)}{_nearest(item[0], unknown)}" for item in missing.items()]

@@ -9,6 +9,8 @@ from vlmem_jax.hub.fit import assemble
 from vlmem_jax.hub.rules import Rule, section
 from vlmem_jax.models import ModelConfig
 
+HEAD = "lm_head.weight"
+
 
 def is_nested(names: Iterable[str]) -> bool:
     """Whether the tensors of a checkpoint are `model.visual.*` and `model.language_model.*` (newer libraries)."""
@@ -80,13 +82,13 @@ def _decoder(decoder, prefix: str, vocab: int | None) -> list[Rule]:
             ("attn/k/bias", "self_attn.k_proj.bias", "(K C) -> K C"),
             ("attn/v/bias", "self_attn.v_proj.bias", "(K C) -> K C"),
         ]
-    ends = [("embed", "embed_tokens.weight", "V D -> V D"), ("norm/scale", "norm.weight", "D -> D")]
-    head = [] if decoder.tied else [("head/kernel", "weight", "V D -> D V")]
-    return [
+    copies = (HEAD,) if decoder.tied else ()
+    rules = [
         *section("decoder/layers/", prefix + "layers.{}.", sizes, layer, range(decoder.layers)),
-        *section("decoder/", prefix, sizes, ends),
-        *section("decoder/", "lm_head.", sizes, head),
+        *section("decoder/", prefix, sizes, [("norm/scale", "norm.weight", "D -> D")]),
+        Rule("decoder/embed", (f"{prefix}embed_tokens.weight",), "V D -> V D", sizes, copies=copies),
     ]
+    return rules if decoder.tied else [*rules, Rule("decoder/head/kernel", (HEAD,), "V D -> D V", sizes)]
 
 
 def from_arrays(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:

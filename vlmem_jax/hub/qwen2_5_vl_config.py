@@ -5,6 +5,7 @@ from typing import Any
 
 from vlmem_jax.config import build
 from vlmem_jax.hub import comemo
+from vlmem_jax.hub.qwen2_5_vl import HEAD
 from vlmem_jax.hub.settings import Released, check_fixed, check_needed, ours, theirs
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing import PatchConfig
@@ -73,13 +74,14 @@ def read_config(
     check_needed("", DECODER, decoder, "vocab width layers heads mlp_width")
     decoder.setdefault("kv_heads", decoder["heads"])
     decoder["head_dim"] = content.get("head_dim") or decoder["width"] // decoder["heads"]
-    if shapes:
-        decoder["tied"] = "lm_head.weight" not in shapes
+    decoder.setdefault("tied", bool(shapes) and HEAD not in shapes)
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "mrope")) not in ("mrope", "default") or "mrope_section" not in rope:
         raise ValueError(f"rope_scaling of config.json must be of type mrope, with mrope_section; got {rope or None}")
     decoder |= {"rope_sections": rope["mrope_section"], "qkv_bias": True}
     decoder["rope_theta"] = float(rope.get("rope_theta", decoder["rope_theta"]))
+    if "layers" in vision and "full_layers" in vision:  # small models keep the list of large ones
+        vision["full_layers"] = [layer for layer in vision["full_layers"] if layer < vision["layers"]]
     if "tokens_per_second" in vision:
         vision["tokens_per_second"] = float(vision["tokens_per_second"])
     blocks = comemo.read(content.get("mixin_config"), shapes)

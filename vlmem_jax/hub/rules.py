@@ -16,6 +16,7 @@ class Rule:
     e.g. "(K R C) D -> D (K R) C".
     names: one tensor, or, if `stacked`, one a layer.
     pick: axis -> index (the axis goes away) or slice.
+    copies: tensors that may stand beside and hold the same, such as the head of a tied model.
     """
 
     ours: str
@@ -24,6 +25,7 @@ class Rule:
     sizes: Mapping[str, int]
     stacked: bool = False
     pick: Mapping[str, int | slice] = dataclasses.field(default_factory=dict)
+    copies: tuple[str, ...] = ()
 
     @property
     def _theirs(self) -> list[list[str]]:

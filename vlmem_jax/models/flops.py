@@ -56,7 +56,7 @@ def vision_flops(config: ModelConfig) -> tuple[int, int]:
     """
     c = config.vision
     if isinstance(c, QwenViTConfig):
-        patches, near = c.merge**2, (c.window // c.patch_size) ** 2
+        patches, near = c.merge**2, (c.geometry.window * c.merge) ** 2
         weights = patches * c.width * (c.tile.channels + c.layers * (4 * c.width + 3 * c.mlp_width))
         return 2 * weights, c.layers * 4 * patches * near * c.width
     patches, queries = c.grid**2, c.grid**2 + 1

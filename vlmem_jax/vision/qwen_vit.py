@@ -38,7 +38,7 @@ class QwenViTConfig:
     merge: int = 2
     """Patches along a side of the block that becomes one visual token."""
     window: int = 112
-    """Side of a window."""
+    """Side of a window; what is more than whole blocks is left out."""
     full_layers: tuple[int, ...] = (7, 15, 23, 31)
     """Layers that attend within frames; the others within windows."""
     tokens_per_second: float = 2.0
@@ -53,16 +53,18 @@ class QwenViTConfig:
     def __post_init__(self):
         if self.width % (4 * self.heads):
             raise ValueError(f"width must be a multiple of 4 * heads {self.heads}, got {self.width}")
-        if self.window % (self.patch_size * self.merge):
-            raise ValueError(f"window must be a multiple of patch_size * merge, got {self.window}")
+        if self.window < self.patch_size * self.merge:
+            raise ValueError(
+                f"window must be at least patch_size * merge {self.patch_size * self.merge}, got {self.window}"
+            )
         if not all(0 <= layer < self.layers for layer in self.full_layers):
             raise ValueError(f"full_layers must name layers 0 to {self.layers - 1}, got {self.full_layers}")
 
     @property
     def geometry(self) -> PatchGeometry:
         """What cutting images into patches needs to know."""
-        side = self.window // (self.patch_size * self.merge)
-        return PatchGeometry(self.patch_size, self.patch_frames, self.merge, side, self.tokens_per_second)
+        blocks = self.window // (self.patch_size * self.merge)
+        return PatchGeometry(self.patch_size, self.patch_frames, self.merge, blocks, self.tokens_per_second)
 
     @property
     def tile(self) -> TileShape:
@@ -87,7 +89,7 @@ class WindowedAttention(nnx.Module):
 
     def __init__(self, config: QwenViTConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
         self.attention = attention
-        self.longest = (config.window // config.patch_size) ** 2
+        self.longest = (config.geometry.window * config.merge) ** 2
         split = {"heads": config.heads, "head_dim": config.width // config.heads}
         self.qkv = Linear({"embed": config.width}, {"qkv": 3, **split}, bias=True, rngs=rngs)
         self.proj = Linear(split, {"embed": config.width}, bias=True, rngs=rngs)
