@@ -117,13 +117,13 @@ def test_windows_of_neighbours_need_no_more_than_neighbouring_runs(T, longest):
     segments = jnp.asarray(np.repeat(np.arange(1, T + 1), lengths)[:T][None].repeat(2, 0), jnp.int32)
     segments = segments.at[:, -2:].set(0).at[:, 3].set(0)
     q, k, v = (jax.random.normal(key, (2, T, 4, 8)) for key in jax.random.split(jax.random.key(0), 3))
-    near = window_attention(q, k, v, segments, longest)
+    near = window_attention(AttentionConfig("xla"), q, k, v, segments, longest)
     np.testing.assert_allclose(near, segment_attention(AttentionConfig("xla"), q, k, v, segments), atol=1e-6)
     np.testing.assert_array_equal(near[:, -2:], 0)
     gradients = [
         jax.grad(lambda *x, call=call: (call(*x) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
         for call in (
-            lambda *x: window_attention(*x, segments, longest),
+            lambda *x: window_attention(AttentionConfig("xla"), *x, segments, longest),
             lambda *x: segment_attention(AttentionConfig("xla"), *x, segments),
         )
     ]

@@ -21,6 +21,9 @@ from kernels_pallas.memory_attention.blocks import LANES, up
 from kernels_pallas.memory_attention.problem import Inputs
 from vlmem_jax.sharding import constrain, even_spec, shards
 
+KERNEL_KEYS = 512
+"""Keys that a kernel reads at once: those of a run of queries, and of the windows that reach over its ends."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
@@ -94,35 +97,42 @@ def segment_attention(
 
 
 def window_attention(
+    config: AttentionConfig,
     q_BTHC: Float[Array, "B T H C"],
     k_BTKC: Float[Array, "B T K C"],
     v_BTKC: Float[Array, "B T K C"],
     segments_BT: Int32[Array, "B T"],
     longest: int,
 ) -> Float[Array, "B T H C"]:
-    """Every query sees the keys of its segment, where segments are runs of at most `longest` neighbours.
+    """Every query sees the keys of its segment, where segments are stretches of at most `longest` neighbours.
 
-    A run of that many queries then meets keys of its own and the two neighbouring runs alone: 3 * longest scores a
-    query, however long the row.
+    So a run of queries meets its own keys and `longest` on either side alone, however long the row. Runs are as short as
+    can be where scores are stored, and longer where a kernel keeps them on the chip.
     """
+    wanted = None if config.implementation == "auto" else config.implementation
+    whole = Inputs(q_BTHC, k_BTKC, v_BTKC, q_segments=segments_BT, k_segments=segments_BT)
+    stored = kernels_pallas.choose(whole, wanted)[0] in ("xla", None)
+    run = longest if stored else max(longest, KERNEL_KEYS - 2 * longest)
     B, T = segments_BT.shape
-    runs = -(-T // longest)
+    runs = -(-T // run)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, runs * run - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, runs, run, *x.shape[2:])
 
     def own(x):
-        x = jnp.pad(x, ((0, 0), (0, runs * longest - T)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, runs, longest, *x.shape[2:])
+        return cut(x).reshape(B * runs, run, *x.shape[2:])
 
     def near(x):
-        x = own(x)
-        around = jnp.pad(x, ((0, 0), (1, 1)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.concatenate([around[:, :-2], x, around[:, 2:]], axis=2)
+        edges = ((0, 0), (1, 1)) + ((0, 0),) * x.ndim
+        before = jnp.pad(cut(x)[:, :, -longest:], edges[: x.ndim + 1])[:, :-2]
+        after = jnp.pad(cut(x)[:, :, :longest], edges[: x.ndim + 1])[:, 2:]
+        return jnp.concatenate([before, cut(x), after], axis=2).reshape(B * runs, run + 2 * longest, *x.shape[2:])
 
-    def flat(x):
-        return x.reshape(B * runs, *x.shape[2:])
-
-    allowed = same_segment(flat(own(segments_BT)), flat(near(segments_BT)))
-    out = attend(flat(own(q_BTHC)), flat(near(k_BTKC)), flat(near(v_BTKC)), allowed)
-    return out.reshape(B, runs * longest, *q_BTHC.shape[2:])[:, :T]
+    arrays = {"q": own(q_BTHC), "k": near(k_BTKC), "v": near(v_BTKC)}
+    arrays |= {"q_segments": own(segments_BT), "k_segments": near(segments_BT)}
+    out = _attend_by_kernel(config, arrays, "parts", None)
+    return out.reshape(B, runs * run, *q_BTHC.shape[2:])[:, :T]
 
 
 def kernel_length(config: AttentionConfig, length: int) -> int:

@@ -59,17 +59,8 @@ class Linear(nnx.Module):
         y = y.reshape(*y.shape[:-1], *kernel.shape[n:])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def part(self, x: Float[Array, "... D"], n: int) -> Float[Array, "..."]:
-        """Entry `n` of the first output axis alone, such as q of {"qkv": 3, "heads": H, "head_dim": C}.
 
-        The result of a single product for all entries could not stay split over the heads.
-        """
-        kernel, bias = (leaf[...].astype(x.dtype) for leaf in (self.kernel[:, n], self.bias[n]))
-        y = x @ kernel.reshape(len(kernel), -1)
-        return y.reshape(*y.shape[:-1], *bias.shape) + bias
-
-
-def widen(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str, ...]) -> Float[Array, "..."]:
+def widen(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str | None, ...]) -> Float[Array, "..."]:
     """A parameter whose axes mean `axes` with zeros behind `axis` up to `size`.
 
     Its gradient is summed into its shards before the zeros are cut off: the TPU compiler fails where it can do both at
