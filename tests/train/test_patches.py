@@ -169,6 +169,11 @@ def test_an_unreadable_sample_leaves_a_gap(folder, tmp_path):
             {"pack_tiles": 4},
             "a row has 4 tiles but this sample has 15; raise data.pack_tiles or lower image.max_pixels",
         ),
+        (
+            {"video": "long.mp4"},
+            {"pack_tiles": 4},
+            "this sample has 12; raise data.pack_tiles or lower image.total_pixels or image.max_frames",
+        ),
         ({"video": "one.mp4"}, {}, "a video must have at least 2 frames"),
         ({"video": "none.mp4"}, {}, "none.mp4 does not exist"),
         ({"video": "train.jsonl"}, {}, "train.jsonl cannot be read"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.positions import PatchGrid, window_order
 from vlmem_jax.vision import QwenViT, QwenViTConfig
 
@@ -70,3 +71,15 @@ def test_rows_and_columns_are_told_apart(pixels):
     square = pixels[:, : IMAGE.tokens + PADDING]
     for axis in (2, 3):
         assert np.abs(vit(square, where.at[..., axis].multiply(3)) - vit(square, where)).max() > 1e-4
+
+
+def test_heads_as_wide_as_a_kernel_reads_them_have_the_same_gradients(pixels):
+    where, config = layout(VIDEO, IMAGE), dataclasses.replace(CONFIG, full_layers=(1,))
+
+    def gradient(implementation):
+        graph, state = nnx.split(QwenViT(config, AttentionConfig(implementation), rngs=nnx.Rngs(0)))
+        return jax.jit(jax.grad(lambda state: (nnx.merge(graph, state)(pixels, where) ** 2).mean()))(state)
+
+    plain = gradient("xla")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(plain))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), plain, gradient("tpu_interpret"))

@@ -20,8 +20,11 @@ from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]
 """Number of a file, and of a sample in it."""
-SIZE_KNOB = {"tiles": "max_tiles", "patches": "max_pixels"}
-"""Key of `image` that bounds the tiles of a sample, by `image.kind`."""
+SIZE_KNOBS = {
+    "tiles": ("image.max_tiles", "data.max_frames"),
+    "patches": ("image.max_pixels", "image.total_pixels or image.max_frames"),
+}
+"""Keys that bound the tiles of a sample of images, and of a video, by `image.kind`."""
 
 
 class Size(NamedTuple):
@@ -147,12 +150,12 @@ class Samples:
             )
             size = Size(plan.tokens, plan.tiles, plan.targets, len(chosen if record.video else shown["image_sizes"]))
             with _naming(record.name):
-                self._check_limits(size)
+                self._check_limits(size, record.video is not None)
             return size
         except ValueError as error:
             return str(error)
 
-    def _check_limits(self, size: Size) -> None:
+    def _check_limits(self, size: Size, is_video: bool) -> None:
         config = self.config
         longest = min(config.max_sample_tokens, config.pack_tokens)
         if size.tokens > longest:
@@ -161,7 +164,7 @@ class Samples:
         if size.tiles > config.pack_tiles:
             raise ValueError(
                 f"a row has {config.pack_tiles} tiles but this sample has {size.tiles}; "
-                f"raise data.pack_tiles or lower image.{SIZE_KNOB[self.processor.image.kind]}"
+                f"raise data.pack_tiles or lower {SIZE_KNOBS[self.processor.image.kind][is_video]}"
             )
         if not size.targets:
             raise ValueError("a sample must have an answer to learn, but this one has no target token")

@@ -197,8 +197,8 @@ def _prompts(vlm: VLM, serving: Serving, mesh: Mesh) -> Batch:
 
 
 def _batch(vlm: VLM, rows: tuple[int, ...], T: int, I: int, sharding: NamedSharding) -> Batch:  # noqa: E741
-    batch = Batch.empty(rows, T, I, vlm.tile)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+    row = Batch.empty((), T, I, vlm.tile)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, *x.shape), x.dtype, sharding=sharding), row)
 
 
 def _read(folder: str, ending: str) -> str:

@@ -22,7 +22,7 @@ from kernels_pallas.memory_attention.problem import Inputs
 from vlmem_jax.sharding import constrain, even_spec, shards
 
 KERNEL_KEYS = 512
-"""Keys that a kernel reads at once: those of a run of queries, and of the windows that reach over its ends."""
+"""Keys that a kernel reads for a run of queries in windows: those of the run and of a window on either side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,31 +106,28 @@ def window_attention(
 ) -> Float[Array, "B T H C"]:
     """Every query sees the keys of its segment, where segments are stretches of at most `longest` neighbours.
 
-    So a run of queries meets its own keys and `longest` on either side alone, however long the row. Runs are as short as
-    can be where scores are stored, and longer where a kernel keeps them on the chip.
+    So a run of queries needs its own keys and `longest` on either side alone, however long the row. Runs are as short
+    as can be where scores are stored, and longer where a kernel keeps them on the chip.
     """
-    wanted = None if config.implementation == "auto" else config.implementation
-    whole = Inputs(q_BTHC, k_BTKC, v_BTKC, q_segments=segments_BT, k_segments=segments_BT)
-    stored = kernels_pallas.choose(whole, wanted)[0] in ("xla", None)
-    run = longest if stored else max(longest, KERNEL_KEYS - 2 * longest)
     B, T = segments_BT.shape
+    stored = _backend(config, Inputs(q_BTHC, k_BTKC, v_BTKC)) == "xla"
+    run = longest if stored else max(longest, KERNEL_KEYS - 2 * longest)
     runs = -(-T // run)
 
-    def cut(x):
+    def own(x):
         x = jnp.pad(x, ((0, 0), (0, runs * run - T)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(B, runs, run, *x.shape[2:])
 
-    def own(x):
-        return cut(x).reshape(B * runs, run, *x.shape[2:])
-
     def near(x):
-        edges = ((0, 0), (1, 1)) + ((0, 0),) * x.ndim
-        before = jnp.pad(cut(x)[:, :, -longest:], edges[: x.ndim + 1])[:, :-2]
-        after = jnp.pad(cut(x)[:, :, :longest], edges[: x.ndim + 1])[:, 2:]
-        return jnp.concatenate([before, cut(x), after], axis=2).reshape(B * runs, run + 2 * longest, *x.shape[2:])
+        x = own(x)
+        nothing = jnp.zeros_like(x[:, :1, :longest])
+        before = jnp.concatenate([nothing, x[:, :-1, run - longest :]], axis=1)
+        after = jnp.concatenate([x[:, 1:, :longest], nothing], axis=1)
+        return jnp.concatenate([before, x, after], axis=2)
 
     arrays = {"q": own(q_BTHC), "k": near(k_BTKC), "v": near(v_BTKC)}
     arrays |= {"q_segments": own(segments_BT), "k_segments": near(segments_BT)}
+    arrays = {name: x.reshape(B * runs, *x.shape[2:]) for name, x in arrays.items()}
     out = _attend_by_kernel(config, arrays, "parts", None)
     return out.reshape(B, runs * run, *q_BTHC.shape[2:])[:, :T]
 
@@ -145,18 +142,23 @@ def _attend_by_kernel(
     config: AttentionConfig, arrays: dict, rows: str, length: str | None, **options
 ) -> Float[Array, "B T H C"]:
     """`kernels_pallas.memory_attention` of `arrays`, by device; `rows`, `length`: what the axes of the queries mean."""
-    wanted = None if config.implementation == "auto" else config.implementation
-    name, _ = kernels_pallas.choose(Inputs(**arrays), wanted)
-    call = functools.partial(kernels_pallas.memory_attention, implementation=name or wanted, **options)
+    name = _backend(config, Inputs(**arrays))
+    call = functools.partial(kernels_pallas.memory_attention, implementation=name, **options)
     meaning = {"q": (rows, length, "heads", None), "q_pos": (rows, length, None)}
     meaning |= {"q_segments": (rows, length), "k_segments": (rows, None), "k_pos": (rows, None, None)}
     meaning |= {"limit": (rows, length)}
     meaning |= dict.fromkeys(("k", "v"), (rows, None, "heads", None))
-    if jax.sharding.get_abstract_mesh().empty or name in ("xla", None):
+    if jax.sharding.get_abstract_mesh().empty or name == "xla":
         return call(**arrays | {n: constrain(arrays[n], *meaning[n]) for n in ("k", "v")})
     specs = {n: jax.tree.map(lambda leaf, n=n: even_spec(leaf.shape, *meaning[n]), x) for n, x in arrays.items()}
     each = jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=specs["q"], check_vma=False)
     return each(arrays)
+
+
+def _backend(config: AttentionConfig, inputs: Inputs) -> str:
+    """The backend that serves; if the one asked for cannot, still that one, which says why when it is called."""
+    wanted = None if config.implementation == "auto" else config.implementation
+    return kernels_pallas.choose(inputs, wanted)[0] or config.implementation
 
 
 def same_segment(segments_BT: Int32[Array, "B T"], segments_BS: Int32[Array, "B S"]) -> Bool[Array, "B T S"]:

@@ -110,19 +110,19 @@ class WindowedAttention(nnx.Module):
             lambda *qkv: window_attention(self.attention, *qkv, segments.windows_BN, self.longest),
             q_BNHC, rotate(k_BNHC, tables), v_BNHC,
         )  # fmt: skip
-        matrix = _widened(self.proj.kernel[...].astype(x_BND.dtype), 1, wide, ("heads", "head_dim", "embed"))
+        matrix = _widen_halves(self.proj.kernel[...].astype(x_BND.dtype), 1, wide, ("heads", "head_dim", "embed"))
         y_BND = out_BNHC.reshape(*x_BND.shape[:2], H * wide) @ matrix.reshape(H * wide, -1)
         return y_BND + self.proj.bias[...].astype(x_BND.dtype)
 
     def _project(self, x_BND: Float[Array, "B N D"], n: int, wide: int) -> Float[Array, "B N H C"]:
         """Entry n of q, k and v, in heads of `wide` lanes."""
         kernel_DHC, bias_HC = (leaf[...].astype(x_BND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
-        kernel_DHC = _widened(kernel_DHC, 2, wide, ("embed", "heads", "head_dim"))
+        kernel_DHC = _widen_halves(kernel_DHC, 2, wide, ("embed", "heads", "head_dim"))
         y = x_BND @ kernel_DHC.reshape(len(kernel_DHC), -1)
-        return y.reshape(*y.shape[:-1], *kernel_DHC.shape[1:]) + _widened(bias_HC, 1, wide, ("heads", "head_dim"))
+        return y.reshape(*y.shape[:-1], *kernel_DHC.shape[1:]) + _widen_halves(bias_HC, 1, wide, ("heads", "head_dim"))
 
 
-def _widened(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str, ...]) -> Float[Array, "..."]:
+def _widen_halves(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str, ...]) -> Float[Array, "..."]:
     """A parameter with `size` elements on an axis of heads; zeros follow each half, so that rotary pairs stay apart."""
     halves = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
     halves = widen(halves, axis + 1, size // 2, (*axes[:axis], None, *axes[axis:]))
