@@ -26,14 +26,16 @@ from benchmarks.measure import RUNS, Row, compilations, in_turns, packed_batch, 
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.prompts import pad_prompts, tile_bucket
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM, presets
-from vlmem_jax.processing import TileProcessor, Tokenizer, make_processor
+from vlmem_jax.processing import PatchConfig, TileProcessor, Tokenizer, make_processor
 from vlmem_jax.processing.images import ImageConfig, tile_grid
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import run as train
+from vlmem_jax.types import Batch
 from vlmem_jax.vision import VisionConfig
 
 DEEP = {"preset": "tiny", "decoder": {"layers": 24}, "comemo": {"every": 4}}
@@ -311,6 +313,47 @@ def recompilations() -> list[Row]:
     ]
 
 
+def image_sizes() -> list[Row]:
+    """50 images of 50 sizes through a tower that sees them in their own size: compilations and padding."""
+    shortest, longest, count = 64, 256, 50
+    sizes = np.random.default_rng(2).integers(shortest, longest + 1, (count, 2)).tolist()
+    vlm, params = make({"preset": "tiny_qwen2_5_vl"})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_jpegs(folder, sizes)
+        config = DataConfig(train=data.train, pack_tokens=2304, pack_tiles=2048)
+        image, geometry = PatchConfig(shortest**2, longest**2), vlm.config.vision.geometry
+        processor = make_processor(Tokenizer.load(folder / "tokenizer"), image, geometry, template="qwen2-vl")
+        plan = Plan.train(config, processor, seed=0)
+        plan.extend(20)
+        prompts = [processor.prompt("row 1", [Image.open(folder / f"{n}.jpg")]) for n in range(count)]
+    batches = [pad_prompts([prompt], 1, vlm.tile) for prompt in prompts]
+    slots = [batch.pixels_BISSc.shape[1] for batch in batches]
+    used = sum(len(prompt.pixels_ISSc) for prompt in prompts)
+    encode = jax.jit(vlm.encode_images)
+    shapes = {tile_bucket(n, vlm.tile) for n in range(1, max(slots) + 1)}
+    with compilations() as seen:
+        for tiles in shapes:
+            empty = Batch.empty((1,), 1, tiles, vlm.tile)
+            jax.block_until_ready(encode(params, empty.pixels_BISSc, None, empty.layout_BI4))
+        warmed = len(seen)
+        for batch in batches:
+            jax.block_until_ready(encode(params, batch.pixels_BISSc, None, batch.layout_BI4))
+    spread = f"{len({tuple(size) for size in sizes})} sizes of {shortest} to {longest} px a side, 8 px a visual token"
+    return [
+        Row("compilations of the tower", [float(len(seen) - warmed)], 0, True, "", f"{spread}; after {warmed} shapes"),
+        Row("padding of the tower, each image alone", [100 * (1 - used / sum(slots))], 15, True, "%", spread),
+        Row(
+            "padding of the tower, images in packed rows",
+            [100 * (1 - plan.fill["tiles"])],
+            15,
+            True,
+            "%",
+            f"{len(plan)} rows of {config.pack_tiles} visual tokens",
+        ),
+    ]
+
+
 ITEMS = {
     "decode_step": decode_step,
     "cached_generation": cached_generation,
@@ -318,6 +361,7 @@ ITEMS = {
     "memory_overhead": memory_overhead,
     "pipeline": pipeline,
     "recompilations": recompilations,
+    "image_sizes": image_sizes,
 }
 
 

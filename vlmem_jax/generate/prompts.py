@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vlmem_jax.types import Batch, Sample, TileShape
 
 BLOCK_BUCKET = 64
-"""Smallest number of tiles of a tower that reads images in their own size."""
+"""Smallest number of tiles of a tower that sees images in their own size."""
 
 
 def bucket(size: int, smallest: int = 1, steps: int = 2) -> int:
@@ -22,6 +22,11 @@ def bucket(size: int, smallest: int = 1, steps: int = 2) -> int:
     return next(found for found in buckets if found >= size)
 
 
+def tile_bucket(tiles: int, tile: TileShape) -> int:
+    """Tile slots of a row of `tiles`; in finer steps for a tower that sees images in their own size."""
+    return bucket(tiles, BLOCK_BUCKET, steps=8) if tile.layout else bucket(tiles)
+
+
 def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64) -> Batch:
     """A batch with a row for each prompt, padded on the right to bucketed lengths; rows beyond the prompts are empty.
 
@@ -30,8 +35,7 @@ def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest:
     if len(samples) > rows:
         raise ValueError(f"{len(samples)} prompts do not fit a batch of {rows} rows")
     T = bucket(max(len(sample.tokens_T) for sample in samples), smallest)
-    I = max(len(sample.pixels_ISSc) for sample in samples)
-    I = bucket(I, BLOCK_BUCKET, steps=8) if tile.layout else bucket(I)
+    I = tile_bucket(max(len(sample.pixels_ISSc) for sample in samples), tile)
     batch = Batch.empty((rows,), T, I, tile)
     for row, sample in enumerate(samples):
         t, tiles, m = len(sample.tokens_T), len(sample.pixels_ISSc), len(sample.memory_positions_M)
