@@ -109,9 +109,11 @@ def test_what_an_attention_kernel_gave_is_kept(capsys, policy, kept):
     assert ("memory_attention" in capsys.readouterr().out) == kept
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret", "gpu_interpret"])
-@pytest.mark.parametrize("T, longest", [(37, 8), (5, 8)])
-def test_windows_of_neighbours_need_no_more_than_neighbouring_runs(monkeypatch, T, longest, implementation):
+@pytest.mark.parametrize(
+    "implementation, T, longest",
+    [("xla", 37, 8), ("xla", 5, 8), ("tpu_interpret", 37, 8), ("gpu_interpret", 37, 8)],
+)
+def test_windows_of_neighbours_need_no_more_than_neighbouring_runs(monkeypatch, implementation, T, longest):
     """As among all keys of the row with the same segments; padding, in between and at the end, gives zero."""
     monkeypatch.setattr(attention, "KERNEL_KEYS", 28)  # runs of 12
     rng = np.random.default_rng(T)
