@@ -172,7 +172,7 @@ def test_an_unreadable_sample_leaves_a_gap(folder, tmp_path):
         (
             {"video": "long.mp4"},
             {"pack_tiles": 4},
-            "this sample has 12; raise data.pack_tiles or lower image.total_pixels or image.max_frames",
+            "this sample has 6; raise data.pack_tiles or lower image.total_pixels or image.max_frames",
         ),
         ({"video": "one.mp4"}, {}, "a video must have at least 2 frames"),
         ({"video": "none.mp4"}, {}, "none.mp4 does not exist"),
