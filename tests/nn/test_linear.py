@@ -1,18 +1,15 @@
 """Linear maps."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from vlmem_jax.nn.linear import widen
+from vlmem_jax.nn.linear import Linear
 
 
-def test_a_widened_parameter_has_zeros_behind_and_the_gradient_of_its_own_part():
-    x = jnp.arange(12.0).reshape(2, 3, 2)
-    wide = widen(x, 1, 5, ("embed", "heads", "head_dim"))
-    np.testing.assert_array_equal(wide[:, :3], x)
-    assert not wide[:, 3:].any()
-    weights = jnp.arange(20.0).reshape(2, 5, 2)
-    gradient = jax.grad(lambda x: jnp.vdot(weights, widen(x, 1, 5, ("embed", "heads", "head_dim"))))(x)
-    np.testing.assert_array_equal(gradient, weights[:, :3])
-    assert widen(x, 1, 3, ("embed", "heads", "head_dim")) is x
+def test_a_part_is_that_entry_of_the_whole():
+    linear = Linear({"embed": 5}, {"qkv": 3, "heads": 2, "head_dim": 4}, bias=True, rngs=nnx.Rngs(0))
+    linear.bias[...] = jax.random.normal(jax.random.key(1), (3, 2, 4))
+    x = jax.random.normal(jax.random.key(2), (2, 7, 5))
+    for n in range(3):
+        np.testing.assert_allclose(linear.part(x, n), linear(x)[..., n, :, :].reshape(2, 7, 8), atol=1e-6)

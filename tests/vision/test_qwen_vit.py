@@ -73,7 +73,7 @@ def test_rows_and_columns_are_told_apart(pixels):
         assert np.abs(vit(square, where.at[..., axis].multiply(3)) - vit(square, where)).max() > 1e-4
 
 
-def test_heads_as_wide_as_a_kernel_reads_them_have_the_same_gradients(pixels):
+def test_gradients_through_a_kernel_are_the_same(pixels):
     where, config = layout(VIDEO, IMAGE), dataclasses.replace(CONFIG, full_layers=(1,))
 
     def gradient(implementation):

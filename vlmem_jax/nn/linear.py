@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.sharding import constrain
-
 
 def param(init, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.Param:
     """fp32 parameter whose axes mean `axes` (names of `sharding.LOGICAL_AXES`)."""
@@ -59,23 +57,10 @@ class Linear(nnx.Module):
         y = y.reshape(*y.shape[:-1], *kernel.shape[n:])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def part(self, x: Float[Array, "... D"], n: int) -> Float[Array, "... E"]:
+        """Entry n of the first output axis, such as q of {"qkv": 3, "heads": H, "head_dim": C}: heads side by side.
 
-def widen(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """A parameter whose axes mean `axes` with zeros behind `axis` up to `size`.
-
-    Its gradient is summed into its shards before the zeros are cut off: the TPU compiler fails where it can do both at
-    once.
-    """
-    if x.shape[axis] == size:
-        return x
-
-    @jax.custom_vjp
-    def pad(x):
-        return jnp.pad(x, [(0, size - have if n == axis else 0) for n, have in enumerate(x.shape)])
-
-    def backward(_, g):
-        g = jax.lax.optimization_barrier(constrain(g, *axes))
-        return (jax.lax.slice_in_dim(g, 0, x.shape[axis], axis=axis),)
-
-    pad.defvjp(lambda x: (pad(x), None), backward)
-    return pad(x)
+        Of a single product for all entries the result could not stay split over the heads.
+        """
+        kernel, bias = (leaf[...].astype(x.dtype) for leaf in (self.kernel[:, n], self.bias[n]))
+        return x @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)

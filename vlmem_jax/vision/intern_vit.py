@@ -96,19 +96,13 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x_ND: Float[Array, "N D"], slots: int, length: int) -> Float[Array, "N D"]:
         """The first `length` of each tile's T slots are there; what comes out for the others means nothing. N = B T."""
-        # three products: the result of a single one, [3, heads, head_dim], could not stay split over the heads
-        q_ND, k_ND, v_ND = (self._project(x_ND, n) for n in range(3))
+        q_ND, k_ND, v_ND = (self.qkv.part(x_ND, n) for n in range(3))
         if self.q_norm is not None and self.k_norm is not None:
             q_ND, k_ND = self.q_norm(q_ND), self.k_norm(k_ND)
         heads = self.qkv.bias.shape[1:]
         q_BTHC, k_BTHC, v_BTHC = (x_ND.reshape(-1, slots, *heads) for x_ND in (q_ND, k_ND, v_ND))
         out_BTHC = full_attention(self.attention, q_BTHC, k_BTHC, v_BTHC, length)
         return self.proj(out_BTHC.reshape(-1, *heads))
-
-    def _project(self, x_ND: Float[Array, "N D"], n: int) -> Float[Array, "N E"]:
-        """All heads of q, k or v side by side."""
-        kernel, bias = (leaf[...].astype(x_ND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
-        return x_ND @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)
 
 
 class VisionLayer(nnx.Module):

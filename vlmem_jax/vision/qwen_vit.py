@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from vlmem_jax.nn.attention import AttentionConfig, kernel_sizes, segment_attention, window_attention
-from vlmem_jax.nn.linear import Linear, widen
+from vlmem_jax.nn.attention import AttentionConfig, segment_attention, window_attention
+from vlmem_jax.nn.linear import Linear
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import Rotation, frequencies, rotate, rotation
@@ -97,36 +97,15 @@ class WindowedAttention(nnx.Module):
     def __call__(
         self, x_BND: Float[Array, "B N D"], tables: Rotation, segments: Segments, full: Bool[Array, ""]
     ) -> Float[Array, "B N D"]:
-        H, C = self.qkv.bias.shape[1:]
-        # zeros in the weights make heads as wide as the kernel reads them: cheaper than to copy q, k, v and the output
-        wide = kernel_sizes(self.attention, x_BND.shape[1], C)[1]
-        # three products: the result of a single one, [3, heads, head_dim], could not stay split over the heads
-        q_BNHC, k_BNHC, v_BNHC = (self._project(x_BND, n, wide) for n in range(3))
-        tables = tuple(jnp.pad(table, ((0, 0), (0, 0), (0, (wide - C) // 2))) for table in tables)
-        q_BNHC = rotate(q_BNHC, tables) * (wide / C) ** 0.5  # the scale of C, not of wide
+        heads = self.qkv.bias.shape[1:]
+        q_BNHC, k_BNHC, v_BNHC = (self.qkv.part(x_BND, n).reshape(*x_BND.shape[:2], *heads) for n in range(3))
         out_BNHC = jax.lax.cond(
             full,
             lambda *qkv: segment_attention(self.attention, *qkv, segments.frames_BN),
             lambda *qkv: window_attention(self.attention, *qkv, segments.windows_BN, self.longest),
-            q_BNHC, rotate(k_BNHC, tables), v_BNHC,
+            rotate(q_BNHC, tables), rotate(k_BNHC, tables), v_BNHC,
         )  # fmt: skip
-        matrix = _widen_halves(self.proj.kernel[...].astype(x_BND.dtype), 1, wide, ("heads", "head_dim", "embed"))
-        y_BND = out_BNHC.reshape(*x_BND.shape[:2], H * wide) @ matrix.reshape(H * wide, -1)
-        return y_BND + self.proj.bias[...].astype(x_BND.dtype)
-
-    def _project(self, x_BND: Float[Array, "B N D"], n: int, wide: int) -> Float[Array, "B N H C"]:
-        """Entry n of q, k and v, in heads of `wide` lanes."""
-        kernel_DHC, bias_HC = (leaf[...].astype(x_BND.dtype) for leaf in (self.qkv.kernel[:, n], self.qkv.bias[n]))
-        kernel_DHC = _widen_halves(kernel_DHC, 2, wide, ("embed", "heads", "head_dim"))
-        y = x_BND @ kernel_DHC.reshape(len(kernel_DHC), -1)
-        return y.reshape(*y.shape[:-1], *kernel_DHC.shape[1:]) + _widen_halves(bias_HC, 1, wide, ("heads", "head_dim"))
-
-
-def _widen_halves(x: Float[Array, "..."], axis: int, size: int, axes: tuple[str, ...]) -> Float[Array, "..."]:
-    """A parameter with `size` elements on an axis of heads; zeros follow each half, so that rotary pairs stay apart."""
-    halves = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
-    halves = widen(halves, axis + 1, size // 2, (*axes[:axis], None, *axes[axis:]))
-    return halves.reshape(*x.shape[:axis], size, *x.shape[axis + 1 :])
+        return self.proj(out_BNHC)
 
 
 class QwenViTLayer(nnx.Module):
