@@ -1,7 +1,6 @@
 """Train a small CoMemo on mosaics of handwritten digits and write report.html: minutes on two CPU cores."""
 
 import argparse
-import os
 from pathlib import Path
 
 import jax
@@ -11,9 +10,6 @@ from vlmem_jax.demo.job import Interrupted
 from vlmem_jax.demo.run import closing_words, run_demo
 
 EXAMPLE = "vlmem demo --workdir runs/demo --compare"
-
-MOST_DEVICES = 4
-"""That a batch is split over; smaller parts are not worth their meetings."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when done, and also when stopped by Ctrl-C or SIGTERM: the same command goes on from there."""
     workdir = Path(args.workdir)
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # a part of each batch a core: one program over all cores keeps three quarters of two busy
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", min(1 << (cores.bit_length() - 1), MOST_DEVICES))
     if jax.config.jax_compilation_cache_dir is None:  # its runs, and those of --compare, share most of their programs
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
     try:

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from vlmem_jax.demo.dataset import DatasetConfig
 
-BASE_STEPS = {"read": 520, "mix": 580}
+BASE_STEPS = {"read": 480, "mix": 480}
 """Learning to read one tile, then all grids and several images."""
-COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 200}
+COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 140}
 """Projector and memory, the same with gates frozen, everything."""
 
 
