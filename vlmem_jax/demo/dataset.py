@@ -58,7 +58,7 @@ class DatasetConfig:
     mixture_tokens: int = 192
     """Longest conversation in mixture.jsonl, tokens."""
     heldout_lines: int = 96
-    questions_each: int = 200
+    questions_each: int = 150
     """Held-out questions to each kind of single image, and to each number of images."""
     seed: int = 0
 

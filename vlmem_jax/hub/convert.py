@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER
@@ -24,7 +25,7 @@ from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.settings import Released
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
 from vlmem_jax.models import VLM, ModelConfig, presets
-from vlmem_jax.models.vlm import Params
+from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
 from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, image_config
 
@@ -214,10 +215,11 @@ def _leaves(
 def _fresh_blocks(config: ModelConfig, path: str, dtype: np.dtype, seed: int) -> Fresh:
     """A leaf of the memory blocks as the model initialises it, a block at a time."""
     every = config.comemo.every
-    one_block = VLM(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=every)))
+    one_block = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=every))
 
     def init(block):
-        return flat(one_block.init(jax.random.fold_in(jax.random.key(seed), block)))[path][0].astype(dtype)
+        memory = make_memory(one_block, nnx.Rngs(jax.random.fold_in(jax.random.key(seed), block)))
+        return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})[path][0].astype(dtype)
 
     return Fresh(init, config.decoder.layers // every)
 

@@ -33,7 +33,7 @@ class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.vision, self.projector = _tower(config, rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
-        self.memory = _memory(config, rngs)
+        self.memory = make_memory(config, rngs)
 
 
 def _tower(config: ModelConfig, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
@@ -47,7 +47,8 @@ def _tower(config: ModelConfig, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]
     return InternViT(c, config.attention, rngs=rngs), Projector(config.projector, c.width, width, rngs=rngs)
 
 
-def _memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
+def make_memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
+    """The memory of a model alone."""
     if config.memory == "none":
         return None
     return MEMORIES[config.memory](getattr(config, config.memory), config.decoder, config.attention, rngs=rngs)
