@@ -52,7 +52,26 @@ def test_data_goes_over_slices_and_nothing_else_does(tmp_path):
     numbers = json.loads(path.read_text())
     assert numbers["slices"] == 2 and numbers["activation_gathers"] == []
     over = {tuple(c["axes"]) for c in numbers["collectives"]}
-    assert over == {("fsdp",)}, "what goes between slices is no collective of a slice's program"
+    assert over == {("fsdp",), ("data",)}
+    between = [c for c in numbers["collectives"] if c["axes"] == ["data"]]
+    assert {c["kind"] for c in between} == {"all-reduce"} and {c["devices"] for c in between} == {2}
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_listed_and_settings_are_tried(tmp_path):
+    path = tmp_path / "numbers.json"
+    words = ("--config", "configs/tiny/comemo.py", "--topology", "v5e:2x2", "--packs", "1024", "--json", str(path))
+    done = compile_step(*words)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    numbers = json.loads(path.read_text())
+    assert not numbers["fits"] and numbers["hbm_share"] > 1
+    assert "IT DOES NOT FIT" in done.stdout
+    largest = numbers["buffers"][0]
+    assert largest["bytes"] > 2**28 and any("vlmem_jax/" in buffer["source"] for buffer in numbers["buffers"])
+    tried = [line for line in done.stdout.splitlines() if line.startswith("  --config.")]
+    less = {line.split(":")[0].strip(): float(line.split(", ")[1].split()[0]) for line in tried if "less" in line}
+    assert less["--config.stages.finetune.accumulation=2"] > 0 and less["--config.model.remat=full"] > 0
+    assert any("; fits, a step takes" in line for line in tried)
 
 
 @pytest.mark.parametrize("what", ["prefill", "decode"])

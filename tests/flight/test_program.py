@@ -115,3 +115,20 @@ def test_an_attribute_may_contain_line_breaks():
     program = HloProgram(HLO)
     (kernel,) = (i for i, _ in program if i.opcode == "custom-call")
     assert kernel.operation == "jit(step)/kernel"
+
+
+SLICES = """HloModule step
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4] parameter(0)
+  %after = token[] after-all()
+  %send = (f32[8,4], u32[], token[]) send(%x, %after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=3, is_host_transfer=true
+  ROOT %y = f32[8,4] copy(%x)
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_sent_by_hosts():
+    (sent,) = HloProgram(SLICES).collectives({"data": 4, "fsdp": 8})
+    assert (sent.kind, sent.axes, sent.bytes, sent.devices, sent.times) == ("all-reduce", ("data",), 128, 4, 1)

@@ -147,6 +147,9 @@ class HloProgram:
         names = _groups_by_axes(mesh)
         found: dict[Collective, int] = defaultdict(int)
         for instruction, times in self:
+            between = _between_slices(instruction)
+            if between:
+                found[between] += times
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
@@ -170,6 +173,24 @@ def _instruction(line: str) -> Instruction:
     kind, rest = rest[:end], rest[end:].lstrip()
     opcode, _, _ = rest.partition("(")
     return Instruction(name.lstrip("%"), kind, opcode, rest[len(opcode) :])
+
+
+def _between_slices(instruction: Instruction) -> Collective | None:
+    """What a chip exchanges with its like in other slices, which hosts carry out; `data` alone goes over slices."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if instruction.opcode != "send" or kind is None:
+        return None
+    others = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', instruction.rest)
+    slices = 1 + (len(_listed(others[1])) if others else 1)
+    name = kind[1].lower().replace("_", "-")
+    part = max(instruction.shapes, key=_size)
+    return Collective(name, ("data",), part[1], _size(part), slices, 0, instruction.operation)
+
+
+def _listed(ids: str) -> list[int]:
+    """Of 1,2 or 1:3."""
+    ends = [[int(end) for end in part.split(":")] for part in ids.split(",") if part]
+    return [n for first, *last in ends for n in range(first, (last or [first])[0] + 1)]
 
 
 def _numbers(row: str) -> list[int]:
