@@ -33,6 +33,8 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "frames": None,
     "norm": None,
     "scalar": None,
+    "rank": None,
+    "slots": None,
 }
 
 

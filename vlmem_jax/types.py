@@ -104,6 +104,9 @@ class Batch:
     layout_BI4: Int32[Array, "... B I 4"] | None = None
     """Where tiles see each other: 1 + the index, in the row, of the first tile of the tile's window and of its frame,
     and its own row and column in the image; zeros for padding. None where each tile is on its own."""
+    heard: "Heard | None" = None
+    """From what a memory that speaks forms latent tokens of each row, N a time. They follow the M visual tokens:
+    `slots_BT` = M + j * N + n is latent token n of time j."""
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], tokens: int, tiles: int, tile: TileShape) -> "Batch":
@@ -125,6 +128,19 @@ class Batch:
             memory_segments_BM=zeros(slots),
             layout_BI4=zeros(tiles, 4) if tile.layout else None,
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """The states that a memory was formed from, each of the J times that it spoke in a row. Constants: no gradient."""
+
+    states_BJLD: Float[Array, "... B J L D"]
+    """Visual states, then those of the text, without a gap."""
+    lengths_BJ: Int32[Array, "... B J"]
+    """How many of the L states there are."""
+    kinds_BJ: Int32[Array, "... B J"]
+    """Which memory was formed: 0 short, 1 long; -1: none, its latent tokens mean nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -173,3 +189,5 @@ class DecodeState:
     """Rotary frequencies of the row, fixed at prefill (dynamic NTK depends on the prompt's length)."""
     recalled: Any
     """What the memory prepared for its blocks to read."""
+    listening: Any = None
+    """What a memory that speaks has seen and heard since it last spoke."""

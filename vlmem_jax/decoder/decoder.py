@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.nn.attention import attend, causal_attention
 from vlmem_jax.nn.linear import Linear, param
+from vlmem_jax.nn.lora import Adapters, LayerAdapters, Shapes, adapted
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import Rotation, rotate
@@ -55,6 +56,14 @@ class DecoderConfig:
                 f"got {self.rope_sections}"
             )
 
+    @property
+    def adapter_shapes(self) -> Shapes:
+        """What adapters of the layers' maps take and give."""
+        embed, mlp = ("embed", self.width), ("mlp", self.mlp_width)
+        heads, kv_heads = ("heads", self.heads * self.head_dim), ("kv_heads", self.kv_heads * self.head_dim)
+        shapes = {"q": (embed, heads), "k": (embed, kv_heads), "v": (embed, kv_heads), "o": (heads, embed)}
+        return shapes | {"gate": (embed, mlp), "up": (embed, mlp), "down": (mlp, embed)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
@@ -76,10 +85,13 @@ class SelfAttention(nnx.Module):
         self.v = Linear(embed, {"kv_heads": config.kv_heads} | C, bias=config.qkv_bias, rngs=rngs)
         self.o = Linear({"heads": config.heads} | C, embed, rngs=rngs)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable) -> tuple[jax.Array, Any]:
-        q_BTHC, k_BTKC = rotate(self.q(x_BTD), tables), rotate(self.k(x_BTD), tables)
-        out_BTHC, extra = core(q_BTHC, k_BTKC, self.v(x_BTD))
-        return self.o(out_BTHC), extra
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable, lora: LayerAdapters | None = None
+    ) -> tuple[jax.Array, Any]:
+        q_BTHC = rotate(adapted(self.q, "q", x_BTD, lora), tables)
+        k_BTKC = rotate(adapted(self.k, "k", x_BTD, lora), tables)
+        out_BTHC, extra = core(q_BTHC, k_BTKC, adapted(self.v, "v", x_BTD, lora))
+        return adapted(self.o, "o", out_BTHC, lora), extra
 
 
 class DecoderLayer(nnx.Module):
@@ -91,10 +103,12 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
         self.mlp = GatedMLP(config.width, config.mlp_width, rngs=rngs)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable) -> tuple[jax.Array, Any]:
-        attended, extra = self.attn(self.attn_norm(x_BTD), tables, core)
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable, lora: LayerAdapters | None = None
+    ) -> tuple[jax.Array, Any]:
+        attended, extra = self.attn(self.attn_norm(x_BTD), tables, core, lora)
         x_BTD = constrain(x_BTD + attended, "batch", "tokens", None)
-        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "tokens", None), extra
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD), lora), "batch", "tokens", None), extra
 
 
 class Decoder(nnx.Module):
@@ -114,6 +128,11 @@ class Decoder(nnx.Module):
         table_VD = constrain(self.embed[...].astype(dtype), "vocab", None)
         return constrain(table_VD[tokens_BT], "batch", "tokens", None)
 
+    def tables(self) -> tuple[Float[Array, "V D"], Float[Array, "V D"]]:
+        """Rows of each token as it goes in, and as it is scored."""
+        embed_VD = self.embed[...]
+        return embed_VD, embed_VD if self.head is None else self.head.kernel[...].T
+
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every token, in fp32."""
         kernel = self.embed[...].T if self.head is None else self.head.kernel[...]
@@ -128,6 +147,7 @@ class Decoder(nnx.Module):
         between: Interleaved | None = None,
         cache: KVCache | None = None,
         cache_index_BT: Int32[Array, "B T"] | None = None,
+        lora: Adapters | None = None,
         remat_policy: str = "none",
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with this call's keys and values.
@@ -137,6 +157,7 @@ class Decoder(nnx.Module):
         and attends to all slots up to it.
         """
         graph, layers = nnx.split(self.layers)
+        layers = layers, lora.weights if lora else {}
 
         def layer(x_BTD, cache, state, index):
             def core(q_BTHC, k_BTKC, v_BTKC):
@@ -149,7 +170,9 @@ class Decoder(nnx.Module):
                 allowed_BTS = jnp.arange(k_BSKC.shape[1]) <= cache_index_BT[:, :, None]
                 return attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS), updated
 
-            return nnx.merge(graph, state)(x_BTD, tables, core)
+            weights, adapters = state
+            adapters = lora.layer(adapters, index) if lora else None
+            return nnx.merge(graph, weights)(x_BTD, tables, core, adapters)
 
         def plain(carry, xs):
             return remat(layer, remat_policy)(*carry, *xs), None

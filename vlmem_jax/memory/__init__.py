@@ -1,9 +1,20 @@
 """Memories that live inside a model, by config name. A new one is one file and one line here."""
 
-from vlmem_jax.memory.base import Memory, VisualTokens
+from vlmem_jax.memory.base import Decode, Memory, Speech, VisualTokens
 from vlmem_jax.memory.comemo import CoMemo, CoMemoConfig
+from vlmem_jax.memory.vismem import VisMem, VisMemConfig
 
-MEMORIES: dict[str, type[Memory]] = {"comemo": CoMemo}
+MEMORIES: dict[str, type[Memory]] = {"comemo": CoMemo, "vismem": VisMem}
 """`model.memory` -> class; "none" builds no memory at all."""
 
-__all__ = ["MEMORIES", "CoMemo", "CoMemoConfig", "Memory", "VisualTokens"]
+__all__ = [
+    "MEMORIES",
+    "CoMemo",
+    "CoMemoConfig",
+    "Decode",
+    "Memory",
+    "Speech",
+    "VisMem",
+    "VisMemConfig",
+    "VisualTokens",
+]

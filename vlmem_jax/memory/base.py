@@ -4,18 +4,23 @@ A memory keeps its state in a pytree of fixed capacity that pure functions make 
 and checkpoints like a key/value cache. It meets the model at doors; a memory overrides those it uses:
 
     ATTEND   `attend`: blocks inside the decoder, before every E-th layer
+    SPEAK    `speech`: latent tokens between those of an answer, wherever the model calls for them. `listen` and
+             `follow` collect hidden states while decoding, `heard` gives those of an invocation, `form` turns them into
+             embeddings; `embed` and `score` give the tokens of the memory rows of their own
 
 `models/vlm.py` calls the doors and knows no memory by name.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import Interleaved
+from vlmem_jax.nn.lora import Adapters
+from vlmem_jax.types import Batch, Heard
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +32,43 @@ class VisualTokens:
     positions_BM: Int32[Array, "B M"]
     """Or [B, M, 3] under M-RoPE, as in `types.Batch`."""
     segments_BM: Int32[Array, "B M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """How a memory breaks into an answer: a token of `invoke_ids` is followed by `lengths` latent tokens and a token of
+    `end_ids`, which is never chosen. One entry a kind of memory."""
+
+    invoke_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    lengths: tuple[int, ...]
+    max_invocations: int
+    """Most of them in one answer, so that the cache has a bound."""
+    max_states: int
+    """Most states of the text that `Memory.heard` gives."""
+
+    @property
+    def slots(self) -> int:
+        """N: latent tokens of the longest kind."""
+        return max(self.lengths)
+
+    @property
+    def room(self) -> int:
+        """Cache slots that invocations may take beside the tokens that are chosen."""
+        return self.max_invocations * (self.slots + 1)
+
+
+@runtime_checkable
+class Decode(Protocol):
+    """The model's own decoder without a cache: states after the final norm."""
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int32[Array, "B T"],
+        segments_BT: Int32[Array, "B T"],
+        lora: Adapters | None,
+    ) -> Float[Array, "B T D"]: ...
 
 
 class Memory(nnx.Module):
@@ -47,6 +89,48 @@ class Memory(nnx.Module):
     def recall(self, seen: VisualTokens) -> Any:
         """What `attend` can read instead of `seen`, computed once a prompt and kept while decoding."""
         return None
+
+    @classmethod
+    def speech(cls, config: Any) -> Speech | None:
+        """SPEAK: of a memory with this config. None: no such door."""
+        return None
+
+    def embed(self, tokens_BT: Int32[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """SPEAK: the embeddings x with those of the memory's own tokens in place."""
+        return x_BTD
+
+    def score(self, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+        """SPEAK: the scores with those of the memory's own tokens in place."""
+        return logits_BTV
+
+    def listen(
+        self,
+        batch: Batch,
+        x_BTD: Float[Array, "B T D"],
+        hidden_BTD: Float[Array, "B T D"],
+        last_BD: Float[Array, "B D"],
+    ) -> Any:
+        """SPEAK: what is kept of a prompt, whose tokens went into the decoder as x, came out as `hidden`, and ended
+        with `last`."""
+        return None
+
+    def follow(self, listening: Any, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], anew: bool) -> Any:
+        """SPEAK: the state after `counts_B` more tokens, of which the last came out as `last`. Of rows with 0: as it was.
+
+        `anew`: others have spoken, so that what was heard before is forgotten.
+        """
+        return listening
+
+    def heard(self, listening: Any, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int) -> Heard:
+        """SPEAK: the states of R of the rows (one beyond the last: none), J = 1, whose texts have at most `size`."""
+        raise NotImplementedError(f"{type(self).__name__} does not speak")
+
+    def form(self, heard: Heard, decode: Decode, key: jax.Array | None = None) -> Float[Array, "B J N D"]:
+        """SPEAK: latent tokens, to stand in a row in place of embeddings. With a key as in training, with dropout."""
+        raise NotImplementedError(f"{type(self).__name__} does not speak")
+
+    def adopt(self, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], key: jax.Array) -> None:
+        """Starts what is the memory's own from the tables of a model."""
 
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars worth a curve, by name."""

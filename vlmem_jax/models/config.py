@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from vlmem_jax.decoder import DecoderConfig
-from vlmem_jax.memory import MEMORIES, CoMemoConfig
+from vlmem_jax.memory import MEMORIES, CoMemoConfig, VisMemConfig
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.stack import REMAT_POLICIES
 from vlmem_jax.vision import ProjectorConfig, QwenViTConfig, VisionConfig
@@ -22,6 +22,7 @@ class ModelConfig:
     memory: str = "comemo"
     """Which memory lives in the model: a name of memory.MEMORIES, or none."""
     comemo: CoMemoConfig = CoMemoConfig()
+    vismem: VisMemConfig = VisMemConfig()
     attention: AttentionConfig = AttentionConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matmuls; softmax, norms, angles and logits are fp32 always."""

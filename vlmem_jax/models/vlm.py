@@ -3,6 +3,7 @@
     pixels -> vision tower -> projector --+--> spliced into the tokens -> decoder -> logits
                                           |                                  ^
                                           +--> memory ---- door ATTEND ------+
+                                                  +------- door SPEAK: latent tokens beside those of the text
 
 Modules are defined with Flax NNX and merged with plain arrays inside each function, so everything here goes through
 jax.jit, grad and scan as any function of pytrees does.
@@ -18,11 +19,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import Decoder
-from vlmem_jax.memory import MEMORIES, Memory, VisualTokens
+from vlmem_jax.memory import MEMORIES, Decode, Memory, Speech, VisualTokens
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
 from vlmem_jax.sharding import constrain
-from vlmem_jax.types import Batch, DecodeState, KVCache, TileShape
+from vlmem_jax.types import Batch, DecodeState, Heard, KVCache, TileShape
 from vlmem_jax.vision import InternViT, Merger, Projector, QwenViT, QwenViTConfig, normalise
 
 Params = dict[str, Any]
@@ -33,7 +34,9 @@ class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.vision, self.projector = _tower(config, rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
-        self.memory = make_memory(config, rngs)
+        self.memory = _memory(config, rngs)
+        if self.memory:
+            self.memory.adopt(*self.decoder.tables(), rngs.params())
 
 
 def _tower(config: ModelConfig, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
@@ -80,6 +83,12 @@ class VLM:
     @property
     def tokens_per_tile(self) -> int:
         return self.tile.tokens
+
+    @property
+    def speech(self) -> Speech | None:
+        """How the memory breaks into answers, if it does."""
+        name = self.config.memory
+        return None if name == "none" else MEMORIES[name].speech(getattr(self.config, name))
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -132,13 +141,38 @@ class VLM:
         tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
         return constrain(tokens_BMD, "batch", "tokens", None)
 
-    def _splice(self, modules: _Modules, batch: Batch, features_BMD: Array | None) -> Float[Array, "B T D"]:
-        """Token embeddings with each image placeholder replaced by its visual token."""
-        x_BTD = modules.decoder.embeddings(batch.tokens_BT, self.dtype)
-        if features_BMD is None:
+    def _embed(self, modules: _Modules, tokens_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        x_BTD = modules.decoder.embeddings(tokens_BT, self.dtype)
+        return modules.memory.embed(tokens_BT, x_BTD) if modules.memory else x_BTD
+
+    def _score(self, modules: _Modules, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        logits_BTV = modules.decoder.logits(hidden_BTD)
+        return modules.memory.score(hidden_BTD, logits_BTV) if modules.memory else logits_BTV
+
+    def _decode(self, modules: _Modules) -> Decode:
+        """The decoder as a memory may call it."""
+
+        def decode(x_BTD, positions_BT, segments_BT, lora):
+            frequencies_BR = self._frequencies((segments_BT > 0).sum(-1), x_BTD.shape[1])
+            x_BTD, tables = constrain(x_BTD, "batch", "tokens", None), rotation(positions_BT, frequencies_BR)
+            return modules.decoder(x_BTD, tables, segments_BT, lora=lora, remat_policy=self.config.remat)[0]
+
+        return decode
+
+    def _splice(
+        self, modules: _Modules, batch: Batch, features_BMD: Array | None, key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings with each placeholder replaced by its visual or latent token."""
+        x_BTD = self._embed(modules, batch.tokens_BT)
+        slots_BMD = [] if features_BMD is None else [features_BMD]
+        if batch.heard is not None:
+            latents_BJND = modules.memory.form(batch.heard, self._decode(modules), key)
+            slots_BMD.append(latents_BJND.reshape(len(x_BTD), -1, x_BTD.shape[2]))
+        if not slots_BMD:
             return x_BTD
-        visual_BTD = jnp.take_along_axis(features_BMD, jnp.maximum(batch.slots_BT, 0)[..., None], axis=1)
-        return jnp.where((batch.slots_BT >= 0)[..., None], visual_BTD, x_BTD)
+        slots_BMD = jnp.concatenate(slots_BMD, axis=1) if len(slots_BMD) > 1 else slots_BMD[0]
+        placed_BTD = jnp.take_along_axis(slots_BMD, jnp.maximum(batch.slots_BT, 0)[..., None], axis=1)
+        return jnp.where((batch.slots_BT >= 0)[..., None], placed_BTD, x_BTD)
 
     def _frequencies(self, length_B: Int32[Array, "B"], longest: int) -> Float[Array, "B R"]:
         c = self.config.decoder
@@ -153,7 +187,7 @@ class VLM:
         # a batch without tile slots has no vision tower and no memory in its program
         seeing = batch.pixels_BISSc.shape[1] > 0
         features_BMD = self._encode(modules, batch.pixels_BISSc, key, batch.layout_BI4) if seeing else None
-        x_BTD = self._splice(modules, batch, features_BMD)
+        x_BTD = self._splice(modules, batch, features_BMD, key)
         frequencies_BR = self._frequencies((batch.segments_BT > 0).sum(-1), max(T, capacity))
         between, seen = None, None
         if modules.memory and features_BMD is not None:
@@ -165,20 +199,25 @@ class VLM:
         hidden_BTD, cache = modules.decoder(
             x_BTD, tables, batch.segments_BT, between=between, cache=cache, remat_policy=self.config.remat
         )
-        return hidden_BTD, cache, frequencies_BR, seen
+        return hidden_BTD, x_BTD, cache, frequencies_BR, seen
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """States after the final norm, in the compute dtype; the head turns them into logits, see `head_kernel`."""
         return self._run(self._merge(params), batch, key, cache=None)[0]
 
     def head_kernel(self, params: Params) -> Float[Array, "D V"]:
+        """Without what a memory has of its own: see `score`."""
         decoder = params["decoder"]
         return decoder["embed"].T if self.config.decoder.tied else decoder["head"]["kernel"]
+
+    def score(self, params: Params, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """fp32 scores of every token after states of `hidden`."""
+        return self._score(self._merge(params), hidden_BTD)
 
     def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
         """fp32 scores of every token at every position. Large: for tests and small models."""
         modules = self._merge(params)
-        return modules.decoder.logits(self._run(modules, batch, None, cache=None)[0])
+        return self._score(modules, self._run(modules, batch, None, cache=None)[0])
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
@@ -194,11 +233,12 @@ class VLM:
         modules = self._merge(params)
         cache = KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype)
         cache = jax.tree.map(lambda x: constrain(x, None, "batch", None, "kv_heads", None), cache)
-        hidden_BTD, cache, frequencies_BR, recalled = self._run(modules, batch, None, cache)
+        hidden_BTD, x_BTD, cache, frequencies_BR, recalled = self._run(modules, batch, None, cache)
         length_B = (batch.segments_BT > 0).sum(-1, dtype=jnp.int32)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         used = jnp.where((batch.segments_BT > 0)[..., None], batch.positions_BT.reshape(B, T, -1), -1)
         position_B = used.max(axis=(1, 2)) + 1
+        last_B1D = jnp.take_along_axis(hidden_BTD, last_B1[..., None], axis=1)
         by_length = self.config.memory == "comemo" and self.config.comemo.decode_position == "length"
         state = DecodeState(
             cache=cache,
@@ -207,16 +247,32 @@ class VLM:
             memory_position_B=length_B if by_length else position_B,
             frequencies_BR=frequencies_BR,
             recalled=recalled,
+            listening=modules.memory.listen(batch, x_BTD, hidden_BTD, last_B1D[:, 0]) if modules.memory else None,
         )
-        last_B1D = jnp.take_along_axis(hidden_BTD, last_B1[..., None], axis=1)
-        return modules.decoder.logits(last_B1D)[:, 0], state
+        return self._score(modules, last_B1D)[:, 0], state
+
+    def form(
+        self, params: Params, state: DecodeState, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int
+    ) -> tuple[Float[Array, "R N D"], Heard]:
+        """Latent tokens of `kinds_R` for some of the rows, which have just called for them, and from what they were
+        formed. The texts that they heard have at most `size` states."""
+        modules = self._merge(params)
+        heard = modules.memory.heard(state.listening, rows_R, kinds_R, size)
+        return modules.memory.form(heard, self._decode(modules))[:, 0], heard
 
     def extend(
-        self, params: Params, state: DecodeState, tokens_BT: Int32[Array, "B T"], counts_B: Int32[Array, "B"]
+        self,
+        params: Params,
+        state: DecodeState,
+        tokens_BT: Int32[Array, "B T"],
+        counts_B: Int32[Array, "B"],
+        latents_BND: Float[Array, "B N D"] | None = None,
+        latent_counts_B: Int32[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], DecodeState]:
         """Appends the first `counts_B` of T tokens to each row; scores of the token after the last one.
 
-        T = 1 is a decoding step. A row with count 0 is left as it was and its scores mean nothing.
+        T = 1 is a decoding step. A row with count 0 is left as it was and its scores mean nothing. In place of its first
+        `latent_counts_B` tokens a row takes as many of N <= T latent ones.
         """
         modules = self._merge(params)
         T, capacity = tokens_BT.shape[1], state.cache.k_LBSKC.shape[2]
@@ -228,17 +284,28 @@ class VLM:
         if modules.memory and state.recalled is not None:
             memory_positions_BT = state.memory_position_B[:, None] + offsets_T
             between = modules.memory.attend(state.recalled, memory_positions_BT, segments_BT)
-        x_BTD = modules.decoder.embeddings(tokens_BT, self.dtype)
+        x_BTD = self._embed(modules, tokens_BT)
+        if latents_BND is not None:
+            N = latents_BND.shape[1]
+            is_latent_BN = offsets_T[:N] < latent_counts_B[:, None]
+            x_BTD = x_BTD.at[:, :N].set(
+                jnp.where(is_latent_BN[..., None], latents_BND.astype(self.dtype), x_BTD[:, :N])
+            )
         tables = rotation(state.position_B[:, None] + offsets_T, state.frequencies_BR)
         hidden_BTD, cache = modules.decoder(
             x_BTD, tables, segments_BT, between=between, cache=state.cache, cache_index_BT=index_BT
         )
+        last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
+        last_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
+        listening = state.listening
+        if modules.memory:
+            listening = modules.memory.follow(listening, last_B1D[:, 0], counts_B, anew=T > 1)
         state = dataclasses.replace(
             state,
             cache=cache,
+            listening=listening,
             length_B=state.length_B + counts_B,
             position_B=state.position_B + counts_B,
             memory_position_B=state.memory_position_B + counts_B,
         )
-        last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
-        return modules.decoder.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1))[:, 0], state
+        return self._score(modules, last_B1D)[:, 0], state

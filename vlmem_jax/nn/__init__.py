@@ -4,6 +4,6 @@ Axis letters, as suffixes of arrays and in einsum strings, throughout the packag
 
     B batch rows      T query tokens    S key tokens      D model width     H query heads   K key/value heads
     G heads a group   C head dim        F hidden width    V vocabulary      L layers        P patches or tokens a tile
-    I images, tiles   M memory slots    R rotary pairs, C/2
+    I images, tiles   M memory slots    R rotary pairs, C/2; also LoRA rank            A adapters; also axes
     S also pixels of a tile side        c colour channels
 """

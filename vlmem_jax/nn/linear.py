@@ -1,6 +1,7 @@
 """Linear maps, possibly over several axes (heads), and their initialisation."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
-def fan_in_uniform(fan_in: int):
+def fan_in_uniform(fan_in: float):
     """Uniform in +-1/sqrt(fan_in), the default of PyTorch's Linear, which the published systems start from."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -40,14 +41,20 @@ class Linear(nnx.Module):
         outputs: dict[str, int],
         *,
         bias: bool = False,
+        init: Callable | None = None,
+        bias_init: Callable = zeros,
         rngs: nnx.Rngs,
     ):
-        """`inputs` and `outputs` map the meaning of each axis to its size, as in `{"embed": 64}, {"heads": 4, ...}`."""
+        """`inputs` and `outputs` map the meaning of each axis to its size, as in `{"embed": 64}, {"heads": 4, ...}`.
+
+        `init` of the kernel, by default `fan_in_uniform`.
+        """
         in_shape, out_shape = tuple(inputs.values()), tuple(outputs.values())
         self.contracted = len(in_shape)
-        init = fan_in_uniform(math.prod(in_shape))
-        self.kernel = param(init, in_shape + out_shape, (*inputs, *outputs), rngs)
-        self.bias = param(zeros, out_shape, tuple(outputs), rngs) if bias else None
+        self.kernel = param(
+            init or fan_in_uniform(math.prod(in_shape)), in_shape + out_shape, (*inputs, *outputs), rngs
+        )
+        self.bias = param(bias_init, out_shape, tuple(outputs), rngs) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         n, kernel = self.contracted, self.kernel[...].astype(x.dtype)

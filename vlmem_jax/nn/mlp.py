@@ -1,10 +1,13 @@
 """Feed-forward blocks."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.nn.linear import Linear
+from vlmem_jax.nn.linear import Linear, zeros
+from vlmem_jax.nn.lora import LayerAdapters, adapted
 
 
 class GatedMLP(nnx.Module):
@@ -15,16 +18,19 @@ class GatedMLP(nnx.Module):
         self.up = Linear({"embed": width}, {"mlp": hidden}, bias=bias, rngs=rngs)
         self.down = Linear({"mlp": hidden}, {"embed": width}, bias=bias, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "... D"], lora: LayerAdapters | None = None) -> Float[Array, "... D"]:
+        hidden = jax.nn.silu(adapted(self.gate, "gate", x, lora)) * adapted(self.up, "up", x, lora)
+        return adapted(self.down, "down", hidden, lora)
 
 
 class GeluMLP(nnx.Module):
-    """fc2(gelu(fc1 x)) with biases and the exact (erf) GELU."""
+    """fc2(gelu(fc1 x)) with biases and the exact (erf) GELU. `bias_init` makes an initialiser from the fan-in."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear({"embed": inputs}, {"mlp": hidden}, bias=True, rngs=rngs)
-        self.fc2 = Linear({"mlp": hidden}, {"embed": outputs}, bias=True, rngs=rngs)
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, *, bias_init: Callable = lambda fan_in: zeros, rngs: nnx.Rngs
+    ):
+        self.fc1 = Linear({"embed": inputs}, {"mlp": hidden}, bias=True, bias_init=bias_init(inputs), rngs=rngs)
+        self.fc2 = Linear({"mlp": hidden}, {"embed": outputs}, bias=True, bias_init=bias_init(hidden), rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

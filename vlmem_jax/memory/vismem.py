@@ -1,0 +1,310 @@
+"""VisMem (arXiv 2511.11007): latent memory tokens, formed and inserted while an answer is written.
+
+The model calls for a short or a long memory by a token of the vocabulary. A query builder reads the states of the images
+and of the text since the last call; a former turns its queries into latent tokens, which stand in the sequence as
+embeddings. The model's own weights stay as they are.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from vlmem_jax.decoder import DecoderConfig
+from vlmem_jax.memory.base import Decode, Memory, Speech
+from vlmem_jax.nn.attention import AttentionConfig
+from vlmem_jax.nn.encoder import Encoder, EncoderConfig
+from vlmem_jax.nn.linear import ones, param, zeros
+from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
+from vlmem_jax.nn.stack import stack
+from vlmem_jax.types import Batch, Heard
+
+ROWS_NOISE = 1e-3
+"""Standard deviation of what the rows of special tokens start apart by."""
+INVOKE_BIAS = -4.0
+"""Start of the bias: an untrained model that ends a sentence should not call instead."""
+ATTENTION_BLOCK = 128
+"""Long sequences of a former are padded to a multiple of it, which attention kernels ask for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisMemConfig:
+    """Defaults: those of the paper's main text (tables 10 and 11) for Qwen2.5-VL."""
+
+    query_len: int = 8
+    short_len: int = 8
+    long_len: int = 16
+    """Latent tokens of a memory."""
+    former: Literal["lora_llm", "tiny_transformer"] = "lora_llm"
+    """The model's own decoder with an adapter a kind, or a small encoder a kind."""
+    query_builder: EncoderConfig = EncoderConfig()
+    """Its layers; those of a tiny_transformer are as many and as wide."""
+    lora: LoRAConfig = LoRAConfig()
+    visual_states: Literal["vision_encoder", "llm_hidden_first_span"] = "vision_encoder"
+    """What is kept of images: their tokens as the decoder sees them, or the decoder's last states of the first of them,
+    from its start token to its end token."""
+    max_visual_hidden: int = 2048
+    """Most states kept of a row's images; of more, neighbours are averaged."""
+    max_prompt_hidden: int = 1024
+    """Most states of the text; the newest are kept."""
+    max_positions: int = 4096
+    """Learned positions of the query builder."""
+    memory_output: Literal["raw", "rescaled"] = "raw"
+    """Whether latent tokens are scaled to the size of embeddings, by a gain that is trained."""
+    max_invocations: int = 8
+    """In one answer."""
+    token_ids: tuple[int, int, int, int] = (151665, 151666, 151667, 151668)
+    """<ms_I>, <ms_E>, <ml_I>, <ml_E>: invoke and end, short and long."""
+    span_ids: tuple[int, int] = (151652, 151653)
+    """Tokens before and after an image, for llm_hidden_first_span."""
+    start_id: int = 13
+    """The token from whose rows those of the four start: a full stop."""
+
+    def __post_init__(self):
+        if min(self.query_len, self.short_len, self.long_len, self.max_prompt_hidden, self.max_invocations) < 1:
+            raise ValueError(f"lengths and limits must be at least 1, got {self}")
+        if self.max_visual_hidden < 0:
+            raise ValueError(f"max_visual_hidden must be at least 0, got {self.max_visual_hidden}")
+        longest = self.max_visual_hidden + self.max_prompt_hidden + self.query_len
+        if longest > self.max_positions:
+            raise ValueError(
+                f"max_positions must be at least max_visual_hidden + max_prompt_hidden + query_len = {longest}, got "
+                f"{self.max_positions}"
+            )
+        if len(set(self.token_ids)) < 4:
+            raise ValueError(f"token_ids must be four different ids, got {self.token_ids}")
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Latent tokens of each kind."""
+        return self.short_len, self.long_len
+
+    @property
+    def kinds(self) -> tuple[Literal["short", "long"], ...]:
+        """Names of the kinds of memory by their number."""
+        return "short", "long"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Listening:
+    """What a former may read, of each row. Text states lie in a ring: state n in slot n % Z."""
+
+    visual_BYD: Float[Array, "B Y D"]
+    visual_length_B: Int32[Array, "B"]
+    text_BZD: Float[Array, "B Z D"]
+    """States that tokens were chosen from, since the prompt or the last call."""
+    count_B: Int32[Array, "B"]
+    """So many have been put into the ring."""
+    last_BD: Float[Array, "B D"]
+    """State of the newest token, from which the next one is chosen: not in the ring yet."""
+
+
+class QueryBuilder(nnx.Module):
+    """Learned queries that read all states, which do not see them (VisMem eq. 9-11)."""
+
+    def __init__(self, config: VisMemConfig, width: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.q_init = param(init, (config.query_len, width), ("slots", "embed"), rngs)
+        self.pos_emb = param(init, (config.max_positions, width), ("positions", "embed"), rngs)
+        self.encoder = Encoder(config.query_builder, width, rngs=rngs)
+
+    def __call__(self, states_BLD: Float[Array, "B L D"], lengths_B: Int32[Array, "B"]) -> Float[Array, "B K D"]:
+        """Of the first `lengths_B` states. Queries take the positions that follow them, whatever the padding.
+
+        Raises ValueError if there are more states than positions.
+        """
+        (B, L, D), K = states_BLD.shape, self.q_init.shape[0]
+        if L + K > self.pos_emb.shape[0]:
+            raise ValueError(
+                f"{L} states and {K} queries need as many positions, but there are {self.pos_emb.shape[0]}; raise "
+                "vismem.max_positions"
+            )
+        positions_BK = lengths_B[:, None] + jnp.arange(K)
+        queries_BKD = self.q_init[...] + self.pos_emb[...][positions_BK]
+        x_BTD = jnp.concatenate([states_BLD + self.pos_emb[:L], queries_BKD.astype(states_BLD.dtype)], axis=1)
+        is_query_T = jnp.arange(L + K) >= L
+        real_BT = is_query_T | (jnp.arange(L + K) < lengths_B[:, None])
+        allowed_BTS = real_BT[:, None, :] & (is_query_T[:, None] | ~is_query_T)
+        return self.encoder(x_BTD, allowed_BTS)[:, L:]
+
+
+class Former(nnx.Module):
+    """What one kind of memory has of its own: learned slots, and an adapter of the decoder or an encoder."""
+
+    def __init__(self, config: VisMemConfig, slots: int, decoder: DecoderConfig, *, rngs: nnx.Rngs):
+        self.m_init = param(nnx.initializers.normal(0.02), (slots, decoder.width), ("slots", "embed"), rngs)
+        self.gain = param(ones, (1,), ("scalar",), rngs) if config.memory_output == "rescaled" else None
+        self.lora = self.encoder = None
+        if config.former == "lora_llm":
+            shapes = decoder.adapter_shapes
+            self.lora = stack(lambda rngs: LoRA(config.lora, shapes, rngs=rngs), decoder.layers, rngs)
+        else:
+            self.encoder = Encoder(config.query_builder, decoder.width, rngs=rngs)
+
+
+class VisMem(Memory):
+    """Query builder, formers, and the rows of the four tokens."""
+
+    def __init__(self, config: VisMemConfig, decoder: DecoderConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
+        if max(*config.token_ids, config.start_id) >= decoder.vocab:
+            raise ValueError(
+                f"vismem.token_ids and vismem.start_id must be below decoder.vocab {decoder.vocab}, got "
+                f"{config.token_ids} and {config.start_id}"
+            )
+        self.config = config
+        self.query_builder = QueryBuilder(config, decoder.width, rngs=rngs)
+        self.short = Former(config, config.short_len, decoder, rngs=rngs)
+        self.long = Former(config, config.long_len, decoder, rngs=rngs)
+        init = nnx.initializers.normal(0.02)
+        self.special_in = param(init, (4, decoder.width), ("slots", "embed"), rngs)
+        self.special_out = param(init, (4, decoder.width), ("slots", "embed"), rngs)
+        self.invoke_logit_bias = param(nnx.initializers.constant(INVOKE_BIAS), (1,), ("scalar",), rngs)
+
+    def adopt(self, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], key: jax.Array) -> None:
+        """Rows of special tokens start from those of a full stop, gains from the size of embeddings."""
+        for rows, table_VD, k in zip((self.special_in, self.special_out), (embed_VD, head_VD), jax.random.split(key)):
+            rows[...] = table_VD[self.config.start_id] + ROWS_NOISE * jax.random.normal(k, rows.shape)
+        for former in (self.short, self.long):
+            if former.gain is not None:
+                former.gain[...] = jnp.sqrt(jnp.mean(embed_VD**2, axis=-1)).mean()[None]
+
+    @classmethod
+    def speech(cls, config: VisMemConfig) -> Speech:
+        ids = config.token_ids
+        return Speech(ids[::2], ids[1::2], config.lengths, config.max_invocations, config.max_prompt_hidden)
+
+    # --- the tokens ---------------------------------------------------------------------------------------------------
+
+    def embed(self, tokens_BT: Int32[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        match_BTN = tokens_BT[..., None] == jnp.array(self.config.token_ids)
+        rows_BTD = self.special_in[...].astype(x_BTD.dtype)[match_BTN.argmax(-1)]
+        return jnp.where(match_BTN.any(-1)[..., None], rows_BTD, x_BTD)
+
+    def score(self, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+        rows_ND = self.special_out[...].astype(hidden_BTD.dtype)
+        scores_BTN = jnp.einsum("BTD,ND->BTN", hidden_BTD, rows_ND, preferred_element_type=jnp.float32)
+        scores_BTN += jnp.array([1.0, 0.0, 1.0, 0.0]) * self.invoke_logit_bias[...].astype(jnp.float32)
+        return logits_BTV.at[..., jnp.array(self.config.token_ids)].set(scores_BTN)
+
+    # --- what it hears ------------------------------------------------------------------------------------------------
+
+    def listen(
+        self,
+        batch: Batch,
+        x_BTD: Float[Array, "B T D"],
+        hidden_BTD: Float[Array, "B T D"],
+        last_BD: Float[Array, "B D"],
+    ) -> Listening:
+        B, T, D = x_BTD.shape
+        if self.config.visual_states == "vision_encoder":
+            visual_BYD, length_B = kept(x_BTD, batch.slots_BT >= 0, self._most(batch.memory_segments_BM.shape[1]))
+        else:
+            visual_BYD, length_B = kept(hidden_BTD, self._first_span(batch.tokens_BT), self._most(T))
+        text_BZD = jnp.zeros((B, self.config.max_prompt_hidden, D), x_BTD.dtype)
+        return Listening(visual_BYD, length_B, text_BZD, jnp.zeros(B, jnp.int32), last_BD)
+
+    def _most(self, tokens: int) -> int:
+        return min(tokens, self.config.max_visual_hidden)
+
+    def _first_span(self, tokens_BT: Int32[Array, "B T"]) -> Array:
+        start, end = (tokens_BT == token for token in self.config.span_ids)
+        index_T = jnp.arange(tokens_BT.shape[1])
+        within = (index_T >= start.argmax(-1)[:, None]) & (index_T <= end.argmax(-1)[:, None])
+        return within & (start.any(-1) & end.any(-1))[:, None]
+
+    def follow(
+        self, listening: Listening, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], anew: bool
+    ) -> Listening:
+        moved_B, Z = counts_B > 0, listening.text_BZD.shape[1]
+        last_BD = jnp.where(moved_B[:, None], last_BD, listening.last_BD)
+        if anew:
+            return dataclasses.replace(listening, count_B=jnp.where(moved_B, 0, listening.count_B), last_BD=last_BD)
+        slot_B = jnp.where(moved_B, listening.count_B % Z, Z)
+        text_BZD = listening.text_BZD.at[jnp.arange(len(slot_B)), slot_B].set(listening.last_BD, mode="drop")
+        return dataclasses.replace(listening, text_BZD=text_BZD, count_B=listening.count_B + moved_B, last_BD=last_BD)
+
+    def heard(self, listening: Listening, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int) -> Heard:
+        """The newest token, which made the call, is part of what was heard."""
+        chosen = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), listening)
+        (R, Z, D), Y = chosen.text_BZD.shape, chosen.visual_BYD.shape[1]
+        size = min(size, Z)
+        text_RZD = chosen.text_BZD.at[jnp.arange(R), chosen.count_B % Z].set(chosen.last_BD)
+        total_R1, visual_R1 = chosen.count_B[:, None] + 1, chosen.visual_length_B[:, None]
+        texts_R1 = jnp.minimum(total_R1, size)
+        index_L = jnp.arange(Y + size)
+        ring_RL = Y + (total_R1 - texts_R1 + index_L - visual_R1) % Z
+        index_RL = jnp.where(index_L < visual_R1, index_L, ring_RL)
+        states_RLD = jnp.take_along_axis(
+            jnp.concatenate([chosen.visual_BYD, text_RZD], axis=1), index_RL[..., None], axis=1
+        )
+        lengths_R = (visual_R1 + texts_R1)[:, 0]
+        return Heard(states_RLD[:, None], lengths_R[:, None], kinds_R[:, None])
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+
+    def form(self, heard: Heard, decode: Decode, key: jax.Array | None = None) -> Float[Array, "B J N D"]:
+        B, J, L, D = heard.states_BJLD.shape
+        states_RLD = jax.lax.stop_gradient(heard.states_BJLD.reshape(B * J, L, D))
+        lengths_R, kinds_R = heard.lengths_BJ.reshape(-1), jnp.maximum(heard.kinds_BJ.reshape(-1), 0)
+        queries_RKD = self.query_builder(states_RLD, lengths_R)
+        formers, slots = (self.short, self.long), max(self.config.lengths)
+        inits = [jnp.pad(former.m_init[...], ((0, slots - len(former.m_init[...])), (0, 0))) for former in formers]
+        slots_RND = jnp.stack(inits).astype(states_RLD.dtype)[kinds_R]
+        x_RTD = jnp.concatenate([states_RLD, queries_RKD, slots_RND], axis=1)
+        real_RT = jnp.concatenate(
+            [
+                jnp.arange(L) < lengths_R[:, None],
+                jnp.ones(queries_RKD.shape[:2], bool),
+                jnp.arange(slots) < jnp.array(self.config.lengths)[kinds_R][:, None],
+            ],
+            axis=1,
+        )
+        if self.config.former == "lora_llm":
+            adapters = Adapters.of(self.config.lora, [former.lora for former in formers], kinds_R, key)
+            hidden_RTD = self._decode(x_RTD, real_RT, decode, adapters)
+        else:
+            each = [
+                former.encoder(x_RTD, jnp.broadcast_to(real_RT[:, None], (B * J, *(x_RTD.shape[1],) * 2)))
+                for former in formers
+            ]
+            hidden_RTD = jnp.where((kinds_R == 0)[:, None, None], *each)
+        latents_RND = hidden_RTD[:, -slots:]
+        if self.config.memory_output == "rescaled":
+            gains_R = jnp.stack([former.gain[...] for former in formers])[kinds_R, 0]
+            latents_RND = rescaled(latents_RND, gains_R)
+        return latents_RND.reshape(B, J, slots, D)
+
+    def _decode(self, x_RTD: Array, real_RT: Array, decode: Decode, adapters: Adapters) -> Float[Array, "R T D"]:
+        T = x_RTD.shape[1]
+        short = -T % ATTENTION_BLOCK if T > ATTENTION_BLOCK else 0
+        x_RTD, real_RT = jnp.pad(x_RTD, ((0, 0), (short, 0), (0, 0))), jnp.pad(real_RT, ((0, 0), (short, 0)))
+        segments_RT = real_RT.astype(jnp.int32)
+        positions_RT = jnp.maximum(jnp.cumsum(segments_RT, axis=1) - 1, 0)
+        return decode(x_RTD, positions_RT, segments_RT, adapters)
+
+
+def kept(x_BTD: Float[Array, "B T D"], chosen_BT: Array, most: int) -> tuple[Float[Array, "B Y D"], Int32[Array, "B"]]:
+    """The chosen rows of x from slot 0 on, Y = `most` slots, and how many there are.
+
+    Where they are more, means of as few consecutive ones as it takes.
+    """
+    rows_B1 = jnp.arange(len(x_BTD))[:, None]
+    number_B1 = chosen_BT.sum(-1, keepdims=True, dtype=jnp.int32)
+    group_B1 = jnp.maximum(-(-number_B1 // max(most, 1)), 1)
+    slot_BT = jnp.where(chosen_BT, (jnp.cumsum(chosen_BT, axis=-1, dtype=jnp.int32) - 1) // group_B1, most)
+    sums_BYD = jnp.zeros((len(x_BTD), most, x_BTD.shape[2]), jnp.float32)
+    sums_BYD = sums_BYD.at[rows_B1, slot_BT].add(x_BTD.astype(jnp.float32), mode="drop")
+    sizes_BY = jnp.clip(number_B1 - jnp.arange(most) * group_B1, 1, group_B1)
+    length_B = (-(-number_B1 // group_B1))[:, 0] if most else jnp.zeros(len(x_BTD), jnp.int32)
+    return (sums_BYD / sizes_BY[..., None]).astype(x_BTD.dtype), length_B
+
+
+def rescaled(x_RND: Float[Array, "R N D"], gains_R: Float[Array, "R"]) -> Float[Array, "R N D"]:
+    """x with rows of root mean square `gains_R`."""
+    x32 = x_RND.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-12)
+    return (normed * gains_R.astype(jnp.float32)[:, None, None]).astype(x_RND.dtype)
