@@ -1,8 +1,9 @@
 """From a checkpoint and a prompt to text: one loop for single prompts, batches, chats and rollouts."""
 
 from vlmem_jax.generate.chat import Chat
+from vlmem_jax.generate.invocation import InvocationConfig
 from vlmem_jax.generate.load import LoadedModel, load_model
 from vlmem_jax.generate.loop import Generator, Session
 from vlmem_jax.generate.sampling import SamplingConfig
 
-__all__ = ["Chat", "Generator", "LoadedModel", "SamplingConfig", "Session", "load_model"]
+__all__ = ["Chat", "Generator", "InvocationConfig", "LoadedModel", "SamplingConfig", "Session", "load_model"]

@@ -65,7 +65,8 @@ class Chat:
     def _continued(self, question: str) -> Session | None:
         """The last turn's session with the question added, if there is one with room for it and an answer."""
         ids = self.processor.follow_up(question)
-        if self._session is None or self._session.free < len(ids) + self.sampling.max_new_tokens:
+        needed = len(ids) + self.generator.room(self.sampling.max_new_tokens)
+        if self._session is None or self._session.free < needed:
             return None
         self._session.append(ids)
         return self._session

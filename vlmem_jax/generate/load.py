@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
+from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
@@ -26,12 +27,15 @@ class LoadedModel:
 
     def generator(self) -> Generator:
         """Stops at the end of an answer and never samples a control token."""
+        speech = self.vlm.speech
+        called = set(speech.invoke_ids) if speech else set()
         unknown = range(self.processor.tokenizer.vocab_size, self.vlm.config.decoder.vocab)
         return Generator(
             self.vlm,
             self.params,
             stop_ids=self.processor.stop_ids,
-            banned_ids=[*self.processor.control_ids, *unknown],
+            banned_ids=sorted({*self.processor.control_ids, *unknown} - called),
+            delimiter_ids=delimiters(self.processor.tokenizer) if speech else (),
             mesh=self.mesh,
         )
 

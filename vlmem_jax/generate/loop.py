@@ -1,50 +1,108 @@
-"""The generation loop: prefill once, then one compiled, donated step a token. The host reads tokens one step late."""
+"""The generation loop: prefill once, then one compiled, donated step a token. The host reads tokens one step late.
+
+A row that calls for a memory waits, on the device, until the host has seen the call: the memory is formed for the rows
+that wait, and put behind their tokens with the token that ends it. To the other rows nothing happens meanwhile.
+"""
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule
 from vlmem_jax.generate.prompts import bucket, pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
+from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.sharding import batch_sharding, batch_shards
-from vlmem_jax.types import Sample
+from vlmem_jax.types import Heard, Sample
 
 FINISHED = -1
-"""Stands for the token of a row that has stopped."""
+"""Stands for the token of a row that has stopped, or that has none this time."""
+
+WAITING = -2
+"""Within the loop, for the token of a row that waits for its memory."""
 
 EXTENSION_BUCKET = 16
 """Smallest number of tokens appended to a conversation at once."""
+
+FORMED_ROWS = 8
+"""Rows whose memories are formed together; so many whether all of them wait or not."""
+
+TEXT_BUCKET = 64
+"""Smallest number of states of the text that a memory is formed from."""
 
 
 @functools.lru_cache(maxsize=8)
 def compiled(vlm: VLM):
     """prefill, extend and step of one model, each compiled at its first call."""
+    speech = vlm.speech
 
-    def step(params, state, logits_BV, finished_B, choice, greedy):
+    def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
+        waiting_B, forced_B = jnp.zeros_like(finished_B), None
+        if calls is not None:
+            waiting_B = calls.waiting_B
+            finished_B |= (calls.count_B >= rule.limit) & ~waiting_B
+            logits_BV = calls.mute(rule, speech, logits_BV)
         tokens_B = choose(logits_BV, choice, state.length_B, greedy)
-        finished_B = finished_B | choice.stop_V[tokens_B]
-        logits_BV, state = vlm.extend(params, state, tokens_B[:, None], 1 - finished_B.astype(jnp.int32))
-        return state, logits_BV, finished_B, jnp.where(finished_B, FINISHED, tokens_B)
+        if calls is not None:
+            keys_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), 1))(
+                choice.keys_B, state.length_B
+            )
+            given_B = calls.force(rule, speech, keys_B)
+            forced_B = given_B >= 0
+            tokens_B = jnp.where(forced_B, given_B, tokens_B)
+        finished_B |= choice.stop_V[tokens_B] & ~waiting_B
+        counts_B = 1 - (finished_B | waiting_B).astype(jnp.int32)
+        logits_BV, state = vlm.extend(params, state, tokens_B[:, None], counts_B)
+        if calls is not None:
+            calls = calls.take(rule, speech, tokens_B, counts_B)
+        tokens_B = jnp.where(finished_B, FINISHED, jnp.where(waiting_B, WAITING, tokens_B))
+        return state, logits_BV, finished_B, tokens_B, calls, forced_B
 
     return (
         jax.jit(vlm.prefill, static_argnums=2),
         jax.jit(vlm.extend, donate_argnums=1),
-        jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3)),
+        jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6)),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_speech(vlm: VLM):
+    """form and insert of a model with a memory that speaks."""
+    speech = vlm.speech
+
+    def form(params, state, latents_BND, rows_R, kinds_R, size):
+        """Puts the latent tokens of some rows into place."""
+        latents_RND, heard = vlm.form(params, state, rows_R, kinds_R, size)
+        return latents_BND.at[rows_R].set(latents_RND.astype(latents_BND.dtype), mode="drop"), heard
+
+    def insert(params, state, logits_BV, calls, latents_BND, kinds_B):
+        """Puts a memory of kinds_B and its end token behind each row; -1: nothing."""
+        called_B, kinds_B = kinds_B >= 0, jnp.maximum(kinds_B, 0)
+        lengths_B, ends_B = (jnp.array(of, jnp.int32)[kinds_B] for of in (speech.lengths, speech.end_ids))
+        tokens_BT = jnp.where(jnp.arange(speech.slots + 1) == lengths_B[:, None], ends_B[:, None], 0)
+        counts_B = jnp.where(called_B, lengths_B + 1, 0)
+        after_BV, state = vlm.extend(params, state, tokens_BT, counts_B, latents_BND, lengths_B)
+        logits_BV = jnp.where(called_B[:, None], after_BV, logits_BV)
+        return state, logits_BV, calls.answered(ends_B, called_B)
+
+    return jax.jit(form, static_argnums=5, donate_argnums=2), jax.jit(insert, donate_argnums=(1, 2, 3))
 
 
 class Generator:
     """A model with its parameters, ready to answer.
 
     `stop_ids` end an answer and are no part of it; `banned_ids` (control tokens that have a meaning as input only) are
-    never chosen. With a `mesh`, parameters must be sharded over it; rows are split over it.
+    never chosen; after `delimiter_ids` chance may call for a memory, see `InvocationConfig`. With a `mesh`, parameters
+    must be sharded over it; rows are split over it.
     """
 
     def __init__(
@@ -54,12 +112,14 @@ class Generator:
         *,
         stop_ids: Sequence[int],
         banned_ids: Sequence[int] = (),
+        delimiter_ids: Sequence[int] = (),
         mesh: Mesh | None = None,
     ):
         self.vlm = vlm
         self.params = params
         self.stop_ids = tuple(stop_ids)
         self.banned_ids = tuple(banned_ids)
+        self.delimiter_ids = tuple(delimiter_ids)
         self.mesh = mesh
         self.prefill, self.extend, self.step = compiled(vlm)
 
@@ -67,20 +127,28 @@ class Generator:
         """Makes the mesh, if any, the ambient one."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
+    def room(self, new_tokens: int) -> int:
+        """Cache slots for `new_tokens` chosen ones and all memories that may come between."""
+        return new_tokens + (self.vlm.speech.room if self.vlm.speech else 0)
+
     def start(self, samples: Sequence[Sample], new_tokens: int, rows: int | None = None) -> "Session":
         """Reads the prompts; room is made for `new_tokens` more. `rows`: size of the batch, default one a prompt."""
         shards = batch_shards(self.mesh) if self.mesh else 1
         rows = -(-(rows or len(samples)) // shards) * shards
         batch = pad_prompts(samples, rows, self.vlm.tile)
         longest = max(len(sample.tokens_T) for sample in samples)
-        capacity = max(bucket(longest + new_tokens, 64), batch.tokens_BT.shape[1])
+        capacity = max(bucket(longest + self.room(new_tokens), 64), batch.tokens_BT.shape[1])
         with self.context():
             batch = jax.device_put(batch, batch_sharding(self.mesh) if self.mesh else None)
             logits_BV, state = self.prefill(self.params, batch, capacity)
         return Session(self, state, logits_BV, len(samples), capacity - longest)
 
     def generate(
-        self, samples: Sequence[Sample], sampling: SamplingConfig = SamplingConfig(), batch_size: int = 16
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingConfig = SamplingConfig(),
+        batch_size: int = 16,
+        invocation: InvocationConfig = InvocationConfig(),
     ) -> list[list[int]]:
         """The answer's ids for each prompt, stop id left out. Prompts of like size share batches of `batch_size`."""
         order = sorted(range(len(samples)), key=lambda n: (len(samples[n].pixels_ISSc), len(samples[n].tokens_T)))
@@ -88,58 +156,127 @@ class Generator:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             session = self.start([samples[n] for n in chosen], sampling.max_new_tokens, min(batch_size, len(order)))
-            for tokens_B in session.stream(sampling):
+            for tokens_B in session.stream(sampling, invocation):
                 for n, token in zip(chosen, tokens_B, strict=True):
                     if token != FINISHED:
                         answers[n].append(int(token))
         return answers
 
 
+class Emitted(NamedTuple):
+    """One token, or none, of each prompt."""
+
+    tokens_B: np.ndarray
+    """FINISHED where there is none."""
+    sampled_B: np.ndarray
+    """Whether the model chose it: not a rule, not the caller, and not what ends a memory."""
+
+
+class Invocation(NamedTuple):
+    """A memory that was formed."""
+
+    row: int
+    kind: int
+    """0 short, 1 long."""
+    heard: Heard
+    """Of the rows that it was formed together with, on the device."""
+    index: int
+    """Its row in `heard`."""
+
+
 class Session:
     """Rows being decoded: their caches, and the scores of each row's next token."""
 
-    def __init__(self, generator: Generator, state, logits_BV: jax.Array, prompts: int, free: int):
+    def __init__(self, generator: Generator, state, logits_BV: jax.Array, prompts: int, room: int):
         self.generator = generator
         self.state = state
         self.logits_BV = logits_BV
         self.prompts = prompts
-        self.free = free
-        """Tokens that every row can still take."""
+        self._room = room
+        rows = logits_BV.shape[0]
+        self._taken_B = np.zeros(rows, int)
+        self._heard_B = np.zeros(rows, int)
+        self.invocations: list[Invocation] = []
+        """Of all rows, in order, while `emissions` records them."""
 
-    def stream(self, sampling: SamplingConfig) -> Iterator[np.ndarray]:
-        """Tokens [prompts] as they come, FINISHED for rows that have stopped; ends when all have.
+    @property
+    def free(self) -> int:
+        """Tokens that every row can still take."""
+        return self._room - int(self._taken_B.max())
+
+    def stream(
+        self, sampling: SamplingConfig, invocation: InvocationConfig = InvocationConfig()
+    ) -> Iterator[np.ndarray]:
+        """Tokens [prompts] as they come, FINISHED for rows that have none; ends when all have stopped.
 
         Raises ValueError if max_new_tokens are more than there is room for.
         """
-        if sampling.max_new_tokens > self.free:
+        for emitted in self.emissions(sampling, invocation):
+            yield emitted.tokens_B
+
+    def emissions(
+        self,
+        sampling: SamplingConfig,
+        invocation: InvocationConfig = InvocationConfig(),
+        forced: Sequence[Sequence[int]] = (),
+        record: bool = False,
+    ) -> Iterator[Emitted]:
+        """As `stream`, and where tokens come from. Where the memory speaks, the first tokens of row i are `forced[i]`
+        (-1: the model's choice), and its memories are recorded in `invocations` if asked for.
+
+        An invocation's latent tokens stand before the token that ends it and are not among the tokens.
+        """
+        generator, speech = self.generator, self.generator.vlm.speech
+        (rows, vocab), room = self.logits_BV.shape, sampling.max_new_tokens
+        calls = rule = None
+        if speech:
+            budget = invocation.budget(speech)
+            room += budget * (speech.slots + 1)
+            calls = Calls.none(rows, budget)
+            rule = Rule.make(invocation, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
+            answer = _Answer(self, invocation, budget, record)
+        elif forced:
+            raise ValueError("tokens can be forced where a memory speaks, but this model has none")
+        if room > self.free:
             raise ValueError(
-                f"the cache has room for {self.free} more tokens, got max_new_tokens {sampling.max_new_tokens}; "
-                "give start() more new_tokens"
+                f"the cache has room for {self.free} more tokens, got max_new_tokens {sampling.max_new_tokens}"
+                + (f" and {room - sampling.max_new_tokens} for memories" if speech else "")
+                + "; give start() more new_tokens"
             )
-        rows, vocab = self.logits_BV.shape
-        choice = Choice.make(sampling, rows, vocab, self.generator.banned_ids, self.generator.stop_ids)
+        choice = Choice.make(sampling, rows, vocab, generator.banned_ids, generator.stop_ids)
         finished_B = jnp.arange(rows) >= self.prompts
         greedy = sampling.temperature == 0
         late = None
-        for _ in range(sampling.max_new_tokens):
-            with self.generator.context():
-                self.state, self.logits_BV, finished_B, tokens_B = self.generator.step(
-                    self.generator.params, self.state, self.logits_BV, finished_B, choice, greedy
+        for n in itertools.count():
+            if speech is None and n == sampling.max_new_tokens:
+                break
+            with generator.context():
+                self.state, self.logits_BV, finished_B, tokens_B, calls, forced_B = generator.step(
+                    generator.params, self.state, self.logits_BV, finished_B, choice, greedy, calls, rule
                 )
-            self.free -= 1
             if late is not None:
-                yield from self._read(late)
-                if self._stopped:
+                emitted = self._read(*late)
+                if emitted is None:
                     return
-            late = tokens_B
-        yield from self._read(late)
+                yield emitted
+                if speech and (kinds_B := answer.called(emitted.tokens_B)) is not None:
+                    calls = answer.speak(calls, kinds_B)
+                    yield answer.ends(kinds_B)
+            late = tokens_B, forced_B
+        emitted = self._read(*late)
+        if emitted is not None:
+            yield emitted
 
-    def _read(self, tokens_B: jax.Array) -> Iterator[np.ndarray]:
-        """The tokens on the host, if any row still has one."""
+    def _read(self, tokens_B: jax.Array, forced_B: jax.Array | None) -> Emitted | None:
+        """The tokens on the host; None if all rows have stopped."""
         tokens = np.asarray(tokens_B)[: self.prompts]
-        self._stopped = bool((tokens == FINISHED).all())
-        if not self._stopped:
-            yield tokens
+        if (tokens == FINISHED).all():
+            return None
+        has_token = tokens >= 0
+        self._taken_B[: self.prompts] += has_token
+        self._heard_B[: self.prompts] += has_token
+        sampled = has_token if forced_B is None else has_token & ~np.asarray(forced_B)[: self.prompts]
+        return Emitted(np.where(has_token, tokens, FINISHED), sampled)
 
     def append(self, ids: Sequence[int]) -> None:
         """Adds the same tokens to every row. Raises ValueError if there is no room for them."""
@@ -152,4 +289,65 @@ class Session:
             self.logits_BV, self.state = self.generator.extend(
                 self.generator.params, self.state, tokens_BT, np.full(rows, len(ids), np.int32)
             )
-        self.free -= len(ids)
+        self._taken_B += len(ids)
+        self._heard_B[:] = 0
+
+
+class _Answer:
+    """Answers the calls of rows with memories."""
+
+    def __init__(self, session: Session, config: InvocationConfig, budget: int, record: bool):
+        self.session = session
+        self.speech: Speech = session.generator.vlm.speech
+        self.heeded = config.heeded()
+        self.reversed = config.reverse_types
+        self.record = record
+        rows = session.logits_BV.shape[0]
+        self._left_B = np.full(rows, budget)
+        self._latents_BND: jax.Array | None = None
+        self._form, self._insert = compiled_speech(session.generator.vlm)
+
+    def called(self, tokens_B: np.ndarray) -> np.ndarray | None:
+        """The kind of memory that each row of the batch gets, -1 for none; None if no row gets any."""
+        kinds_B = np.full(len(self._left_B), -1, np.int32)
+        for kind, token in enumerate(self.speech.invoke_ids):
+            if self.heeded[kind]:
+                kinds_B[: len(tokens_B)][tokens_B == token] = 1 - kind if self.reversed else kind
+        kinds_B[self._left_B == 0] = -1
+        return kinds_B if (kinds_B >= 0).any() else None
+
+    def speak(self, calls: Calls, kinds_B: np.ndarray) -> Calls:
+        """Forms the memories and puts them behind their rows."""
+        session, generator = self.session, self.session.generator
+        waiting, rows = np.flatnonzero(kinds_B >= 0), len(kinds_B)
+        group = min(FORMED_ROWS, rows)
+        size = bucket(min(int(session._heard_B[waiting].max()) + 1, self.speech.max_states), TEXT_BUCKET)
+        with generator.context():
+            if self._latents_BND is None:
+                shape = rows, self.speech.slots, generator.vlm.config.decoder.width
+                self._latents_BND = jnp.zeros(shape, generator.vlm.dtype)
+            for first in range(0, len(waiting), group):
+                chosen = waiting[first : first + group]
+                rows_R = np.full(group, rows, np.int32)
+                rows_R[: len(chosen)] = chosen
+                kinds_R = np.full(group, -1, np.int32)
+                kinds_R[: len(chosen)] = kinds_B[chosen]
+                self._latents_BND, heard = self._form(
+                    generator.params, session.state, self._latents_BND, rows_R, kinds_R, size
+                )
+                if self.record:
+                    session.invocations += [
+                        Invocation(int(row), int(kinds_B[row]), heard, n) for n, row in enumerate(chosen)
+                    ]
+            session.state, session.logits_BV, calls = self._insert(
+                generator.params, session.state, session.logits_BV, calls, self._latents_BND, kinds_B
+            )
+        self._left_B[waiting] -= 1
+        session._taken_B[waiting] += np.array(self.speech.lengths)[kinds_B[waiting]] + 1
+        session._heard_B[waiting] = 0
+        return calls
+
+    def ends(self, kinds_B: np.ndarray) -> Emitted:
+        """The tokens that end the memories."""
+        tokens_B = np.where(kinds_B >= 0, np.array(self.speech.end_ids)[np.maximum(kinds_B, 0)], FINISHED)
+        return Emitted(tokens_B[: self.session.prompts], np.zeros(self.session.prompts, bool))

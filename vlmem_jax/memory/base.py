@@ -115,7 +115,7 @@ class Memory(nnx.Module):
         return None
 
     def follow(self, listening: Any, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], anew: bool) -> Any:
-        """SPEAK: the state after `counts_B` more tokens, of which the last came out as `last`. Of rows with 0: as it was.
+        """SPEAK: the state after `counts_B` more tokens, of which the last came out as `last`. Rows with 0 stay.
 
         `anew`: others have spoken, so that what was heard before is forgotten.
         """

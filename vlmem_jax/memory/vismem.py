@@ -1,12 +1,12 @@
 """VisMem (arXiv 2511.11007): latent memory tokens, formed and inserted while an answer is written.
 
-The model calls for a short or a long memory by a token of the vocabulary. A query builder reads the states of the images
-and of the text since the last call; a former turns its queries into latent tokens, which stand in the sequence as
-embeddings. The model's own weights stay as they are.
+The model calls for a short or a long memory by a token of the vocabulary. A query builder reads the states of the
+images and of the text since the last call; a former turns its queries into latent tokens, which stand in the sequence
+as embeddings. The model's own weights stay as they are.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory.base import Decode, Memory, Speech
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.encoder import Encoder, EncoderConfig
-from vlmem_jax.nn.linear import ones, param, zeros
+from vlmem_jax.nn.linear import ones, param
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.types import Batch, Heard
@@ -117,10 +117,10 @@ class QueryBuilder(nnx.Module):
 
         Raises ValueError if there are more states than positions.
         """
-        (B, L, D), K = states_BLD.shape, self.q_init.shape[0]
-        if L + K > self.pos_emb.shape[0]:
+        L, K, positions = states_BLD.shape[1], self.q_init.shape[0], self.pos_emb.shape[0]
+        if positions < L + K:
             raise ValueError(
-                f"{L} states and {K} queries need as many positions, but there are {self.pos_emb.shape[0]}; raise "
+                f"{L} states and {K} queries need as many positions, but there are {positions}; raise "
                 "vismem.max_positions"
             )
         positions_BK = lengths_B[:, None] + jnp.arange(K)
@@ -138,7 +138,6 @@ class Former(nnx.Module):
     def __init__(self, config: VisMemConfig, slots: int, decoder: DecoderConfig, *, rngs: nnx.Rngs):
         self.m_init = param(nnx.initializers.normal(0.02), (slots, decoder.width), ("slots", "embed"), rngs)
         self.gain = param(ones, (1,), ("scalar",), rngs) if config.memory_output == "rescaled" else None
-        self.lora = self.encoder = None
         if config.former == "lora_llm":
             shapes = decoder.adapter_shapes
             self.lora = stack(lambda rngs: LoRA(config.lora, shapes, rngs=rngs), decoder.layers, rngs)
@@ -166,8 +165,10 @@ class VisMem(Memory):
 
     def adopt(self, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], key: jax.Array) -> None:
         """Rows of special tokens start from those of a full stop, gains from the size of embeddings."""
-        for rows, table_VD, k in zip((self.special_in, self.special_out), (embed_VD, head_VD), jax.random.split(key)):
-            rows[...] = table_VD[self.config.start_id] + ROWS_NOISE * jax.random.normal(k, rows.shape)
+        tables = (self.special_in, embed_VD), (self.special_out, head_VD)
+        for n, (rows, table_VD) in enumerate(tables):
+            noise = ROWS_NOISE * jax.random.normal(jax.random.fold_in(key, n), rows.shape)
+            rows[...] = table_VD[self.config.start_id] + noise
         for former in (self.short, self.long):
             if former.gain is not None:
                 former.gain[...] = jnp.sqrt(jnp.mean(embed_VD**2, axis=-1)).mean()[None]
@@ -230,7 +231,7 @@ class VisMem(Memory):
     def heard(self, listening: Listening, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int) -> Heard:
         """The newest token, which made the call, is part of what was heard."""
         chosen = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), listening)
-        (R, Z, D), Y = chosen.text_BZD.shape, chosen.visual_BYD.shape[1]
+        R, Z, Y = *chosen.text_BZD.shape[:2], chosen.visual_BYD.shape[1]
         size = min(size, Z)
         text_RZD = chosen.text_BZD.at[jnp.arange(R), chosen.count_B % Z].set(chosen.last_BD)
         total_R1, visual_R1 = chosen.count_B[:, None] + 1, chosen.visual_length_B[:, None]
@@ -267,10 +268,8 @@ class VisMem(Memory):
             adapters = Adapters.of(self.config.lora, [former.lora for former in formers], kinds_R, key)
             hidden_RTD = self._decode(x_RTD, real_RT, decode, adapters)
         else:
-            each = [
-                former.encoder(x_RTD, jnp.broadcast_to(real_RT[:, None], (B * J, *(x_RTD.shape[1],) * 2)))
-                for former in formers
-            ]
+            allowed_RTS = jnp.broadcast_to(real_RT[:, None], (B * J, *(x_RTD.shape[1],) * 2))
+            each = [former.encoder(x_RTD, allowed_RTS) for former in formers]
             hidden_RTD = jnp.where((kinds_R == 0)[:, None, None], *each)
         latents_RND = hidden_RTD[:, -slots:]
         if self.config.memory_output == "rescaled":

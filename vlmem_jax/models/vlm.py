@@ -271,8 +271,8 @@ class VLM:
     ) -> tuple[Float[Array, "B V"], DecodeState]:
         """Appends the first `counts_B` of T tokens to each row; scores of the token after the last one.
 
-        T = 1 is a decoding step. A row with count 0 is left as it was and its scores mean nothing. In place of its first
-        `latent_counts_B` tokens a row takes as many of N <= T latent ones.
+        T = 1 is a decoding step. A row with count 0 is left as it was and its scores mean nothing. In place of its
+        first `latent_counts_B` tokens a row takes as many of N <= T latent ones.
         """
         modules = self._merge(params)
         T, capacity = tokens_BT.shape[1], state.cache.k_LBSKC.shape[2]

@@ -26,7 +26,7 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
-def fan_in_uniform(fan_in: float):
+def fan_in_uniform(fan_in: int | float):
     """Uniform in +-1/sqrt(fan_in), the default of PyTorch's Linear, which the published systems start from."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

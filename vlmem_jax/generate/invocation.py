@@ -1,0 +1,169 @@
+"""When a memory that speaks is called for: by the model, by a rule, or as the caller says."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from vlmem_jax.generate.prompts import bucket
+from vlmem_jax.memory import Speech
+from vlmem_jax.processing import Tokenizer
+
+DELIMITERS = (".", ",", ";", ":", "!", "?")
+FORCED_BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class InvocationConfig:
+    """Who calls for a memory while an answer is written.
+
+    `learned`: the model, by choosing a token. `never`: nobody. `delimiter_random`: after a delimiter chance, with
+    `probability`, of either kind; the model's own calls are banned. `always`: the same, after every delimiter.
+    """
+
+    mode: Literal["learned", "never", "delimiter_random", "always"] = "learned"
+    probability: float = 0.25
+    anywhere: float = 0.0
+    """Probability of delimiter_random after any other token."""
+    max_invocations: int | None = None
+    """In one answer; None: as the memory's config says, which is the most that there is room for."""
+    disable_short: bool = False
+    """A call for this kind, if the model makes it, is a token like any other."""
+    disable_long: bool = False
+    reverse_types: bool = False
+    """A call for one kind is answered by the other."""
+
+    def __post_init__(self):
+        for key in ("probability", "anywhere"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} must be a probability, got {getattr(self, key)}")
+        if self.max_invocations is not None and self.max_invocations < 0:
+            raise ValueError(f"max_invocations must be at least 0, got {self.max_invocations}")
+
+    def heeded(self) -> tuple[bool, bool]:
+        """Whether a call for a short and for a long memory is answered."""
+        on = self.mode != "never"
+        return on and not self.disable_short, on and not self.disable_long
+
+    def budget(self, speech: Speech) -> int:
+        """Most calls in an answer. Raises ValueError if they are more than the memory makes room for."""
+        wanted = speech.max_invocations if self.max_invocations is None else self.max_invocations
+        if wanted > speech.max_invocations:
+            raise ValueError(
+                f"max_invocations must be at most that of the model, {speech.max_invocations}, got {wanted}; raise the "
+                "memory's own max_invocations"
+            )
+        return wanted if any(self.heeded()) else 0
+
+
+class Rule(NamedTuple):
+    """The settings as arrays, so that changing one compiles nothing."""
+
+    model_calls: Bool[Array, ""]
+    after_delimiter: Float[Array, ""]
+    anywhere: Float[Array, ""]
+    share_K: Float[Array, "K"]
+    """Of the kinds, in the calls of chance."""
+    heeded_K: Bool[Array, "K"]
+    delimiter_V: Bool[Array, "V"]
+    forced_BS: Int32[Array, "B S"]
+    """The first tokens of each row; -1: free."""
+    limit: Int32[Array, ""]
+    """Tokens that a row may choose."""
+
+    @classmethod
+    def make(
+        cls,
+        config: InvocationConfig,
+        limit: int,
+        vocab: int,
+        delimiter_ids: Sequence[int],
+        forced: Sequence[Sequence[int]],
+        rows: int,
+    ) -> "Rule":
+        delimiter_V = np.zeros(vocab, bool)
+        delimiter_V[list(delimiter_ids)] = True
+        chance = {"delimiter_random": config.probability, "always": 1.0}.get(config.mode, 0.0)
+        anywhere = config.anywhere if config.mode == "delimiter_random" else 0.0
+        heeded_K = np.array(config.heeded())
+        forced_BS = np.full((rows, bucket(max(map(len, forced), default=0), FORCED_BUCKET)), -1, np.int32)
+        for row, ids in enumerate(forced):
+            forced_BS[row, : len(ids)] = ids
+        return cls(
+            jnp.asarray(config.mode == "learned"),
+            jnp.float32(chance),
+            jnp.float32(anywhere),
+            jnp.asarray(heeded_K / max(heeded_K.sum(), 1), jnp.float32),
+            jnp.asarray(heeded_K),
+            jnp.asarray(delimiter_V),
+            jnp.asarray(forced_BS),
+            jnp.int32(limit),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """What each row has called for."""
+
+    count_B: Int32[Array, "B"]
+    """Tokens so far that were chosen or forced."""
+    left_B: Int32[Array, "B"]
+    """Calls that may still be made."""
+    waiting_B: Bool[Array, "B"]
+    """Whether the row has made a call and waits for the answer."""
+    last_B: Int32[Array, "B"]
+    """Its newest token; -1 before the first."""
+
+    @classmethod
+    def none(cls, rows: int, budget: int) -> "Calls":
+        zeros = jnp.zeros(rows, jnp.int32)
+        return cls(zeros, zeros + budget, jnp.zeros(rows, bool), zeros - 1)
+
+    def mute(self, rule: Rule, speech: Speech, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """-inf for the tokens that call, where the model may not choose them; for those that end a memory, always."""
+        may_B = rule.model_calls & (self.left_B > 0)
+        calls = jnp.array(speech.invoke_ids)
+        logits_BV = logits_BV.at[:, calls].set(jnp.where(may_B[:, None], logits_BV[:, calls], -jnp.inf))
+        return logits_BV.at[:, jnp.array(speech.end_ids)].set(-jnp.inf)
+
+    def force(self, rule: Rule, speech: Speech, keys_B: Array) -> Int32[Array, "B"]:
+        """The token of each row where it is not the model's to choose, else -1; first the caller's, then chance."""
+        draws_B2 = jax.vmap(lambda key: jax.random.uniform(key, 2))(keys_B)
+        chance_B = jnp.where(rule.delimiter_V[self.last_B] & (self.last_B >= 0), rule.after_delimiter, rule.anywhere)
+        kinds_B = (draws_B2[:, 1, None] >= jnp.cumsum(rule.share_K)[:-1]).sum(-1)
+        called_B = (draws_B2[:, 0] < chance_B) & (self.left_B > 0) & rule.heeded_K.any()
+        tokens_B = jnp.where(called_B, jnp.array(speech.invoke_ids, jnp.int32)[kinds_B], -1)
+        S = rule.forced_BS.shape[1]
+        if S == 0:
+            return tokens_B
+        place_B1 = jnp.minimum(self.count_B, S - 1)[:, None]
+        given_B = jnp.where(self.count_B < S, jnp.take_along_axis(rule.forced_BS, place_B1, axis=1)[:, 0], -1)
+        return jnp.where(given_B >= 0, given_B, tokens_B)
+
+    def take(self, rule: Rule, speech: Speech, tokens_B: Int32[Array, "B"], counts_B: Int32[Array, "B"]) -> "Calls":
+        """After the token of each row whose count is 1."""
+        is_call_BK = (tokens_B[:, None] == jnp.array(speech.invoke_ids)) & rule.heeded_K
+        called_B = is_call_BK.any(-1) & (counts_B > 0) & (self.left_B > 0)
+        return Calls(
+            self.count_B + counts_B,
+            self.left_B - called_B,
+            self.waiting_B | called_B,
+            jnp.where(counts_B > 0, tokens_B, self.last_B),
+        )
+
+    def answered(self, tokens_B: Int32[Array, "B"], answered_B: Bool[Array, "B"]) -> "Calls":
+        """After memories that ended with these tokens."""
+        return dataclasses.replace(
+            self, waiting_B=self.waiting_B & ~answered_B, last_B=jnp.where(answered_B, tokens_B, self.last_B)
+        )
+
+
+def delimiters(tokenizer: Tokenizer) -> list[int]:
+    """Ids whose text ends a phrase: with one of DELIMITERS, spaces aside, or with a line break in it."""
+    texts = ((token, tokenizer.decode([token])) for token in range(tokenizer.vocab_size))
+    return [token for token, text in texts if text.strip().endswith(DELIMITERS) or "\n" in text]
