@@ -42,19 +42,21 @@ def heard(states_BLD, kind: int) -> Heard:
 
 def test_each_layer_of_the_query_builder(model, memory):
     file, builder = model().files["query_builder"], memory().query_builder
-    x, lengths = jnp.asarray(file["H"]), (file["key_padding_mask"] == 0).sum(-1)
+    x = jnp.asarray(file["H"])
     L, K = x.shape[1], len(file["w.q_init"])
     queries = builder.q_init[...] + builder.pos_emb[L : L + K]
     x = jnp.concatenate([x + builder.pos_emb[:L], jnp.broadcast_to(queries, (len(x), *queries.shape))], axis=1)
     seen = np.isfinite(file["attn_mask"])
     padded = seen & ~np.pad(file["key_padding_mask"], ((0, 0), (0, K)))[:, None]
     graph, layers = nnx.split(builder.encoder.layers)
-    for name, allowed, real in (("layer", np.broadcast_to(seen, padded.shape), None), ("layer_masked", padded, lengths)):
+    for name, allowed, real in (
+        ("layer", np.broadcast_to(seen, padded.shape), None),
+        ("layer_masked", padded, lengths),
+    ):
         y = x
         for n in range(model().vlm.config.vismem.query_builder.layers):
             y = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], layers))(y, jnp.asarray(allowed))
             np.testing.assert_allclose(y, file[f"{name}_{n}"], **STATES)
-        output = "Q" if real is None else "Q_masked"
         np.testing.assert_allclose(builder.encoder.norm(y)[:, L:], file[output], **STATES)
 
 
@@ -83,7 +85,9 @@ def test_queries(model, memory):
 def test_formers(model, name, of, kind):
     found, file = model(*of), model(*of).files[name]
     modules = found.vlm._merge(found.params)
-    np.testing.assert_allclose(modules.memory.query_builder(jnp.asarray(file["X"]), jnp.full(2, 13)), file["Q"], **STATES)
+    np.testing.assert_allclose(
+        modules.memory.query_builder(jnp.asarray(file["X"]), jnp.full(2, 13)), file["Q"], **STATES
+    )
     form = jax.jit(lambda heard: modules.memory.form(heard, found.vlm._decode(modules)))
     wanted = file[f"M_{KINDS[kind]}"]
     np.testing.assert_allclose(form(heard(file["X"], kind))[:, 0, : wanted.shape[1]], wanted, **STATES)
@@ -126,9 +130,7 @@ def test_the_loop_gives_the_recorded_tokens(traced, name):
                 assert each.kind == wanted["kind"]
                 length = int(each.heard.lengths_BJ[each.index, 0])
                 assert length == wanted["num_visual"] + wanted["num_text"]
-                np.testing.assert_allclose(
-                    each.heard.states_BJLD[each.index, 0, :length], wanted["H"][0], **STATES
-                )
+                np.testing.assert_allclose(each.heard.states_BJLD[each.index, 0, :length], wanted["H"][0], **STATES)
 
 
 @pytest.mark.parametrize("name", TRACES)
@@ -152,7 +154,9 @@ def test_scores_positions_and_memories_step_by_step(traced, name):
                 continue
             wanted = next(memories)
             kind = int(wanted["kind"])
-            assert kind == (1 - speech.invoke_ids.index(token) if trace.calls.reverse_types else speech.invoke_ids.index(token))
+            assert kind == (
+                1 - speech.invoke_ids.index(token) if trace.calls.reverse_types else speech.invoke_ids.index(token)
+            )
             latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.full(1, kind), 16)
             length = heard.lengths_BJ[0]
             queries = builder(found.params, heard.states_BJLD[0], length)

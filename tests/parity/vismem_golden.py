@@ -29,7 +29,7 @@ TRACES = {
 
 
 def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "vision_encoder", adapter: str = "qv"):
-    """The VLM, its parameters and the files, with one of the formers; `adapter`: of lora_llm, by the name of its file."""
+    """The VLM, its parameters and the files, with one of the formers; `adapter` of lora_llm, by its file's name."""
     folder = golden / "vismem"
     content = json.loads((folder / "config.json").read_text())
     base = qwen_golden.load((golden / content["base"]).parent)

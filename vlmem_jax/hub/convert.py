@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,11 +21,12 @@ from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDE
 from vlmem_jax.config import to_dict
 from vlmem_jax.hub import families, orbax_io
 from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Leaf
+from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Leaf, Made
 from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.settings import Released
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
+from vlmem_jax.memory import TokenStart
 from vlmem_jax.models import VLM, ModelConfig, presets
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
@@ -32,6 +35,8 @@ from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, image_conf
 RELEASED_CONFIG = "released_config.json"
 """The config.json a checkpoint came with; export keeps its keys that mean nothing here."""
 SHARD_BYTES = 5_000_000_000
+ROWS = 4096
+"""Of the embedding, read at once."""
 Progress = Callable[[int, int], None]
 """Told, as work goes on, the bytes that are done and those there are in all."""
 
@@ -207,8 +212,10 @@ def _leaves(
     if new_rows:
         _extend_vocabulary(leaves, new_rows, seed)
     fresh = [path for path in flat(vlm.abstract()) if path not in leaves]
+    start = _token_start(leaves, vlm.speech.start_id) if fresh and vlm.speech else None
     for path in fresh:
-        leaves[path] = _fresh_blocks(config, path, dtype, seed)
+        comemo = config.memory == "comemo"
+        leaves[path] = (_fresh_blocks if comemo else functools.partial(_fresh_leaf, start))(config, path, dtype, seed)
     return leaves, tuple(fresh), new_rows
 
 
@@ -222,6 +229,27 @@ def _fresh_blocks(config: ModelConfig, path: str, dtype: np.dtype, seed: int) ->
         return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})[path][0].astype(dtype)
 
     return Fresh(init, config.decoder.layers // every)
+
+
+def _fresh_leaf(start: TokenStart | None, config: ModelConfig, path: str, dtype: np.dtype, seed: int) -> Made:
+    """A leaf of a memory as the model initialises it; its tokens start from one that there is."""
+
+    def make():
+        rngs = nnx.Rngs(seed)
+        memory = make_memory(config, rngs)
+        if start is not None:
+            memory.adopt(start, rngs.params())
+        return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})[path].astype(dtype)
+
+    return Made(make)
+
+
+def _token_start(leaves: Mapping[str, Leaf], token: int) -> TokenStart:
+    embed, head = leaves["decoder/embed"], leaves.get("decoder/head/kernel")
+    row_D = embed.read((slice(token, token + 1),))[0]
+    column_D = row_D if head is None else head.read((slice(None), slice(token, token + 1)))[:, 0]
+    sizes = [np.sqrt((slab.astype(np.float32) ** 2).mean(-1)).sum() for slab in embed.slabs(ROWS)]
+    return TokenStart(*(jnp.asarray(x, jnp.float32) for x in (row_D, column_D, sum(sizes) / embed.shape[0])))
 
 
 def _extend_vocabulary(leaves: dict[str, Leaf], count: int, seed: int) -> None:

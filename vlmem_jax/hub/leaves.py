@@ -95,6 +95,27 @@ class Extended(Leaf):
         return np.concatenate([old, self._more[tuple(index)]], axis)
 
 
+class Made(Leaf):
+    """What `make`, a function that jax.jit takes, makes when it is asked for."""
+
+    def __init__(self, make: Callable[[], jax.Array]):
+        made = jax.eval_shape(make)
+        super().__init__(made.shape, made.dtype)
+        self._make = make
+
+    def read(self, index: Index) -> np.ndarray:
+        return np.asarray(jax.jit(self._make)())[self._full(index)]
+
+    def slabs(self, rows: int) -> Iterator[np.ndarray]:
+        whole = self.read(())
+        for start in range(0, self.shape[0], rows):
+            yield whole[start : start + rows]
+
+    def array(self, sharding: jax.sharding.Sharding, dtype=None) -> jax.Array:
+        dtype = self.dtype if dtype is None else dtype
+        return jax.jit(lambda: self._make().astype(dtype), out_shardings=sharding)()
+
+
 class Fresh(Leaf):
     """`layers` layers that `init(number)`, a function that jax.jit takes, makes when they are asked for."""
 

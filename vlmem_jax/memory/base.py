@@ -12,9 +12,10 @@ and checkpoints like a key/value cache. It meets the model at doors; a memory ov
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -46,6 +47,8 @@ class Speech:
     """Most of them in one answer, so that the cache has a bound."""
     max_states: int
     """Most states of the text that `Memory.heard` gives."""
+    start_id: int
+    """The token that those of the memory start from."""
 
     @property
     def slots(self) -> int:
@@ -69,6 +72,21 @@ class Decode(Protocol):
         segments_BT: Int32[Array, "B T"],
         lora: Adapters | None,
     ) -> Float[Array, "B T D"]: ...
+
+
+class TokenStart(NamedTuple):
+    """What a new token may start from."""
+
+    embedding_D: Float[Array, "D"]
+    scoring_D: Float[Array, "D"]
+    """Of another token, as it goes in and as it is scored."""
+    rms: Float[Array, ""]
+    """Mean root mean square of all embeddings."""
+
+    @classmethod
+    def of(cls, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], token: int) -> "TokenStart":
+        rms = jnp.sqrt(jnp.mean(embed_VD.astype(jnp.float32) ** 2, axis=-1)).mean()
+        return cls(embed_VD[token], head_VD[token], rms)
 
 
 class Memory(nnx.Module):
@@ -129,8 +147,8 @@ class Memory(nnx.Module):
         """SPEAK: latent tokens, to stand in a row in place of embeddings. With a key as in training, with dropout."""
         raise NotImplementedError(f"{type(self).__name__} does not speak")
 
-    def adopt(self, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], key: jax.Array) -> None:
-        """Starts what is the memory's own from the tables of a model."""
+    def adopt(self, start: TokenStart, key: jax.Array) -> None:
+        """SPEAK: starts the tokens of the memory's own from another, `Speech.start_id`."""
 
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars worth a curve, by name."""

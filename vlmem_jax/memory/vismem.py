@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import DecoderConfig
-from vlmem_jax.memory.base import Decode, Memory, Speech
+from vlmem_jax.memory.base import Decode, Memory, Speech, TokenStart
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.encoder import Encoder, EncoderConfig
 from vlmem_jax.nn.linear import ones, param
@@ -163,20 +163,20 @@ class VisMem(Memory):
         self.special_out = param(init, (4, decoder.width), ("slots", "embed"), rngs)
         self.invoke_logit_bias = param(nnx.initializers.constant(INVOKE_BIAS), (1,), ("scalar",), rngs)
 
-    def adopt(self, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], key: jax.Array) -> None:
+    def adopt(self, start: TokenStart, key: jax.Array) -> None:
         """Rows of special tokens start from those of a full stop, gains from the size of embeddings."""
-        tables = (self.special_in, embed_VD), (self.special_out, head_VD)
-        for n, (rows, table_VD) in enumerate(tables):
-            noise = ROWS_NOISE * jax.random.normal(jax.random.fold_in(key, n), rows.shape)
-            rows[...] = table_VD[self.config.start_id] + noise
+        pairs = (self.special_in, start.embedding_D), (self.special_out, start.scoring_D)
+        for n, (rows, from_D) in enumerate(pairs):
+            rows[...] = from_D + ROWS_NOISE * jax.random.normal(jax.random.fold_in(key, n), rows.shape)
         for former in (self.short, self.long):
             if former.gain is not None:
-                former.gain[...] = jnp.sqrt(jnp.mean(embed_VD**2, axis=-1)).mean()[None]
+                former.gain[...] = start.rms[None]
 
     @classmethod
     def speech(cls, config: VisMemConfig) -> Speech:
         ids = config.token_ids
-        return Speech(ids[::2], ids[1::2], config.lengths, config.max_invocations, config.max_prompt_hidden)
+        limits = config.max_invocations, config.max_prompt_hidden
+        return Speech(ids[::2], ids[1::2], config.lengths, *limits, config.start_id)
 
     # --- the tokens ---------------------------------------------------------------------------------------------------
 

@@ -82,8 +82,11 @@ def decoder_flops(config: ModelConfig, tokens: int) -> tuple[int, int]:
 
 
 def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int]:
-    """Forward FLOPs of the memory blocks for one row: in their weights, and in attention."""
-    if config.memory == "none":
+    """Forward FLOPs of the memory blocks for one row: in their weights, and in attention.
+
+    A memory that speaks works between tokens: none of that is counted here.
+    """
+    if config.memory != "comemo":
         return 0, 0
     c, width = config.comemo, config.decoder.width
     blocks, slots, inner = (

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import Decoder
-from vlmem_jax.memory import MEMORIES, Decode, Memory, Speech, VisualTokens
+from vlmem_jax.memory import MEMORIES, Decode, Memory, Speech, TokenStart, VisualTokens
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
 from vlmem_jax.sharding import constrain
@@ -34,9 +34,9 @@ class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.vision, self.projector = _tower(config, rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
-        self.memory = _memory(config, rngs)
-        if self.memory:
-            self.memory.adopt(*self.decoder.tables(), rngs.params())
+        self.memory = make_memory(config, rngs)
+        if speech := speech_of(config):
+            self.memory.adopt(TokenStart.of(*self.decoder.tables(), speech.start_id), rngs.params())
 
 
 def _tower(config: ModelConfig, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
@@ -55,6 +55,11 @@ def make_memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
     if config.memory == "none":
         return None
     return MEMORIES[config.memory](getattr(config, config.memory), config.decoder, config.attention, rngs=rngs)
+
+
+def speech_of(config: ModelConfig) -> Speech | None:
+    """How the memory of a model breaks into answers, if it does."""
+    return None if config.memory == "none" else MEMORIES[config.memory].speech(getattr(config, config.memory))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +92,7 @@ class VLM:
     @property
     def speech(self) -> Speech | None:
         """How the memory breaks into answers, if it does."""
-        name = self.config.memory
-        return None if name == "none" else MEMORIES[name].speech(getattr(self.config, name))
+        return speech_of(self.config)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
