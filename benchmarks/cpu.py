@@ -91,7 +91,7 @@ def decode_step() -> list[Row]:
         jax.block_until_ready((state, logits_BV, finished_B))
         begin = time.perf_counter()
         with generator.context():
-            state, logits_BV, finished_B, _ = generator.step(params, state, logits_BV, finished_B, choice, True)
+            state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
         return (time.perf_counter() - begin) * 1e3
 
     dispatch()
@@ -134,7 +134,7 @@ def cached_after(prompt: int) -> Row:
         generator, state, logits_BV, finished_B, choice = start(vlm, params, begin, prompt + new)
         for _ in range(new):
             with generator.context():
-                state, logits_BV, finished_B, _ = generator.step(params, state, logits_BV, finished_B, choice, True)
+                state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
         return logits_BV
 
     def again():

@@ -27,9 +27,10 @@ def test_draws_follow_the_distribution():
     rows = 4000
     logits = jnp.log(jnp.tile(jnp.asarray(p), (rows, 1)))
     choice = Choice.make(SamplingConfig(temperature=1.0), rows, 4, [2], [])
-    drawn = choose(logits.astype(jnp.float32), choice, jnp.zeros(rows, jnp.int32), greedy=False)
+    drawn, logp = choose(logits.astype(jnp.float32), choice, jnp.zeros(rows, jnp.int32), greedy=False)
     shares = np.bincount(drawn, minlength=4) / rows
     np.testing.assert_allclose(shares, [0.4, 0, 0, 0.6], atol=0.03)
+    np.testing.assert_allclose(np.exp(logp), np.array([0.4, 0, 0, 0.6])[drawn], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from flax import nnx
 from vismem_golden import TRACES, part
 
 from vlmem_jax.generate import SamplingConfig
+from vlmem_jax.generate.loop import TEXT_BUCKET
+from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.types import Batch, Heard
 
 LOGITS = dict(atol=2e-4, rtol=1e-4)
@@ -49,10 +51,8 @@ def test_each_layer_of_the_query_builder(model, memory):
     seen = np.isfinite(file["attn_mask"])
     padded = seen & ~np.pad(file["key_padding_mask"], ((0, 0), (0, K)))[:, None]
     graph, layers = nnx.split(builder.encoder.layers)
-    for name, allowed, real in (
-        ("layer", np.broadcast_to(seen, padded.shape), None),
-        ("layer_masked", padded, lengths),
-    ):
+    cases = ("layer", np.broadcast_to(seen, padded.shape), "Q"), ("layer_masked", padded, "Q_masked")
+    for name, allowed, output in cases:
         y = x
         for n in range(model().vlm.config.vismem.query_builder.layers):
             y = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], layers))(y, jnp.asarray(allowed))
@@ -84,10 +84,8 @@ def test_queries(model, memory):
 )
 def test_formers(model, name, of, kind):
     found, file = model(*of), model(*of).files[name]
-    modules = found.vlm._merge(found.params)
-    np.testing.assert_allclose(
-        modules.memory.query_builder(jnp.asarray(file["X"]), jnp.full(2, 13)), file["Q"], **STATES
-    )
+    modules, lengths = found.vlm._merge(found.params), jnp.full(len(file["X"]), file["X"].shape[1])
+    np.testing.assert_allclose(modules.memory.query_builder(jnp.asarray(file["X"]), lengths), file["Q"], **STATES)
     form = jax.jit(lambda heard: modules.memory.form(heard, found.vlm._decode(modules)))
     wanted = file[f"M_{KINDS[kind]}"]
     np.testing.assert_allclose(form(heard(file["X"], kind))[:, 0, : wanted.shape[1]], wanted, **STATES)
@@ -119,8 +117,8 @@ def test_the_loop_gives_the_recorded_tokens(traced, name):
         sampling = SamplingConfig(max_new_tokens=longest)
         answers = [[] for _ in group]
         forced = [traces[n].forced for n in group]
-        for emitted in session.emissions(sampling, traces[group[0]].calls, forced, record=True):
-            for answer, token in zip(answers, emitted.tokens_B.tolist(), strict=True):
+        for tokens_B, _ in session.draw(sampling, None, traces[group[0]].calls, forced, record=True):
+            for answer, token in zip(answers, tokens_B.tolist(), strict=True):
                 answer += [token] * (token >= 0)
         for row, n in enumerate(group):
             # rows of a batch go on for as long as the longest
@@ -153,11 +151,11 @@ def test_scores_positions_and_memories_step_by_step(traced, name):
             if token not in speech.invoke_ids:
                 continue
             wanted = next(memories)
-            kind = int(wanted["kind"])
-            assert kind == (
-                1 - speech.invoke_ids.index(token) if trace.calls.reverse_types else speech.invoke_ids.index(token)
-            )
-            latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.full(1, kind), 16)
+            kind = speech.invoke_ids.index(token)
+            kind = 1 - kind if trace.calls.reverse_types else kind
+            assert kind == wanted["kind"]
+            size = bucket(int(wanted["num_text"]), TEXT_BUCKET)
+            latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.full(1, kind), size)
             length = heard.lengths_BJ[0]
             queries = builder(found.params, heard.states_BJLD[0], length)
             np.testing.assert_allclose(heard.states_BJLD[0, :, : int(length[0])], wanted["H"], **STATES)
@@ -247,7 +245,7 @@ def test_supervised_step_of_stage_one(model):
     [prompt] = vismem_golden.rows(found, file)
     session, length = vismem_golden.session(found, [prompt], 1), len(prompt.tokens_T)
     _, state = vlm.extend(found.params, session.state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
-    latents, heard = vlm.form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), 4)
+    latents, heard = vlm.form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), TEXT_BUCKET)
     count = int(heard.lengths_BJ[0, 0])
     np.testing.assert_allclose(heard.states_BJLD[:, 0, :count], file["X"], **STATES)
     slots = file["M"].shape[1]

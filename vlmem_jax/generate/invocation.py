@@ -131,9 +131,16 @@ class Calls:
         logits_BV = logits_BV.at[:, calls].set(jnp.where(may_B[:, None], logits_BV[:, calls], -jnp.inf))
         return logits_BV.at[:, jnp.array(speech.end_ids)].set(-jnp.inf)
 
-    def force(self, rule: Rule, speech: Speech, keys_B: Array) -> Int32[Array, "B"]:
-        """The token of each row where it is not the model's to choose, else -1; first the caller's, then chance."""
-        draws_B2 = jax.vmap(lambda key: jax.random.uniform(key, 2))(keys_B)
+    def force(self, rule: Rule, speech: Speech, keys_B: Array, index_B: Int32[Array, "B"]) -> Int32[Array, "B"]:
+        """The token of each row where it is not the model's to choose, else -1; first the caller's, then chance.
+
+        Keys and index as in `sampling.choose`.
+        """
+
+        def draw(key, index):
+            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, index), 1), 2)
+
+        draws_B2 = jax.vmap(draw)(keys_B, index_B)
         chance_B = jnp.where(rule.delimiter_V[self.last_B] & (self.last_B >= 0), rule.after_delimiter, rule.anywhere)
         kinds_B = (draws_B2[:, 1, None] >= jnp.cumsum(rule.share_K)[:-1]).sum(-1)
         called_B = (draws_B2[:, 0] < chance_B) & (self.left_B > 0) & rule.heeded_K.any()

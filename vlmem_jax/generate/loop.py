@@ -22,7 +22,7 @@ from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.sharding import batch_sharding, batch_shards
-from vlmem_jax.types import Heard, Sample
+from vlmem_jax.types import DecodeState, Heard, Sample
 
 FINISHED = -1
 """Stands for the token of a row that has stopped, or that has none this time."""
@@ -45,33 +45,47 @@ def compiled(vlm: VLM):
     """prefill, extend and step of one model, each compiled at its first call."""
     speech = vlm.speech
 
+    def prefill(params, batch, capacity, copies=1):
+        logits_BV, state = vlm.prefill(params, batch, capacity)
+        return (logits_BV, state) if copies == 1 else repeat_rows(logits_BV, state, copies)
+
     def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
-        waiting_B, forced_B = jnp.zeros_like(finished_B), None
         if calls is not None:
-            waiting_B = calls.waiting_B
-            finished_B |= (calls.count_B >= rule.limit) & ~waiting_B
+            finished_B |= (calls.count_B >= rule.limit) & ~calls.waiting_B
             logits_BV = calls.mute(rule, speech, logits_BV)
-        tokens_B = choose(logits_BV, choice, state.length_B, greedy)
+        tokens_B, logp_B = choose(logits_BV, choice, state.length_B, greedy)
         if calls is not None:
-            keys_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), 1))(
-                choice.keys_B, state.length_B
-            )
-            given_B = calls.force(rule, speech, keys_B)
-            forced_B = given_B >= 0
-            tokens_B = jnp.where(forced_B, given_B, tokens_B)
-        finished_B |= choice.stop_V[tokens_B] & ~waiting_B
-        counts_B = 1 - (finished_B | waiting_B).astype(jnp.int32)
+            given_B = calls.force(rule, speech, choice.keys_B, state.length_B)
+            tokens_B = jnp.where(given_B >= 0, given_B, tokens_B)
+            logp_B = jnp.where(given_B >= 0, jnp.nan, logp_B)
+            tokens_B = jnp.where(calls.waiting_B, WAITING, tokens_B)
+        tokens_B = jnp.where(finished_B, FINISHED, tokens_B)
+        finished_B |= choice.stop_V[tokens_B] & (tokens_B >= 0)
+        counts_B = (~finished_B & (tokens_B >= 0)).astype(jnp.int32)
         logits_BV, state = vlm.extend(params, state, tokens_B[:, None], counts_B)
         if calls is not None:
             calls = calls.take(rule, speech, tokens_B, counts_B)
-        tokens_B = jnp.where(finished_B, FINISHED, jnp.where(waiting_B, WAITING, tokens_B))
-        return state, logits_BV, finished_B, tokens_B, calls, forced_B
+        return state, logits_BV, finished_B, tokens_B, logp_B, calls
 
     return (
-        jax.jit(vlm.prefill, static_argnums=2),
+        jax.jit(prefill, static_argnums=(2, 3)),
         jax.jit(vlm.extend, donate_argnums=1),
         jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6)),
     )
+
+
+def repeat_rows(logits_BV: jax.Array, state: DecodeState, copies: int) -> tuple[jax.Array, DecodeState]:
+    """Each row `copies` times, one after the other. The B in the name of a state's field says which axis holds rows."""
+
+    def repeat(x: jax.Array, axis: int) -> jax.Array:
+        before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
+        repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, copies, *after))
+        return repeated.reshape(*before[:-1], before[-1] * copies, *after)
+
+    def by_name(path: tuple, x: jax.Array) -> jax.Array:
+        return repeat(x, path[-1].name.rpartition("_")[2].index("B"))
+
+    return repeat(logits_BV, 0), jax.tree.map_with_path(by_name, state)
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,8 +145,11 @@ class Generator:
         """Cache slots for `new_tokens` chosen ones and all memories that may come between."""
         return new_tokens + (self.vlm.speech.room if self.vlm.speech else 0)
 
-    def start(self, samples: Sequence[Sample], new_tokens: int, rows: int | None = None) -> "Session":
-        """Reads the prompts; room is made for `new_tokens` more. `rows`: size of the batch, default one a prompt."""
+    def start(self, samples: Sequence[Sample], new_tokens: int, rows: int | None = None, copies: int = 1) -> "Session":
+        """Reads the prompts; room is made for `new_tokens` more. `rows`: size of the batch, default one a prompt.
+
+        Each prompt is read once and goes on as `copies` rows, which stand one after the other.
+        """
         shards = batch_shards(self.mesh) if self.mesh else 1
         rows = -(-(rows or len(samples)) // shards) * shards
         batch = pad_prompts(samples, rows, self.vlm.tile)
@@ -140,8 +157,8 @@ class Generator:
         capacity = max(bucket(longest + self.room(new_tokens), 64), batch.tokens_BT.shape[1])
         with self.context():
             batch = jax.device_put(batch, batch_sharding(self.mesh) if self.mesh else None)
-            logits_BV, state = self.prefill(self.params, batch, capacity)
-        return Session(self, state, logits_BV, len(samples), capacity - longest)
+            logits_BV, state = self.prefill(self.params, batch, capacity, copies)
+        return Session(self, state, logits_BV, len(samples) * copies, capacity - longest)
 
     def generate(
         self,
@@ -161,15 +178,6 @@ class Generator:
                     if token != FINISHED:
                         answers[n].append(int(token))
         return answers
-
-
-class Emitted(NamedTuple):
-    """One token, or none, of each prompt."""
-
-    tokens_B: np.ndarray
-    """FINISHED where there is none."""
-    sampled_B: np.ndarray
-    """Whether the model chose it: not a rule, not the caller, and not what ends a memory."""
 
 
 class Invocation(NamedTuple):
@@ -192,12 +200,13 @@ class Session:
         self.state = state
         self.logits_BV = logits_BV
         self.prompts = prompts
+        """Rows that are not padding."""
         self._room = room
         rows = logits_BV.shape[0]
         self._taken_B = np.zeros(rows, int)
         self._heard_B = np.zeros(rows, int)
         self.invocations: list[Invocation] = []
-        """Of all rows, in order, while `emissions` records them."""
+        """Of all rows, in order, if `draw` is to record them."""
 
     @property
     def free(self) -> int:
@@ -211,24 +220,31 @@ class Session:
 
         Raises ValueError if max_new_tokens are more than there is room for.
         """
-        for emitted in self.emissions(sampling, invocation):
-            yield emitted.tokens_B
+        for tokens_B, _ in self.draw(sampling, invocation=invocation):
+            tokens_B = np.where(np.isin(tokens_B, self.generator.stop_ids), FINISHED, tokens_B)
+            if (tokens_B != FINISHED).any():
+                yield tokens_B
 
-    def emissions(
+    def draw(
         self,
         sampling: SamplingConfig,
+        keys_B: jax.Array | None = None,
         invocation: InvocationConfig = InvocationConfig(),
         forced: Sequence[Sequence[int]] = (),
         record: bool = False,
-    ) -> Iterator[Emitted]:
-        """As `stream`, and where tokens come from. Where the memory speaks, the first tokens of row i are `forced[i]`
-        (-1: the model's choice), and its memories are recorded in `invocations` if asked for.
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens [prompts], the stop id of a row with them, and their log-probabilities (see `sampling.choose`).
 
-        An invocation's latent tokens stand before the token that ends it and are not among the tokens.
+        FINISHED for rows that had stopped before or have no token this time. `keys_B`: a random key for each row of the
+        batch, in place of those of the seed. Ends and raises as `stream`.
+
+        Where a memory speaks: the first tokens of row i are `forced[i]`, -1 leaving one to the model. A memory's latent
+        tokens stand before the token that ends it and are not among the tokens. What was forced, called for by chance,
+        or ends a memory was not drawn: its log-probability is NaN. `record`: keep `invocations`.
         """
         generator, speech = self.generator, self.generator.vlm.speech
         (rows, vocab), room = self.logits_BV.shape, sampling.max_new_tokens
-        calls = rule = None
+        calls = rule = answer = None
         if speech:
             budget = invocation.budget(speech)
             room += budget * (speech.slots + 1)
@@ -243,40 +259,35 @@ class Session:
                 + (f" and {room - sampling.max_new_tokens} for memories" if speech else "")
                 + "; give start() more new_tokens"
             )
-        choice = Choice.make(sampling, rows, vocab, generator.banned_ids, generator.stop_ids)
+        choice = Choice.make(sampling, rows, vocab, generator.banned_ids, generator.stop_ids, keys_B)
         finished_B = jnp.arange(rows) >= self.prompts
         greedy = sampling.temperature == 0
         late = None
-        for n in itertools.count():
-            if speech is None and n == sampling.max_new_tokens:
-                break
+        # waiting takes steps, too: how many it will be is not known where a memory speaks
+        for _ in itertools.count() if speech else range(sampling.max_new_tokens):
             with generator.context():
-                self.state, self.logits_BV, finished_B, tokens_B, calls, forced_B = generator.step(
+                self.state, self.logits_BV, finished_B, tokens_B, logp_B, calls = generator.step(
                     generator.params, self.state, self.logits_BV, finished_B, choice, greedy, calls, rule
                 )
             if late is not None:
-                emitted = self._read(*late)
-                if emitted is None:
+                tokens, logp = self._read(late)
+                if (tokens >= 0).any():
+                    yield np.where(tokens >= 0, tokens, FINISHED), logp
+                if np.isin(tokens, (FINISHED, *generator.stop_ids)).all():
                     return
-                yield emitted
-                if speech and (kinds_B := answer.called(emitted.tokens_B)) is not None:
+                if answer and (kinds_B := answer.called(tokens)) is not None:
                     calls = answer.speak(calls, kinds_B)
                     yield answer.ends(kinds_B)
-            late = tokens_B, forced_B
-        emitted = self._read(*late)
-        if emitted is not None:
-            yield emitted
+            late = tokens_B, logp_B
+        yield self._read(late)
 
-    def _read(self, tokens_B: jax.Array, forced_B: jax.Array | None) -> Emitted | None:
-        """The tokens on the host; None if all rows have stopped."""
-        tokens = np.asarray(tokens_B)[: self.prompts]
-        if (tokens == FINISHED).all():
-            return None
-        has_token = tokens >= 0
-        self._taken_B[: self.prompts] += has_token
-        self._heard_B[: self.prompts] += has_token
-        sampled = has_token if forced_B is None else has_token & ~np.asarray(forced_B)[: self.prompts]
-        return Emitted(np.where(has_token, tokens, FINISHED), sampled)
+    def _read(self, arrays: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and log-probabilities on the host, without those of padding rows."""
+        tokens_B, logp_B = (x[: self.prompts] for x in jax.device_get(arrays))
+        taken_B = (tokens_B >= 0) & ~np.isin(tokens_B, self.generator.stop_ids)
+        self._taken_B[: self.prompts] += taken_B
+        self._heard_B[: self.prompts] += taken_B
+        return tokens_B, logp_B
 
     def append(self, ids: Sequence[int]) -> None:
         """Adds the same tokens to every row. Raises ValueError if there is no room for them."""
@@ -347,7 +358,7 @@ class _Answer:
         session._heard_B[waiting] = 0
         return calls
 
-    def ends(self, kinds_B: np.ndarray) -> Emitted:
-        """The tokens that end the memories."""
+    def ends(self, kinds_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that end the memories; nobody drew them."""
         tokens_B = np.where(kinds_B >= 0, np.array(self.speech.end_ids)[np.maximum(kinds_B, 0)], FINISHED)
-        return Emitted(tokens_B[: self.session.prompts], np.zeros(self.session.prompts, bool))
+        return tokens_B[: self.session.prompts], np.full(self.session.prompts, np.nan, np.float32)

@@ -45,12 +45,13 @@ class Choice(NamedTuple):
     stop_V: Bool[Array, "V"]
 
     @classmethod
-    def make(cls, config: SamplingConfig, rows: int, vocab: int, banned_ids, stop_ids) -> "Choice":
-        """Row i of a batch draws with seed + i, and so gives what it gives alone with that seed."""
+    def make(cls, config: SamplingConfig, rows: int, vocab: int, banned_ids, stop_ids, keys_B=None) -> "Choice":
+        """Row i of a batch draws with `keys_B[i]`, else with seed + i, and so gives what it gives alone with that."""
         banned_V, stop_V = np.zeros(vocab, bool), np.zeros(vocab, bool)
         banned_V[list(banned_ids)] = True
         stop_V[list(stop_ids)] = True
-        keys_B = jax.vmap(jax.random.key)(jnp.arange(rows, dtype=jnp.uint32) + np.uint32(config.seed % 2**32))
+        if keys_B is None:
+            keys_B = jax.vmap(jax.random.key)(jnp.arange(rows, dtype=jnp.uint32) + np.uint32(config.seed % 2**32))
         return cls(
             jnp.float32(config.temperature),
             jnp.int32(config.top_k or vocab),
@@ -63,14 +64,27 @@ class Choice(NamedTuple):
 
 def choose(
     logits_BV: Float[Array, "B V"], choice: Choice, index_B: Int32[Array, "B"], greedy: bool
-) -> Int32[Array, "B"]:
-    """The next token of each row, never a banned one. `index_B`: the token's place in its row, makes its draw."""
-    logits_BV = jnp.where(choice.banned_V, -jnp.inf, logits_BV)
+) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
+    """The next token of each row, never a banned one, and its log-probability in fp32.
+
+    `index_B`: the token's place in its row, makes its draw. The log-probability is that under the softmax of all scores
+    but those of banned tokens, before temperature, top_k and top_p: what `train.loss.log_probs` computes of the row.
+    """
+    allowed_BV = jnp.where(choice.banned_V, -jnp.inf, logits_BV)
     if greedy:
-        return logits_BV.argmax(axis=-1).astype(jnp.int32)
-    logits_BV = filter_logits(logits_BV / choice.temperature, choice.top_k, choice.top_p)
-    keys_B = jax.vmap(jax.random.fold_in)(choice.keys_B, index_B)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+        tokens_B = allowed_BV.argmax(axis=-1)
+    else:
+        limited = (choice.top_k < logits_BV.shape[-1]) | (choice.top_p < 1)
+        tempered_BV = jax.lax.cond(  # sorting a whole vocabulary takes longer than all the rest
+            limited,
+            lambda x_BV: filter_logits(x_BV, choice.top_k, choice.top_p),
+            lambda x_BV: x_BV,
+            allowed_BV / choice.temperature,
+        )
+        keys_B = jax.vmap(jax.random.fold_in)(choice.keys_B, index_B)
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, tempered_BV)
+    logp_BV = jax.nn.log_softmax(allowed_BV.astype(jnp.float32))
+    return tokens_B.astype(jnp.int32), jnp.take_along_axis(logp_BV, tokens_B[:, None], axis=-1)[:, 0]
 
 
 def filter_logits(
