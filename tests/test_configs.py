@@ -12,6 +12,7 @@ from vlmem_jax.train.stages import Split, flatten
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]
 SPECS += ["comemo_2b.py:released", "comemo_9b.py:released", "tiny/qwen2_5_vl.py:comemo"]
+SPECS += [f"vismem_qwen25vl_7b.py:{profile}" for profile in ("paper_supplement", "released")]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -41,6 +42,22 @@ def test_profiles_of_the_smallest_qwen():
     assert (comemo.model.memory, [stage.name for stage in comemo.stages]) == ("comemo", ["pretrain", "finetune"])
     paths = list(flatten(VLM(comemo.model).abstract()))
     assert all(path.startswith(("projector/", "memory/")) for path in Split.of(comemo.stages[0], paths).trainable)
+
+
+def test_profiles_of_vismem():
+    """Their sizes, as published: of the query builder, and of an adapter."""
+    for end, lengths, builder, adapter in (
+        ("", (8, 16), 315_750_400 + 2048 * 3584, 5_046_272),
+        (":paper_supplement", (4, 8), 315_750_400 + 2048 * 3584, 5_046_272),
+        (":released", (8, 16), 315_750_400, 10_092_544),
+    ):
+        built = experiment(load(str(CONFIGS / f"vismem_qwen25vl_7b.py{end}")))
+        assert built.model.vismem.lengths == lengths
+        sizes = {path: leaf.size for path, leaf in flatten(VLM(built.model).abstract()).items()}
+        for part, size in (("query_builder/", builder), ("short/lora/", adapter), ("long/lora/", adapter)):
+            assert sum(n for path, n in sizes.items() if path.startswith(f"memory/{part}")) == size
+        trained = [Split.of(stage, list(sizes)).trainable for stage in built.stages]
+        assert trained[0] | trained[1] == {path for path in sizes if path.startswith("memory/")}
 
 
 def test_keys_change_from_the_command_line():

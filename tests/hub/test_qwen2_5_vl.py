@@ -24,7 +24,7 @@ from vlmem_jax.models import VLM, presets
 from vlmem_jax.processing import PatchConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_5_vl"  # the set that is kept here
-VARIANTS = [{}, {"decoder": {"tied": False}}, {"memory": "comemo", "decoder": {"tied": False}}]
+VARIANTS = [{}, {"decoder": {"tied": False}}, {"memory": "comemo", "decoder": {"tied": False}}, {"memory": "vismem"}]
 PREPROCESSOR = {"min_pixels": 3136, "max_pixels": 100352, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
 
 
@@ -125,7 +125,9 @@ def test_ours_to_theirs_to_ours_is_bit_equal(tmp_path, changes):
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     loaded = load_model(tmp_path / "back")
     assert written["image_token_id"] == loaded.processor.context_id
-    assert loaded.vlm.config == dataclasses.replace(model, compute_dtype="bfloat16", comemo=loaded.vlm.config.comemo)
+    memories = {name: getattr(loaded.vlm.config, name) for name in ("comemo", "vismem")}
+    assert loaded.vlm.config == dataclasses.replace(model, compute_dtype="bfloat16", **memories)
+    assert model.memory == "none" or memories[model.memory] == getattr(model, model.memory)
     assert loaded.processor.image == PatchConfig(max_pixels=100352)
 
 
@@ -138,6 +140,25 @@ def test_fresh_memory_blocks_on_a_released_checkpoint(hf_folder, tmp_path):
     export_folder(tmp_path / "ours", tmp_path / "back")
     assert "model.layers.1.gated_cross_attn_layer.attn_gate" in tensors(tmp_path / "back")
     assert released(tmp_path / "back").model.comemo == model.comemo
+
+
+def test_a_fresh_memory_whose_tokens_start_from_one_of_a_released_checkpoint(hf_folder, tmp_path):
+    found = to_dict(released(hf_folder).model)
+    memory = to_dict(tiny({}).vismem) | {"token_ids": (310, 311, 312, 313), "start_id": 5, "memory_output": "rescaled"}
+    model = presets.resolve(found | {"memory": "vismem", "vismem": memory})
+    summary = import_folder(hf_folder, tmp_path / "ours", model=model)
+    made = parameters(tmp_path / "ours")
+    assert set(summary.fresh) == {path for path in made if path.startswith("memory/")}
+    rows = {"special_in": made["decoder/embed"][5], "special_out": made["decoder/head/kernel"][:, 5]}
+    for name, row in rows.items():
+        apart = made[f"memory/{name}"].astype(np.float32) - row.astype(np.float32)
+        assert 0 < np.abs(apart).max() < 0.01
+    assert not made["memory/short/lora/q/b"].any() and made["memory/short/lora/q/a"].any()
+    sizes = np.sqrt((made["decoder/embed"].astype(np.float32) ** 2).mean(-1))
+    np.testing.assert_allclose(made["memory/long/gain"].astype(np.float32), sizes.mean(), rtol=1e-2)
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    assert "vismem.short.lora.q.a" in tensors(tmp_path / "back")
+    assert released(tmp_path / "back").model.vismem == model.vismem
 
 
 def test_new_rows_of_a_tied_table(tmp_path):
@@ -239,7 +260,7 @@ def test_newer_files():
 def test_what_is_written_is_read_again(changes):
     model, image = tiny(changes), PatchConfig(min_pixels=64, max_pixels=4096)
     found = read_config(write_config(model, "float32"), {}, write_preprocessor(model, image))
-    kept = {"comemo": found.model.comemo} if model.memory == "none" else {}
+    kept = {name: getattr(found.model, name) for name in ("comemo", "vismem") if name != model.memory}
     assert found.model == dataclasses.replace(model, **kept) and found.image == image
 
 

@@ -2,8 +2,17 @@
 
 from vlmem_jax.generate.chat import Chat
 from vlmem_jax.generate.invocation import InvocationConfig
-from vlmem_jax.generate.load import LoadedModel, load_model
+from vlmem_jax.generate.load import LoadedModel, load_model, never_sampled
 from vlmem_jax.generate.loop import Generator, Session
 from vlmem_jax.generate.sampling import SamplingConfig
 
-__all__ = ["Chat", "Generator", "InvocationConfig", "LoadedModel", "SamplingConfig", "Session", "load_model"]
+__all__ = [
+    "Chat",
+    "Generator",
+    "InvocationConfig",
+    "LoadedModel",
+    "SamplingConfig",
+    "Session",
+    "load_model",
+    "never_sampled",
+]

@@ -90,7 +90,8 @@ class Rule(NamedTuple):
         chance = {"delimiter_random": config.probability, "always": 1.0}.get(config.mode, 0.0)
         anywhere = config.anywhere if config.mode == "delimiter_random" else 0.0
         heeded_K = np.array(config.heeded())
-        forced_BS = np.full((rows, bucket(max(map(len, forced), default=0), FORCED_BUCKET)), -1, np.int32)
+        longest = bucket(max(1, *map(len, forced)), FORCED_BUCKET) if forced else 0
+        forced_BS = np.full((rows, longest), -1, np.int32)
         for row, ids in enumerate(forced):
             forced_BS[row, : len(ids)] = ids
         return cls(

@@ -27,17 +27,25 @@ class LoadedModel:
 
     def generator(self) -> Generator:
         """Stops at the end of an answer and never samples a control token."""
-        speech = self.vlm.speech
-        called = set(speech.invoke_ids) if speech else set()
-        unknown = range(self.processor.tokenizer.vocab_size, self.vlm.config.decoder.vocab)
+        banned = never_sampled(self.processor, self.vlm)
         return Generator(
             self.vlm,
             self.params,
             stop_ids=self.processor.stop_ids,
-            banned_ids=sorted({*self.processor.control_ids, *unknown} - called),
-            delimiter_ids=delimiters(self.processor.tokenizer) if speech else (),
+            banned_ids=banned,
+            delimiter_ids=delimiters(self.processor.tokenizer) if self.vlm.speech else (),
             mesh=self.mesh,
         )
+
+
+def never_sampled(processor: Processor, vlm: VLM) -> tuple[int, ...]:
+    """Ids that a model must not generate: control tokens, and rows of the token table that stand for no token.
+
+    But for those that call for a memory.
+    """
+    calls = vlm.speech.invoke_ids if vlm.speech else ()
+    banned = *processor.control_ids, *range(processor.tokenizer.vocab_size, vlm.config.decoder.vocab)
+    return tuple(token for token in banned if token not in calls)
 
 
 def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> LoadedModel:

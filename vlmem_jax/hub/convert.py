@@ -269,8 +269,8 @@ _FREE = ("vision.drop_path", "vision.layer_scale_init", "decoder.vocab")
 def _check_settings(config: ModelConfig, released: ModelConfig, source: Path) -> None:
     """Shapes do not tell rotary bases, norms or head counts; a model that differs there would load, and be wrong."""
     parts = ["vision", "projector", "decoder"]
-    if config.memory == released.memory == "comemo":
-        parts.append("comemo")
+    if config.memory == released.memory != "none":
+        parts.append(config.memory)
     wrong = []
     for part in parts:
         ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(released, part))

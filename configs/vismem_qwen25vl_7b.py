@@ -1,0 +1,60 @@
+"""VisMem on Qwen2.5-VL-7B (arXiv 2511.11007): memories are formed in the first stage, called for in the second."""
+
+from ml_collections import ConfigDict
+
+PROFILES = {
+    # lengths as in the main text and tables 10 and 11, adapters as in table 4
+    "default": {},
+    "paper_supplement": dict(short_len=4, long_len=8),
+    # what the released code does: it never reads the lora section of its own config
+    "released": dict(
+        lora=dict(dropout=0.05, targets=("q", "k", "v", "o")),
+        visual_states="llm_hidden_first_span",
+        max_visual_hidden=1016,
+        max_positions=2048,
+    ),
+}
+FORMATION = ("memory/query_builder", "memory/short", "memory/long")
+INVOCATION = ("memory/special_", "memory/invoke_logit_bias")
+
+
+def get_config(profile: str | None = None) -> ConfigDict:
+    """Profiles: default, paper_supplement, released."""
+    profile = profile or "default"
+    if profile not in PROFILES:
+        raise ValueError(f"configs/vismem_qwen25vl_7b.py has the profiles {', '.join(PROFILES)}; got {profile!r}")
+    return ConfigDict(
+        dict(
+            model=dict(preset="qwen2_5_vl_7b", memory="vismem", vismem=PROFILES[profile], remat="full"),
+            # a Qwen2.5-VL-7B-Instruct in the Hugging Face layout: start of training and tokenizer
+            init="checkpoints/Qwen2.5-VL-7B-Instruct",
+            tokenizer="checkpoints/Qwen2.5-VL-7B-Instruct",
+            template="qwen2-vl",
+            image=dict(kind="patches"),
+            data=dict(train=[dict(path="data/train.jsonl", root="data/images")], rows=8, pack_tiles=4096),
+            optimizer=dict(name="adamw", weight_decay=0.01),
+            stages=[
+                dict(
+                    name="formation",
+                    task="grpo",
+                    steps=1000,
+                    learning_rate=5e-5,
+                    schedule="cosine",
+                    warmup_fraction=0.2,
+                    trainable=FORMATION,
+                ),
+                dict(
+                    name="invocation",
+                    task="grpo",
+                    steps=1000,
+                    learning_rate=1e-5,
+                    schedule="cosine",
+                    warmup_fraction=0.1,
+                    trainable=INVOCATION,
+                    optimizer=dict(name="adamw", weight_decay=0.0),
+                ),
+            ],
+            mesh=dict(data=1, fsdp=-1, tensor=1),
+            checkpoint=dict(every=500, keep_last=2, keep_best=0),
+        )
+    )

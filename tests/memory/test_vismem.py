@@ -1,0 +1,366 @@
+"""What holds for VisMem whatever its sizes: rows apart, tokens in their place, bounds, a base that stays as it is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.patches_world import sample
+from vlmem_jax.checkpoint import Store, load_params
+from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
+from vlmem_jax.generate.loop import FINISHED, compiled, compiled_speech
+from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.memory.vismem import INVOKE_BIAS, ROWS_NOISE, kept
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+from vlmem_jax.positions import PatchGrid
+from vlmem_jax.train.config import StageConfig
+from vlmem_jax.train.stages import Split, flatten
+
+ROWS = 4
+"""Of every batch, so that all tests run the same programs."""
+NEW = 10
+SAMPLED = SamplingConfig(max_new_tokens=NEW, temperature=1.0, seed=3)
+GREEDY = SamplingConfig(max_new_tokens=NEW)
+RULE = InvocationConfig("delimiter_random", probability=0.0)
+"""Only the caller calls."""
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem"}))
+
+
+@pytest.fixture(scope="module")
+def speech(vlm):
+    return vlm.speech
+
+
+@pytest.fixture(scope="module")
+def params(vlm):
+    """Adapters, which start without effect, have one; embeddings and latent tokens are of one size."""
+    params = jax.jit(vlm.init)(jax.random.key(1))
+    params["decoder"]["embed"] *= 30
+    memory = params["memory"]
+    for n, kind in enumerate(("short", "long")):
+        for m, adapter in enumerate(memory[kind]["lora"].values()):
+            adapter["b"] = jax.random.normal(jax.random.key(10 * n + m), adapter["b"].shape)
+    memory["special_in"] = jax.random.normal(jax.random.key(7), memory["special_in"].shape)
+    return params
+
+
+@pytest.fixture(scope="module")
+def generator(vlm, params):
+    return Generator(vlm, params, stop_ids=[], delimiter_ids=range(0, 160, 2))
+
+
+@pytest.fixture(scope="module")
+def prompts(vlm):
+    """Two images; text alone; one image; a video."""
+    grids = [[PatchGrid(1, 3, 4), PatchGrid(1, 2, 2)], [], [PatchGrid(1, 4, 3)], [PatchGrid(2, 2, 3, 0.5)]]
+    return [sample(vlm, grid, 5 + 2 * n, seed=n) for n, grid in enumerate(grids)]
+
+
+@pytest.fixture(scope="module")
+def answers(generator):
+    """Ids and log-probabilities of each prompt's answer, FINISHED left out, and the session; in batches of ROWS."""
+
+    def run(prompts, sampling=GREEDY, config=RULE, forced=(), keys=None, generator=generator, record=False):
+        session = generator.start(prompts, NEW, ROWS)
+        keys_B = None if keys is None else jax.vmap(jax.random.key)(jnp.resize(jnp.array(keys), ROWS))
+        drawn = list(session.draw(sampling, keys_B, config, forced, record))
+        tokens, logp = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
+        has = tokens != FINISHED
+        return [t[h].tolist() for t, h in zip(tokens, has, strict=True)], [
+            x[h] for x, h in zip(logp, has, strict=True)
+        ], session  # fmt: skip
+
+    return run
+
+
+def calls(speech, *at: tuple[int, int]) -> list[int]:
+    """A row's forced tokens: calls for kinds at places."""
+    forced = [-1] * (max((place for place, _ in at), default=-1) + 1)
+    for place, kind in at:
+        forced[place] = speech.invoke_ids[kind]
+    return forced
+
+
+@pytest.fixture(scope="module")
+def forced(speech):
+    """Short; long, then short; nothing; both kinds at the ends."""
+    return [calls(speech, (2, 0)), calls(speech, (0, 1), (3, 0)), [], calls(speech, (2, 1), (NEW - 1, 0))]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [RULE, InvocationConfig("delimiter_random", 0.4, 0.1)], ids=["forced", "chance"])
+def test_a_row_of_a_batch_equals_that_row_alone(answers, prompts, forced, config):
+    given = forced if config is RULE else [[]] * len(prompts)
+    keys = list(range(len(prompts)))
+    tokens, logp, session = answers(prompts, SAMPLED, config, given, keys)
+    for row, prompt in enumerate(prompts):
+        [alone], [alone_logp], _ = answers([prompt], SAMPLED, config, given[row : row + 1], keys[row : row + 1])
+        assert alone == tokens[row]
+        np.testing.assert_allclose(alone_logp, logp[row], atol=1e-5)
+    ids = {token for row in tokens for token in row}
+    assert ids >= set(session.generator.vlm.speech.end_ids)
+
+
+def test_every_call_is_followed_by_the_end_of_its_kind(answers, prompts, forced, speech, params, vlm):
+    tokens, logp, session = answers(prompts, GREEDY, RULE, forced, record=True)
+    for row, (ids, x) in enumerate(zip(tokens, logp, strict=True)):
+        given = {place: token for place, token in enumerate(forced[row]) if token >= 0}
+        assert len(ids) == NEW + len(given)
+        for n, token in enumerate(ids):
+            if token in speech.invoke_ids:
+                assert ids[n + 1] == speech.end_ids[speech.invoke_ids.index(token)]
+            # neither what was forced nor an end was drawn
+            assert np.isnan(x[n]) == (token in (*speech.invoke_ids, *speech.end_ids))
+    assert [(each.row, each.kind) for each in sorted(session.invocations)] == [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1)]
+    # the cache holds prompts, tokens and latent tokens, and no more
+    latents = [sum(speech.lengths[each.kind] for each in session.invocations if each.row == row) for row in range(ROWS)]
+    taken = [len(p.tokens_T) + len(ids) + n for p, ids, n in zip(prompts, tokens, latents, strict=True)]
+    np.testing.assert_array_equal(session.state.length_B, taken)
+    np.testing.assert_array_equal(session.state.position_B - [p.positions_T.max() + 1 for p in prompts],
+                                  np.array(taken) - [len(p.tokens_T) for p in prompts])  # fmt: skip
+
+
+def test_kinds_can_be_reversed_and_switched_off(answers, prompts, forced, speech):
+    def ends(**changes):
+        tokens, _, session = answers(prompts, GREEDY, dataclasses.replace(RULE, **changes), forced, record=True)
+        found = [[t for t in row if t in speech.end_ids] for row in tokens]
+        return found, sorted((each.row, each.kind) for each in session.invocations)
+
+    short, long = speech.end_ids
+    assert ends() == ([[short], [long, short], [], [long, short]], [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1)])
+    assert ends(reverse_types=True)[0] == [[long], [short, long], [], [short, long]]
+    assert ends(disable_short=True) == ([[], [long], [], [long]], [(1, 1), (3, 1)])
+    assert ends(disable_long=True)[0] == [[short], [short], [], [short]]
+    assert ends(disable_short=True, disable_long=True)[1] == []
+
+
+def test_memories_change_what_follows(answers, prompts, speech):
+    """Of both kinds; else the tests above would show nothing."""
+    one = [prompts[0]] * 3
+    [plain, short, long], _, _ = answers(one, GREEDY, RULE, [[], calls(speech, (0, 0)), calls(speech, (0, 1))])
+    assert plain[1:] != short[2:][: len(plain) - 1] != long[2:][: len(plain) - 1] != plain[1:]
+
+
+# --- who calls --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eager(vlm, params):
+    """A model that would choose tokens of the memory all the time: those that end one, then those that call."""
+    calling, ending = jax.random.normal(jax.random.key(3), (2, vlm.config.decoder.width))
+    # whatever the hidden state, one of two opposite rows scores high
+    rows = jnp.stack([calling, 1000 * ending, -calling, -1000 * ending])
+    memory = params["memory"] | {"special_out": rows, "invoke_logit_bias": jnp.full(1, 50.0)}
+    return Generator(vlm, params | {"memory": memory}, stop_ids=[])
+
+
+@pytest.mark.parametrize("limit", [None, 2, 0])
+def test_ends_are_never_chosen_and_calls_have_a_limit(answers, eager, prompts, speech, limit):
+    most = speech.max_invocations if limit is None else limit
+    assert set(eager.start(prompts, NEW, ROWS).logits_BV.argmax(-1).tolist()) <= set(speech.end_ids)
+    for sampling in (GREEDY, SAMPLED):
+        config = InvocationConfig(max_invocations=limit)
+        tokens, logp, session = answers(prompts, sampling, config, generator=eager)
+        for ids, x in zip(tokens, logp, strict=True):
+            ends = [n for n, token in enumerate(ids) if token in speech.end_ids]
+            assert len(ends) == most == sum(token in speech.invoke_ids for token in ids)
+            assert len(ids) == NEW + most and all(ids[n - 1] in speech.invoke_ids for n in ends)
+            assert np.isnan(x).sum() == most  # the calls themselves were drawn
+        assert int(session.state.length_B.max()) <= session.state.cache.k_LBSKC.shape[2]
+
+
+def test_more_calls_than_there_is_room_for_name_the_key(answers, prompts, speech):
+    with pytest.raises(ValueError, match="max_invocations must be at most that of the model, 3, got 4"):
+        answers(prompts, GREEDY, InvocationConfig(max_invocations=speech.max_invocations + 1))
+    with pytest.raises(ValueError, match="probability must be a probability"):
+        InvocationConfig(probability=1.5)
+
+
+def test_always_calls_after_every_delimiter_and_nowhere_else(answers, generator, prompts, speech):
+    tokens, logp, _ = answers(prompts, SAMPLED, InvocationConfig("always"))
+    seen = 0
+    for ids, x in zip(tokens, logp, strict=True):
+        left, special = speech.max_invocations, (*speech.invoke_ids, *speech.end_ids)
+        for n in range(1, len(ids)):
+            due = ids[n - 1] in generator.delimiter_ids and ids[n - 1] not in special and left > 0
+            assert (ids[n] in speech.invoke_ids) == due
+            assert np.isnan(x[n]) == (ids[n] in special)
+            left -= due
+            seen += due
+    assert seen > ROWS
+
+
+def test_chance_calls_as_often_as_it_should(answers, prompts, speech):
+    """Of both kinds, unless one is off."""
+    kinds = []
+    for seed in range(12):
+        config = InvocationConfig("delimiter_random", 0.5, 0.5, max_invocations=1, disable_long=seed % 2 == 1)
+        tokens, _, _ = answers(prompts, dataclasses.replace(SAMPLED, seed=100 * seed), config)
+        kinds += [(seed % 2, t) for row in tokens for t in row[:1] if t in speech.invoke_ids]
+    assert 14 <= len(kinds) <= 34  # of 48 first tokens, half
+    both = [token for off, token in kinds if not off]
+    assert set(both) == set(speech.invoke_ids) and {t for off, t in kinds if off} == {speech.invoke_ids[0]}
+
+
+# --- what stays as it is ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(vlm, params):
+    """The same model without the memory."""
+    without = VLM(dataclasses.replace(vlm.config, memory="none"))
+    return without, {name: part for name, part in params.items() if name != "memory"}
+
+
+def test_without_a_call_the_model_is_the_plain_one(answers, vlm, params, plain, prompts, speech):
+    """Bit by bit, whatever its adapters: but for the scores of the memory's own tokens."""
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, vlm.tile))
+    ordinary = np.setdiff1d(np.arange(vlm.config.decoder.vocab), (*speech.invoke_ids, *speech.end_ids))
+    scores, plain_scores = jax.jit(vlm.logits)(params, batch), jax.jit(plain[0].logits)(plain[1], batch)
+    np.testing.assert_array_equal(scores[..., ordinary], plain_scores[..., ordinary])
+    assert not np.array_equal(scores, plain_scores)
+    banned = (*speech.invoke_ids, *speech.end_ids)
+    base = Generator(*plain, stop_ids=[], banned_ids=banned).generate(prompts, GREEDY, batch_size=ROWS)
+    for config in (InvocationConfig("never"), RULE):
+        assert answers(prompts, GREEDY, config)[0] == base
+    assert jax.eval_shape(lambda params: plain[0].prefill(params, batch, 64)[1], plain[1]).listening is None
+
+
+def test_nothing_compiles_as_calls_come(answers, vlm, prompts, speech, forced):
+    answers(prompts, GREEDY, RULE, forced)
+    answers(prompts, GREEDY, InvocationConfig("always"))
+    programs = [*compiled(vlm), *compiled_speech(vlm)]
+    before = [program._cache_size() for program in programs]
+    for n in range(3):
+        again = [calls(speech, (n, n % 2), (n + 2, 1)), [], calls(speech, (n + 1, 0)), calls(speech, (3, 1))]
+        answers(prompts[n:] + prompts[:n], GREEDY, dataclasses.replace(RULE, reverse_types=n == 1), again)
+        answers(prompts, GREEDY, InvocationConfig("always", max_invocations=n))
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_stages_train_the_memory_in_two_disjoint_parts(vlm):
+    paths = list(flatten(vlm.abstract()))
+
+    def trained(*patterns):
+        stage = StageConfig("stage", 1, 1e-3, trainable=tuple(f"memory/{p}" for p in patterns))
+        return Split.of(stage, paths).trainable
+
+    formation, calling = trained("query_builder", "short", "long"), trained("special_", "invoke_logit_bias")
+    assert formation | calling == {path for path in paths if path.startswith("memory/")} and not formation & calling
+    assert {path.split("/")[1] for path in calling} == {"special_in", "special_out", "invoke_logit_bias"}
+    assert {f"memory/{kind}/lora/{t}/{x}" for kind in ("short", "long") for t in "qv" for x in "ab"} <= formation
+
+
+def test_a_checkpoint_of_the_trained_part_gives_the_same_scores(vlm, params, prompts, tmp_path):
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, vlm.tile))
+    store = Store(tmp_path)
+    store.save(1, {"memory": params["memory"]}, {}, {})
+    store.close()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params["memory"])
+    back = params | load_params(tmp_path / "1", {"memory": shapes})
+    logits = jax.jit(vlm.logits)
+    np.testing.assert_array_equal(logits(back, batch), logits(params, batch))
+
+
+# --- what it hears ----------------------------------------------------------------------------------------------------
+
+
+def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
+    """Once more than there is room for have been said, beside those of the images."""
+    small = dataclasses.replace(vlm.config.vismem, max_prompt_hidden=5)
+    short = VLM(dataclasses.replace(vlm.config, vismem=small))
+    generator, prompt = Generator(short, params, stop_ids=[]), prompts[0]
+    session = generator.start([prompt], NEW)
+    forced = [calls(short.speech, (8, 1))]
+    tokens = [int(t) for [t], _ in session.draw(GREEDY, None, RULE, forced, record=True)]
+    [formed] = session.invocations
+    said = tokens[: tokens.index(short.speech.invoke_ids[1]) + 1]
+    positions = prompt.positions_T.max() + 1 + np.arange(len(said))
+    longer = dataclasses.replace(
+        prompt,
+        tokens_T=np.append(prompt.tokens_T, np.array(said, np.int32)),
+        labels_T=np.append(prompt.labels_T, np.array(said, np.int32)),
+        positions_T=np.concatenate([prompt.positions_T, np.repeat(positions[:, None], 3, axis=1)]).astype(np.int32),
+        slots_T=np.append(prompt.slots_T, np.full(len(said), -1, np.int32)),
+    )
+    batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, short.tile))
+    hidden = jax.jit(short.hidden)(params, batch)[0]
+    seen = short.encode_images(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
+    slots = prompt.slots_T[prompt.slots_T >= 0]
+    length = int(formed.heard.lengths_BJ[formed.index, 0])
+    assert length == len(slots) + 5
+    states = formed.heard.states_BJLD[formed.index, 0]
+    np.testing.assert_allclose(states[: len(slots)], seen[slots], atol=1e-5)
+    end = len(longer.tokens_T)
+    np.testing.assert_allclose(states[len(slots) : length], hidden[end - 5 : end], atol=1e-4)
+
+
+def test_of_too_many_visual_states_neighbours_are_averaged():
+    x = np.arange(24, dtype=np.float32).reshape(2, 12, 1)
+    chosen = np.zeros((2, 12), bool)
+    chosen[0, [1, 2, 4, 5, 6, 9, 11]] = chosen[1, [0, 3]] = True
+    means, lengths = kept(jnp.asarray(x), jnp.asarray(chosen), 3)
+    assert lengths.tolist() == [3, 2]  # groups of 3, 3 and 1; of 1 and 1
+    np.testing.assert_allclose(means[0, :, 0], [7 / 3, 20 / 3, 11])
+    np.testing.assert_allclose(means[1, :2, 0], [12, 15])
+    everything, lengths = kept(jnp.asarray(x), jnp.asarray(chosen), 12)
+    assert lengths.tolist() == [7, 2] and everything[0, :7, 0].tolist() == [1, 2, 4, 5, 6, 9, 11]
+    assert kept(jnp.asarray(x), jnp.asarray(chosen), 0)[1].tolist() == [0, 0]
+
+
+# --- how it starts ----------------------------------------------------------------------------------------------------
+
+
+def test_its_tokens_start_from_one_that_there_is(vlm):
+    for tied in (True, False):
+        decoder = dataclasses.replace(vlm.config.decoder, tied=tied)
+        rescaled = dataclasses.replace(vlm.config.vismem, memory_output="rescaled")
+        model = VLM(dataclasses.replace(vlm.config, decoder=decoder, vismem=rescaled))
+        params = jax.jit(model.init)(jax.random.key(0))
+        memory, start = params["memory"], rescaled.start_id
+        rows = {"special_in": params["decoder"]["embed"][start], "special_out": model.head_kernel(params)[:, start]}
+        for name, row in rows.items():
+            apart = memory[name] - row
+            assert 0.5 * ROWS_NOISE < apart.std() < 2 * ROWS_NOISE and len(np.unique(apart)) == apart.size
+        assert memory["invoke_logit_bias"].tolist() == [INVOKE_BIAS]
+        sizes = jnp.sqrt((params["decoder"]["embed"] ** 2).mean(-1))
+        np.testing.assert_allclose(memory["short"]["gain"], sizes.mean(), rtol=1e-5)
+
+
+def test_rescaled_memories_have_the_size_of_the_gain(vlm, params, prompts):
+    config = dataclasses.replace(vlm.config.vismem, memory_output="rescaled")
+    model = VLM(dataclasses.replace(vlm.config, vismem=config))
+    memory = params["memory"] | {
+        k: params["memory"][k] | {"gain": jnp.full(1, g)} for k, g in [("short", 0.5), ("long", 2.0)]
+    }
+    params = params | {"memory": memory}
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
+    _, state = jax.jit(model.prefill, static_argnums=2)(params, batch, 96)
+    latents, _ = jax.jit(model.form, static_argnums=4)(params, state, jnp.arange(2), jnp.array([0, 1]), 64)
+    sizes = jnp.sqrt((latents**2).mean(-1))
+    np.testing.assert_allclose(sizes[0, : config.short_len], 0.5, rtol=1e-3)
+    np.testing.assert_allclose(sizes[1], 2.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(token_ids=(1, 2, 3, 3)), "four different ids"),
+        (dict(token_ids=(1, 2, 3, 4000)), "below decoder.vocab 160"),
+        (dict(max_visual_hidden=4000), "max_positions must be at least .* = 4068"),
+        (dict(short_len=0), "at least 1"),
+    ],
+)
+def test_bad_settings_name_their_key(vlm, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config = dataclasses.replace(vlm.config.vismem, **changes)
+        VLM(dataclasses.replace(vlm.config, vismem=config)).abstract()
