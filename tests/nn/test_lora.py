@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,14 @@ def x_BTD():
 
 
 def run(decoder, x_BTD, lora=None):
+    return _run(*nnx.split(decoder), x_BTD, lora)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, state, x_BTD, lora):
     B, T = x_BTD.shape[:2]
     tables = rotation(jnp.broadcast_to(jnp.arange(T), (B, T)), frequencies(DECODER.head_dim, 1e4))
-    return decoder(x_BTD, tables, jnp.ones((B, T), jnp.int32), lora=lora)[0]
+    return nnx.merge(graph, state)(x_BTD, tables, jnp.ones((B, T), jnp.int32), lora=lora)[0]
 
 
 def with_merged(decoder, adapter):

@@ -20,6 +20,7 @@ from vlmem_jax.nn.encoder import Encoder, EncoderConfig
 from vlmem_jax.nn.linear import ones, param
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
+from vlmem_jax.sharding import constrain
 from vlmem_jax.types import Batch, Heard
 
 ROWS_NOISE = 1e-3
@@ -206,6 +207,7 @@ class VisMem(Memory):
         else:
             visual_BYD, length_B = kept(hidden_BTD, self._first_span(batch.tokens_BT), self._most(T))
         text_BZD = jnp.zeros((B, self.config.max_prompt_hidden, D), x_BTD.dtype)
+        visual_BYD, text_BZD = (constrain(states, "batch", None, None) for states in (visual_BYD, text_BZD))
         return Listening(visual_BYD, length_B, text_BZD, jnp.zeros(B, jnp.int32), last_BD)
 
     def _most(self, tokens: int) -> int:

@@ -210,13 +210,20 @@ class VLM:
         return self._run(self._merge(params), batch, key, cache=None)[0]
 
     def head_kernel(self, params: Params) -> Float[Array, "D V"]:
-        """Without what a memory has of its own: see `score`."""
+        """Without what a memory has of its own: see `rescore`."""
         decoder = params["decoder"]
         return decoder["embed"].T if self.config.decoder.tied else decoder["head"]["kernel"]
 
     def score(self, params: Params, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """fp32 scores of every token after states of `hidden`."""
         return self._score(self._merge(params), hidden_BTD)
+
+    def rescore(
+        self, params: Params, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]
+    ) -> Float[Array, "B T V"]:
+        """What `head_kernel` makes of `hidden`, with the scores of the memory's own tokens in place."""
+        memory = self._merge(params).memory
+        return memory.score(hidden_BTD, logits_BTV) if memory else logits_BTV
 
     def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
         """fp32 scores of every token at every position. Large: for tests and small models."""

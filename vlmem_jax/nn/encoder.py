@@ -64,12 +64,11 @@ class Encoder(nnx.Module):
         self.layers = stack(lambda rngs: EncoderLayer(config, width, rngs=rngs), config.layers, rngs)
         self.norm = LayerNorm(width, NORM_EPS, rngs=rngs)
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], allowed_BTS: Bool[Array, "B T S"], remat_policy: str = "none"
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], allowed_BTS: Bool[Array, "B T S"]) -> Float[Array, "B T D"]:
+        """Layers are recomputed in the backward pass: their T x S scores outweigh all else."""
         graph, layers = nnx.split(self.layers)
 
         def body(x_BTD, state):
             return nnx.merge(graph, state)(x_BTD, allowed_BTS), None
 
-        return self.norm(jax.lax.scan(remat(body, remat_policy), x_BTD, layers)[0])
+        return self.norm(jax.lax.scan(remat(body, "full"), x_BTD, layers)[0])
