@@ -108,7 +108,7 @@ def traced(model):
 
 @pytest.mark.parametrize("name", TRACES)
 def test_the_loop_gives_the_recorded_tokens(traced, name):
-    """All rows of a file at once, and each alone."""
+    """All rows of a file at once, and each alone; with the log-probabilities that the recorded scores have."""
     found, prompts, traces = traced(name)
     groups = [list(range(len(traces)))] + [[n] for n in range(len(traces))] * (len(traces) > 1)
     for group in groups:
@@ -117,18 +117,25 @@ def test_the_loop_gives_the_recorded_tokens(traced, name):
         sampling = SamplingConfig(max_new_tokens=longest)
         answers = [[] for _ in group]
         forced = [traces[n].forced for n in group]
-        for tokens_B, _ in session.draw(sampling, None, traces[group[0]].calls, forced, record=True):
-            for answer, token in zip(answers, tokens_B.tolist(), strict=True):
-                answer += [token] * (token >= 0)
+        for tokens_B, logp_B in session.draw(sampling, None, traces[group[0]].calls, forced, record=True):
+            for answer, token, logp in zip(answers, tokens_B.tolist(), logp_B, strict=True):
+                answer += [(token, logp)] * (token >= 0)
         for row, n in enumerate(group):
             # rows of a batch go on for as long as the longest
-            assert answers[row][: len(traces[n].emitted)] == traces[n].emitted
+            trace, answer = traces[n], answers[row][: len(traces[n].emitted)]
+            assert [token for token, _ in answer] == trace.emitted
+            scores = jax.nn.log_softmax(jnp.asarray(trace.logits).at[:, jnp.array(found.ids)].set(-jnp.inf))
+            calls = np.flatnonzero(np.isin(trace.kinds, (1, 3)))
+            for call, (token, logp) in zip(calls, answer, strict=True):
+                drawn = trace.kinds[call] == 1 and token not in found.ids
+                np.testing.assert_allclose(logp, scores[call - 1, token] if drawn else np.nan, atol=2e-4)
             formed = [each for each in session.invocations if each.row == row]
-            for each, wanted in zip(formed, traces[n].invocations, strict=True):
+            for each, wanted in zip(formed, trace.invocations, strict=True):
                 assert each.kind == wanted["kind"]
                 length = int(each.heard.lengths_BJ[each.index, 0])
                 assert length == wanted["num_visual"] + wanted["num_text"]
-                np.testing.assert_allclose(each.heard.states_BJLD[each.index, 0, :length], wanted["H"][0], **STATES)
+                states = each.heard.states_BJLD[each.index, 0, :length]
+                np.testing.assert_allclose(states, wanted["H"][0], **STATES)
 
 
 @pytest.mark.parametrize("name", TRACES)
@@ -244,8 +251,9 @@ def test_supervised_step_of_stage_one(model):
     file, vlm, (invoke, end) = found.files["stage1_supervised"], found.vlm, found.ids[:2]
     [prompt] = vismem_golden.rows(found, file)
     session, length = vismem_golden.session(found, [prompt], 1), len(prompt.tokens_T)
-    _, state = vlm.extend(found.params, session.state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
-    latents, heard = vlm.form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), TEXT_BUCKET)
+    _, state = jax.jit(vlm.extend)(found.params, session.state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
+    form = jax.jit(vlm.form, static_argnums=4)
+    latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), TEXT_BUCKET)
     count = int(heard.lengths_BJ[0, 0])
     np.testing.assert_allclose(heard.states_BJLD[:, 0, :count], file["X"], **STATES)
     slots = file["M"].shape[1]

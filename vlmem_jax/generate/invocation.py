@@ -49,6 +49,10 @@ class InvocationConfig:
         on = self.mode != "never"
         return on and not self.disable_short, on and not self.disable_long
 
+    def banned_ids(self, speech: Speech) -> tuple[int, ...]:
+        """Tokens that the model may not choose: those that end a memory, and, where others call, those that call."""
+        return speech.end_ids + (() if self.mode == "learned" else speech.invoke_ids)
+
     def budget(self, speech: Speech) -> int:
         """Most calls in an answer. Raises ValueError if they are more than the memory makes room for."""
         wanted = speech.max_invocations if self.max_invocations is None else self.max_invocations
@@ -63,7 +67,6 @@ class InvocationConfig:
 class Rule(NamedTuple):
     """The settings as arrays, so that changing one compiles nothing."""
 
-    model_calls: Bool[Array, ""]
     after_delimiter: Float[Array, ""]
     anywhere: Float[Array, ""]
     share_K: Float[Array, "K"]
@@ -95,7 +98,6 @@ class Rule(NamedTuple):
         for row, ids in enumerate(forced):
             forced_BS[row, : len(ids)] = ids
         return cls(
-            jnp.asarray(config.mode == "learned"),
             jnp.float32(chance),
             jnp.float32(anywhere),
             jnp.asarray(heeded_K / max(heeded_K.sum(), 1), jnp.float32),
@@ -125,12 +127,10 @@ class Calls:
         zeros = jnp.zeros(rows, jnp.int32)
         return cls(zeros, zeros + budget, jnp.zeros(rows, bool), zeros - 1)
 
-    def mute(self, rule: Rule, speech: Speech, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """-inf for the tokens that call, where the model may not choose them; for those that end a memory, always."""
-        may_B = rule.model_calls & (self.left_B > 0)
-        calls = jnp.array(speech.invoke_ids)
-        logits_BV = logits_BV.at[:, calls].set(jnp.where(may_B[:, None], logits_BV[:, calls], -jnp.inf))
-        return logits_BV.at[:, jnp.array(speech.end_ids)].set(-jnp.inf)
+    def withheld(self, speech: Speech, vocab: int) -> Bool[Array, "B V"]:
+        """Calls, from rows that have made all of theirs."""
+        is_call_V = (jnp.arange(vocab)[:, None] == jnp.array(speech.invoke_ids)).any(-1)
+        return is_call_V & (self.left_B <= 0)[:, None]
 
     def force(self, rule: Rule, speech: Speech, keys_B: Array, index_B: Int32[Array, "B"]) -> Int32[Array, "B"]:
         """The token of each row where it is not the model's to choose, else -1; first the caller's, then chance.

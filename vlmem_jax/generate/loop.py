@@ -52,8 +52,8 @@ def compiled(vlm: VLM):
     def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
         if calls is not None:
             finished_B |= (calls.count_B >= rule.limit) & ~calls.waiting_B
-            logits_BV = calls.mute(rule, speech, logits_BV)
-        tokens_B, logp_B = choose(logits_BV, choice, state.length_B, greedy)
+        withheld_BV = None if calls is None else calls.withheld(speech, logits_BV.shape[1])
+        tokens_B, logp_B = choose(logits_BV, choice, state.length_B, greedy, withheld_BV)
         if calls is not None:
             given_B = calls.force(rule, speech, choice.keys_B, state.length_B)
             tokens_B = jnp.where(given_B >= 0, given_B, tokens_B)
@@ -245,7 +245,9 @@ class Session:
         generator, speech = self.generator, self.generator.vlm.speech
         (rows, vocab), room = self.logits_BV.shape, sampling.max_new_tokens
         calls = rule = answer = None
+        banned_ids = generator.banned_ids
         if speech:
+            banned_ids += invocation.banned_ids(speech)
             budget = invocation.budget(speech)
             room += budget * (speech.slots + 1)
             calls = Calls.none(rows, budget)
@@ -259,7 +261,7 @@ class Session:
                 + (f" and {room - sampling.max_new_tokens} for memories" if speech else "")
                 + "; give start() more new_tokens"
             )
-        choice = Choice.make(sampling, rows, vocab, generator.banned_ids, generator.stop_ids, keys_B)
+        choice = Choice.make(sampling, rows, vocab, banned_ids, generator.stop_ids, keys_B)
         finished_B = jnp.arange(rows) >= self.prompts
         greedy = sampling.temperature == 0
         late = None

@@ -63,23 +63,29 @@ class Choice(NamedTuple):
 
 
 def choose(
-    logits_BV: Float[Array, "B V"], choice: Choice, index_B: Int32[Array, "B"], greedy: bool
+    logits_BV: Float[Array, "B V"],
+    choice: Choice,
+    index_B: Int32[Array, "B"],
+    greedy: bool,
+    withheld_BV: Bool[Array, "B V"] | None = None,
 ) -> tuple[Int32[Array, "B"], Float[Array, "B"]]:
     """The next token of each row, never a banned one, and its log-probability in fp32.
 
     `index_B`: the token's place in its row, makes its draw. The log-probability is that under the softmax of all scores
     but those of banned tokens, before temperature, top_k and top_p: what `train.loss.log_probs` computes of the row.
+    Tokens that are withheld from a row for now are not chosen, either, but keep their share of that softmax.
     """
     allowed_BV = jnp.where(choice.banned_V, -jnp.inf, logits_BV)
+    drawn_BV = allowed_BV if withheld_BV is None else jnp.where(withheld_BV, -jnp.inf, allowed_BV)
     if greedy:
-        tokens_B = allowed_BV.argmax(axis=-1)
+        tokens_B = drawn_BV.argmax(axis=-1)
     else:
         limited = (choice.top_k < logits_BV.shape[-1]) | (choice.top_p < 1)
         tempered_BV = jax.lax.cond(  # sorting a whole vocabulary takes longer than all the rest
             limited,
             lambda x_BV: filter_logits(x_BV, choice.top_k, choice.top_p),
             lambda x_BV: x_BV,
-            allowed_BV / choice.temperature,
+            drawn_BV / choice.temperature,
         )
         keys_B = jax.vmap(jax.random.fold_in)(choice.keys_B, index_B)
         tokens_B = jax.vmap(jax.random.categorical)(keys_B, tempered_BV)
