@@ -88,6 +88,9 @@ class Rule(NamedTuple):
         forced: Sequence[Sequence[int]],
         rows: int,
     ) -> "Rule":
+        """Raises ValueError if more rows are forced than there are."""
+        if len(forced) > rows:
+            raise ValueError(f"forced has tokens for {len(forced)} rows, but there are {rows}")
         delimiter_V = np.zeros(vocab, bool)
         delimiter_V[list(delimiter_ids)] = True
         chance = {"delimiter_random": config.probability, "always": 1.0}.get(config.mode, 0.0)

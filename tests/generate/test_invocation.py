@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from tests.patches_world import save_tokenizer
+from vlmem_jax.generate.invocation import InvocationConfig, Rule, delimiters
+from vlmem_jax.memory import Speech
+from vlmem_jax.processing import Tokenizer
+
+SPEECH = Speech((10, 12), (11, 13), (3, 5), max_invocations=4, max_states=64, start_id=0)
+
+
+def rule(config=InvocationConfig(), forced=(), rows=2):
+    return Rule.make(config, 8, 20, [1, 2], forced, rows)
+
+
+def test_delimiters_end_phrases(tmp_path):
+    tokenizer = Tokenizer.load(save_tokenizer(tmp_path / "tokenizer"))
+    assert {tokenizer.decode([token]) for token in delimiters(tokenizer)} == {*".,;:!?", "\n"}
+
+
+def test_who_may_call_and_how_often():
+    learned, never = InvocationConfig(), InvocationConfig("never")
+    assert learned.banned_ids(SPEECH) == (11, 13) and learned.budget(SPEECH) == 4
+    assert set(never.banned_ids(SPEECH)) == {10, 11, 12, 13} and never.budget(SPEECH) == 0
+    chance = InvocationConfig("delimiter_random", max_invocations=2, disable_short=True)
+    assert set(chance.banned_ids(SPEECH)) == {10, 11, 12, 13} and chance.budget(SPEECH) == 2
+    assert chance.heeded() == (False, True) and rule(chance).share_K.tolist() == [0, 1]
+    assert InvocationConfig(disable_short=True, disable_long=True).budget(SPEECH) == 0
+
+
+def test_probabilities_are_those_of_the_mode():
+    for mode, wanted in (("learned", (0, 0)), ("always", (1, 0)), ("delimiter_random", (0.25, 0.02))):
+        made = rule(InvocationConfig(mode, anywhere=0.02))
+        np.testing.assert_allclose((made.after_delimiter, made.anywhere), wanted, rtol=1e-6)
+    assert np.flatnonzero(rule().delimiter_V).tolist() == [1, 2]
+
+
+def test_forced_tokens_stand_in_rows_of_few_lengths():
+    assert rule().forced_BS.shape == (2, 0)
+    forced_BS = rule(forced=[[3, -1, 4]]).forced_BS
+    assert forced_BS.shape == rule(forced=[[], [5] * 40]).forced_BS.shape
+    assert forced_BS[0, :4].tolist() == [3, -1, 4, -1] and (forced_BS[1] == -1).all()
+    with pytest.raises(ValueError, match="forced has tokens for 3 rows, but there are 2"):
+        rule(forced=[[1], [2], [3]])
