@@ -106,7 +106,7 @@ def window_attention(
 ) -> Float[Array, "B T H C"]:
     """Every query sees the keys of its segment, where segments are stretches of at most `longest` neighbours.
 
-    So a run of queries needs its own keys and `longest` on either side alone, however long the row. Runs are as short
+    So a run of queries meets its own keys and `longest` on either side alone, however long the row. Runs are as short
     as can be where scores are stored, and longer where a kernel keeps them on the chip.
     """
     B, T = segments_BT.shape
