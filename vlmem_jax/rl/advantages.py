@@ -1,0 +1,18 @@
+"""How much better each trajectory was than the others of its prompt, from their scores alone."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+
+def group_advantages(scores_PG: Float[np.ndarray, "P G"], std: bool = True, eps: float = 1e-4) -> np.ndarray:
+    """Advantages [P, G] of the G trajectories of each of P prompts: score - mean, over std + eps where `std`.
+
+    The standard deviation is that of the population (GRPO, arXiv 2402.03300; without `std`, arXiv 2503.20783).
+    """
+    centred_PG = scores_PG - scores_PG.mean(axis=-1, keepdims=True)
+    return centred_PG / (scores_PG.std(axis=-1, keepdims=True) + eps) if std else centred_PG
+
+
+def varied(scores_PG: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+    """Which groups have trajectories of unequal score; the others teach nothing."""
+    return np.ptp(scores_PG, axis=-1) > 0
