@@ -3,6 +3,7 @@
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.pipeline import EvalData, HostBatch, TrainData, local_rows, to_device
 from vlmem_jax.data.plan import Plan
+from vlmem_jax.data.prompts import Prompt, Prompts
 from vlmem_jax.data.stored import store
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "EvalData",
     "HostBatch",
     "Plan",
+    "Prompt",
+    "Prompts",
     "SourceConfig",
     "TrainData",
     "local_rows",

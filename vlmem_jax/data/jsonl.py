@@ -5,11 +5,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from vlmem_jax.processing.images import Encoded
 from vlmem_jax.processing.video import Clip
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,13 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Record:
         """The sample. Raises ValueError if its line is not a JSON object of the expected form."""
+        return self.read(index, as_record)
+
+    def read(self, index: int, form: Callable[[str, Any], T]) -> T:
+        """What `form(name, value)` makes of the value on a line. Raises ValueError, naming it, for what is no JSON."""
         name = self.name(index)
         try:
-            return as_record(name, json.loads(self.text(index)))
+            return form(name, json.loads(self.text(index)))
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}: a line must be one JSON object; {error.msg} at column {error.colno}") from error
         except UnicodeDecodeError as error:

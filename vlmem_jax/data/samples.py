@@ -113,7 +113,7 @@ class Samples:
         `augment` draws the quality of a JPEG round trip for each image.
         """
         record = self.files[key[0]][key[1]]
-        with _naming(record.name):
+        with naming(record.name):
             limit = self.processor.open_limit
             if record.video:
                 clip, chosen = self._frames(key, record)
@@ -139,7 +139,7 @@ class Samples:
         """The size, or what is wrong with the sample."""
         try:
             record = self.files[key[0]].header(key[1])
-            with _naming(record.name):
+            with naming(record.name):
                 if record.video:
                     clip, chosen = self._frames(key, record)
                     shown = {"video_sizes": [clip.taken(chosen)]}
@@ -149,7 +149,7 @@ class Samples:
                 record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
             )
             size = Size(plan.tokens, plan.tiles, plan.targets, len(chosen if record.video else shown["image_sizes"]))
-            with _naming(record.name):
+            with naming(record.name):
                 self._check_limits(size, record.video is not None)
             return size
         except ValueError as error:
@@ -193,7 +193,7 @@ def open_lines(path: str) -> JsonLines | PackedLines:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Adds the sample's name to a ValueError."""
     try:
         yield

@@ -1,5 +1,6 @@
 """Samples of models that see images and videos in their own size, cut into patches: Qwen2.5-VL."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +45,9 @@ class PatchProcessor(Processor):
     ) -> list[int]:
         """See `patches.choose_frames`: image.fps decides, not the arguments."""
         return patches.choose_frames(clip, self.image, self.geometry)
+
+    def frames_at(self, clip: Clip, fps: float) -> list[int]:
+        return patches.choose_frames(clip, dataclasses.replace(self.image, fps=fps), self.geometry)
 
     def _shown(self, dialogue: chat.Dialogue, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list]:
         queues = {chat.IMAGE_MARKER: iter(images), chat.VIDEO_MARKER: iter(videos)}

@@ -123,21 +123,47 @@ class Processor:
         *,
         videos: Sequence[Video] = (),
         rope_dhr: bool | None = None,
+        system: str | None = None,
         name: str = "",
     ) -> Sample:
         """A prompt to be answered, after a `history` of (question, answer) pairs; no token is a target.
 
         `images` and `videos` are those of all turns in order; where there is no history, those that the question does
-        not mark stand before it. `rope_dhr` replaces the config's for this call. Without images there are no tiles.
+        not mark stand before it. `rope_dhr` and `system` replace the config's here. Without images there are no tiles.
         Raises ValueError for texts or images that do not fit (CoMemo sec. 3).
         """
         with _naming(name):
             before = self.template.before_text
             dialogue = chat.read_question(question, len(images), history, len(videos), before)
+            dialogue = dataclasses.replace(dialogue, system=system)
             dialogue, shown = self._shown(dialogue, images, videos)
             ids = self._ids(dialogue)
             grids = self._grids(shown, training=False)
             return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
+
+    def raw_prompt(
+        self, text: str, images: Sequence[Image.Image] = (), videos: Sequence[Video] = (), *, name: str = ""
+    ) -> Sample:
+        """A prompt that is written out: no template, and one placeholder for each image and video, in their order.
+
+        Raises ValueError where their numbers differ.
+        """
+        with _naming(name):
+            ids = np.array(self.tokenizer.encode(text), np.int32)
+            if self.video_id == self.context_id and videos:
+                raise ValueError("a raw prompt for this model cannot show videos; leave prompt_is_raw out")
+            markers = {self.video_id: chat.VIDEO_MARKER, self.context_id: chat.IMAGE_MARKER}
+            for placeholder, marker in markers.items():
+                held, given = int((ids == placeholder).sum()), videos if marker == chat.VIDEO_MARKER else images
+                if held != len(given):
+                    token = self.tokenizer.decode([placeholder], skip_special=False)
+                    raise ValueError(
+                        f"a raw prompt must hold a placeholder for each image or video, but this one holds {held} "
+                        f"{token} for {len(given)}"
+                    )
+            marked = chat.Dialogue(("".join(markers[i] for i in ids.tolist() if i in markers),))
+            _, shown = self._shown(marked, images, videos)
+            return self._sample(ids, np.zeros(len(ids), bool), shown, self._grids(shown, training=False), None, name)
 
     def follow_up(self, question: str) -> list[int]:
         """Ids that go on from an answer without its closing token to the start of the next answer.
@@ -157,17 +183,30 @@ class Processor:
         """Which frames to take of a video; where the family leaves the number open, `minimum` to `maximum`."""
         raise NotImplementedError
 
-    def open_video(self, path: str | os.PathLike) -> tuple[Video, list[int]]:
+    def open_video(
+        self, path: str | os.PathLike, *, fps: float | None = None, frames: int | None = None
+    ) -> tuple[Video, list[int]]:
         """The frames of a video file that `choose_frames` takes, and which they are.
 
-        Raises ValueError naming the file if it cannot be read or has too few frames.
+        With `fps`, so many of each second, or with `frames`, so many in all, evenly spaced. Raises ValueError naming
+        the file if it cannot be read or has too few frames.
         """
         clip = probe(path)
         try:
-            chosen = self.choose_frames(clip)
+            if frames is not None:
+                if clip.frames < frames:
+                    raise ValueError(f"a video must have the {frames} frames asked for, but it has {clip.frames}")
+                chosen = np.linspace(0, clip.frames - 1, frames).round().astype(int).tolist()
+            else:
+                chosen = self.choose_frames(clip) if fps is None else self.frames_at(clip, fps)
         except ValueError as error:
             raise ValueError(f"{error} ({path})") from error
         return Video(read_frames(path, chosen, self.open_limit), clip.seconds(chosen)), chosen
+
+    def frames_at(self, clip: Clip, fps: float) -> list[int]:
+        """Which frames to take of a video so that there are `fps` of each second."""
+        count = min(max(round(clip.frames / clip.fps * fps), 1), clip.frames)
+        return self.choose_frames(clip, count, count)
 
     # what the families do in their own ways
 

@@ -1,0 +1,159 @@
+"""Questions with their accepted answers, from JSONL files: what reinforcement learning and evaluation ask.
+
+A line holds `prompt` and perhaps `id`, `image` or `images`, `videos` ({path, fps?, frames?}), `system`, `answer`,
+`answers`, `answer_type`, `choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in `meta`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from vlmem_jax.data.config import SourceConfig
+from vlmem_jax.data.jsonl import JsonLines
+from vlmem_jax.data.records import SUFFIX
+from vlmem_jax.data.samples import Key, naming
+from vlmem_jax.processing import Processor, images
+from vlmem_jax.types import Sample
+
+ANSWER_TYPES = ("choice", "number", "text", "judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSource:
+    """A video file, and how many frames to take of it; by default the processor decides."""
+
+    path: str
+    fps: float | None = None
+    """Frames to take of each second."""
+    frames: int | None = None
+    """Frames to take in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One line: a question, what it shows, and what counts as its answer."""
+
+    name: str
+    """`file:line`, counted from 1."""
+    id: str
+    """Of the line, else its number among those that are not blank, from 0."""
+    text: str
+    images: tuple[str, ...] = ()
+    videos: tuple[VideoSource, ...] = ()
+    answers: tuple[str, ...] = ()
+    """All that are accepted; none where the line gives none."""
+    answer_type: str = "text"
+    """One of ANSWER_TYPES; of a line that does not say, `choice` if it has choices, else `text`."""
+    choices: tuple[str, ...] = ()
+    """Options A, B, ... of a question with choices."""
+    system: str | None = None
+    """System message in place of the processor's."""
+    source: str = ""
+    split: str = ""
+    is_raw: bool = False
+    """Whether `text` is the whole prompt, its placeholders included, and no template is applied."""
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Prompts:
+    """Random access to the prompts of `sources`. Every error names `file:line`."""
+
+    def __init__(self, sources: Sequence[SourceConfig], processor: Processor):
+        """Finds the lines of every file. Raises ValueError for a file that cannot be read or is no JSONL."""
+        for source in sources:
+            if source.path.endswith(SUFFIX):
+                raise ValueError(f"prompts are read from JSONL files, got {source.path}; give the file it was made of")
+        self.processor = processor
+        self.files = [JsonLines(source.path) for source in sources]
+        self.roots = [source.root or os.path.dirname(source.path) or "." for source in sources]
+
+    @property
+    def counts(self) -> list[int]:
+        """Prompts of each file."""
+        return [len(lines) for lines in self.files]
+
+    def name(self, key: Key) -> str:
+        """`file:line` of a prompt."""
+        return self.files[key[0]].name(key[1])
+
+    def __getitem__(self, key: Key) -> Prompt:
+        """The prompt. Raises ValueError if its line is not of the expected form."""
+        file, line = key
+        return self.files[file].read(line, lambda name, fields: as_prompt(name, fields, str(line)))
+
+    def sample(self, key: Key) -> Sample:
+        """The prompt as model input, images and videos decoded. Raises ValueError for what cannot be shown."""
+        prompt, processor = self[key], self.processor
+
+        def path(relative: str) -> os.PathLike:
+            return images.resolve(self.roots[key[0]], relative)
+
+        with naming(prompt.name):
+            pictures = [images.open_image(path(name), processor.open_limit) for name in prompt.images]
+            videos = [processor.open_video(path(v.path), fps=v.fps, frames=v.frames)[0] for v in prompt.videos]
+        if prompt.is_raw:
+            return processor.raw_prompt(prompt.text, pictures, videos, name=prompt.name)
+        return processor.prompt(prompt.text, pictures, videos=videos, system=prompt.system, name=prompt.name)
+
+
+def as_prompt(name: str, fields: Any, number: str) -> Prompt:
+    """A line that was parsed; `number` is its id if it has none. Raises ValueError if it has not the expected form."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"a line must be a JSON object, got {type(fields).__name__}")
+    left = dict(fields)
+
+    def take(key: str, kind: type, default: Any, rule: str) -> Any:
+        value = left.pop(key, None)
+        if value is None:
+            return default
+        if not isinstance(value, kind):
+            raise ValueError(f"`{key}` must be {rule}, got {value!r:.200}")
+        return value
+
+    def texts(key: str) -> list[str]:
+        values = take(key, list, [], "a list of texts")
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"`{key}` must be a list of texts, got {values!r:.200}")
+        return values
+
+    text = take("prompt", str, None, "a text")
+    if text is None:
+        raise ValueError(f"`prompt` must be given; this line has the keys {sorted(fields)}")
+    image = take("image", str, None, "one path; several go in `images`")
+    answer = take("answer", str, None, "a text")
+    answers = dict.fromkeys(([] if answer is None else [answer]) + texts("answers"))
+    choices = texts("choices")
+    answer_type = take("answer_type", str, "choice" if choices else "text", "a text")
+    if answer_type not in ANSWER_TYPES:
+        raise ValueError(f"`answer_type` must be one of {', '.join(ANSWER_TYPES)}; got {answer_type!r}")
+    return Prompt(
+        name=name,
+        id=str(take("id", object, number, "anything")),
+        text=text,
+        images=tuple(([image] if image else []) + texts("images")),
+        videos=tuple(map(_video, take("videos", list, [], "a list of objects with `path`"))),
+        answers=tuple(answers),
+        answer_type=answer_type,
+        choices=tuple(choices),
+        system=take("system", str, None, "a text"),
+        source=take("source", str, "", "a text"),
+        split=take("split", str, "", "a text"),
+        is_raw=take("prompt_is_raw", bool, False, "true or false"),
+        meta=left,
+    )
+
+
+def _video(fields: Any) -> VideoSource:
+    rule = f"an element of `videos` must be {{path, fps?, frames?}} with one of the last two, got {fields!r:.200}"
+    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not fields.keys() <= _VIDEO_KEYS:
+        raise ValueError(rule)
+    fps, frames = fields.get("fps"), fields.get("frames")
+    if fps is not None and (frames is not None or type(fps) not in (int, float) or not fps > 0):
+        raise ValueError(rule)
+    if frames is not None and (type(frames) is not int or frames < 1):
+        raise ValueError(rule)
+    return VideoSource(fields["path"], None if fps is None else float(fps), frames)
+
+
+_VIDEO_KEYS = {"path", "fps", "frames"}

@@ -1,0 +1,250 @@
+"""What an answer is worth: plain functions of a model's output and its prompt, named in the config.
+
+The answer in an output is what `extract_answer` finds; `exact` and `substr` compare the whole output, as released.
+"""
+
+import dataclasses
+import importlib
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
+
+from vlmem_jax.config import ConfigError
+from vlmem_jax.data import Prompt
+
+Reward = Callable[[str, Prompt], float]
+"""`reward(output, prompt)`: what the text that a model wrote is worth."""
+
+RELATIVE_TOLERANCE = 1e-3
+"""Of numbers that count as equal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """One term of the score."""
+
+    name: str
+    """exact, substr, answer (text, choice or number, as the prompt says), text, choice, number, regex, format, or
+    MODULE:FUNCTION of your own, called with the output and the `data.Prompt`."""
+    weight: float = 1.0
+    pattern: str = ""
+    """Of regex: what the output must hold; empty: the prompt's answers are the expressions."""
+
+
+# --- the answer in an output ------------------------------------------------------------------------------------------
+
+
+def extract_answer(output: str) -> str:
+    """The last <answer>...</answer>, else the last \\boxed{...}, else what follows the last `Answer:`, else the last
+    line that is not blank; stripped."""
+    if tagged := re.findall(r"<answer>(.*?)</answer>", output, re.DOTALL):
+        return tagged[-1].strip()
+    if (boxed := _last_boxed(output)) is not None:
+        return boxed.strip()
+    _, marker, after = output.rpartition("Answer:")
+    if marker:
+        return after.strip()
+    return output.strip().rpartition("\n")[2].strip()
+
+
+def _last_boxed(output: str) -> str | None:
+    """What stands in the last \\boxed{...} whose braces are closed."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", output)]):
+        depth = 1
+        for place, character in enumerate(output[start:], start):
+            depth += (character == "{") - (character == "}")
+            if depth == 0:
+                return output[start:place]
+    return None
+
+
+# --- an output, or its answer, against one reference ------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """Lower case, stripped, with runs of whitespace as one space."""
+    return " ".join(text.lower().split())
+
+
+def exact(output: str, reference: str | None) -> float:
+    """1 if both are equal once normalised."""
+    return float(reference is not None and normalise(output) == normalise(reference))
+
+
+def substr(output: str, reference: str | None) -> float:
+    """1 if the output holds the reference, whatever the case; an empty reference is in every output."""
+    return float(reference is not None and reference.lower() in output.lower())
+
+
+def choice(answer: str, reference: str, choices: Sequence[str] = ()) -> float:
+    """1 if both name the same option; where the reference names none, if they are equal once normalised."""
+    wanted = option(reference, choices)
+    return exact(answer, reference) if wanted is None else float(option(answer, choices) == wanted)
+
+
+def option(text: str, choices: Sequence[str] = ()) -> str | None:
+    """The letter of the option that a text names: `b`, `(B)`, `B. red`, `Option B`, or the words of the choice."""
+    letters = string.ascii_uppercase[: len(choices)] or string.ascii_uppercase
+    by_text = {normalise(words): letter for words, letter in zip(choices, letters, strict=False)}
+    if (words := normalise(text.strip().rstrip("."))) in by_text:
+        return by_text[words]
+    found = _OPTION.match(text.strip())
+    letter = found and next(filter(None, found.groups())).upper()
+    return letter if letter and letter in letters else None
+
+
+_OPTION = re.compile(
+    r"(?:(?:the\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s*)?"
+    r"[*\"']*(?:\(([a-z])\)|([a-z])(?=[*\"']*\s*(?:$|[.:),])))",
+    re.IGNORECASE,
+)
+
+
+def number(answer: str, reference: str) -> float:
+    """1 if both are the same number but for RELATIVE_TOLERANCE; commas, percent signs and units do not count."""
+    given, wanted = parse_number(answer), parse_number(reference)
+    if given is None or wanted is None:
+        return 0.0
+    return float(abs(given - wanted) <= RELATIVE_TOLERANCE * abs(wanted))
+
+
+def parse_number(text: str) -> float | None:
+    """The first number in a text, or fraction such as 3/4; None if there is none."""
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text.replace("\u2212", "-"))
+    found = _NUMBER.search(re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    if found is None:
+        return None
+    value, below = float(found[1]), float(found[2] or 1)
+    return value / below if below and math.isfinite(value) else None
+
+
+_NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*/\s*(\d+\.?\d*))?")
+
+
+# --- rewards by name --------------------------------------------------------------------------------------------------
+
+
+def _best(compare: Callable[[str, str], float], output: str, prompt: Prompt) -> float:
+    return max((compare(output, reference) for reference in prompt.answers), default=0.0)
+
+
+def _answer(kind: str, output: str, prompt: Prompt) -> float:
+    """The answer in an output, compared as `kind` of answer."""
+    comparisons = {
+        "text": exact,
+        "number": number,
+        "choice": lambda answer, reference: choice(answer, reference, prompt.choices),
+    }
+    return _best(comparisons[kind], extract_answer(output), prompt)
+
+
+def _format(output: str, prompt: Prompt) -> float:
+    """1 if the output has an <answer>...</answer> or \\boxed{...}."""
+    return float(bool(re.search(r"<answer>.*?</answer>", output, re.DOTALL)) or _last_boxed(output) is not None)
+
+
+def _regex(pattern: str) -> Reward:
+    if pattern:
+        expression = re.compile(pattern)
+        return lambda output, prompt: float(bool(expression.search(output)))
+    return lambda output, prompt: _best(lambda o, r: float(bool(re.search(r, o))), output, prompt)
+
+
+BUILT_IN: dict[str, Reward] = {
+    "exact": lambda output, prompt: _best(exact, output, prompt),
+    "substr": lambda output, prompt: _best(substr, output, prompt),
+    "answer": lambda output, prompt: _answer(prompt.answer_type, output, prompt),
+    "text": lambda output, prompt: _answer("text", output, prompt),
+    "choice": lambda output, prompt: _answer("choice", output, prompt),
+    "number": lambda output, prompt: _answer("number", output, prompt),
+    "format": _format,
+}
+
+
+class RewardError(ValueError):
+    """A reward raised, or gave no finite number."""
+
+
+class Rewards:
+    """The score of an output: the weighted sum of rewards. Safe to call from several threads if they are."""
+
+    def __init__(self, configs: Sequence[RewardConfig], where: str = "rewards"):
+        """Raises ConfigError, naming the key below `where`, for what is no reward."""
+        if not configs:
+            raise ConfigError(f"{where} must have at least one element; got none")
+        self.configs = configs
+        self._functions = [find(config, f"{where}.{n}") for n, config in enumerate(configs)]
+        self.needs_answer = any(
+            ":" not in config.name and config.name != "format" and not config.pattern for config in configs
+        )
+        """Whether prompts without an answer are of no use."""
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises ValueError, naming the prompt, where its answers are not of a kind that these rewards can judge."""
+        for config in self.configs:
+            kind = prompt.answer_type if config.name == "answer" else config.name
+            if kind == "judge":
+                raise ValueError(
+                    f"answer_type judge needs a judge: a reward MODULE:FUNCTION in place of {config.name} "
+                    f"(sample {prompt.name})"
+                )
+            if kind == "number" and (wrong := [text for text in prompt.answers if parse_number(text) is None]):
+                raise ValueError(
+                    f"an answer of answer_type number must be one, got {wrong[0]!r} (sample {prompt.name})"
+                )
+
+    def score(self, output: str, prompt: Prompt) -> float:
+        """The weighted sum. Raises RewardError, which names the sample and the function."""
+        total = 0.0
+        for config, function in zip(self.configs, self._functions, strict=True):
+            try:
+                value = float(function(output, prompt))
+            except Exception as error:  # whatever a function of one's own may raise
+                raise RewardError(
+                    f"reward {config.name} raised {type(error).__name__}: {error} (sample {prompt.name}, output "
+                    f"{output!r:.200}); {ERROR_HINT}"
+                ) from error
+            if not math.isfinite(value):
+                raise RewardError(
+                    f"reward {config.name} must give a finite number, got {value} (sample {prompt.name}, output "
+                    f"{output!r:.200}); {ERROR_HINT}"
+                )
+            total += config.weight * value
+        return total
+
+
+ERROR_HINT = "on_reward_error=zero scores such outputs 0"
+
+
+def find(config: RewardConfig, where: str = "reward") -> Reward:
+    """The function that `config.name` stands for. Raises ConfigError if there is none."""
+    if not math.isfinite(config.weight):
+        raise ConfigError(f"{where}.weight must be a finite number, got {config.weight}")
+    if config.pattern and config.name != "regex":
+        raise ConfigError(f"{where}.pattern is for the reward regex, got it for {config.name}")
+    if config.name == "regex":
+        try:
+            return _regex(config.pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{where}.pattern must be a regular expression, got {config.pattern!r}: {error}"
+            ) from error
+    if ":" in config.name:
+        return imported(config.name, f"{where}.name")
+    if config.name not in BUILT_IN:
+        names = ", ".join([*BUILT_IN, "regex"])
+        raise ConfigError(f"{where}.name must be one of {names}, or MODULE:FUNCTION; got {config.name!r}")
+    return BUILT_IN[config.name]
+
+
+def imported(name: str, where: str) -> Callable:
+    """The function MODULE:FUNCTION. Raises ConfigError naming `where` if it cannot be imported."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where} {name!r} must be MODULE:FUNCTION that can be imported; {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{where} {name!r} must be a function, got {type(found).__name__}")
+    return found
