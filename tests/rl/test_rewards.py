@@ -1,0 +1,124 @@
+import math
+
+import pytest
+
+from vlmem_jax.config import ConfigError
+from vlmem_jax.data import Prompt
+from vlmem_jax.rl import rewards
+from vlmem_jax.rl.rewards import RewardConfig, RewardError, Rewards, choice, extract_answer, number
+
+
+def prompt(*answers, **fields):
+    return Prompt(name="prompts.jsonl:3", id="2", text="?", answers=answers, **fields)
+
+
+def score(output, prompt, *names, **fields):
+    return Rewards([RewardConfig(name, **fields) for name in names]).score(output, prompt)
+
+
+@pytest.mark.parametrize(
+    "output, answer",
+    [
+        ("so <answer>1</answer>, no: <answer> 2\n</answer> Answer: 3", "2"),
+        (r"first \boxed{1}, then \boxed{\frac{3}{4}} \boxed{open Answer: 3", r"\frac{3}{4}"),
+        ("Answer: 1\nAnswer: B) red\n", "B) red"),
+        ("It is large.\n\n Paris \n\n", "Paris"),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_found_in_the_output(output, answer):
+    assert extract_answer(output) == answer
+
+
+@pytest.mark.parametrize("answer", ["b", "(B)", "B.", "B) dogs", "**B**", "Option B", "The answer is (b).", "Dogs."])
+def test_an_option_is_named_in_many_ways(answer):
+    assert choice(answer, "B", ["cats", "dogs"]) == 1
+    assert choice(answer, "dogs", ["cats", "dogs"]) == 1
+    assert choice(answer, "A", ["cats", "dogs"]) == 0
+
+
+@pytest.mark.parametrize("answer", ["A cat", "none", "", "Bees", "(C)", "AB"])
+def test_what_names_no_option_is_wrong(answer):
+    assert choice(answer, "A", ["cats", "dogs"]) == choice(answer, "B", ["cats", "dogs"]) == 0
+
+
+@pytest.mark.parametrize(
+    "answer, reference, same",
+    [
+        ("1,234.5 km", "1234.5", 1),
+        ("12.5%", "12.5", 1),
+        (r"$\frac{3}{4}$", "0.75", 1),
+        ("-3", "3", 0),
+        ("\u22123 m/s", "-3", 1),
+        ("1000.9", "1000", 1),
+        ("1001.1", "1000", 0),
+        ("0.0", "0", 1),
+        ("1e3", "1000", 1),
+        ("many", "3", 0),
+        ("1/0", "3", 0),
+    ],
+)
+def test_numbers_are_compared_as_numbers(answer, reference, same):
+    assert number(answer, reference) == same
+
+
+def test_an_answer_is_compared_as_its_prompt_says():
+    assert score("Answer: 12.50", prompt("12.5", answer_type="number"), "answer") == 1
+    assert score("Answer: 12.50", prompt("12.5"), "answer") == 0
+    assert score("Answer: (b)", prompt("B", answer_type="choice"), "answer") == 1
+    assert score("It is\nthe  Cat", prompt("dog", "THE CAT"), "answer") == 1, "any of the accepted answers"
+    assert score("Answer: B", prompt("B"), "exact") == 0 and score("Answer: B", prompt("B"), "substr") == 1
+
+
+def test_patterns_come_from_the_config_or_the_prompt():
+    assert score("I count 12", prompt(), "regex", pattern=r"\d\d$") == 1
+    assert score("I count 12.", prompt(), "regex", pattern=r"\d\d$") == 0
+    assert score("colour", prompt("colou?r"), "regex") == 1 and score("coler", prompt("colou?r"), "regex") == 0
+
+
+def test_terms_add_up_by_weight():
+    both = Rewards([RewardConfig("answer"), RewardConfig("format", 0.1)])
+    assert both.score("<answer>a</answer>", prompt("a")) == 1.1
+    assert both.score("<answer>b</answer>", prompt("a")) == 0.1
+    assert both.score("a", prompt("a")) == 1.0
+
+
+def test_a_function_of_ones_own_sees_output_and_prompt():
+    own = Rewards([RewardConfig("tests.rl.own:length")])
+    assert own.score("abc", prompt()) == 4 and not own.needs_answer
+    for output, what in (("raise", "raised KeyError: 'no such thing'"), ("nan", "must give a finite number, got nan")):
+        with pytest.raises(RewardError, match=what) as error:
+            own.score(output, prompt())
+        assert "length" in str(error.value) and "(sample prompts.jsonl:3" in str(error.value)
+    with pytest.raises(RewardError, match="raised TypeError"):
+        own.score("none", prompt())
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(name="exakt"), "rewards.0.name must be one of exact, .*got 'exakt'"),
+        (dict(name="no.such.module:f"), "rewards.0.name 'no.such.module:f' must be MODULE:FUNCTION"),
+        (dict(name="math:nothing"), "must be MODULE:FUNCTION"),
+        (dict(name="math:pi"), "must be a function, got float"),
+        (dict(name="regex", pattern="("), "pattern must be a regular expression"),
+        (dict(name="exact", pattern="a"), "pattern is for the reward regex"),
+        (dict(name="exact", weight=math.inf), "weight must be a finite number"),
+    ],
+)
+def test_what_is_no_reward_is_said(config, message):
+    with pytest.raises(ConfigError, match=message):
+        Rewards([RewardConfig(**config)])
+
+
+def test_answers_that_cannot_be_judged_are_said():
+    answers = Rewards([RewardConfig("answer")])
+    with pytest.raises(ValueError, match=r"needs a judge.*sample prompts.jsonl:3"):
+        answers.check(prompt("a", answer_type="judge"))
+    with pytest.raises(ValueError, match=r"must be one, got 'many' \(sample prompts.jsonl:3"):
+        answers.check(prompt("many", answer_type="number"))
+    answers.check(prompt("3 km", answer_type="number"))
+    assert answers.needs_answer and not Rewards([RewardConfig("regex", pattern="a")]).needs_answer
+    with pytest.raises(ConfigError, match="at least one"):
+        Rewards([])
+    assert rewards.substr("anything", "") == 1
