@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 
+from vlmem_jax import rl
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.train import cluster
 from vlmem_jax.train.config import experiment
+from vlmem_jax.train.run import TASKS
 from vlmem_jax.train.run import run as train
 
 EXAMPLE = """vlmem train --config configs/tiny/comemo.py --workdir /tmp/run --config.stages.pretrain.steps=100
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """0 when done, and also when stopped by Ctrl-C or SIGTERM: then everything is saved."""
     settings = experiment(override(args.experiment, _profile(args.profile)) if args.profile else args.experiment)
     with _processes(args):
-        train(settings, args.workdir, args.stage)
+        train(settings, args.workdir, args.stage, TASKS | rl.TASKS)
     return 0
 
 

@@ -27,17 +27,20 @@ def blank_sample(size: Size, tile: TileShape) -> Sample:
     )
 
 
-def pack_row(samples: Sequence[Sample], config: DataConfig, tile: TileShape) -> Batch:
+def pack_row(
+    samples: Sequence[Sample], config: DataConfig, tile: TileShape, tokens: int | None = None, tiles: int | None = None
+) -> Batch:
     """One row of a Batch, as numpy arrays without the axis B: `samples` one after the other, then padding.
 
-    T = `data.pack_tokens`, I = `data.pack_tiles`. No sample: all padding.
+    T = `tokens`, by default `data.pack_tokens`; I = `tiles`, by default `data.pack_tiles`. No sample: all padding.
     """
-    row = Batch.empty((), config.pack_tokens, config.pack_tiles, tile)
+    T, I = (config.pack_tokens if tokens is None else tokens), (config.pack_tiles if tiles is None else tiles)
+    row = Batch.empty((), T, I, tile)
     token, first = 0, 0
     for segment, sample in enumerate(samples, 1):
         span = slice(token, token + len(sample.tokens_T))
-        tiles = slice(first, first + len(sample.pixels_ISSc))
-        memory = slice(tiles.start * tile.tokens, tiles.stop * tile.tokens)
+        shown = slice(first, first + len(sample.pixels_ISSc))
+        memory = slice(shown.start * tile.tokens, shown.stop * tile.tokens)
         row.tokens_BT[span] = sample.tokens_T
         row.positions_BT[span] = sample.positions_T
         row.segments_BT[span] = segment
@@ -46,10 +49,10 @@ def pack_row(samples: Sequence[Sample], config: DataConfig, tile: TileShape) -> 
         is_target_T = sample.labels_T[1:] != IGNORED
         row.targets_BT[shifted] = np.where(is_target_T, sample.labels_T[1:], 0)
         row.weights_BT[shifted] = is_target_T * sample_weight(config.loss_weight, int(is_target_T.sum()))
-        row.pixels_BISSc[tiles] = sample.pixels_ISSc
+        row.pixels_BISSc[shown] = sample.pixels_ISSc
         row.memory_positions_BM[memory] = sample.memory_positions_M
         row.memory_segments_BM[memory] = segment
         if tile.layout:
-            row.layout_BI4[tiles] = sample.layout_I4 + [tiles.start, tiles.start, 0, 0]
-        token, first = span.stop, tiles.stop
+            row.layout_BI4[shown] = sample.layout_I4 + [shown.start, shown.start, 0, 0]
+        token, first = span.stop, shown.stop
     return row

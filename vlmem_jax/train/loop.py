@@ -45,13 +45,15 @@ class Work:
     """What one step works on."""
 
     batch: Any
-    """Global arrays, each with leading axes [accumulation, rows]."""
+    """Global arrays, each with leading axes [accumulation, rows]. Each set of shapes is compiled once."""
     denominator: float
     """What the sum of losses is divided by: the weights of the whole step."""
     sample_ids: list[str]
     """Where the samples come from, for error messages."""
     counts: dict[str, int]
     """Tokens, images, tiles (of all hosts, padding not counted) and token slots of the step."""
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
+    """More to record of the step."""
 
 
 @runtime_checkable
@@ -130,7 +132,7 @@ def fit(
         closing.enter_context(clock.spent("step"))
         alone = jax.process_count() == 1
         ask_all = None if alone else any_host(mesh)
-        compiled: jax.stages.Compiled | None = None
+        programs: dict[tuple, jax.stages.Compiled] = {}
         stopping = False
         in_flight: tuple[int, Work, dict] | None = None
 
@@ -146,7 +148,7 @@ def fit(
                 stopping |= values.pop("stop", False)
                 if samples is not None:
                     samples.write(done, work.sample_ids)
-                records.step(done, values, work.counts)
+                records.step(done, values | work.numbers, work.counts)
 
         while step < stage.steps and not stopping:
             if profile.due(step + 1):
@@ -157,11 +159,12 @@ def fit(
                 with clock.input_wait():
                     work = task.work(step, unflatten({**frozen, **state.params}))
                 denominator = _everywhere(np.float32(work.denominator), program.replicated)
-                if compiled is None:
+                shapes = tuple(x.shape for x in jax.tree.leaves(work.batch))
+                if shapes not in programs:
                     with clock.spent("compile"):
-                        compiled = program.step.lower(state, frozen, work.batch, denominator).compile()
+                        programs[shapes] = program.step.lower(state, frozen, work.batch, denominator).compile()
                         hosts.meet("compiled")  # collectives on CPU do not wait long for a host that compiles slower
-                state, metrics = compiled(state, frozen, work.batch, denominator)
+                state, metrics = programs[shapes](state, frozen, work.batch, denominator)
                 if ask_all is not None:
                     metrics["stop"] = ask_all(interrupted.is_set())
                 clock.started(metrics)

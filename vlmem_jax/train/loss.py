@@ -1,10 +1,13 @@
 """Next-token cross-entropy whose logits are never all there at once."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int32
 
@@ -25,6 +28,76 @@ def cross_entropy(
     gradient is not computed where the head is frozen.
     """
     return _cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, min(chunk, targets_BT.shape[1]))
+
+
+def log_probs(
+    hidden_BTD: Float[Array, "B T D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_BT: Int32[Array, "B T"],
+    chunk: int,
+    banned: Collection[int] = (),
+) -> Float[Array, "B T"]:
+    """Log-probability of each target under the softmax of all tokens that are not `banned`, in fp32.
+
+    That of a banned target means nothing. `chunk` tokens of each row have logits at the same time, and have them made
+    again in the backward pass.
+    """
+    B, T, _ = hidden_BTD.shape
+    cut = _Cut.of(B, T, min(chunk, T))
+    kernel = constrain(kernel_DV, None, "vocab")  # gathered over fsdp once, not in each chunk
+    banned_V = np.isin(np.arange(kernel_DV.shape[1]), list(banned))
+
+    @jax.checkpoint
+    def part(kernel, hidden_SND, targets_SN):
+        logits_SNV = jnp.einsum(
+            "SND,DV->SNV", hidden_SND, kernel.astype(hidden_SND.dtype), preferred_element_type=jnp.float32
+        )
+        logits_SNV = constrain(jnp.where(banned_V, -jnp.inf, logits_SNV), "parts", None, "vocab")
+        is_target_SNV = jax.lax.broadcasted_iota(jnp.int32, logits_SNV.shape, 2) == targets_SN[..., None]
+        return jnp.where(is_target_SNV, logits_SNV, 0.0).sum(-1) - jax.nn.logsumexp(logits_SNV, axis=-1)
+
+    xs = cut.split(hidden_BTD), cut.split(targets_BT)
+    return cut.joined(jax.lax.scan(lambda _, x: (None, part(kernel, *x)), None, xs)[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How [B, T] tokens are cut into chunks that are worked on one after the other, each spread over all devices."""
+
+    B: int
+    T: int
+    rows: int
+    """Pieces that the rows are split into over devices."""
+    pieces: int
+    """Pieces that the tokens of a row are split into over devices."""
+    chunk: int
+    """Tokens of a piece of a row in a chunk."""
+
+    @classmethod
+    def of(cls, B: int, T: int, chunk: int) -> "_Cut":
+        """`chunk`: tokens of a row that are worked on at the same time."""
+        rows, pieces = (math.gcd(size, shards(axis)) for size, axis in ((B, "batch"), (T, "tokens")))
+        return cls(B, T, rows, pieces, -(-chunk // pieces))
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.T // self.pieces // self.chunk)
+
+    def split(self, x_BT: Array) -> Array:
+        """[B, T, ...] as [chunks, S, N, ...]: S pieces on as many devices, N tokens each."""
+        short = self.chunks * self.chunk - self.T // self.pieces
+        x = x_BT.reshape(self.rows, self.B // self.rows, self.pieces, self.T // self.pieces, *x_BT.shape[2:])
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, short),) + ((0, 0),) * (x.ndim - 4))
+        x = x.reshape(*x.shape[:3], self.chunks, self.chunk, *x_BT.shape[2:])
+        x = jnp.moveaxis(x, (3, 2), (0, 2))  # chunks, rows, pieces, rows of a piece, chunk
+        return x.reshape(self.chunks, self.rows * self.pieces, self.B // self.rows * self.chunk, *x_BT.shape[2:])
+
+    def joined(self, x_nSN: Array) -> Array:
+        """What `split` was made of."""
+        rest, of_piece = x_nSN.shape[3:], self.B // self.rows
+        x = x_nSN.reshape(self.chunks, self.rows, self.pieces, of_piece, self.chunk, *rest)
+        x = jnp.moveaxis(x, (0, 2), (3, 2)).reshape(self.rows, of_piece, self.pieces, self.chunks * self.chunk, *rest)
+        return x[:, :, :, : self.T // self.pieces].reshape(self.B, self.T, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -56,21 +129,8 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
     kernel = constrain(kernel_DV.astype(dtype), None, "vocab")  # gathered over fsdp once, not in each chunk
     # S: the pieces that rows and tokens are split into over devices. Each adds up its own share of the kernel's
     # gradient; one reduction ends the loop
-    rows, pieces = (math.gcd(size, shards(axis)) for size, axis in ((B, "batch"), (T, "tokens")))
-    S, chunk = rows * pieces, -(-chunk // pieces)
-    chunks = -(-T // pieces // chunk)
-    short = chunks * chunk - T // pieces
-
-    def cut(x_BT):
-        x = x_BT.reshape(rows, B // rows, pieces, T // pieces, *x_BT.shape[2:])
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, short),) + ((0, 0),) * (x.ndim - 4))
-        x = x.reshape(*x.shape[:3], chunks, chunk, *x_BT.shape[2:])
-        x = jnp.moveaxis(x, (3, 2), (0, 2))  # chunks, rows, pieces, rows of a piece, chunk
-        return x.reshape(chunks, S, B // rows * chunk, *x_BT.shape[2:])
-
-    def joined(x_nSND):
-        x = jnp.moveaxis(x_nSND.reshape(chunks, rows, pieces, B // rows, chunk, D), (0, 2), (3, 2))
-        return x.reshape(rows, B // rows, pieces, chunks * chunk, D)[:, :, :, : T // pieces].reshape(B, T, D)
+    cut = _Cut.of(B, T, chunk)
+    S, chunks = cut.rows * cut.pieces, cut.chunks
 
     def body(carry, xs):
         loss_S, d_kernel_SDV = carry
@@ -92,7 +152,7 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
             d_kernel_SDV = constrain(d_kernel_SDV, "parts", None, "vocab")
         return (loss_S, d_kernel_SDV), d_hidden_SND
 
-    xs = jax.tree.map(cut, (hidden_BTD, targets_BT, weights_BT))
+    xs = jax.tree.map(cut.split, (hidden_BTD, targets_BT, weights_BT))
     start = (jnp.zeros(S, jnp.float32), jnp.zeros((S, D, V), jnp.float32) if kernel_too else None)
     if chunks == 1:
         carry, d_hidden = body(start, jax.tree.map(lambda x: x[0], xs))
@@ -100,7 +160,7 @@ def _run(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk, hidden_too, kerne
     else:
         carry, d_hidden = jax.lax.scan(body, start, xs)
     loss_S, d_kernel_SDV = carry
-    d_hidden = None if d_hidden is None else joined(d_hidden)
+    d_hidden = None if d_hidden is None else cut.joined(d_hidden)
     d_kernel = None
     if d_kernel_SDV is not None:
         d_kernel = constrain(d_kernel_SDV.sum(0), "embed", "vocab").astype(kernel_DV.dtype)

@@ -31,7 +31,7 @@ from vlmem_jax.train.stages import Split, flatten
 MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, AnyPath], Task]
 
 TASKS: dict[str, MakeTask] = {"next_token": NextToken}
-"""`stages.N.task` -> what makes it."""
+"""`stages.N.task` -> what makes it. If it has a `check(experiment, stage)`, that is called before the first stage."""
 
 SHARED_FOLDER_SECONDS = 20
 """What a file of one host may need until the others see it."""
@@ -58,6 +58,8 @@ def run(
     for stage in experiment.stages:
         if stage.task not in tasks:
             raise ConfigError(f"stages.{stage.name}.task must be one of {', '.join(tasks)}; got {stage.task!r}")
+        if check := getattr(tasks[stage.task], "check", None):
+            check(experiment, stage)
     mesh, model = make_mesh(experiment.mesh), VLM(experiment.model)
     experiment.check_mesh(mesh)
     hosts.on_first(lambda: folder.prepare(workdir, experiment))
@@ -80,12 +82,12 @@ def _run_stage(
     say: Callable[[str], None],
 ) -> bool:
     clock = Goodput()
-    start, origin = _origin(experiment, stage, model, workdir)
+    start, source = origin(experiment, stage, model, workdir)
     shapes = flatten(model.abstract())
     trained = sum(shapes[path].size for path in Split.of(stage, list(shapes)).trainable)
     done = _last(workdir, stage)
     say(
-        f"stage {stage.name}: {stage.steps} steps from {f'its checkpoint of step {done}' if done else origin}, trains "
+        f"stage {stage.name}: {stage.steps} steps from {f'its checkpoint of step {done}' if done else source}, trains "
         f"{trained:,} of {sum(x.size for x in shapes.values()):,} parameters"
     )
     task = make_task(experiment, stage, model, mesh, workdir)
@@ -143,7 +145,7 @@ def _last(workdir: AnyPath, stage: StageConfig) -> int:
     return steps[-1] if steps else 0
 
 
-def _origin(
+def origin(
     experiment: Experiment, stage: StageConfig, model: VLM, workdir: AnyPath
 ) -> tuple[Callable[[dict], dict], str]:
     """What gives the parameters of step 0, and its name."""

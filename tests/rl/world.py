@@ -1,0 +1,31 @@
+"""A small world to reinforce in: that of tests.train, with prompts in place of conversations."""
+
+import json
+
+from tests.train import world
+
+OWN = "tests.rl.own:letters_b"
+
+
+def make(folder):
+    """Writes what `tests.train.world` writes, 8 prompts of no, one or two images and 2 held out."""
+    world.make(folder)
+    lines = []
+    for n in range(10):
+        images = [f"{n}.png", f"{n + 1}.png"][: n % 3]
+        lines.append(json.dumps({"id": n, "prompt": "Say b" + "b" * n, "images": images, "answer": "b"}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines[:8]))
+    (folder / "held_out.jsonl").write_text("".join(lines[8:]))
+    return folder
+
+
+def config(folder, rl=(), **changes):
+    """One stage of 4 steps on 2 prompts of 4 answers each. `rl` are keys of its `rl`, `changes` of the experiment."""
+    settings = dict(rewards=[dict(name=OWN)], prompts=2, group_size=4, max_new_tokens=6, rollout_rows=8, kl=0.01)
+    stage = dict(name="rl", task="grpo", steps=4, learning_rate=1e-2, rl={**settings, **dict(rl)})
+    data = dict(
+        train=[dict(path=str(folder / "prompts.jsonl"))],
+        eval=[dict(path=str(folder / "held_out.jsonl"))],
+        rows=8, pack_tokens=128, pack_tiles=6, threads=1,
+    )  # fmt: skip
+    return world.config(folder, **{"stages": [stage], "data": data, "mesh": dict(data=1, fsdp=-1), **changes})

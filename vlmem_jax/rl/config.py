@@ -1,0 +1,107 @@
+"""The keys of reinforcement learning, `stages.N.rl`."""
+
+import dataclasses
+from typing import Literal
+
+from vlmem_jax.generate import SamplingConfig
+from vlmem_jax.rl.rewards import RewardConfig
+from vlmem_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """GRPO: phases of rollouts, and the steps that learn from each. The prompts are `data.train`, JSONL files.
+
+    Of `data`, a step takes rows of at most pack_tokens and pack_tiles, rows / accumulation of them at a time, and as
+    many as its trajectories fill.
+    """
+
+    rewards: tuple[RewardConfig, ...] = (RewardConfig("answer"),)
+    """The score of an output is their weighted sum."""
+    on_reward_error: Literal["raise", "zero"] = "raise"
+    """What happens where a reward raises or gives no finite number; outputs that score 0 for it are counted."""
+    reward_threads: int = 4
+    """Outputs that are scored at the same time, beside the next rollout."""
+
+    prompts: int = 8
+    """Of a rollout phase."""
+    group_size: int = 16
+    """Trajectories of a prompt."""
+    minibatches: int = 1
+    """Parts that the trajectories of a phase are split into, a step each."""
+    iterations: int = 1
+    """How often a phase's trajectories are learned from before the next phase."""
+    rollout_rows: int = 64
+    """Trajectories that are sampled at the same time, but always whole groups."""
+    rollout_mesh: MeshConfig | None = None
+    """Mesh of the rollouts, where parameters are laid out anew once a phase; None: they are used where they lie."""
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    """Of rollouts; ratios are of probabilities at temperature 1."""
+    top_k: int = 0
+    """As of `vlmem generate`; 0: all tokens."""
+    top_p: float = 1.0
+
+    advantage_std: bool = True
+    """Whether advantages are divided by the standard deviation of their group."""
+    advantage_eps: float = 1e-4
+    """Added to that."""
+    drop_zero_variance: bool = True
+    """Whether groups whose trajectories all score the same are left out; if not, they still count in the means, and
+    are held to the reference."""
+    loss_mean: Literal["sequence", "token"] = "sequence"
+    """Mean of the tokens of each trajectory and then of trajectories, or of all tokens alike."""
+    clip: float = 0.2
+    """Ratios below 1 - clip teach nothing more."""
+    clip_high: float | None = None
+    """The same above 1 + clip_high; None: as clip."""
+
+    kl: float = 0.0
+    """Weight beta of the KL penalty; 0: there is no reference."""
+    reference: str = "start"
+    """What KL is measured from: `start`, the trained parameters as they were at the start of the stage (a copy of these
+    alone), or MODULE:FUNCTION of your own, which makes its parameters of the current ones."""
+    kl_target: float = 0.03
+    """KL a token that adaptive_kl aims at."""
+    adaptive_kl: bool = False
+    """Whether beta grows by half where a phase's KL is above 1.5 x kl_target, and shrinks alike below it / 1.5."""
+
+    def __post_init__(self):
+        for key in ("reward_threads", "prompts", "minibatches", "iterations", "rollout_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, since trajectories are compared; got {self.group_size}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, so that trajectories differ; got {self.temperature}")
+        if self.minibatches > self.prompts * self.group_size:
+            raise ValueError(
+                f"minibatches must be at most prompts x group_size = {self.prompts * self.group_size}, "
+                f"got {self.minibatches}"
+            )
+        if not 0 < self.clip < 1 or (self.clip_high is not None and self.clip_high <= 0):
+            raise ValueError(
+                f"clip must be between 0 and 1 and clip_high positive, got {self.clip} and {self.clip_high}"
+            )
+        if self.kl < 0 or self.kl_target <= 0 or self.advantage_eps < 0:
+            raise ValueError(
+                "kl and advantage_eps must be at least 0 and kl_target positive, got "
+                f"{self.kl}, {self.advantage_eps} and {self.kl_target}"
+            )
+        if self.adaptive_kl and not self.kl:
+            raise ValueError("adaptive_kl changes kl, which must be positive to begin with; got 0")
+        if self.reference != "start" and ":" not in self.reference:
+            raise ValueError(f"reference must be start or MODULE:FUNCTION, got {self.reference!r}")
+        self.sampling()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a phase."""
+        return self.minibatches * self.iterations
+
+    def sampling(self, greedy: bool = False) -> SamplingConfig:
+        """How tokens of rollouts are drawn; `greedy`: how those of evaluation are chosen."""
+        if greedy:
+            return SamplingConfig(self.max_new_tokens)
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k, self.top_p)

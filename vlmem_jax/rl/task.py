@@ -1,0 +1,411 @@
+"""GRPO as a task of the training loop: phases of rollouts, and steps that learn from them (arXiv 2402.03300)."""
+
+import dataclasses
+import os
+import time
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from vlmem_jax.config import ConfigError, build
+from vlmem_jax.data import Prompt, Prompts
+from vlmem_jax.data.samples import Key
+from vlmem_jax.generate import Generator, never_sampled
+from vlmem_jax.models import VLM
+from vlmem_jax.paths import as_path
+from vlmem_jax.rl.advantages import group_advantages, varied
+from vlmem_jax.rl.config import RLConfig
+from vlmem_jax.rl.loss import grpo_loss, k3
+from vlmem_jax.rl.rewards import RewardError, Rewards, imported
+from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
+from vlmem_jax.rl.rows import Rows, pack_trajectories
+from vlmem_jax.rl.stream import Loaded, PromptStream
+from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, shards
+from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.loop import Work
+from vlmem_jax.train.loss import log_probs
+from vlmem_jax.train.next_token import experiment_processor
+from vlmem_jax.train.run import origin
+from vlmem_jax.train.stages import Flat, Split, flatten, storage, unflatten
+from vlmem_jax.types import Batch, Sample
+
+
+@dataclasses.dataclass
+class GRPOLoss:
+    """The `grpo` task without its data."""
+
+    model: VLM
+    config: RLConfig
+    chunk: int
+    """Tokens of a row whose logits exist at the same time."""
+    banned_ids: tuple[int, ...]
+    """Never drawn, so no part of the softmax."""
+
+    def log_probs(self, params: dict, batch: Batch) -> Float[Array, "B T"]:
+        """Log-probability of each target, as the sampler computes it."""
+        hidden_BTD = self.model.hidden(params, batch)
+        kernel_DV = self.model.head_kernel(params)
+        return log_probs(hidden_BTD, kernel_DV, batch.targets_BT, self.chunk, self.banned_ids)
+
+    def loss(self, params: dict, rows: Rows, key: Array | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn."""
+        c = self.config
+        loss, sums = grpo_loss(
+            self.log_probs(params, rows.batch),
+            rows.old_logp_BT,
+            rows.ref_logp_BT,
+            rows.advantage_BT,
+            rows.batch.weights_BT,
+            jnp.broadcast_to(rows.beta_B[:, None], rows.advantage_BT.shape),
+            c.clip,
+            c.clip_high,
+        )
+        if not c.kl:
+            del sums["kl"]
+        return loss, sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A trajectory and what is to be learned from it."""
+
+    key: Key
+    """Of its prompt."""
+    trajectory: Trajectory
+    advantage: float
+
+
+class GRPO(GRPOLoss):
+    """The `grpo` task. What a checkpoint keeps of it: the prompts drawn, beta, and trajectories in use."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        stage: StageConfig,
+        model: VLM,
+        mesh: Mesh,
+        workdir: str | os.PathLike = ".",
+    ):
+        """Raises ValueError for what `check` refuses, and for prompts that cannot be read."""
+        self.check(experiment, stage)
+        config = rl_config(stage)
+        self._processor = experiment_processor(experiment, model)
+        super().__init__(model, config, experiment.loss_chunk, never_sampled(self._processor, model))
+        self._experiment, self._stage, self._mesh, self._workdir = experiment, stage, mesh, as_path(workdir)
+        data = experiment.data_of(stage)
+        weights = {"sequence": "sample", "token": "token"}
+        self._data = dataclasses.replace(data, loss_weight=weights[config.loss_mean])
+        self._at_once = data.rows // experiment.parts(stage, mesh)
+        self._rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else mesh
+        self._rewards = Rewards(config.rewards)
+        self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
+        self._stream = PromptStream(
+            Prompts(data.train, self._processor),
+            data,
+            experiment.seed,
+            ahead=config.prompts,
+            wanted=lambda prompt: bool(prompt.answers) or not self._rewards.needs_answer,
+            check=self._rewards.check,
+            fits=self._fits,
+        )
+        self._held_out = Prompts(data.eval, self._processor)
+        self._split = Split.of(stage, list(flatten(model.abstract())))
+        self._reference: Flat | None = None
+        self._restored = False
+        self._step, self._phase = -1, -1
+        self._beta, self._kl, self._kl_tokens = config.kl, 0.0, 0
+        self._lessons: list[Lesson] = []
+        self._rows: dict[int, Rows] = {}
+        self._numbers: dict[str, float] = {}
+        self._of_reference = jax.jit(
+            lambda params, batch: jax.lax.map(lambda part: self.log_probs(params, part), batch)
+        )
+        prompts = sum(self._stream.prompts.counts)
+        self.report = (
+            f"{prompts} prompts; a phase samples {config.group_size} answers to each of {config.prompts} and learns "
+            f"from them in {config.steps} steps"
+        )
+
+    @staticmethod
+    def check(experiment: Experiment, stage: StageConfig) -> None:
+        """Raises ConfigError, naming the key, where a stage cannot be trained by this task."""
+        config, data, decoder = rl_config(stage), experiment.data_of(stage), experiment.model.decoder
+        where = f"config.stages.{stage.name}"
+        Rewards(config.rewards, f"{where}.rl.rewards")
+        if config.reference != "start":
+            imported(config.reference, f"{where}.rl.reference")
+        if jax.process_count() > 1:
+            raise ConfigError(f"{where}.task: grpo runs in one process, this one is of {jax.process_count()}")
+        if not data.train:
+            raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
+        if config.max_new_tokens >= data.pack_tokens:
+            raise ConfigError(
+                f"{where}.rl.max_new_tokens {config.max_new_tokens} must be less than data.pack_tokens "
+                f"{data.pack_tokens}, so that a row holds a prompt and its answer"
+            )
+        if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:
+            raise ConfigError(
+                f"{where}: data.pack_tokens {data.pack_tokens} must be at most model.decoder.max_positions "
+                f"{decoder.max_positions}: beyond it, dynamic NTK turns packed tokens otherwise than those drawn"
+            )
+        if experiment.model.memory == "comemo" and experiment.model.comemo.decode_position != "continue":
+            raise ConfigError(
+                f"{where}: model.comemo.decode_position must be continue, so that tokens are drawn as they are "
+                f"trained; got {experiment.model.comemo.decode_position}"
+            )
+
+    # --- the loop's side ----------------------------------------------------------------------------------------------
+
+    def work(self, step: int, params: dict) -> Work:
+        """The rows of `step`; where a phase begins, after its rollouts by `params`."""
+        phase, place = divmod(step, self.config.steps)
+        part = place % self.config.minibatches
+        with jax.transfer_guard("allow"):
+            if self.config.kl and self._reference is None:
+                self._reference = self._at_start(params)
+            if phase != self._phase:
+                self._begin(phase, params)
+            if part not in self._rows:
+                self._rows[part] = self._make_rows(part, params, first_time=place < self.config.minibatches)
+        self._step = step
+        rows, lessons = self._rows[part], self._part(part)
+        sizes = [len(lesson.trajectory.prompt.tokens_T) + len(lesson.trajectory.tokens_T) for lesson in lessons]
+        drawn = sum(int(lesson.trajectory.loss_T.sum()) for lesson in lessons)
+        counts = {
+            "tokens": sum(sizes),
+            "tiles": sum(len(lesson.trajectory.prompt.pixels_ISSc) for lesson in lessons),
+            "slots": int(np.prod(rows.advantage_BT.shape)),
+        }
+        denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
+        names = list(dict.fromkeys(lesson.trajectory.prompt.name for lesson in lessons))
+        return Work(rows, float(max(denominator, 1)), names, counts, self._numbers)
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
+        keys = [(file, line) for file, count in enumerate(self._held_out.counts) for line in range(count)]
+        scores: list[Future] = []
+        with jax.transfer_guard("allow"):
+            generator = self._generator(params)
+            for first in range(0, len(keys), self.config.rollout_rows):
+                loaded = list(self._pool.map(self._load_held_out, keys[first : first + self.config.rollout_rows]))
+                loaded = [one for one in loaded if one is not None]
+                if loaded:
+                    scores += self._answered(generator, loaded, greedy=True)[1]
+        if not scores:
+            return {}
+        score = float(np.mean([future.result()[0] for future in scores]))
+        return {"loss": -score, "score": score}
+
+    def flops(self, trained: frozenset[str]) -> int:
+        """0, for unknown: it depends on the length of what is drawn."""
+        return 0
+
+    def state(self) -> dict:
+        """Where the prompts are, beta, and, in the midst of a phase, its trajectories."""
+        state = {
+            "drawn": self._stream.drawn,
+            "phase": self._phase,
+            "beta": self._beta,
+            "kl": [self._kl, self._kl_tokens],
+            "numbers": self._numbers,
+        }
+        if (self._step + 1) % self.config.steps:
+            state["lessons"] = [_as_json(lesson) for lesson in self._lessons]
+        return state
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a state that `state` gave."""
+        self._restored = True
+        self._stream.go_to(state["drawn"])
+        self._beta, (self._kl, self._kl_tokens), self._numbers = state["beta"], state["kl"], state["numbers"]
+        if "lessons" in state:
+            keys = dict.fromkeys(tuple(fields["key"]) for fields in state["lessons"])
+            prompts = {key: self._stream.prompts.sample(key) for key in keys}
+            self._lessons = [_from_json(fields, prompts[tuple(fields["key"])]) for fields in state["lessons"]]
+            self._phase = state["phase"]
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self._stream.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- rollouts -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, phase: int, params: dict) -> None:
+        """Samples answers to the next prompts, and keeps what can be learned from them."""
+        config = self.config
+        self._rows, self._lessons, self._phase = {}, [], phase
+        if config.adaptive_kl and self._kl_tokens:
+            measured = self._kl / self._kl_tokens
+            self._beta *= 1.5 if measured > 1.5 * config.kl_target else 1.0
+            self._beta /= 1.5 if measured < config.kl_target / 1.5 else 1.0
+        self._kl, self._kl_tokens = 0.0, 0
+        loaded = [self._stream.take() for _ in range(config.prompts)]
+        start = time.perf_counter()
+        groups, futures = self._answered(self._generator(params), loaded, phase=phase)
+        seconds = time.perf_counter() - start
+        scored = [future.result() for future in futures]
+        scores_PG = np.array([score for score, _ in scored]).reshape(config.prompts, config.group_size)
+        varied_P = varied(scores_PG)
+        advantages_PG = group_advantages(scores_PG, config.advantage_std, config.advantage_eps)
+        self._lessons = [
+            Lesson(one.key, trajectory, float(advantage))
+            for one, group, advantages, differs in zip(loaded, groups, advantages_PG, varied_P, strict=True)
+            if differs or not config.drop_zero_variance
+            for trajectory, advantage in zip(group, advantages, strict=True)
+        ]
+        everything = [trajectory for group in groups for trajectory in group]
+        tokens = sum(len(trajectory.tokens_T) for trajectory in everything)
+        self._numbers = {
+            "score/mean": float(scores_PG.mean()),
+            "score/std": float(scores_PG.std(axis=1).mean()),
+            "score/errors": float(sum(failed for _, failed in scored)),
+            "rollout/zero_variance_groups": float((~varied_P).sum()),
+            "rollout/tokens": tokens / len(everything),
+            "rollout/cut_off": float(np.mean([not trajectory.stopped for trajectory in everything])),
+            "rollout/tokens_per_s": tokens / seconds,
+            "rollout/seconds": seconds,
+            "prompts/skipped": float(len(self._stream.skipped)),
+        }
+        if config.adaptive_kl:
+            self._numbers["beta"] = self._beta
+
+    def _answered(
+        self, generator: Generator, loaded: list[Loaded], *, phase: int = 0, greedy: bool = False
+    ) -> tuple[list[list[Trajectory]], list[Future]]:
+        """Trajectories of each prompt, and their scores: those of one batch are computed beside the next."""
+        config, stage = self.config, zlib.crc32(self._stage.name.encode())
+        group_size = 1 if greedy else config.group_size
+        keys_PG = rollout_keys(self._experiment.seed, stage, phase, len(loaded), group_size)
+        samples = [one.sample for one in loaded]
+        groups: dict[int, list[Trajectory]] = {}
+        futures: dict[int, list[Future]] = {}
+        for n, group in rollouts(generator, samples, config.sampling(greedy), keys_PG, config.rollout_rows):
+            groups[n] = group
+            futures[n] = [self._pool.submit(self._score, trajectory, loaded[n].prompt) for trajectory in group]
+        order = range(len(loaded))
+        return [groups[n] for n in order], [future for n in order for future in futures[n]]
+
+    def _score(self, trajectory: Trajectory, prompt: Prompt) -> tuple[float, bool]:
+        """The score of what was written, and whether a reward failed."""
+        try:
+            return self._rewards.score(self._processor.tokenizer.decode(trajectory.output_T), prompt), False
+        except RewardError:
+            if self.config.on_reward_error == "raise":
+                raise
+            return 0.0, True
+
+    def _generator(self, params: dict) -> Generator:
+        """Samples with the trainer's own arrays; those of another dtype or mesh are laid out anew, once."""
+        mesh, dtype = self._rollout_mesh, self.model.dtype
+        places = flatten(param_shardings(mesh, self.model.abstract(), self.model.axes()))
+        flat = flatten(params)
+        cast = {path: x.astype(dtype) for path, x in flat.items() if x.dtype != dtype}
+        flat |= cast
+        if mesh is not self._mesh:
+            flat = jax.device_put(flat, {path: places[path] for path in flat})
+        return Generator(
+            self.model,
+            unflatten(flat),
+            stop_ids=self._processor.stop_ids,
+            banned_ids=self.banned_ids,
+            mesh=mesh,
+        )
+
+    def _load_held_out(self, key: Key) -> Loaded | None:
+        try:
+            return self._stream.load(key, self._held_out)
+        except ValueError:
+            if self._data.on_bad_sample == "raise":
+                raise
+            return None
+
+    def _fits(self, prompt: Prompt, sample: Sample) -> None:
+        data, new = self._data, self.config.max_new_tokens
+        if len(sample.tokens_T) + new > data.pack_tokens:
+            raise ValueError(
+                f"a row must hold a prompt and its answer, {data.pack_tokens} tokens, but this prompt has "
+                f"{len(sample.tokens_T)} and the answer may have {new}; raise data.pack_tokens or lower "
+                f"stages.{self._stage.name}.rl.max_new_tokens (sample {prompt.name})"
+            )
+        if len(sample.pixels_ISSc) > data.pack_tiles:
+            raise ValueError(
+                f"a row has {data.pack_tiles} tiles but this prompt has {len(sample.pixels_ISSc)}; "
+                f"raise data.pack_tiles (sample {prompt.name})"
+            )
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _part(self, part: int) -> list[Lesson]:
+        """The lessons of a minibatch."""
+        chosen = np.array_split(np.arange(len(self._lessons)), self.config.minibatches)[part]
+        return [self._lessons[n] for n in chosen]
+
+    def _make_rows(self, part: int, params: dict, first_time: bool) -> Rows:
+        """A minibatch on the devices, with what the reference says of it."""
+        lessons = self._part(part)
+        rows = pack_trajectories(
+            [lesson.trajectory for lesson in lessons],
+            [lesson.advantage for lesson in lessons],
+            self._data,
+            self.model.tile,
+            self._at_once,
+            self._beta,
+            shards("tokens", self._mesh),
+        )
+        counts_BT, old_BT = rows.batch.weights_BT > 0, rows.old_logp_BT
+        rows = jax.device_put(rows, batch_sharding(self._mesh, leading=1))
+        if not self.config.kl:
+            return rows
+        ref_BT = self._of_reference(self._reference_params(params), rows.batch)
+        if self.config.adaptive_kl and first_time:
+            self._kl += float(k3(jnp.asarray(old_BT), ref_BT)[counts_BT].sum())
+            self._kl_tokens += int(counts_BT.sum())
+        return dataclasses.replace(rows, ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
+
+    def _at_start(self, params: dict) -> Flat:
+        """The trained parameters as they were at the start of the stage, in the dtype they are used in."""
+        if self.config.reference != "start":
+            return {}
+        if self._restored:
+            start, _ = origin(self._experiment, self._stage, self.model, self._workdir)
+            abstract, axes = flatten(self.model.abstract()), flatten(self.model.axes())
+            places = flatten(param_shardings(self._mesh, self.model.abstract(), self.model.axes()))
+            params = start(unflatten(storage(self._split, abstract, axes, places, self.model.dtype)))
+        trained, _ = self._split.part(flatten(params))
+        return {path: jnp.array(x, self.model.dtype, copy=True) for path, x in trained.items()}
+
+    def _reference_params(self, params: dict) -> dict:
+        if self.config.reference == "start":
+            return unflatten({**flatten(params), **self._reference})
+        return imported(self.config.reference, "reference")(params)
+
+
+def rl_config(stage: StageConfig) -> RLConfig:
+    """The keys `rl` of a stage. Raises ConfigError, naming the key."""
+    return build(RLConfig, stage.rl, f"config.stages.{stage.name}.rl")
+
+
+def _as_json(lesson: Lesson) -> dict[str, Any]:
+    """Exact: a float32 is a float64, and JSON gives that back as it was."""
+    t = lesson.trajectory
+    return {
+        "key": list(lesson.key),
+        "tokens": t.tokens_T.tolist(),
+        "logp": t.logp_T.tolist(),
+        "loss": t.loss_T.tolist(),
+        "stopped": t.stopped,
+        "advantage": lesson.advantage,
+    }
+
+
+def _from_json(fields: dict[str, Any], prompt: Sample) -> Lesson:
+    tokens_T, logp_T = np.array(fields["tokens"], np.int32), np.array(fields["logp"], np.float32)
+    trajectory = Trajectory(prompt, tokens_T, logp_T, np.array(fields["loss"], bool), fields["stopped"])
+    return Lesson(tuple(fields["key"]), trajectory, fields["advantage"])
