@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.train.loss import cross_entropy
+from vlmem_jax.train.loss import cross_entropy, log_probs
 
 B, T, D, V = 4, 13, 8, 37
 
@@ -69,3 +69,29 @@ def test_bf16_states_give_an_fp32_gradient_of_the_fp32_kernel(case):
     assert d_hidden.dtype == jnp.bfloat16 and d_kernel.dtype == jnp.float32
     expected = jax.grad(lambda k: plain(hidden, k, *rest))(kernel)
     np.testing.assert_allclose(d_kernel, expected, atol=0.05)
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_log_probabilities_do_not_depend_on_the_chunk(case, chunk):
+    hidden, kernel, targets, weights = case
+    banned = [3, 7]
+    targets = jnp.where(jnp.isin(targets, jnp.array(banned)), 0, targets)
+
+    def expected(hidden, kernel):
+        scores = jax.nn.log_softmax((hidden @ kernel).at[..., jnp.array(banned)].set(-jnp.inf))
+        return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+
+    def both(function):
+        loss = lambda h, k: (jnp.sum(weights * jnp.square(logp := function(h, k))), logp)  # noqa: E731
+        gradients, logp = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, kernel)
+        return *gradients, logp
+
+    got = both(lambda h, k: log_probs(h, k, targets, chunk, banned))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, both(expected))
+
+
+def test_log_probabilities_never_need_all_logits_at_once(case):
+    hidden, kernel, targets, _ = case
+    text = str(jax.make_jaxpr(jax.grad(lambda h, k: log_probs(h, k, targets, 4).sum(), (0, 1)))(hidden, kernel))
+    assert f"f32[1,{B * 4},{V}]" in text
+    assert f"{B},{T},{V}]" not in text and f",{B * 16},{V}]" not in text

@@ -1,0 +1,135 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import patches_world
+from vlmem_jax.data import Prompts, SourceConfig
+from vlmem_jax.processing import PatchConfig, Tokenizer, make_processor
+from vlmem_jax.types import PatchGeometry
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    patches_world.save_tokenizer(folder / "tokenizer")
+    patches_world.save_video(folder / "a.mp4")
+    for n in range(2):
+        Image.fromarray(np.full((16, 16 + 16 * n, 3), 80 * n, np.uint8)).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    image = PatchConfig(min_pixels=64, max_pixels=4096)
+    return make_processor(Tokenizer.load(folder / "tokenizer"), image, PatchGeometry(4, 2, 2, 2, 2.0), None, "qwen2-vl")
+
+
+@pytest.fixture
+def prompts(folder, processor):
+    def read(*lines):
+        text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        (folder / "prompts.jsonl").write_text(text)
+        return Prompts([SourceConfig(str(folder / "prompts.jsonl"))], processor)
+
+    return read
+
+
+def text(processor, sample):
+    return processor.tokenizer.decode(sample.tokens_T, skip_special=False)
+
+
+def test_a_released_line(prompts):
+    read = prompts("", {"prompt": "What?", "image": "0.png", "answer": "a cat", "extra": 3}, "", {"prompt": "Why?"})
+    first, second = read[0, 0], read[0, 1]
+    assert read.counts == [2] and read.name((0, 1)).endswith("prompts.jsonl:4")
+    assert (first.id, first.images, first.answers, first.answer_type) == ("0", ("0.png",), ("a cat",), "text")
+    assert first.meta == {"extra": 3} and not first.is_raw
+    assert (second.id, second.images, second.answers) == ("1", (), ())
+
+
+def test_all_keys_of_a_line(prompts):
+    line = {"id": 7, "prompt": "Which?", "images": ["0.png"], "image": "1.png", "system": "Be brief."}
+    line |= {"videos": [{"path": "a.mp4", "fps": 2}], "source": "zoo", "split": "train", "prompt_is_raw": False}
+    line |= {"answer": "B", "answers": ["B", "dogs"], "answer_type": "choice", "choices": ["cats", "dogs"]}
+    prompt = prompts(line)[0, 0]
+    assert (prompt.id, prompt.images, prompt.answers) == ("7", ("1.png", "0.png"), ("B", "dogs"))
+    assert (prompt.answer_type, prompt.choices, prompt.system) == ("choice", ("cats", "dogs"), "Be brief.")
+    assert (prompt.source, prompt.split, prompt.meta) == ("zoo", "train", {})
+    assert (prompt.videos[0].path, prompt.videos[0].fps, prompt.videos[0].frames) == ("a.mp4", 2.0, None)
+
+
+def test_a_question_with_choices_is_answered_by_choice(prompts):
+    assert prompts({"prompt": "Which?", "choices": ["a", "b"]})[0, 0].answer_type == "choice"
+
+
+def test_the_template_and_placeholders_are_put_in(prompts, processor):
+    read = prompts({"prompt": "What?", "images": ["0.png", "1.png"], "system": "Be brief."}, {"prompt": "Why?"})
+    sample = read.sample((0, 0))
+    shown = [f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (4, 8)]
+    assert text(processor, sample) == (
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{''.join(shown)}What?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert sample.name.endswith("prompts.jsonl:1") and len(sample.pixels_ISSc) == 12
+    assert "You are a helpful assistant." in text(processor, read.sample((0, 1)))
+
+
+def test_a_raw_prompt_is_used_as_it_stands(prompts, processor):
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    raw = f"See {start}<|image_pad|>{end} and {start}<|video_pad|>{end}: what?"
+    line = {"prompt": raw, "image": "0.png", "videos": [{"path": "a.mp4", "frames": 4}], "prompt_is_raw": True}
+    sample = prompts(line).sample((0, 0))
+    assert text(processor, sample) == raw.replace("<|image_pad|>", "<|image_pad|>" * 4).replace(
+        "<|video_pad|>", "<|video_pad|>" * (len(sample.pixels_ISSc) - 4)
+    )
+    assert (sample.slots_T >= 0).sum() == len(sample.pixels_ISSc) > 4
+    with pytest.raises(
+        ValueError, match=r"this one holds 1 <\|(image|video)_pad\|> for 0 \(sample .*prompts.jsonl:1\)"
+    ):
+        prompts({"prompt": raw, "prompt_is_raw": True}).sample((0, 0))
+    with pytest.raises(ValueError, match=r"must not hold the control token .*jsonl:1"):
+        prompts({"prompt": raw, "image": "0.png"}).sample((0, 0))
+
+
+def test_a_video_gives_as_many_frames_as_asked_for(prompts):
+    def tiles(**asked):
+        return len(prompts({"prompt": "?", "videos": [{"path": "a.mp4", **asked}]}).sample((0, 0)).pixels_ISSc)
+
+    assert tiles(frames=8) == 2 * tiles(frames=4) == 4 * tiles(frames=2)
+    assert tiles(fps=8) == 2 * tiles(fps=4)
+    with pytest.raises(ValueError, match=r"must have the 11 frames asked for, but it has 10 .*a.mp4.*prompts.jsonl:1"):
+        tiles(frames=11)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "a line must be one JSON object"),
+        ([1], "a line must be a JSON object, got list"),
+        ({"question": "?"}, r"`prompt` must be given; this line has the keys \['question'\]"),
+        ({"prompt": 3}, "`prompt` must be a text, got 3"),
+        ({"prompt": "?", "image": ["a", "b"]}, "`image` must be one path; several go in `images`"),
+        ({"prompt": "?", "images": "a"}, "`images` must be a list of texts"),
+        ({"prompt": "?", "answers": [1]}, "`answers` must be a list of texts"),
+        ({"prompt": "?", "answer_type": "essay"}, "`answer_type` must be one of choice, .*; got 'essay'"),
+        ({"prompt": "?", "videos": ["a.mp4"]}, "an element of `videos` must be"),
+        ({"prompt": "?", "videos": [{"path": "a.mp4", "fps": 1, "frames": 2}]}, "with one of the last two"),
+        ({"prompt": "?", "prompt_is_raw": "yes"}, "`prompt_is_raw` must be true or false"),
+    ],
+)
+def test_what_is_no_prompt_names_its_line(prompts, line, message):
+    with pytest.raises(ValueError, match=rf"prompts.jsonl:1: .*{message}"):
+        prompts(line)[0, 0]
+
+
+def test_what_cannot_be_shown_names_its_line(prompts):
+    for shown in ({"image": "none.png"}, {"videos": [{"path": "none.mp4"}]}, {"image": "../../etc/passwd"}):
+        with pytest.raises(ValueError, match=r"\(sample .*prompts.jsonl:1\)"):
+            prompts({"prompt": "?", **shown}).sample((0, 0))
+
+
+def test_prompts_are_no_packed_lines(processor):
+    with pytest.raises(ValueError, match="read from JSONL files"):
+        Prompts([SourceConfig("prompts.array_record")], processor)

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlmem_jax.rl.loss import grpo_loss, k3
+
+ADVANTAGE = jnp.array([1.0, -1.0])
+
+
+def gradient(ratio, **options):
+    """Of the loss by the log-probabilities of a token of advantage 1 and one of -1, of this ratio to the sampler's."""
+    logp = jnp.log(jnp.full(2, ratio))
+
+    def loss(logp):
+        return grpo_loss(logp, jnp.zeros(2), jnp.zeros(2), ADVANTAGE, jnp.ones(2), jnp.zeros(2), **options)[0]
+
+    return jax.grad(loss)(logp).tolist()
+
+
+def test_the_clip_stops_what_has_gone_far_enough():
+    np.testing.assert_allclose(gradient(1.0), [-1, 1])
+    np.testing.assert_allclose(gradient(1.1), [-1.1, 1.1], rtol=1e-6)
+    np.testing.assert_allclose(gradient(1.25), [0, 1.25], rtol=1e-6)
+    np.testing.assert_allclose(gradient(0.75), [-0.75, 0], rtol=1e-6)
+
+
+def test_the_upper_bound_may_be_higher():
+    np.testing.assert_allclose(gradient(1.25, clip=0.2, clip_high=0.28), [-1.25, 1.25], rtol=1e-6)
+    np.testing.assert_allclose(gradient(1.3, clip=0.2, clip_high=0.28), [0, 1.3], rtol=1e-6)
+    np.testing.assert_allclose(gradient(0.75, clip=0.2, clip_high=0.28), [-0.75, 0], rtol=1e-6)
+
+
+def test_clipped_tokens_are_those_without_gradient():
+    logp = jnp.log(jnp.array([1.25, 1.25, 0.75, 0.75, 1.0]))
+    advantage = jnp.array([1.0, -1, 1, -1, 1])
+    _, sums = grpo_loss(logp, 0 * logp, 0 * logp, advantage, jnp.ones(5), jnp.zeros(5))
+    assert sums["clipped"] == 2
+
+
+def test_kl_is_zero_where_both_agree_and_positive_elsewhere():
+    logp, ref = jnp.array([-1.0, -1.0, -1.0]), jnp.array([-1.0, -2.0, -0.5])
+    assert k3(logp, ref)[0] == 0 and (k3(logp, ref)[1:] > 0).all()
+
+
+def test_tokens_of_no_weight_may_hold_anything():
+    nothing = jnp.array([-1e4, 0.0, jnp.nan])
+
+    def loss(logp):
+        weight, one = jnp.array([1.0, 0, 0]), jnp.ones(3)
+        logp = jnp.concatenate([logp[:1], nothing[1:]])
+        return grpo_loss(logp, nothing.at[0].set(0.0), nothing.at[0].set(0.0), one, weight, one)[0]
+
+    value, slope = jax.value_and_grad(loss)(jnp.zeros(3))
+    assert value == -1 and slope.tolist() == [-1, 0, 0]
+
+
+def test_an_update_makes_what_scored_better_more_likely():
+    """A policy of one token: probabilities move to the scores, until the clip."""
+    tokens, advantage = jnp.array([0, 1, 2, 3]), jnp.array([1.5, -0.5, -0.5, -0.5])
+    old = jax.nn.log_softmax(jnp.zeros(4))
+
+    def loss(scores):
+        logp = jax.nn.log_softmax(scores)[tokens]
+        return grpo_loss(logp, old[tokens], old[tokens], advantage, jnp.ones(4), jnp.zeros(4))[0]
+
+    slope = jax.jit(jax.grad(loss))
+    scores = -0.1 * slope(jnp.zeros(4))
+    new = jax.nn.softmax(scores)
+    assert (new * advantage).sum() > (jnp.exp(old) * advantage).sum() + 0.01
+    for _ in range(200):
+        scores -= 0.1 * slope(scores)
+    rest = jax.nn.softmax(scores)[1:] / 0.25
+    assert ((rest > 0.78) & (rest < 0.8)).all(), "the clip stops it once all ratios are out of bounds"
