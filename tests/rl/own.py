@@ -1,4 +1,4 @@
-"""Rewards of one's own, named in the configs of tests as `tests.rl.own:...`."""
+"""Functions of one's own, named in the configs of tests as `tests.rl.own:...`."""
 
 import math
 
@@ -10,5 +10,21 @@ def length(output, prompt):
 
 
 def letters_b(output, prompt):
-    """The share of b in the output."""
-    return output.count("b") / max(len(output), 1)
+    """The share of b among the letters of the output."""
+    letters = output.replace(" ", "")
+    return letters.count("b") / max(len(letters), 1)
+
+
+def first_prompt_alone(output, prompt):
+    """Tells outputs apart for the first prompt alone: by their number of kinds of letters."""
+    return float(len(set(output))) if prompt.id == "0" else 0.5
+
+
+def sometimes_nan(output, prompt):
+    return math.nan if len(output) % 2 else 1.0
+
+
+def never(params):
+    """A reference that finds all tokens equally likely."""
+    head = params["decoder"]["head"]["kernel"]
+    return {**params, "decoder": {**params["decoder"], "head": {"kernel": 0 * head}}}

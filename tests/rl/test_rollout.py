@@ -1,0 +1,163 @@
+"""What was drawn is what is trained on: log-probabilities, positions, one prefill for a group."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import patches_world
+from vlmem_jax.data import DataConfig
+from vlmem_jax.generate import Generator, SamplingConfig
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+from vlmem_jax.positions import PatchGrid
+from vlmem_jax.rl import GRPOLoss, RLConfig
+from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
+from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.types import Sample
+
+BANNED, STOP, G = (3, 4, 60), (1, 2, *range(90, 120)), 3
+SAMPLING = SamplingConfig(max_new_tokens=12, temperature=1.5, top_k=100)
+DATA = DataConfig(pack_tokens=128, pack_tiles=16, loss_weight="sample")
+
+
+def tiles(vlm, length, count, seed):
+    """A prompt of `length` random tokens and `count` random tiles after its third."""
+    rng = np.random.default_rng(seed)
+    size, m = vlm.config.vision.image_size, count * vlm.tokens_per_tile
+    slots_T = np.full(length + m, -1, np.int32)
+    slots_T[3 : 3 + m] = np.arange(m)
+    return Sample(
+        tokens_T=rng.integers(5, 90, length + m).astype(np.int32),
+        labels_T=np.full(length + m, -100, np.int32),
+        positions_T=np.arange(length + m, dtype=np.int32),
+        slots_T=slots_T,
+        pixels_ISSc=rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8),
+        memory_positions_M=np.arange(3, 3 + m, dtype=np.int32),
+        name=f"prompt {seed}",
+    )
+
+
+@pytest.fixture(scope="module", params=["comemo", "qwen2_5_vl"])
+def drawn(request):
+    """Model, parameters, generator, prompts and three answers to each."""
+    if request.param == "comemo":
+        vlm = VLM(resolve({"preset": "tiny", "decoder": {"layers": 2}, "vision": {"layers": 1}}))
+        prompts = [tiles(vlm, 9, 2, 0), tiles(vlm, 20, 0, 1), tiles(vlm, 12, 1, 2)]
+    else:
+        vlm = VLM(resolve({"preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}}))
+        grids = [[PatchGrid(1, 2, 3)], [], [PatchGrid(2, 2, 2, 1.0)]]
+        prompts = [patches_world.sample(vlm, shown, 9 + 3 * n, n) for n, shown in enumerate(grids)]
+    params = jax.jit(vlm.init)(jax.random.key(0))
+    for gate in ("attn_gate", "mlp_gate") if vlm.config.memory == "comemo" else ():
+        params["memory"]["blocks"][gate] += 0.7
+    generator = Generator(vlm, params, stop_ids=STOP, banned_ids=BANNED)
+    keys_PG = rollout_keys(0, 1, 2, len(prompts), G)
+    groups = dict(rollouts(generator, prompts, SAMPLING, keys_PG, rows=100))
+    return vlm, params, generator, prompts, keys_PG, [groups[n] for n in range(len(prompts))]
+
+
+def log_probs(vlm, params, trajectories):
+    """What the trainer makes of the log-probabilities of trajectories, and the rows they are packed in."""
+    rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm.tile, at_once=1)
+    loss = GRPOLoss(vlm, RLConfig(), chunk=32, banned_ids=BANNED)
+    scored = jax.jit(lambda params, batch: jax.lax.map(lambda part: loss.log_probs(params, part), batch))
+    return np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch))), rows
+
+
+def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(drawn):
+    vlm, params, _, _, _, groups = drawn
+    trajectories = [trajectory for group in groups for trajectory in group]
+    assert {t.stopped for t in trajectories} == {True, False} and len({len(t.tokens_T) for t in trajectories}) > 2
+    logp_BT, rows = log_probs(vlm, params, trajectories)
+    counts_BT = rows.batch.weights_BT > 0
+    assert counts_BT.sum() == sum(len(t.tokens_T) for t in trajectories), "of each token drawn, the stop id too"
+    assert (rows.batch.segments_BT.max(-1) > 1).any(), "some rows hold several trajectories"
+    np.testing.assert_allclose(logp_BT[counts_BT], rows.old_logp_BT[counts_BT], atol=1e-5)
+    np.testing.assert_allclose(rows.batch.weights_BT.sum(), len(trajectories), rtol=1e-6)
+    assert not np.isin(np.concatenate([t.tokens_T for t in trajectories]), BANNED).any()
+
+
+def test_one_prefill_serves_a_group(drawn):
+    _, _, generator, prompts, keys_PG, _ = drawn
+    once = generator.start(prompts[:2], 12, copies=G)
+    each = generator.start([prompt for prompt in prompts[:2] for _ in range(G)], 12)
+    np.testing.assert_allclose(once.logits_BV, each.logits_BV, atol=1e-5)
+    keys_B = keys_PG[:2].reshape(-1)
+    for (tokens, logp), (own_tokens, own_logp) in zip(
+        once.draw(SAMPLING, keys_B), each.draw(SAMPLING, keys_B), strict=True
+    ):
+        np.testing.assert_array_equal(tokens, own_tokens)
+        np.testing.assert_allclose(logp[tokens >= 0], own_logp[tokens >= 0], atol=1e-5)
+
+
+def test_a_trajectory_does_not_depend_on_its_batch(drawn):
+    _, _, generator, prompts, keys_PG, groups = drawn
+    for n, group in rollouts(generator, prompts, SAMPLING, keys_PG, rows=1):
+        for alone, together in zip(group, groups[n], strict=True):
+            np.testing.assert_array_equal(alone.tokens_T, together.tokens_T)
+            assert alone.stopped == together.stopped == bool(np.isin(alone.tokens_T[-1], STOP))
+            assert not np.isin(alone.output_T, STOP).any()
+    assert len({tuple(t.tokens_T) for group in groups for t in group}) == 9, "each is drawn by a key of its own"
+
+
+def test_rows_keep_what_is_known_of_each_token(drawn):
+    vlm, _, _, prompts, _, groups = drawn
+    first, second = (max(group, key=lambda t: len(t.tokens_T)) for group in groups[:2])
+    forced_T = np.arange(len(first.tokens_T)) == 0
+    first = dataclasses.replace(first, loss_T=~forced_T)
+    rows = pack_trajectories([first, second], [0.5, -2.0], DATA, vlm.tile, at_once=2, beta=0.1)
+    assert rows.advantage_BT.shape[:2] == (1, 2) and rows.advantage_BT.shape[2] in (64, 80)
+    for trajectory, advantage in ((first, 0.5), (second, -2.0)):
+        row, start = _find(rows, trajectory)
+        before = start + len(trajectory.prompt.tokens_T) - 1
+        span = slice(before, before + len(trajectory.tokens_T))
+        kept = trajectory.loss_T
+        np.testing.assert_array_equal(rows.batch.targets_BT[0, row, span], np.where(kept, trajectory.tokens_T, 0))
+        np.testing.assert_array_equal(rows.old_logp_BT[0, row, span], np.where(kept, trajectory.logp_T, 0))
+        np.testing.assert_array_equal(rows.advantage_BT[0, row, span], np.where(kept, advantage, 0))
+        np.testing.assert_allclose(rows.batch.weights_BT[0, row, span], kept / kept.sum(), rtol=1e-6)
+    assert (
+        (rows.advantage_BT != 0).sum() == (rows.batch.weights_BT > 0).sum() == first.loss_T.sum() + len(second.tokens_T)
+    )
+    assert rows.beta_B.tolist() == [[np.float32(0.1)] * 2]
+
+
+def _find(rows, trajectory):
+    """Row and first slot of a trajectory."""
+    tokens_T = trajectory.sample().tokens_T
+    for row, tokens in enumerate(rows.batch.tokens_BT[0]):
+        for start in range(len(tokens) - len(tokens_T) + 1):
+            if (tokens[start : start + len(tokens_T)] == tokens_T).all():
+                return row, start
+    raise AssertionError("not in the rows")
+
+
+def test_shapes_are_few_whatever_was_drawn():
+    vlm = VLM(resolve({"preset": "tiny", "memory": "none"}))
+    prompt, rng = tiles(vlm, 10, 0, 0), np.random.default_rng(0)
+    shapes = set()
+    for _ in range(60):
+        lengths = rng.integers(1, 100, rng.integers(1, 20))
+        trajectories = [
+            Trajectory(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False) for n in lengths
+        ]
+        rows = pack_trajectories(trajectories, [0.0] * len(lengths), DATA, vlm.tile, at_once=2)
+        assert (rows.batch.weights_BT > 0).sum() == lengths.sum()
+        shapes.add(rows.advantage_BT.shape)
+        assert rows.batch.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
+    assert len(shapes) < 20
+    empty = pack_trajectories([], [], DATA, vlm.tile, at_once=2)
+    assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.segments_BT.any()
+
+
+def test_keys_are_those_of_seed_stage_phase_prompt_and_sample():
+    def data(*args):
+        return jax.random.key_data(rollout_keys(*args)).tolist()
+
+    assert data(0, 1, 2, 3, 4) == data(0, 1, 2, 3, 4)
+    several = [data(0, 1, 2, 3, 4), data(1, 1, 2, 3, 4), data(0, 2, 2, 3, 4), data(0, 1, 3, 3, 4)]
+    flat = [tuple(key) for keys in several for row in keys for key in row]
+    assert len(set(flat)) == len(flat) == 48

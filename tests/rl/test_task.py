@@ -1,0 +1,303 @@
+"""GRPO in the training loop: it learns, goes on where it stopped, and says what does not fit."""
+
+import dataclasses
+import json
+import math
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tests.rl import world
+from vlmem_jax import rl, sharding
+from vlmem_jax.checkpoint import Store
+from vlmem_jax.config import ConfigError, override
+from vlmem_jax.models import VLM
+from vlmem_jax.rl import GRPO
+from vlmem_jax.train import run as runs
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.goodput import Goodput
+from vlmem_jax.train.loop import fit
+
+STAGE = "stages.rl"
+SMALL = {
+    "model.memory": "none", "model.decoder.layers": 1, "model.vision.layers": 1, "model.vision.drop_path": 0.0,
+    "checkpoint.every": 100, "eval_every": 100,
+}  # fmt: skip
+"""A model that compiles fast."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return world.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def settings(folder):
+    """An Experiment from keys that differ; the prompts are text alone, but for `images=True`."""
+    text = "".join(json.dumps({"prompt": f"Say {'ab'[n % 2]} {n}", "answer": "b"}) + "\n" for n in range(6))
+    (folder / "text.jsonl").write_text(text)
+
+    def make(images=False, **changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        data = {} if images else {"data.train.0.path": str(folder / "text.jsonl"), "data.eval": []}
+        return experiment(override(world.config(folder), {**SMALL, **data, **changes}))
+
+    return make
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh(sharding.MeshConfig(fsdp=1), jax.devices()[:1])
+
+
+def make_task(settings, mesh, workdir="."):
+    return GRPO(settings, settings.stages[0], VLM(settings.model), mesh, workdir)
+
+
+def train(settings, workdir, mesh, until=None):
+    """Fits the only stage; `until`: the step in which a Ctrl-C comes. Gives the task."""
+    stage, keep = settings.stages[0], settings.checkpoint
+    workdir.mkdir(exist_ok=True)
+    task = make_task(settings, mesh, workdir)
+    if until is not None:
+        work = task.work
+
+        def interrupting(step, params):
+            if step == until:
+                signal.raise_signal(signal.SIGINT)
+            return work(step, params)
+
+        task.work = interrupting
+    store, clock = Store(workdir / stage.name, keep.keep_last, keep.keep_best), Goodput()
+    start, _ = runs.origin(settings, stage, task.model, workdir)
+    try:
+        fit(task, settings, stage, mesh, store, workdir, start, clock)
+    finally:
+        store.close()
+        clock.close()
+    return task
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+TIMES = ("seconds", "per_s", "goodput")
+
+
+def numbers(workdir):
+    """What was recorded, but for times."""
+    return [{key: x for key, x in line.items() if not any(word in key for word in TIMES)} for line in records(workdir)]
+
+
+def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
+    many = {"stages.rl.rl.prompts": 4, "stages.rl.rl.group_size": 8, "stages.rl.rl.rollout_rows": 16}
+    train(settings(**many, stages__rl__steps=12, stages__rl__learning_rate=3e-2), tmp_path, mesh)
+    lines = records(tmp_path)
+    scores = [line["score/mean"] for line in lines]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.3 and max(scores) > 0.5
+    assert abs(lines[0]["loss"]) < 1e-5 and math.isclose(lines[0]["ratio"], 1, rel_tol=1e-5)
+    assert lines[0]["kl"] < 1e-6 < lines[-1]["kl"]
+    assert {"rollout/tokens", "rollout/tokens_per_s", "rollout/cut_off", "tokens_per_s"} <= lines[-1].keys()
+
+
+def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(settings, mesh, tmp_path):
+    keys = {"minibatches": 2, "iterations": 2, "adaptive_kl": True, "kl_target": 1e-4, "drop_zero_variance": False}
+    config = settings(stages__rl__steps=10, **{f"stages__rl__rl__{key}": value for key, value in keys.items()})
+    train(config, tmp_path / "whole", mesh)
+    for stop in (0, 2, 3, 6):  # in the first pass of a phase, in the second, at the end of one
+        train(config, tmp_path / "parts", mesh, until=stop)
+    train(config, tmp_path / "parts", mesh)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    lines = numbers(tmp_path / "whole")
+    assert len(lines) == 10 and lines[0]["ratio"] == pytest.approx(1, abs=1e-5) != lines[2]["ratio"]
+    scores = [line["score/mean"] for line in lines]
+    assert scores[0] == scores[3] and scores[4] == scores[7], "a phase is four steps on the same trajectories"
+    assert lines[0]["beta"] == 0.01 < lines[4]["beta"] == pytest.approx(0.015), "what was measured is above the target"
+
+
+def test_groups_without_variance_are_dropped_and_counted(settings, mesh):
+    config = settings(**{"stages.rl.rl.rewards": [{"name": "tests.rl.own:first_prompt_alone"}]},
+                      stages__rl__rl__prompts=6)  # fmt: skip
+    params = jax.jit(VLM(config.model).init)(jax.random.key(0))
+    with jax.set_mesh(mesh):
+        for drop, kept in ((True, 4), (False, 24)):
+            task = make_task(override_rl(config, drop_zero_variance=drop), mesh)
+            work = task.work(0, params)
+            task.close()
+            assert work.numbers["rollout/zero_variance_groups"] == 5
+            assert work.denominator == kept and len(work.sample_ids) == kept / 4
+            assert work.counts["tokens"] == (work.batch.batch.segments_BT > 0).sum()
+
+
+def override_rl(config, **keys):
+    """`config` with other keys of its only stage's `rl`."""
+    stage = config.stages[0]
+    return dataclasses.replace(config, stages=(dataclasses.replace(stage, rl={**stage.rl, **keys}),))
+
+
+def test_steps_with_nothing_to_learn_change_nothing(settings, mesh, tmp_path):
+    config = override_rl(settings(stages__rl__steps=2), rewards=[{"name": "regex", "pattern": "no such text"}])
+    task = train(config, tmp_path, mesh)
+    start, _ = runs.origin(config, config.stages[0], task.model, tmp_path)
+    lines = records(tmp_path)
+    assert [line["grad_norm"] for line in lines] == [0, 0] and lines[0]["rollout/zero_variance_groups"] == 2
+
+
+def test_sampling_uses_the_arrays_of_training(settings, mesh):
+    config = settings()
+    task = make_task(config, mesh)
+    with jax.set_mesh(mesh):
+        places = sharding.param_shardings(mesh, task.model.abstract(), task.model.axes())
+        params = jax.jit(task.model.init, out_shardings=places)(jax.random.key(0))
+        generator = task._generator(params)
+        assert all(a is b for a, b in zip(jax.tree.leaves(generator.params), jax.tree.leaves(params), strict=True))
+    task.close()
+
+
+def test_a_mesh_of_their_own_gives_the_same_rollouts(settings):
+    config = override_rl(settings(mesh__data=1, mesh__fsdp=8), rollout_mesh=dict(data=4, fsdp=1, tensor=2))
+    mesh = sharding.make_mesh(config.mesh)
+    drawn = []
+    for one in (config, override_rl(config, rollout_mesh=None)):
+        task = make_task(one, mesh)
+        with jax.set_mesh(mesh):
+            places = sharding.param_shardings(mesh, task.model.abstract(), task.model.axes())
+            task.work(0, jax.jit(task.model.init, out_shardings=places)(jax.random.key(0)))
+        task.close()
+        drawn.append([lesson.trajectory for lesson in task._lessons])
+    assert drawn[0] and len(drawn[0]) == len(drawn[1])
+    for a, b in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(a.tokens_T, b.tokens_T)
+        np.testing.assert_allclose(a.logp_T, b.logp_T, atol=1e-5)
+
+
+def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh):
+    config = override_rl(settings(), reference="tests.rl.own:never", kl=0.1, drop_zero_variance=False)
+    task = make_task(config, mesh)
+    with jax.set_mesh(mesh):
+        params = jax.jit(task.model.init)(jax.random.key(0))
+        rows = task.work(0, params).batch
+    task.close()
+    allowed = config.model.decoder.vocab - len(set(task.banned_ids))
+    counts = rows.batch.weights_BT > 0
+    np.testing.assert_allclose(rows.ref_logp_BT[counts], -math.log(allowed), rtol=1e-5)
+
+
+def test_rewards_that_fail_stop_the_run_or_score_zero(settings, mesh):
+    failing = [{"name": "tests.rl.own:sometimes_nan"}]
+    config = override_rl(settings(), rewards=failing)
+    params = jax.jit(VLM(config.model).init)(jax.random.key(0))
+    with jax.set_mesh(mesh):
+        task = make_task(config, mesh)
+        with pytest.raises(ValueError, match=r"sometimes_nan must give a finite number, got nan \(sample .*text"):
+            for step in range(5):
+                task.work(step, params)
+        task.close()
+        task = make_task(override_rl(config, on_reward_error="zero"), mesh)
+        errors = [task.work(step, params).numbers["score/errors"] for step in range(5)]
+        task.close()
+    assert 0 < sum(errors) < 5 * 8
+
+
+def test_bad_prompts_stop_the_run_or_are_skipped(settings, mesh, folder):
+    lines = [{"prompt": "Say b", "answer": "b"}, {"prompt": "b" * 200, "answer": "b"}, {"prompt": "Say c"},
+             {"prompt": "?", "answer": "b", "image": "none.png"}]  # fmt: skip
+    (folder / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    answers = {"rewards": [{"name": "answer"}], "prompts": 4}
+    config = override_rl(settings(**{"data.train.0.path": str(folder / "bad.jsonl")}), **answers)
+    task = make_task(config, mesh)
+    with pytest.raises(ValueError, match=r"on_bad_sample=skip"):
+        for _ in range(4):
+            task._stream.take()
+    task.close()
+    skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_bad_sample="skip"))
+    task = make_task(skipping, mesh)
+    assert {task._stream.take().prompt.text for _ in range(6)} == {"Say b"}
+    reasons = {name.rpartition(":")[2]: reason for name, reason in task._stream.skipped.items()}
+    task.close()
+    assert "lower stages.rl.rl.max_new_tokens" in reasons["2"] and "must have an answer" in reasons["3"]
+    assert "none.png" in reasons["4"] and len(reasons) == 3
+    (folder / "bad.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
+    task = make_task(skipping, mesh)
+    with pytest.raises(ValueError, match="no prompt of the data can be used; one of them"):
+        task._stream.take()
+    task.close()
+
+
+def test_the_stream_goes_on_where_it_was(settings, mesh):
+    config = settings()
+    first, second = make_task(config, mesh)._stream, make_task(config, mesh)._stream
+    names = [first.take().prompt.name for _ in range(15)]
+    assert len(set(names[:6])) == 6, "all once, then all again"
+    second.go_to(9)
+    assert [second.take().prompt.name for _ in range(6)] == names[9:] and second.drawn == 15
+    for stream in (first, second):
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"rl.group_siz": 4}, "unknown key config.stages.rl.rl.group_siz; did you mean config.stages.rl.rl.group_size"),
+        ({"rl.group_size": 1}, "config.stages.rl.rl: group_size must be at least 2"),
+        ({"rl.temperature": 0.0}, "temperature must be positive"),
+        ({"rl.clip": 1.0}, "clip must be between 0 and 1"),
+        ({"rl.minibatches": 9}, "minibatches must be at most prompts x group_size = 8"),
+        ({"rl.top_p": 0.0}, "top_p must be above 0"),
+        ({"rl.kl": -1.0}, "kl and advantage_eps must be at least 0"),
+        ({"rl.kl": 0.0, "rl.adaptive_kl": True}, "adaptive_kl changes kl, which must be positive"),
+        ({"rl.reference": "base"}, "reference must be start or MODULE:FUNCTION"),
+        ({"rl.reference": "no.module:f"}, "stages.rl.rl.reference 'no.module:f' must be MODULE:FUNCTION"),
+        ({"rl.rewards": [{"name": "excat"}]}, "config.stages.rl.rl.rewards.0.name must be one of"),
+        ({"rl.max_new_tokens": 128}, "rl.max_new_tokens 128 must be less than data.pack_tokens 128"),
+        ({"task": "gpro"}, "stages.rl.task must be one of next_token, grpo; got 'gpro'"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_done(settings, tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        config = settings(**{f"{STAGE}.{key}": value for key, value in keys.items()})
+        runs.run(config, tmp_path / "run", tasks=runs.TASKS | rl.TASKS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.train": []}, "data.train must name at least one JSONL file of prompts"),
+        ({"model.memory": "comemo", "model.comemo.decode_position": "length"}, "decode_position must be continue"),
+        ({"model.decoder.ntk_factor": 2.0, "model.decoder.max_positions": 64}, "pack_tokens 128 must be at most"),
+    ],
+)
+def test_models_that_draw_otherwise_than_they_train_are_refused(settings, changes, message):
+    config = settings(**{key: value for key, value in changes.items() if key != "data.train"})
+    if "data.train" in changes:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=()))
+    with pytest.raises(ConfigError, match=message):
+        GRPO.check(config, config.stages[0])
+
+
+def test_vlmem_train_runs_it_after_another_stage(folder, mesh, tmp_path, monkeypatch, capsys):
+    """Supervised, then reinforced: with images, CoMemo, held-out prompts, and a start from the stage before."""
+    from tests.train import world as supervised
+    from vlmem_jax.cli.main import main
+
+    monkeypatch.setattr(runs, "make_mesh", lambda config: mesh)
+    config = world.config(folder, rl=dict(kl=0.1), checkpoint=dict(every=1, keep_last=1, keep_best=1), eval_every=1)
+    first = dict(name="sft", steps=1, learning_rate=1e-2, data=supervised.config(folder).data.to_dict())
+    config.stages = [first, {**config.stages[0], "steps": 2, "trainable": ["decoder/head", "memory/"]}]
+    (tmp_path / "config.py").write_text(
+        f"import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
+    command = ["train", "--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "8 prompts; a phase samples 4 answers to each of 2" in said and "stage rl is done" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line["stage"] == "rl" and "eval/score" in line]
+    assert len(scores) == 2 and all(line["eval/loss"] == -line["eval/score"] for line in scores)
+    assert [line["step"] for line in lines if line["stage"] == "rl" and "kl" in line] == [1, 2]
