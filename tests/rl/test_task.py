@@ -116,7 +116,8 @@ def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(setting
     assert len(lines) == 10 and lines[0]["ratio"] == pytest.approx(1, abs=1e-5) != lines[2]["ratio"]
     scores = [line["score/mean"] for line in lines]
     assert scores[0] == scores[3] and scores[4] == scores[7], "a phase is four steps on the same trajectories"
-    assert lines[0]["beta"] == 0.01 < lines[4]["beta"] == pytest.approx(0.015), "what was measured is above the target"
+    betas = [lines[n]["beta"] for n in (0, 4, 8)]
+    np.testing.assert_allclose(betas, [0.01, 0.01 / 1.5, 0.01], err_msg="no KL at first, more than the target then")
 
 
 def test_groups_without_variance_are_dropped_and_counted(settings, mesh):
