@@ -16,12 +16,12 @@ def letters_b(output, prompt):
 
 
 def first_prompt_alone(output, prompt):
-    """Tells outputs apart for the first prompt alone: by their number of kinds of letters."""
-    return float(len(set(output))) if prompt.id == "0" else 0.5
+    """Tells outputs apart for the first prompt alone."""
+    return float(sum(map(ord, output))) if prompt.id == "0" else 0.5
 
 
 def sometimes_nan(output, prompt):
-    return math.nan if len(output) % 2 else 1.0
+    return math.nan if ord(output[:1] or "a") % 2 else 1.0
 
 
 def never(params):

@@ -160,7 +160,7 @@ def test_sampling_uses_the_arrays_of_training(settings, mesh):
 
 
 def test_a_mesh_of_their_own_gives_the_same_rollouts(settings):
-    config = override_rl(settings(mesh__data=1, mesh__fsdp=8), rollout_mesh=dict(data=4, fsdp=1, tensor=2))
+    config = override_rl(settings(mesh__fsdp=8), rollout_mesh=dict(data=4, fsdp=1, tensor=2), drop_zero_variance=False)
     mesh = sharding.make_mesh(config.mesh)
     drawn = []
     for one in (config, override_rl(config, rollout_mesh=None)):
@@ -255,6 +255,7 @@ def test_the_stream_goes_on_where_it_was(settings, mesh):
         ({"rl.reference": "no.module:f"}, "stages.rl.rl.reference 'no.module:f' must be MODULE:FUNCTION"),
         ({"rl.rewards": [{"name": "excat"}]}, "config.stages.rl.rl.rewards.0.name must be one of"),
         ({"rl.max_new_tokens": 128}, "rl.max_new_tokens 128 must be less than data.pack_tokens 128"),
+        ({"task": "next_token"}, "config.stages.rl.rl is for the task grpo"),
         ({"task": "gpro"}, "stages.rl.task must be one of next_token, grpo; got 'gpro'"),
     ],
 )

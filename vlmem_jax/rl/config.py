@@ -32,7 +32,8 @@ class RLConfig:
     iterations: int = 1
     """How often a phase's trajectories are learned from before the next phase."""
     rollout_rows: int = 64
-    """Trajectories that are sampled at the same time, but always whole groups."""
+    """Trajectories that are sampled at the same time, but always whole groups, and one for each part of the mesh's
+    rows."""
     rollout_mesh: MeshConfig | None = None
     """Mesh of the rollouts, where parameters are laid out anew once a phase; None: they are used where they lie."""
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED
+from vlmem_jax.sharding import batch_shards
 from vlmem_jax.types import IGNORED, Sample
 
 
@@ -60,7 +61,8 @@ def rollouts(
     g]`, whatever else is in the batch.
     """
     G = keys_PG.shape[1]
-    at_once = min(max(rows // G, 1), len(prompts))
+    shards = batch_shards(generator.mesh) if generator.mesh else 1
+    at_once = min(-(-max(rows // G, 1) // shards) * shards, len(prompts))
     order = sorted(range(len(prompts)), key=lambda n: (len(prompts[n].pixels_ISSc), len(prompts[n].tokens_T)))
     for first in range(0, len(order), at_once):
         chosen = order[first : first + at_once]

@@ -49,11 +49,7 @@ def pack_trajectories(
     was drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each trajectory.
     """
     samples = [trajectory.sample() for trajectory in trajectories]
-    tokens, tiles = (
-        ([len(x) for x in xs] for xs in zip(*((s.tokens_T, s.pixels_ISSc) for s in samples), strict=True))
-        if samples
-        else ([], [])
-    )
+    tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
     T = _multiple(min(bucket(max(tokens, default=1), SHORTEST_ROW, steps=4), data.pack_tokens), split)
     # as many tiles as their share of a whole row, and enough for any one trajectory
     I = max(data.pack_tiles * T // data.pack_tokens, bucket(max(tiles)), 1) if any(tiles) else 0

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from vlmem_jax.config import ConfigError
 from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
@@ -66,6 +67,12 @@ class NextToken(NextTokenLoss):
         self._eval = None if held_out is None else EvalData(held_out, mesh=mesh)
         self._batches: Iterator[HostBatch] | None = None
         self._next = -1
+
+    @staticmethod
+    def check(experiment: Experiment, stage: StageConfig) -> None:
+        """Raises ConfigError for keys of another task."""
+        if stage.rl:
+            raise ConfigError(f"config.stages.{stage.name}.rl is for the task grpo; the stage's task is {stage.task}")
 
     def work(self, step: int, params: dict) -> Work:
         """The packed rows of `step`."""
