@@ -282,13 +282,14 @@ class GRPO(GRPOLoss):
         """Trajectories of each prompt, and their scores: those of one batch are computed beside the next."""
         config, stage = self.config, zlib.crc32(self._stage.name.encode())
         group_size = 1 if greedy else config.group_size
-        keys_PG = rollout_keys(self._experiment.seed, stage, phase, len(loaded), group_size)
         samples = [one.sample for one in loaded]
         groups: dict[int, list[Trajectory]] = {}
         futures: dict[int, list[Future]] = {}
-        for n, group in rollouts(generator, samples, config.sampling(greedy), keys_PG, config.rollout_rows):
-            groups[n] = group
-            futures[n] = [self._pool.submit(self._score, trajectory, loaded[n].prompt) for trajectory in group]
+        with generator.context():  # what is made on the way belongs to the mesh of the rollouts
+            keys_PG = rollout_keys(self._experiment.seed, stage, phase, len(loaded), group_size)
+            for n, group in rollouts(generator, samples, config.sampling(greedy), keys_PG, config.rollout_rows):
+                groups[n] = group
+                futures[n] = [self._pool.submit(self._score, trajectory, loaded[n].prompt) for trajectory in group]
         order = range(len(loaded))
         return [groups[n] for n in order], [future for n in order for future in futures[n]]
 
