@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def compile_job(job: Job, chip_options: dict | None = None) -> Compilation:
         try:
             done = job.lowered.compile(compiler_options={**(chip_options or {}), **dump})
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or "memory space vmem" in str(error):
+            if "RESOURCE_EXHAUSTED" not in str(error) or re.search(r"space[ =][vs]mem", str(error)):
                 raise ValueError(f"the compiler refuses the program: {str(error)[:2000]}") from error
             done = None
         written = {kind: _read(folder, kind) for kind in ("after_optimizations.txt", "buffer-assignment.txt")}

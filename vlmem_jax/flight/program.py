@@ -180,8 +180,8 @@ def _between_slices(instruction: Instruction) -> Collective | None:
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
     if instruction.opcode != "send" or kind is None:
         return None
-    others = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', instruction.rest)
-    slices = 1 + (len(_listed(others[1])) if others else 1)
+    taking_part = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', instruction.rest)
+    slices = len(_listed(taking_part[1])) if taking_part else 2
     name = kind[1].lower().replace("_", "-")
     part = max(instruction.shapes, key=_size)
     return Collective(name, ("data",), part[1], _size(part), slices, 0, instruction.operation)
