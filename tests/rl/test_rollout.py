@@ -61,7 +61,7 @@ def drawn(request):
 
 def log_probs(vlm, params, trajectories):
     """What the trainer makes of the log-probabilities of trajectories, and the rows they are packed in."""
-    rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm.tile, at_once=1)
+    rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
     loss = GRPOLoss(vlm, RLConfig(), chunk=32, banned_ids=BANNED)
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda part: loss.log_probs(params, part), batch))
     return np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch))), rows
@@ -108,7 +108,7 @@ def test_rows_keep_what_is_known_of_each_token(drawn):
     first, second = (max(group, key=lambda t: len(t.tokens_T)) for group in groups[:2])
     forced_T = np.arange(len(first.tokens_T)) == 0
     first = dataclasses.replace(first, loss_T=~forced_T)
-    rows = pack_trajectories([first, second], [0.5, -2.0], DATA, vlm.tile, at_once=2, beta=0.1)
+    rows = pack_trajectories([first, second], [0.5, -2.0], DATA, vlm, at_once=2, beta=0.1)
     assert rows.advantage_BT.shape[:2] == (1, 2) and rows.advantage_BT.shape[2] in (64, 80)
     for trajectory, advantage in ((first, 0.5), (second, -2.0)):
         row, start = _find(rows, trajectory)
@@ -144,12 +144,12 @@ def test_shapes_are_few_whatever_was_drawn():
         trajectories = [
             Trajectory(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False) for n in lengths
         ]
-        rows = pack_trajectories(trajectories, [0.0] * len(lengths), DATA, vlm.tile, at_once=2)
+        rows = pack_trajectories(trajectories, [0.0] * len(lengths), DATA, vlm, at_once=2)
         assert (rows.batch.weights_BT > 0).sum() == lengths.sum()
         shapes.add(rows.advantage_BT.shape)
         assert rows.batch.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
     assert len(shapes) < 20
-    empty = pack_trajectories([], [], DATA, vlm.tile, at_once=2)
+    empty = pack_trajectories([], [], DATA, vlm, at_once=2)
     assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.segments_BT.any()
 
 

@@ -191,6 +191,11 @@ class Invocation(NamedTuple):
     index: int
     """Its row in `heard`."""
 
+    def states_LD(self) -> np.ndarray:
+        """What it was formed from, on the host."""
+        count = int(np.asarray(self.heard.lengths_BJ)[self.index, 0])
+        return np.asarray(self.heard.states_BJLD)[self.index, 0, :count]
+
 
 class Session:
     """Rows being decoded: their caches, and the scores of each row's next token."""

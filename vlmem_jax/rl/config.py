@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from vlmem_jax.generate import SamplingConfig
+from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.rl.rewards import RewardConfig
 from vlmem_jax.sharding import MeshConfig
 
@@ -43,6 +43,16 @@ class RLConfig:
     top_k: int = 0
     """As of `vlmem generate`; 0: all tokens."""
     top_p: float = 1.0
+
+    invocation: InvocationConfig = InvocationConfig()
+    """Who calls for a memory that speaks, in rollouts."""
+    anywhere_from: float = 0.5
+    """Part of the stage's steps after which invocation.anywhere counts."""
+    base: bool = True
+    """Whether one more answer to each prompt is drawn without memory, to say what the memory gains, where it speaks."""
+    invocation_penalty: float | None = None
+    """Weight alpha of the penalties of memories that do not help, or would have helped more as the other kind: for the
+    latter, each trajectory with a memory is drawn again from its first one on, with kinds reversed. None: none."""
 
     advantage_std: bool = True
     """Whether advantages are divided by the standard deviation of their group."""
@@ -89,6 +99,13 @@ class RLConfig:
             raise ValueError(
                 "kl and advantage_eps must be at least 0 and kl_target positive, got "
                 f"{self.kl}, {self.advantage_eps} and {self.kl_target}"
+            )
+        if not 0 <= self.anywhere_from <= 1:
+            raise ValueError(f"anywhere_from must be from 0 to 1, got {self.anywhere_from}")
+        if self.invocation_penalty is not None and (self.invocation_penalty < 0 or not self.base):
+            raise ValueError(
+                "invocation_penalty must be at least 0, and needs base=True; got "
+                f"{self.invocation_penalty} and base={self.base}"
             )
         if self.adaptive_kl and not self.kl:
             raise ValueError("adaptive_kl changes kl, which must be positive to begin with; got 0")

@@ -8,10 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from vlmem_jax.generate import Generator, SamplingConfig
-from vlmem_jax.generate.loop import FINISHED
+from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
+from vlmem_jax.generate.loop import FINISHED, Invocation
 from vlmem_jax.sharding import batch_shards
 from vlmem_jax.types import IGNORED, Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """A memory that stands in a trajectory, on the host."""
+
+    place: int
+    """Its latent tokens stand before this token of the trajectory, which ends them."""
+    kind: int
+    """0 short, 1 long."""
+    slots: int
+    """Latent tokens."""
+    states_LD: np.ndarray
+    """What it was formed from, in the dtype of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,29 +35,42 @@ class Trajectory:
     prompt: Sample
     tokens_T: Int32[np.ndarray, "T"]
     logp_T: Float32[np.ndarray, "T"]
-    """Log-probability of each token when it was drawn, see `generate.sampling.choose`."""
+    """Log-probability of each token when it was drawn, see `generate.sampling.choose`; NaN where nobody drew it."""
     loss_T: Bool[np.ndarray, "T"]
     """Which tokens the policy drew; the others were put there and teach nothing."""
     stopped: bool
     """Whether a stop id ended it; if not, it was cut off."""
+    spoken: tuple[Spoken, ...] = ()
+    """By their places."""
 
     @property
     def output_T(self) -> Int32[np.ndarray, "T"]:
         """The tokens without the stop id."""
         return self.tokens_T[:-1] if self.stopped else self.tokens_T
 
+    @property
+    def index_T(self) -> Int32[np.ndarray, "T"]:
+        """The place of each token among all that followed the prompt, latent ones included."""
+        index_T = np.arange(len(self.tokens_T), dtype=np.int32)
+        for memory in self.spoken:
+            index_T[memory.place :] += memory.slots
+        return index_T
+
     def sample(self) -> Sample:
-        """Prompt and tokens as a training sample whose targets are the drawn tokens."""
-        prompt, count = self.prompt, len(self.tokens_T)
-        positions_T = prompt.positions_T.max() + 1 + np.arange(count, dtype=np.int32)
+        """Prompt and tokens, and room for latent ones, as a training sample whose targets are the drawn tokens."""
+        prompt, index_T = self.prompt, self.index_T
+        count = int(index_T[-1]) + 1
+        positions = prompt.positions_T.max() + 1 + np.arange(count, dtype=np.int32)
         if prompt.positions_T.ndim == 2:
-            positions_T = np.repeat(positions_T[:, None], prompt.positions_T.shape[1], axis=1)
-        targets_T = np.where(self.loss_T, self.tokens_T, np.int32(IGNORED))
+            positions = np.repeat(positions[:, None], prompt.positions_T.shape[1], axis=1)
+        tokens, labels = np.zeros(count, np.int32), np.full(count, IGNORED, np.int32)
+        tokens[index_T] = self.tokens_T
+        labels[index_T] = np.where(self.loss_T, self.tokens_T, np.int32(IGNORED))
         return dataclasses.replace(
             prompt,
-            tokens_T=np.concatenate([prompt.tokens_T, self.tokens_T]),
-            labels_T=np.concatenate([np.full_like(prompt.tokens_T, IGNORED), targets_T]),
-            positions_T=np.concatenate([prompt.positions_T, positions_T]),
+            tokens_T=np.concatenate([prompt.tokens_T, tokens]),
+            labels_T=np.concatenate([np.full_like(prompt.tokens_T, IGNORED), labels]),
+            positions_T=np.concatenate([prompt.positions_T, positions]),
             slots_T=np.concatenate([prompt.slots_T, np.full(count, -1, np.int32)]),
         )
 
@@ -54,11 +81,15 @@ def rollouts(
     sampling: SamplingConfig,
     keys_PG: Array,
     rows: int,
+    invocation: InvocationConfig = InvocationConfig(),
+    forced: Sequence[Sequence[Sequence[int]]] = (),
+    record: bool = False,
 ) -> Iterator[tuple[int, list[Trajectory]]]:
     """(which of `prompts`, its G trajectories), prompts of like size together, about `rows` trajectories at a time.
 
     Each prompt is read once for its G trajectories. Trajectory g of prompt p is drawn with the random key `keys_PG[p,
-    g]`, whatever else is in the batch.
+    g]`, whatever else is in the batch, and begins with the tokens `forced[p][g]`. `record`: with what memories were
+    formed from.
     """
     G = keys_PG.shape[1]
     shards = batch_shards(generator.mesh) if generator.mesh else 1
@@ -69,25 +100,39 @@ def rollouts(
         session = generator.start([prompts[n] for n in chosen], sampling.max_new_tokens, at_once, copies=G)
         slots = session.logits_BV.shape[0]
         keys_B = keys_PG[np.array(chosen)].reshape(-1)
-        padding_B = jnp.broadcast_to(keys_B[:1], slots - len(keys_B))
-        drawn = list(session.draw(sampling, jnp.concatenate([keys_B, padding_B])))
+        keys_B = jnp.concatenate([keys_B, jnp.broadcast_to(keys_B[:1], slots - len(keys_B))])
+        begun = [ids for n in chosen for ids in forced[n]] if forced else ()
+        drawn = list(session.draw(sampling, keys_B, invocation, begun, record))
         tokens_BT, logp_BT = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
+        memories: list[list[Invocation]] = [[] for _ in range(slots)]
+        for memory in session.invocations:
+            memories[memory.row].append(memory)
         for place, n in enumerate(chosen):
-            group = slice(place * G, (place + 1) * G)
             yield (
                 n,
                 [
-                    _trajectory(prompts[n], *row, generator.stop_ids)
-                    for row in zip(tokens_BT[group], logp_BT[group], strict=True)
+                    _trajectory(generator, prompts[n], tokens_BT[row], logp_BT[row], memories[row])
+                    for row in range(place * G, (place + 1) * G)
                 ],
             )
 
 
-def _trajectory(prompt: Sample, tokens_T: np.ndarray, logp_T: np.ndarray, stop_ids: Sequence[int]) -> Trajectory:
-    count = int((tokens_T != FINISHED).sum())
-    tokens_T = tokens_T[:count].astype(np.int32)
-    stopped = bool(np.isin(tokens_T[-1], stop_ids))
-    return Trajectory(prompt, tokens_T, logp_T[:count].astype(np.float32), np.ones(count, bool), stopped)
+def _trajectory(
+    generator: Generator, prompt: Sample, tokens_T: np.ndarray, logp_T: np.ndarray, memories: Sequence[Invocation]
+) -> Trajectory:
+    there_T = tokens_T != FINISHED  # a row that waits has no token
+    tokens_T, logp_T = tokens_T[there_T].astype(np.int32), logp_T[there_T].astype(np.float32)
+    spoken: tuple[Spoken, ...] = ()
+    if memories:
+        speech = generator.vlm.speech
+        # nobody draws a token that ends a memory: each one there ends the next of `memories`
+        ends = np.flatnonzero(np.isin(tokens_T, speech.end_ids))
+        spoken = tuple(
+            Spoken(int(place), memory.kind, speech.lengths[memory.kind], memory.states_LD())
+            for place, memory in zip(ends, memories, strict=True)
+        )
+    stopped = bool(np.isin(tokens_T[-1], generator.stop_ids))
+    return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, spoken)
 
 
 def rollout_keys(seed: int, stage: int, phase: int, prompts: int, group: int) -> Array:

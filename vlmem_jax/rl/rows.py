@@ -10,12 +10,17 @@ from jaxtyping import Array, Float32
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.plan import pack
 from vlmem_jax.data.rows import pack_row
+from vlmem_jax.generate import InvocationConfig
 from vlmem_jax.generate.prompts import bucket
-from vlmem_jax.rl.rollout import Trajectory
-from vlmem_jax.types import Batch, TileShape
+from vlmem_jax.models import VLM
+from vlmem_jax.rl.rollout import Spoken, Trajectory
+from vlmem_jax.types import Batch, Heard
 
 SHORTEST_ROW = 64
 """Tokens; rows are 64, 80, 96, 112, 128, 160, ... long."""
+
+FEWEST_STATES = 64
+"""That there is room for, of what a memory was formed from."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,17 +42,20 @@ def pack_trajectories(
     trajectories: Sequence[Trajectory],
     advantages: Sequence[float],
     data: DataConfig,
-    tile: TileShape,
+    vlm: VLM,
     at_once: int,
     beta: float = 0.0,
     split: int = 1,
+    invocation: InvocationConfig = InvocationConfig(),
 ) -> Rows:
     """Numpy arrays with leading axes [parts, `at_once`], the longest trajectories first.
 
     Rows are as long as the longest trajectory, rounded up to one of few lengths and a multiple of `split`, and the
     others fill what is left; the number of parts is rounded up, too, with empty rows. So the shapes are few, whatever
-    was drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each trajectory.
+    was drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each trajectory. What
+    memories were formed from goes along, but for `invocation` under which there are none.
     """
+    tile, speech = vlm.tile, vlm.speech if any(invocation.heeded()) else None
     samples = [trajectory.sample() for trajectory in trajectories]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
     T = _multiple(min(bucket(max(tokens, default=1), SHORTEST_ROW, steps=4), data.pack_tokens), split)
@@ -64,17 +72,42 @@ def pack_trajectories(
         arrays = {name: np.zeros(T, np.float32) for name in ("old_logp_BT", "ref_logp_BT", "advantage_BT")}
         end = 0
         for n in row:
-            end += tokens[n]
-            drawn = trajectories[n]
-            span = slice(end - 1 - len(drawn.tokens_T), end - 1)  # position t holds what is known of token t + 1
-            arrays["old_logp_BT"][span] = np.where(drawn.loss_T, drawn.logp_T, 0)
-            arrays["advantage_BT"][span] = np.where(drawn.loss_T, advantages[n], 0)
+            drawn, start, end = trajectories[n], end + len(trajectories[n].prompt.tokens_T), end + tokens[n]
+            known = start - 1 + drawn.index_T[drawn.loss_T]  # position t holds what is known of token t + 1
+            arrays["old_logp_BT"][known] = drawn.logp_T[drawn.loss_T]
+            arrays["advantage_BT"][known] = advantages[n]
         return arrays | {"beta_B": np.float32(beta)}
 
-    packed = [Rows(pack_row([samples[n] for n in row], data, tile, T, I), **extras(row)) for row in rows]
+    spoken = [[memory for n in row for memory in trajectories[n].spoken] for row in rows]
+    J = bucket(max(map(len, spoken))) if any(spoken) else 1
+    L = bucket(max((len(memory.states_LD) for row in spoken for memory in row), default=1), FEWEST_STATES, steps=4)
+    packed = []
+    for row, memories in zip(rows, spoken, strict=True):
+        batch = pack_row([samples[n] for n in row], data, tile, T, I)
+        if speech:
+            end, first = 0, 0
+            for n in row:
+                start, end = end + len(trajectories[n].prompt.tokens_T), end + tokens[n]
+                for j, memory in enumerate(trajectories[n].spoken, first):
+                    after = start + trajectories[n].index_T[memory.place]
+                    latent_N = I * tile.tokens + j * speech.slots + np.arange(memory.slots)
+                    batch.slots_BT[after - memory.slots : after] = latent_N
+                first += len(trajectories[n].spoken)
+            batch = dataclasses.replace(batch, heard=_heard(memories, J, L, vlm))
+        packed.append(Rows(batch, **extras(row)))
     return jax.tree.map(
         lambda *leaves: np.stack(leaves).reshape(count // at_once, at_once, *np.shape(leaves[0])), *packed
     )
+
+
+def _heard(memories: Sequence[Spoken], J: int, L: int, vlm: VLM) -> Heard:
+    """Of one row."""
+    states_JLD = np.zeros((J, L, vlm.config.decoder.width), vlm.dtype)
+    lengths_J, kinds_J = np.zeros(J, np.int32), np.full(J, -1, np.int32)
+    for j, memory in enumerate(memories):
+        lengths_J[j], kinds_J[j] = len(memory.states_LD), memory.kind
+        states_JLD[j, : lengths_J[j]] = memory.states_LD
+    return Heard(states_JLD, lengths_J, kinds_J)
 
 
 def _multiple(size: int, of: int) -> int:

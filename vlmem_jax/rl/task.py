@@ -1,9 +1,13 @@
 """GRPO as a task of the training loop: phases of rollouts, and steps that learn from them (arXiv 2402.03300)."""
 
+import base64
 import dataclasses
+import functools
+import math
 import os
 import time
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,14 +20,17 @@ from jaxtyping import Array, Float
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.data import Prompt, Prompts
 from vlmem_jax.data.samples import Key
-from vlmem_jax.generate import Generator, never_sampled
+from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
+from vlmem_jax.generate.invocation import delimiters
+from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import RLConfig
 from vlmem_jax.rl.loss import grpo_loss, k3
+from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
-from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
+from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import Rows, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream
 from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, shards
@@ -51,7 +58,8 @@ class GRPOLoss:
         """Log-probability of each target, as the sampler computes it."""
         hidden_BTD = self.model.hidden(params, batch)
         kernel_DV = self.model.head_kernel(params)
-        return log_probs(hidden_BTD, kernel_DV, batch.targets_BT, self.chunk, self.banned_ids)
+        rescore = functools.partial(self.model.rescore, params) if self.model.speech else None
+        return log_probs(hidden_BTD, kernel_DV, batch.targets_BT, self.chunk, self.banned_ids, rescore)
 
     def loss(self, params: dict, rows: Rows, key: Array | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn."""
@@ -96,13 +104,17 @@ class GRPO(GRPOLoss):
         self.check(experiment, stage)
         config = rl_config(stage)
         self._processor = experiment_processor(experiment, model)
-        super().__init__(model, config, experiment.loss_chunk, never_sampled(self._processor, model))
+        self._never_sampled = never_sampled(self._processor, model)
+        by_memory = config.invocation.banned_ids(model.speech) if model.speech else ()
+        super().__init__(model, config, experiment.loss_chunk, self._never_sampled + by_memory)
+        self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._experiment, self._stage, self._mesh, self._workdir = experiment, stage, mesh, as_path(workdir)
         data = experiment.data_of(stage)
         weights = {"sequence": "sample", "token": "token"}
         self._data = dataclasses.replace(data, loss_weight=weights[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
         self._rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else mesh
+        self._speaks = model.speech is not None and any(config.invocation.heeded())
         self._rewards = Rewards(config.rewards)
         self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
         self._stream = PromptStream(
@@ -144,10 +156,25 @@ class GRPO(GRPOLoss):
             raise ConfigError(f"{where}.task: grpo runs in one process, this one is of {jax.process_count()}")
         if not data.train:
             raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
-        if config.max_new_tokens >= data.pack_tokens:
+        speech = VLM(experiment.model).speech
+        if speech is None and (config.invocation != InvocationConfig() or config.invocation_penalty is not None):
             raise ConfigError(
-                f"{where}.rl.max_new_tokens {config.max_new_tokens} must be less than data.pack_tokens "
-                f"{data.pack_tokens}, so that a row holds a prompt and its answer"
+                f"{where}.rl.invocation and invocation_penalty are for a memory that speaks, such as vismem; "
+                f"model.memory is {experiment.model.memory}"
+            )
+        try:
+            longest = longest_answer(config, speech)
+        except ValueError as error:
+            raise ConfigError(f"{where}.rl.invocation: {error}") from error
+        if longest >= data.pack_tokens:
+            raise ConfigError(
+                f"{where}.rl.max_new_tokens {config.max_new_tokens}, with memories {longest}, must be less than "
+                f"data.pack_tokens {data.pack_tokens}, so that a row holds a prompt and its answer"
+            )
+        if config.invocation_penalty is not None and experiment.init is None and experiment.stages[0] == stage:
+            raise ConfigError(
+                f"{where}.rl.invocation_penalty teaches when to call for memories, but none have been formed yet: "
+                "train a stage that forms them before, or set init to a checkpoint of one"
             )
         if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:
             raise ConfigError(
@@ -175,20 +202,22 @@ class GRPO(GRPOLoss):
                 self._rows[part] = self._make_rows(part, params, first_time=place < self.config.minibatches)
         self._step = step
         rows, lessons = self._rows[part], self._part(part)
-        sizes = [len(lesson.trajectory.prompt.tokens_T) + len(lesson.trajectory.tokens_T) for lesson in lessons]
-        drawn = sum(int(lesson.trajectory.loss_T.sum()) for lesson in lessons)
+        trajectories = [lesson.trajectory for lesson in lessons]
+        sizes = [len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1 for t in trajectories]
+        drawn = sum(int(t.loss_T.sum()) for t in trajectories)
         counts = {
             "tokens": sum(sizes),
-            "tiles": sum(len(lesson.trajectory.prompt.pixels_ISSc) for lesson in lessons),
+            "tiles": sum(len(t.prompt.pixels_ISSc) for t in trajectories),
             "slots": int(np.prod(rows.advantage_BT.shape)),
         }
         denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
-        names = list(dict.fromkeys(lesson.trajectory.prompt.name for lesson in lessons))
+        names = list(dict.fromkeys(t.prompt.name for t in trajectories))
         return Work(rows, float(max(denominator, 1)), names, counts, self._numbers)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
         keys = [(file, line) for file, count in enumerate(self._held_out.counts) for line in range(count)]
+        invocation = self._invocation(self._step)
         scores: list[Future] = []
         with jax.transfer_guard("allow"):
             generator = self._generator(params)
@@ -196,7 +225,8 @@ class GRPO(GRPOLoss):
                 loaded = list(self._pool.map(self._load_held_out, keys[first : first + self.config.rollout_rows]))
                 loaded = [one for one in loaded if one is not None]
                 if loaded:
-                    scores += self._answered(generator, loaded, greedy=True)[1]
+                    keys_PG = self._keys(0, len(loaded), 1)
+                    scores += self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1]
         if not scores:
             return {}
         score = float(np.mean([future.result()[0] for future in scores]))
@@ -227,7 +257,9 @@ class GRPO(GRPOLoss):
         if "lessons" in state:
             keys = dict.fromkeys(tuple(fields["key"]) for fields in state["lessons"])
             prompts = {key: self._stream.prompts.sample(key) for key in keys}
-            self._lessons = [_from_json(fields, prompts[tuple(fields["key"])]) for fields in state["lessons"]]
+            self._lessons = [
+                _from_json(fields, prompts[tuple(fields["key"])], self.model.dtype) for fields in state["lessons"]
+            ]
             self._phase = state["phase"]
 
     def close(self) -> None:
@@ -248,12 +280,18 @@ class GRPO(GRPOLoss):
         self._kl, self._kl_tokens = 0.0, 0
         loaded = [self._stream.take() for _ in range(config.prompts)]
         start = time.perf_counter()
-        groups, futures = self._answered(self._generator(params), loaded, phase=phase)
+        generator, keys_PG = self._generator(params), self._keys(phase, config.prompts, config.group_size)
+        invocation = self._invocation(phase * config.steps)
+        groups, futures = self._answered(generator, loaded, keys_PG, invocation, record=True)
+        numbers: dict[str, float] = {}
+        if self._speaks:
+            rewards_PG, numbers = self._with_memory(generator, loaded, keys_PG, invocation, groups, futures)
+        scores_PG = _read(futures, config.group_size)
+        if not self._speaks:
+            rewards_PG = scores_PG
         seconds = time.perf_counter() - start
-        scored = [future.result() for future in futures]
-        scores_PG = np.array([score for score, _ in scored]).reshape(config.prompts, config.group_size)
-        varied_P = varied(scores_PG)
-        advantages_PG = group_advantages(scores_PG, config.advantage_std, config.advantage_eps)
+        varied_P = varied(rewards_PG)
+        advantages_PG = group_advantages(rewards_PG, config.advantage_std, config.advantage_eps)
         self._lessons = [
             Lesson(one.key, trajectory, float(advantage))
             for one, group, advantages, differs in zip(loaded, groups, advantages_PG, varied_P, strict=True)
@@ -265,29 +303,86 @@ class GRPO(GRPOLoss):
         self._numbers = {
             "score/mean": float(scores_PG.mean()),
             "score/std": float(scores_PG.std(axis=1).mean()),
-            "score/errors": float(sum(failed for _, failed in scored)),
+            "score/errors": float(sum(future.result()[1] for future in futures)),
             "rollout/zero_variance_groups": float((~varied_P).sum()),
             "rollout/tokens": tokens / len(everything),
             "rollout/cut_off": float(np.mean([not trajectory.stopped for trajectory in everything])),
             "rollout/tokens_per_s": tokens / seconds,
             "rollout/seconds": seconds,
             "prompts/skipped": float(len(self._stream.skipped)),
-        }
+        } | numbers
         if config.adaptive_kl:
             self._numbers["beta"] = self._beta
 
+    def _with_memory(
+        self,
+        generator: Generator,
+        loaded: list[Loaded],
+        keys_PG: Array,
+        invocation: InvocationConfig,
+        groups: list[list[Trajectory]],
+        futures: list[Future],
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Rewards [P, G], see `invocation_penalty`, and numbers of the memories."""
+        config, P, G = self.config, len(loaded), self.config.group_size
+        spoken_PG = [[trajectory.spoken for trajectory in group] for group in groups]
+        invoked_PG = np.array([[bool(spoken) for spoken in row] for row in spoken_PG])
+        kinds = [memory.kind for row in spoken_PG for spoken in row for memory in spoken]
+        numbers = {
+            "memory/per_answer": len(kinds) / (P * G),
+            "memory/answers": float(invoked_PG.mean()),
+            "memory/long": float(np.mean(kinds)) if kinds else 0.0,
+        }
+        base_P, reversed_PG = np.zeros(P), None
+        if config.base:
+            with generator.context():
+                first_P1 = keys_PG[:, :1]
+            base_P = _read(self._answered(generator, loaded, first_P1, InvocationConfig("never"))[1], 1)[:, 0]
+        if config.invocation_penalty is not None and invoked_PG.any():
+            # up to its first call an answer stays as it was; one without any is over at once
+            begun = [[_until_first_call(trajectory, self._processor.stop_ids) for trajectory in g] for g in groups]
+            turned = dataclasses.replace(invocation, reverse_types=not invocation.reverse_types)
+            reversed_PG = _read(self._answered(generator, loaded, keys_PG, turned, begun)[1], G)
+        scores_PG = _read(futures, G)
+        if config.base:
+            numbers |= {"score/base": float(base_P.mean()), "score/gain": float(scores_PG.mean() - base_P.mean())}
+        if config.invocation_penalty is None:
+            return scores_PG, numbers
+        reversed_PG = scores_PG if reversed_PG is None else reversed_PG
+        numbers |= {
+            "penalty/type": float(type_penalty(scores_PG, reversed_PG, invoked_PG).mean()),
+            "penalty/negative": float(negative_penalty(scores_PG, invoked_PG).mean()),
+        }
+        return invocation_reward(scores_PG, base_P, reversed_PG, invoked_PG, config.invocation_penalty), numbers
+
+    def _invocation(self, step: int) -> InvocationConfig:
+        """Who calls for memories at a step."""
+        early = step < self.config.anywhere_from * self._stage.steps
+        return dataclasses.replace(self.config.invocation, anywhere=0.0) if early else self.config.invocation
+
+    def _keys(self, phase: int, prompts: int, group_size: int) -> Array:
+        with jax.set_mesh(self._rollout_mesh):  # what is made on the way belongs to the mesh of the rollouts
+            return rollout_keys(
+                self._experiment.seed, zlib.crc32(self._stage.name.encode()), phase, prompts, group_size
+            )
+
     def _answered(
-        self, generator: Generator, loaded: list[Loaded], *, phase: int = 0, greedy: bool = False
+        self,
+        generator: Generator,
+        loaded: list[Loaded],
+        keys_PG: Array,
+        invocation: InvocationConfig,
+        forced: Sequence[Sequence[Sequence[int]]] = (),
+        greedy: bool = False,
+        record: bool = False,
     ) -> tuple[list[list[Trajectory]], list[Future]]:
         """Trajectories of each prompt, and their scores: those of one batch are computed beside the next."""
-        config, stage = self.config, zlib.crc32(self._stage.name.encode())
-        group_size = 1 if greedy else config.group_size
-        samples = [one.sample for one in loaded]
+        config, samples = self.config, [one.sample for one in loaded]
         groups: dict[int, list[Trajectory]] = {}
         futures: dict[int, list[Future]] = {}
-        with generator.context():  # what is made on the way belongs to the mesh of the rollouts
-            keys_PG = rollout_keys(self._experiment.seed, stage, phase, len(loaded), group_size)
-            for n, group in rollouts(generator, samples, config.sampling(greedy), keys_PG, config.rollout_rows):
+        drawn = (config.sampling(greedy), keys_PG, config.rollout_rows, invocation, forced, record)
+        with generator.context():
+            for n, group in rollouts(generator, samples, *drawn):
                 groups[n] = group
                 futures[n] = [self._pool.submit(self._score, trajectory, loaded[n].prompt) for trajectory in group]
         order = range(len(loaded))
@@ -315,7 +410,8 @@ class GRPO(GRPOLoss):
             self.model,
             unflatten(flat),
             stop_ids=self._processor.stop_ids,
-            banned_ids=self.banned_ids,
+            banned_ids=self._never_sampled,
+            delimiter_ids=self._delimiter_ids,
             mesh=mesh,
         )
 
@@ -328,12 +424,12 @@ class GRPO(GRPOLoss):
             return None
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
-        data, new = self._data, self.config.max_new_tokens
+        data, new = self._data, longest_answer(self.config, self.model.speech)
         if len(sample.tokens_T) + new > data.pack_tokens:
             raise ValueError(
                 f"a row must hold a prompt and its answer, {data.pack_tokens} tokens, but this prompt has "
-                f"{len(sample.tokens_T)} and the answer may have {new}; raise data.pack_tokens or lower "
-                f"stages.{self._stage.name}.rl.max_new_tokens (sample {prompt.name})"
+                f"{len(sample.tokens_T)} and the answer, with its memories, may have {new}; raise "
+                f"data.pack_tokens or lower stages.{self._stage.name}.rl.max_new_tokens (sample {prompt.name})"
             )
         if len(sample.pixels_ISSc) > data.pack_tiles:
             raise ValueError(
@@ -355,10 +451,11 @@ class GRPO(GRPOLoss):
             [lesson.trajectory for lesson in lessons],
             [lesson.advantage for lesson in lessons],
             self._data,
-            self.model.tile,
+            self.model,
             self._at_once,
             self._beta,
             shards("tokens", self._mesh),
+            self.config.invocation,
         )
         counts_BT, old_BT = rows.batch.weights_BT > 0, rows.old_logp_BT
         rows = jax.device_put(rows, batch_sharding(self._mesh, leading=1))
@@ -393,20 +490,57 @@ def rl_config(stage: StageConfig) -> RLConfig:
     return build(RLConfig, stage.rl, f"config.stages.{stage.name}.rl")
 
 
+def longest_answer(config: RLConfig, speech: Speech | None) -> int:
+    """Most tokens that may follow a prompt, latent ones included. Raises ValueError for more memories than may be."""
+    return config.max_new_tokens + (config.invocation.budget(speech) * (speech.slots + 1) if speech else 0)
+
+
+def _read(futures: list[Future], group_size: int) -> np.ndarray:
+    """Scores [P, G]."""
+    return np.array([future.result()[0] for future in futures]).reshape(-1, group_size)
+
+
+def _until_first_call(trajectory: Trajectory, stop_ids: Sequence[int]) -> list[int]:
+    if not trajectory.spoken:
+        return [stop_ids[0]]
+    return trajectory.tokens_T[: trajectory.spoken[0].place].tolist()
+
+
 def _as_json(lesson: Lesson) -> dict[str, Any]:
     """Exact: a float32 is a float64, and JSON gives that back as it was."""
     t = lesson.trajectory
     return {
         "key": list(lesson.key),
         "tokens": t.tokens_T.tolist(),
-        "logp": t.logp_T.tolist(),
+        "logp": [None if math.isnan(x) else x for x in t.logp_T.tolist()],
         "loss": t.loss_T.tolist(),
         "stopped": t.stopped,
         "advantage": lesson.advantage,
+        "spoken": [
+            {
+                "place": memory.place,
+                "kind": memory.kind,
+                "slots": memory.slots,
+                "shape": list(memory.states_LD.shape),
+                "states": base64.b64encode(memory.states_LD.tobytes()).decode(),
+            }
+            for memory in t.spoken
+        ],
     }
 
 
-def _from_json(fields: dict[str, Any], prompt: Sample) -> Lesson:
-    tokens_T, logp_T = np.array(fields["tokens"], np.int32), np.array(fields["logp"], np.float32)
-    trajectory = Trajectory(prompt, tokens_T, logp_T, np.array(fields["loss"], bool), fields["stopped"])
+def _from_json(fields: dict[str, Any], prompt: Sample, dtype: Any) -> Lesson:
+    """`dtype`: that of the model, in which the states of memories are."""
+    logp_T = np.array([math.nan if x is None else x for x in fields["logp"]], np.float32)
+    spoken = tuple(
+        Spoken(
+            memory["place"],
+            memory["kind"],
+            memory["slots"],
+            np.frombuffer(base64.b64decode(memory["states"]), dtype).reshape(memory["shape"]),
+        )
+        for memory in fields["spoken"]
+    )
+    tokens_T, loss_T = np.array(fields["tokens"], np.int32), np.array(fields["loss"], bool)
+    trajectory = Trajectory(prompt, tokens_T, logp_T, loss_T, fields["stopped"], spoken)
     return Lesson(tuple(fields["key"]), trajectory, fields["advantage"])

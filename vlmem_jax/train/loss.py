@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,12 @@ def log_probs(
     targets_BT: Int32[Array, "B T"],
     chunk: int,
     banned: Collection[int] = (),
+    rescore: Callable[[Array, Array], Array] | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probability of each target under the softmax of all tokens that are not `banned`, in fp32.
 
-    That of a banned target means nothing. `chunk` tokens of each row have logits at the same time, and have them made
-    again in the backward pass.
+    That of a banned target means nothing. `rescore(hidden, logits)` may put other logits in place of some. `chunk`
+    tokens of each row have logits at the same time, and have them made again in the backward pass.
     """
     B, T, _ = hidden_BTD.shape
     cut = _Cut.of(B, T, min(chunk, T))
@@ -52,6 +53,8 @@ def log_probs(
         logits_SNV = jnp.einsum(
             "SND,DV->SNV", hidden_SND, kernel.astype(hidden_SND.dtype), preferred_element_type=jnp.float32
         )
+        if rescore:
+            logits_SNV = rescore(hidden_SND, logits_SNV)
         logits_SNV = constrain(jnp.where(banned_V, -jnp.inf, logits_SNV), "parts", None, "vocab")
         is_target_SNV = jax.lax.broadcasted_iota(jnp.int32, logits_SNV.shape, 2) == targets_SN[..., None]
         return jnp.where(is_target_SNV, logits_SNV, 0.0).sum(-1) - jax.nn.logsumexp(logits_SNV, axis=-1)

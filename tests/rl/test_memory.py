@@ -1,0 +1,165 @@
+"""GRPO with a memory that speaks: memories are formed again where they stood, and only drawn tokens teach."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.patches_world import sample
+from vlmem_jax.data import DataConfig
+from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import resolve
+from vlmem_jax.positions import PatchGrid
+from vlmem_jax.rl import GRPOLoss, RLConfig
+from vlmem_jax.rl.rollout import rollout_keys, rollouts
+from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.rl.task import Lesson, _as_json, _from_json
+from vlmem_jax.train.stages import flatten
+
+G, BANNED, STOP = 2, (3, 4), (1, *range(90, 100))
+SAMPLING = SamplingConfig(max_new_tokens=14, temperature=1.0)
+DATA = DataConfig(pack_tokens=384, pack_tiles=64, loss_weight="sample")
+CALLED = InvocationConfig("delimiter_random", probability=0.4, anywhere=0.1)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": {"layers": 2}}))
+
+
+@pytest.fixture(scope="module")
+def params(vlm):
+    """Adapters have an effect; latent tokens and embeddings are of one size; calls are likely."""
+    params = jax.jit(vlm.init)(jax.random.key(1))
+    params["decoder"]["embed"] *= 30
+    params["decoder"]["norm"]["scale"] *= 0.1
+    memory = params["memory"]
+    for n, kind in enumerate(("short", "long")):
+        for m, adapter in enumerate(memory[kind]["lora"].values()):
+            adapter["b"] = 0.3 * jax.random.normal(jax.random.key(10 * n + m), adapter["b"].shape)
+    memory["special_out"] = 0.6 * jax.random.normal(jax.random.key(5), memory["special_out"].shape)
+    memory["invoke_logit_bias"] = jnp.full_like(memory["invoke_logit_bias"], 3.0)
+    return params
+
+
+@pytest.fixture(scope="module")
+def generator(vlm, params):
+    return Generator(vlm, params, stop_ids=STOP, banned_ids=BANNED, delimiter_ids=range(0, 160, 2))
+
+
+@pytest.fixture(scope="module")
+def prompts(vlm):
+    grids = [[PatchGrid(1, 3, 4)], [], [PatchGrid(2, 2, 3, 0.5)]]
+    return [sample(vlm, grid, (40, 9, 13)[n], seed=n) for n, grid in enumerate(grids)]
+
+
+@pytest.fixture(scope="module")
+def draw(generator, prompts):
+    """Groups of trajectories of all prompts, under a config."""
+
+    def run(config, forced=()):
+        keys_PG = rollout_keys(0, 1, 2, len(prompts), G)
+        groups = dict(rollouts(generator, prompts, SAMPLING, keys_PG, 100, config, forced, record=True))
+        return [groups[n] for n in range(len(prompts))]
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["learned", "called"])
+def drawn(request, draw):
+    """A config and all trajectories under it."""
+    config = InvocationConfig() if request.param == "learned" else CALLED
+    return config, [trajectory for group in draw(config) for trajectory in group]
+
+
+@pytest.fixture(scope="module")
+def objective(vlm):
+    def make(config):
+        return GRPOLoss(vlm, RLConfig(), 32, BANNED + config.banned_ids(vlm.speech))
+
+    return make
+
+
+def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(vlm, params, objective, drawn):
+    config, trajectories = drawn
+    kinds = [memory.kind for t in trajectories for memory in t.spoken]
+    assert set(kinds) == {0, 1} and max(len(t.spoken) for t in trajectories) > 1
+    rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
+    scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: objective(config).log_probs(params, x), batch))
+    logp_BT = np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch)))
+    counts_BT = rows.batch.weights_BT > 0
+    assert counts_BT.sum() == sum(t.loss_T.sum() for t in trajectories)
+    assert (rows.batch.segments_BT.max(-1) > 1).any(), "some rows hold several trajectories"
+    np.testing.assert_allclose(logp_BT[counts_BT], rows.old_logp_BT[counts_BT], atol=1e-5)
+
+
+def test_what_was_put_there_is_not_learned(vlm, drawn):
+    config, trajectories = drawn
+    calls = set(vlm.speech.invoke_ids)
+    for t in trajectories:
+        ends = np.isin(t.tokens_T, vlm.speech.end_ids)
+        assert ends.sum() == len(t.spoken) and not (ends & t.loss_T).any()
+        for memory in t.spoken:
+            before, end = t.tokens_T[memory.place - 1 : memory.place + 1]
+            assert before == vlm.speech.invoke_ids[memory.kind] and end == vlm.speech.end_ids[memory.kind]
+            assert t.loss_T[memory.place - 1] == (config.mode == "learned")
+        slots = sum(vlm.speech.lengths[memory.kind] for memory in t.spoken)
+        made = t.sample()
+        assert len(made.tokens_T) == len(t.prompt.tokens_T) + len(t.tokens_T) + slots
+        assert (made.labels_T != -100).sum() == t.loss_T.sum()
+        if config.mode == "learned":
+            assert t.loss_T[np.isin(t.tokens_T, list(calls))].all()
+
+
+def test_gradients_reach_what_forms_memories_and_nothing_goes_into_what_they_heard(vlm, params, objective, drawn):
+    config, trajectories = drawn
+    rows = pack_trajectories(trajectories, [1.0, -1.0] * (len(trajectories) // 2), DATA, vlm, at_once=1)
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[0], rows)
+
+    def loss(params, heard):
+        batch = dataclasses.replace(rows.batch, heard=heard)
+        return objective(config).loss(params, dataclasses.replace(rows, batch=batch), None)[0]
+
+    by_params, by_heard = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(params, rows.batch.heard)
+    flat = flatten(by_params["memory"])
+    for path in ("query_builder/q_init", "short/m_init", "long/m_init", "short/lora/q/b", "long/lora/q/a"):
+        assert float(jnp.abs(flat[path]).max()) > 0, path
+    assert not jnp.abs(by_heard.states_BJLD).max()
+    learned = float(jnp.abs(flat["special_out"]).max()), float(jnp.abs(flat["invoke_logit_bias"]).max())
+    assert (min(learned) > 0) == (config.mode == "learned")
+
+
+def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generator):
+    config = InvocationConfig()
+    groups = draw(config)
+    begun = [[t.tokens_T[: t.spoken[0].place].tolist() if t.spoken else [STOP[0]] for t in g] for g in groups]
+    turned = draw(dataclasses.replace(config, reverse_types=True), begun)
+    told = 0
+    for group, others, starts in zip(groups, turned, begun, strict=True):
+        for t, other, ids in zip(group, others, starts, strict=True):
+            assert other.tokens_T[: len(ids)].tolist() == ids and not other.loss_T[: len(ids)].any()
+            if t.spoken:
+                told += 1
+                assert other.spoken[0].kind == 1 - t.spoken[0].kind
+                assert np.array_equal(other.spoken[0].states_LD, t.spoken[0].states_LD)
+            else:
+                assert len(other.tokens_T) == 1 and other.stopped
+    assert told
+
+
+def test_memories_survive_a_checkpoint_bit_for_bit(vlm, drawn):
+    import json
+
+    _, trajectories = drawn
+    lesson = Lesson((0, 1), max(trajectories, key=lambda t: len(t.spoken)), 0.25)
+    again = _from_json(json.loads(json.dumps(_as_json(lesson))), lesson.trajectory.prompt, vlm.dtype)
+    assert again.key == lesson.key and again.advantage == lesson.advantage
+    for old, new in zip(lesson.trajectory.spoken, again.trajectory.spoken, strict=True):
+        assert (old.place, old.kind, old.slots) == (new.place, new.kind, new.slots)
+        assert np.array_equal(old.states_LD, new.states_LD)
+    for name in ("tokens_T", "logp_T", "loss_T"):
+        old, new = getattr(lesson.trajectory, name), getattr(again.trajectory, name)
+        assert np.array_equal(old, new, equal_nan=name == "logp_T") and old.dtype == new.dtype
