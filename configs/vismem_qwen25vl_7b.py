@@ -18,6 +18,10 @@ FORMATION = ("memory/query_builder", "memory/short", "memory/long")
 INVOCATION = ("memory/special_", "memory/invoke_logit_bias")
 
 
+ROLLOUTS = dict(prompts=8, group_size=16, max_new_tokens=512)
+"""Of both stages: each step learns from one phase."""
+
+
 def get_config(profile: str | None = None) -> ConfigDict:
     """Profiles: default, paper_supplement, released."""
     profile = profile or "default"
@@ -31,6 +35,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
             tokenizer="checkpoints/Qwen2.5-VL-7B-Instruct",
             template="qwen2-vl",
             image=dict(kind="patches"),
+            # prompts with answers; rows of a step beside each other, what its trajectories fill
             data=dict(train=[dict(path="data/train.jsonl", root="data/images")], rows=8, pack_tiles=4096),
             optimizer=dict(name="adamw", weight_decay=0.01),
             stages=[
@@ -42,6 +47,12 @@ def get_config(profile: str | None = None) -> ConfigDict:
                     schedule="cosine",
                     warmup_fraction=0.2,
                     trainable=FORMATION,
+                    rl=dict(
+                        kl=0.015,
+                        kl_target=0.03,
+                        invocation=dict(mode="delimiter_random", probability=0.25, anywhere=0.02),
+                        **ROLLOUTS,
+                    ),
                 ),
                 dict(
                     name="invocation",
@@ -51,6 +62,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
                     schedule="cosine",
                     warmup_fraction=0.1,
                     trainable=INVOCATION,
+                    rl=dict(kl=0.03, kl_target=0.05, invocation_penalty=0.3, **ROLLOUTS),
                     optimizer=dict(name="adamw", weight_decay=0.0),
                 ),
             ],

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+ROLLOUTS = dict(prompts=4, group_size=8, max_new_tokens=24)
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -20,6 +22,7 @@ def get_config() -> ConfigDict:
                     steps=20,
                     learning_rate=1e-3,
                     trainable=("memory/query_builder", "memory/short", "memory/long"),
+                    rl=dict(invocation=dict(mode="delimiter_random", anywhere=0.02), kl=0.015, **ROLLOUTS),
                 ),
                 dict(
                     name="invocation",
@@ -27,6 +30,7 @@ def get_config() -> ConfigDict:
                     steps=20,
                     learning_rate=1e-3,
                     trainable=("memory/special_", "memory/invoke_logit_bias"),
+                    rl=dict(invocation_penalty=0.3, kl=0.03, **ROLLOUTS),
                 ),
             ],
             mesh=dict(data=-1, fsdp=1),

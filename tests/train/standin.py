@@ -40,6 +40,9 @@ class Model:
         keys = jax.random.split(key, len(shapes))
         return structure.unflatten([jax.random.normal(k, s.shape) / 3 for k, s in zip(keys, shapes, strict=True)])
 
+    def rates(self):
+        return {}
+
     def metrics(self, params):
         return {"gate/first": params["first"]["bias"][0, 0]}
 

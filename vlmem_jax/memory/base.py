@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -149,6 +150,11 @@ class Memory(nnx.Module):
 
     def adopt(self, start: TokenStart, key: jax.Array) -> None:
         """SPEAK: starts the tokens of the memory's own from another, `Speech.start_id`."""
+
+    @classmethod
+    def rates(cls, config: Any) -> dict[str, np.ndarray]:
+        """By what the learning rate of some of its parameters is multiplied, row by row: path -> factors."""
+        return {}
 
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars worth a curve, by name."""

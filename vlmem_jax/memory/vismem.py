@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -61,6 +62,8 @@ class VisMemConfig:
     """<ms_I>, <ms_E>, <ml_I>, <ml_E>: invoke and end, short and long."""
     span_ids: tuple[int, int] = (151652, 151653)
     """Tokens before and after an image, for llm_hidden_first_span."""
+    end_rate: float = 0.1
+    """The learning rate of the rows of end tokens, which are never chosen, as a part of the others'."""
     start_id: int = 13
     """The token from whose rows those of the four start: a full stop."""
 
@@ -178,6 +181,11 @@ class VisMem(Memory):
         ids = config.token_ids
         limits = config.max_invocations, config.max_prompt_hidden
         return Speech(ids[::2], ids[1::2], config.lengths, *limits, config.start_id)
+
+    @classmethod
+    def rates(cls, config: VisMemConfig) -> dict[str, np.ndarray]:
+        rows = np.array([[1.0], [config.end_rate]] * 2)
+        return {"special_in": rows, "special_out": rows}
 
     # --- the tokens ---------------------------------------------------------------------------------------------------
 

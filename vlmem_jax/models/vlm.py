@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -108,6 +109,12 @@ class VLM:
     def init(self, key: jax.Array) -> Params:
         """Random fp32 parameters."""
         return nnx.to_pure_dict(nnx.state(_Modules(self.config, rngs=nnx.Rngs(key))))
+
+    def rates(self) -> dict[str, np.ndarray]:
+        """By what the learning rate of some parameters is multiplied, row by row: path -> factors."""
+        c = self.config
+        rates = {} if c.memory == "none" else MEMORIES[c.memory].rates(getattr(c, c.memory))
+        return {f"memory/{path}": factors for path, factors in rates.items()}
 
     def metrics(self, params: Params) -> dict[str, jax.Array]:
         """Scalars that the memory wants plotted, in fp32."""

@@ -37,6 +37,7 @@ class Model(Protocol):
 
     def abstract(self) -> dict: ...
     def axes(self) -> dict: ...
+    def rates(self) -> dict[str, np.ndarray]: ...
     def metrics(self, params: dict) -> dict[str, Float[Array, ""]]: ...
 
 
@@ -200,7 +201,8 @@ class Program:
         self.split = Split.of(stage, list(abstract))
         self.held = storage(self.split, abstract, axes, shardings, task.model.dtype)
         schedule = make_schedule(stage)
-        self.optimizer = make_optimizer(optimizer_config, schedule, axes)
+        rates = {path: rate for path, rate in task.model.rates().items() if path in self.split.trainable}
+        self.optimizer = make_optimizer(optimizer_config, schedule, axes, rates)
         trainable, _ = self.split.part(self.held)
         shapes = jax.eval_shape(lambda params: init_state(params, self.optimizer), trainable)
         self.replicated = NamedSharding(mesh, PartitionSpec())

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 from optax.contrib import MuonDimensionNumbers, muon
@@ -29,11 +30,26 @@ def make_schedule(stage: StageConfig) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, axes: dict[str, tuple[str, ...]]
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    axes: dict[str, tuple[str, ...]],
+    rates: dict[str, np.ndarray] | None = None,
 ) -> optax.GradientTransformation:
-    """Updates from clipped gradients; `axes` gives the meaning of each parameter's last axes."""
+    """Updates from clipped gradients; `axes` gives the meaning of each parameter's last axes.
+
+    `rates`: by what the learning rate of some parameters is multiplied, row by row. Their updates are, since gradients
+    that are only scaled leave Adam's updates as they were.
+    """
     optimizer = _in_float32(config, schedule, axes)
-    return in_bfloat16(optimizer) if config.state_dtype == "bfloat16" else optimizer
+    optimizer = in_bfloat16(optimizer) if config.state_dtype == "bfloat16" else optimizer
+    return optax.chain(optimizer, _multiplied(rates)) if rates else optimizer
+
+
+def _multiplied(rates: dict[str, np.ndarray]) -> optax.GradientTransformation:
+    def multiply(updates: dict[str, jax.Array], _: Any) -> dict[str, jax.Array]:
+        return updates | {path: updates[path] * rate.astype(updates[path].dtype) for path, rate in rates.items()}
+
+    return optax.stateless(multiply)
 
 
 def _in_float32(

@@ -1,0 +1,121 @@
+"""VisMem's two stages, one after the other: what each trains and leaves alone, what is recorded."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tests.patches_world import save_tokenizer
+from vlmem_jax import rl
+from vlmem_jax.checkpoint import load_params
+from vlmem_jax.config import ConfigError, override
+from vlmem_jax.models import VLM
+from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.train import run as runs
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.stages import flatten
+
+FORMATION = ("memory/query_builder", "memory/short", "memory/long")
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+INVOCATION = ("memory/special_", "memory/invoke_logit_bias")
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """An Experiment of the two stages on prompts with one image or none, from keys that differ."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    lines = []
+    for n in range(6):
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(folder / f"{n}.png")
+        lines.append(json.dumps({"prompt": f"Say b {n}.", "images": [f"{n}.png"][: n % 2], "answer": "b"}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    rollouts = dict(
+        rewards=[dict(name="tests.rl.own:letters_b")], prompts=2, group_size=4, max_new_tokens=8, rollout_rows=8
+    )
+    stages = [
+        dict(
+            name="formation", task="grpo", steps=2, learning_rate=1e-2, trainable=FORMATION,
+            rl=dict(rollouts, kl=0.015, invocation=dict(mode="delimiter_random", probability=0.9, anywhere=0.3),
+                    anywhere_from=0.0, drop_zero_variance=False),
+        ),
+        dict(
+            name="invocation", task="grpo", steps=2, learning_rate=1e-2, trainable=INVOCATION,
+            rl=dict(rollouts, kl=0.03, invocation_penalty=0.3, drop_zero_variance=False, minibatches=2),
+        ),
+    ]  # fmt: skip
+    config = ConfigDict(
+        dict(
+            model=dict(preset="tiny_qwen2_5_vl", memory="vismem", decoder=dict(layers=2)),
+            tokenizer=str(save_tokenizer(folder / "tokenizer")),
+            template="qwen2-vl",
+            system="",
+            image=dict(kind="patches", min_pixels=256, max_pixels=1024),
+            data=dict(
+                train=[dict(path=str(folder / "prompts.jsonl"))], rows=4, pack_tokens=192, pack_tiles=64, threads=1
+            ),
+            stages=stages,
+            mesh=dict(data=1, fsdp=1),
+            checkpoint=dict(every=1, keep_last=2, keep_best=0),
+            log_every=1,
+        )
+    )
+
+    def made(**changes):
+        return experiment(override(config, {key.replace("__", "."): value for key, value in changes.items()}))
+
+    return made
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(runs, "make_mesh", lambda config: make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+
+
+@pytest.fixture
+def params(make):
+    """Gives the parameters of a checkpoint, by path."""
+    shapes = VLM(make().model).abstract()
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE), shapes)
+    return lambda folder: flatten(jax.device_get(load_params(folder, target)))
+
+
+@pytest.mark.slow
+def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(make, params, tmp_path):
+    lines = []
+    assert runs.run(make(), tmp_path, tasks=runs.TASKS | rl.TASKS, say=lines.append)
+    assert "stage invocation is done" in "\n".join(lines)
+    before, after = (params(tmp_path / "formation" / step) for step in ("1", "2"))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert {path.split("/")[1] for path in changed} == {"query_builder", "short", "long"}
+    at_end = params(tmp_path / "invocation" / "2")
+    changed = {path for path in after if not np.array_equal(after[path], at_end[path])}
+    assert changed and all(path.startswith(INVOCATION) for path in changed)
+    by_row = np.abs(at_end["memory/special_out"] - after["memory/special_out"]).max(-1)
+    assert by_row[[0, 2]].min() > 5 * by_row[[1, 3]].max(), "end rows learn slowly"
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [line for line in records if "loss" in line]
+    for line in records:
+        assert {"score/base", "score/gain", "memory/per_answer", "memory/answers", "memory/long"} <= line.keys()
+        assert ("penalty/type" in line) == (line["stage"] == "invocation")
+    assert max(line["memory/per_answer"] for line in records if line["stage"] == "formation") > 0.5
+    assert abs(records[0]["kl"]) < 1e-5 and abs(records[0]["ratio"] - 1) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__memory": "none", "stages__1__rl__invocation_penalty": 0.3}, "are for a memory that speaks"),
+        ({"stages__0__rl__invocation_penalty": 0.3}, "none have been formed yet"),
+        ({"stages__0__rl__invocation__max_invocations": 40}, "max_invocations must be at most that of the model"),
+        ({"stages__1__rl__base": False}, "invocation_penalty must be at least 0, and needs base=True"),
+        ({"stages__0__rl__max_new_tokens": 180}, "with memories 198, must be less than data.pack_tokens 192"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_done(make, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        runs.run(make(**changes), tmp_path / "run", tasks=runs.TASKS | rl.TASKS)
+    assert not (tmp_path / "run").exists()
