@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
+from tests.evals import world as speaking
 from tests.train import world
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.cli.main import main
@@ -72,6 +73,58 @@ def test_bad_input_is_one_plain_line(checkpoint, capsys, arguments, message):
 def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     assert ask(tmp_path, "--prompt", "a") == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+# --- a memory that speaks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A checkpoint that often calls for memories, of 3 and 5 latent tokens."""
+    return speaking.checkpoint(tmp_path_factory.mktemp("speaker"))
+
+
+HOT = "--prompt", "What is this?", "--max-new-tokens", "12", "--temperature", "1"
+
+
+def test_memories_are_shown_where_they_were_inserted(speaker, capsys):
+    def out(*flags):
+        assert main(["generate", "--checkpoint", str(speaker), *HOT, *flags]) == 0
+        return capsys.readouterr().out
+
+    short, long = "[short memory, 3 latent tokens]", "[long memory, 5 latent tokens]"
+    shown = out("--show-memory")
+    assert 0 < shown.count("[") <= 3 and short in shown
+    assert out() == shown.replace(short, "").replace(long, "")
+    reversed_ = out("--show-memory", "--reverse-types")
+    assert reversed_.startswith(shown.partition("[")[0]) and long in reversed_
+    assert short not in out("--show-memory", "--disable-short")
+    assert "memory" not in out("--show-memory", "--invocation", "never")
+    assert out("--show-memory", "--max-invocations", "1").count("[") == 1
+    ruled = out("--show-memory", "--invocation", "always", "--seed", "2")
+    assert all(before[-1] in ".,:;!?" for before in ruled.split("[")[:-1])
+
+
+def test_a_chat_shows_memories_and_keeps_them_out_of_its_history(speaker, capsys, monkeypatch):
+    chats = []
+
+    def chat(*args, **kwargs):
+        chats.append(Chat(*args, **kwargs))
+        return chats[-1]
+
+    monkeypatch.setattr("vlmem_jax.cli.chat.Chat", chat)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\nAnd this?\n"))
+    assert main(["chat", "--checkpoint", str(speaker), *HOT[2:], "--show-memory", "--disable-long"]) == 0
+    shown, note = capsys.readouterr().out, "[short memory, 3 latent tokens]"
+    assert note in shown and len(chats[0].history) == 2
+    assert shown.replace(note, "") == "".join(f"{answer}\n" for _, answer in chats[0].history)
+
+
+@pytest.mark.parametrize("flags", [["--invocation", "learned"], ["--show-memory"], ["--max-invocations", "1"]])
+def test_flags_of_a_memory_that_the_model_has_not_are_refused(checkpoint, capsys, flags):
+    assert ask(checkpoint, "--prompt", "a", *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "model.memory of" in error and "is comemo; leave them out" in error
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------
