@@ -84,7 +84,7 @@ def speaker(tmp_path_factory):
     return speaking.checkpoint(tmp_path_factory.mktemp("speaker"))
 
 
-HOT = "--prompt", "What is this?", "--max-new-tokens", "12", "--temperature", "1"
+HOT = "--prompt", "What is this?", "--max-new-tokens", "12", "--temperature", "1", "--seed", "4"
 
 
 def test_memories_are_shown_where_they_were_inserted(speaker, capsys):
@@ -94,25 +94,27 @@ def test_memories_are_shown_where_they_were_inserted(speaker, capsys):
 
     short, long = "[short memory, 3 latent tokens]", "[long memory, 5 latent tokens]"
     shown = out("--show-memory")
-    assert 0 < shown.count("[") <= 3 and short in shown
+    assert 0 < shown.index(long) < shown.index(short)
     assert out() == shown.replace(short, "").replace(long, "")
-    reversed_ = out("--show-memory", "--reverse-types")
-    assert reversed_.startswith(shown.partition("[")[0]) and long in reversed_
-    assert short not in out("--show-memory", "--disable-short")
-    assert "memory" not in out("--show-memory", "--invocation", "never")
-    assert out("--show-memory", "--max-invocations", "1").count("[") == 1
-    ruled = out("--show-memory", "--invocation", "always", "--seed", "2")
-    assert all(before[-1] in ".,:;!?" for before in ruled.split("[")[:-1])
+    assert out("--show-memory", "--reverse-types").startswith(shown.partition(long)[0] + short)
+    assert long in out("--show-memory", "--disable-short") and short not in out("--show-memory", "--disable-short")
+    assert out("--show-memory", "--max-invocations", "1").count(" memory, ") == 1
+    assert " memory, " not in out("--show-memory", "--invocation", "never")
+    ruled = out("--show-memory", "--invocation", "always").replace(short, long).split(long)
+    assert len(ruled) > 1 and all(phrase[-1] in ".,:;!?" for phrase in ruled[:-1])
+    random = out("--show-memory", "--invocation", "delimiter_random", "--invocation-probability", "0")
+    assert " memory, " not in random
 
 
 def test_a_chat_shows_memories_and_keeps_them_out_of_its_history(speaker, capsys, monkeypatch):
     chats = []
 
-    def chat(*args, **kwargs):
-        chats.append(Chat(*args, **kwargs))
-        return chats[-1]
+    class Kept(Chat):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            chats.append(self)
 
-    monkeypatch.setattr("vlmem_jax.cli.chat.Chat", chat)
+    monkeypatch.setattr("vlmem_jax.cli.chat.Chat", Kept)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\nAnd this?\n"))
     assert main(["chat", "--checkpoint", str(speaker), *HOT[2:], "--show-memory", "--disable-long"]) == 0
     shown, note = capsys.readouterr().out, "[short memory, 3 latent tokens]"

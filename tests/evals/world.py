@@ -38,7 +38,7 @@ def model(folder, memory="vismem", seed=1):
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), vlm.abstract())
     if memory == "vismem":
-        params["memory"]["invoke_logit_bias"] = jnp.full((1,), 3.0)
+        params["memory"]["invoke_logit_bias"] = jnp.full((1,), 5.0)
     image = build(PatchConfig, IMAGE)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     processor = make_processor(tokenizer, image, vlm.config.vision.geometry, "", "qwen2-vl")
