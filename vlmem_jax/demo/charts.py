@@ -28,8 +28,10 @@ class Bar(NamedTuple):
     series: int = 0
 
 
-def line_chart(series: Mapping[str, Sequence[tuple[int, float]]], marks: Mapping[str, int], y_label: str) -> str:
-    """Curves over training steps; `marks` are the steps at which something begins, named at the top."""
+def line_chart(
+    series: Mapping[str, Sequence[tuple[int, float]]], marks: Mapping[str, int], y_label: str, x_label: str = "step"
+) -> str:
+    """Curves, mostly over training steps; `marks` are the steps at which something begins, named at the top."""
     points = [point for curve in series.values() for point in curve if math.isfinite(point[1])]
     if not points:
         return "<p>Nothing was recorded.</p>"
@@ -37,7 +39,7 @@ def line_chart(series: Mapping[str, Sequence[tuple[int, float]]], marks: Mapping
     x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points))
     y_ticks = _ticks(min(0, lowest), max(0, highest))
     to_x, to_y = _scale(x_ticks, LEFT, WIDTH - RIGHT), _scale(y_ticks, HEIGHT - BOTTOM, TOP + 12)
-    parts = [*_y_axis(y_ticks, to_y, y_label), *_x_axis(x_ticks, to_x, "step")]
+    parts = [*_y_axis(y_ticks, to_y, y_label), *_x_axis(x_ticks, to_x, x_label)]
     for n, (name, step) in enumerate((name, step) for name, step in marks.items() if step >= x_ticks[0]):
         x = to_x(step)
         parts.append(tag("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM, stroke=FAINT, stroke_dasharray="2 3"))
@@ -48,8 +50,8 @@ def line_chart(series: Mapping[str, Sequence[tuple[int, float]]], marks: Mapping
     return _svg(parts) + legend(list(series))
 
 
-def bar_chart(bars: Sequence[Bar], chance: float) -> str:
-    """Shares between 0 and 1 as bars with their intervals, and a line at chance."""
+def bar_chart(bars: Sequence[Bar], chance: float | None = None) -> str:
+    """Shares between 0 and 1 as bars with their intervals, and perhaps a line at chance."""
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     to_y = _scale(ticks, HEIGHT - BOTTOM, TOP)
     parts = _y_axis(ticks, to_y, "accuracy")
@@ -65,9 +67,10 @@ def bar_chart(bars: Sequence[Bar], chance: float) -> str:
             tag("text", f"{bar.value:.2f}", **middle, y=base - 6, fill="white" if base - y > 20 else INK),
             tag("text", bar.label, **middle, y=HEIGHT - BOTTOM + 15),
         ]
-    y, red = to_y(chance), COLOURS[4]
-    parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, stroke=red, stroke_dasharray="4 3"))
-    parts.append(tag("text", "chance", x=WIDTH - RIGHT, y=y - 4, text_anchor="end", fill=red))
+    if chance is not None:
+        y, red = to_y(chance), COLOURS[4]
+        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, stroke=red, stroke_dasharray="4 3"))
+        parts.append(tag("text", "chance", x=WIDTH - RIGHT, y=y - 4, text_anchor="end", fill=red))
     return _svg(parts)
 
 

@@ -54,7 +54,7 @@ class Recipe:
 
 def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
     """Without memory: `read` one tile, then a `mix` of everything."""
-    read = _stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=_data(dataset, "reading", tiles=1))
+    read = stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=_data(dataset, "reading", tiles=1))
     return _experiment(dataset, "none", [read, _mix(recipe)], seed=0)
 
 
@@ -68,20 +68,20 @@ def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -
     new = {"trainable": ["projector/", "memory/"], "schedule": "constant"}
     steps = recipe.comemo
     stages = [
-        _stage("pretrain", steps["pretrain"], 3e-3, **new),
-        _stage("pretrain_phase2", steps["pretrain_phase2"], 3e-3, **new, frozen=["memory/blocks/(attn|mlp)_gate"]),
-        _stage("finetune", steps["finetune"], 3e-3),
+        stage("pretrain", steps["pretrain"], 3e-3, **new),
+        stage("pretrain_phase2", steps["pretrain_phase2"], 3e-3, **new, frozen=["memory/blocks/(attn|mlp)_gate"]),
+        stage("finetune", steps["finetune"], 3e-3),
     ]
     return _experiment(dataset, "comemo", stages, seed=1, init=init, **image)
 
 
 def plain_experiment(dataset: Path, recipe: Recipe, init: Path, steps: int) -> ConfigDict:
     """The control: all of the base trained on, without memory."""
-    return _experiment(dataset, "none", [_stage("finetune", steps, 3e-3)], seed=1, init=init)
+    return _experiment(dataset, "none", [stage("finetune", steps, 3e-3)], seed=1, init=init)
 
 
 def _mix(recipe: Recipe) -> dict[str, Any]:
-    return _stage("mix", recipe.base["mix"], 4e-3)
+    return stage("mix", recipe.base["mix"], 4e-3)
 
 
 def _experiment(
@@ -93,36 +93,49 @@ def _experiment(
     **image: Any,
 ) -> ConfigDict:
     return ConfigDict(
-        {
-            "seed": seed,  # another one sees the data in another order
+        common(dataset, stages, seed, init)
+        | {
             "model": {"preset": "digits", "memory": memory},
             "image": {"size": 32, "dhr_map": "raster", **image},
-            "tokenizer": str(dataset / "tokenizer"),
-            "system": "",
             "data": _data(dataset, "mixture", tiles=5),
-            "optimizer": {"name": "muon", "b2": 0.98, "weight_decay": 0.0, "muon_rms": 0.4},
-            "mesh": {"data": -1, "fsdp": 1},
-            "checkpoint": {"every": 10_000, "keep_last": 1, "keep_best": 0},
-            "init": str(init) if init else None,
-            "stages": list(stages),
             "eval_every": 100,
-            "log_every": 10,
         }
     )
 
 
-def _stage(name: str, steps: int, learning_rate: float, **more: Any) -> dict[str, Any]:
+def common(dataset: Path, stages: Sequence[dict[str, Any]], seed: int, init: Path | None = None) -> dict[str, Any]:
+    """Keys of an experiment of any of the demos; those of model, image and data are missing."""
+    return {
+        "seed": seed,  # another one sees the data in another order
+        "tokenizer": str(dataset / "tokenizer"),
+        "system": "",
+        "optimizer": {"name": "muon", "b2": 0.98, "weight_decay": 0.0, "muon_rms": 0.4},
+        "mesh": {"data": -1, "fsdp": 1},
+        "checkpoint": {"every": 10_000, "keep_last": 1, "keep_best": 0},
+        "init": str(init) if init else None,
+        "stages": list(stages),
+        "log_every": 10,
+    }
+
+
+def stage(name: str, steps: int, learning_rate: float, **more: Any) -> dict[str, Any]:
+    """A stage of any of the demos; `more` are keys of it."""
     schedule = {"schedule": "cosine", "final_fraction": 0.05, "warmup_fraction": 0.05}
     return {"name": name, "steps": steps, "learning_rate": learning_rate, **schedule, **more}
 
 
 def _data(dataset: Path, source: str, tiles: int) -> dict[str, Any]:
     longest = DatasetConfig.reading_tokens if source == "reading" else DatasetConfig.mixture_tokens
+    heldout = [{"path": str(dataset / "heldout.jsonl")}] if source == "mixture" else []
+    return conversations(dataset, source, longest, tiles) | {"eval": heldout}
+
+
+def conversations(dataset: Path, source: str, tokens: int, tiles: int) -> dict[str, Any]:
+    """Keys of data for any of the demos: conversations of SOURCE.jsonl, each as long as a row."""
     return {
         "train": [{"path": str(dataset / f"{source}.jsonl")}],
-        "eval": [{"path": str(dataset / "heldout.jsonl")}] if source == "mixture" else [],
         "rows": 16,
-        "pack_tokens": longest,
+        "pack_tokens": tokens,
         "pack_tiles": tiles,
         "open_packs": 1,  # a sample fills a row: nothing to gain by holding rows back
         "loss_weight": "token",

@@ -98,16 +98,16 @@ def write_dataset(folder: pathlib.Path, config: DatasetConfig) -> None:
     rng = np.random.default_rng(config.seed)
     write_tokenizer(folder / "tokenizer")
     counts = {grid: config.tiles if grid == (1, 1) else config.larger for grid in GRIDS}
-    album = _Album(folder, "train", train, counts, rng)
-    reading = (_reading(rng, album, config.reading_tokens) for _ in range(config.reading_lines))
-    _write_lines(folder / "reading.jsonl", reading)
+    album = Album(folder, "train", train, counts, rng)
+    lines = (reading(rng, album, config.reading_tokens) for _ in range(config.reading_lines))
+    write_lines(folder / "reading.jsonl", lines)
     mixture = (_mixed(rng, album, config.mixture_tokens) for _ in range(config.mixture_lines))
-    _write_lines(folder / "mixture.jsonl", mixture)
-    album = _Album(folder, "heldout", heldout, dict.fromkeys(GRIDS, 2 * config.questions_each), rng)
+    write_lines(folder / "mixture.jsonl", mixture)
+    album = Album(folder, "heldout", heldout, dict.fromkeys(GRIDS, 2 * config.questions_each), rng)
     unseen = (_mixed(rng, album, config.mixture_tokens) for _ in range(config.heldout_lines))
-    _write_lines(folder / "heldout.jsonl", unseen)
+    write_lines(folder / "heldout.jsonl", unseen)
     asked = (_ask(rng, album, *group, config.questions_each) for group in GROUPS)
-    _write_lines(folder / "questions.jsonl", itertools.chain.from_iterable(asked))
+    write_lines(folder / "questions.jsonl", itertools.chain.from_iterable(asked))
 
 
 def read_questions(folder: pathlib.Path) -> list[Asked]:
@@ -116,7 +116,7 @@ def read_questions(folder: pathlib.Path) -> list[Asked]:
         return [_asked(json.loads(line)) for line in file]
 
 
-class _Album:
+class Album:
     """Pictures of one pool of digits, on disk and in memory."""
 
     def __init__(
@@ -138,11 +138,12 @@ class _Album:
         return list(paths), list(mosaics)
 
 
-def _reading(rng: np.random.Generator, album: _Album, tokens: int) -> dict[str, Any]:
+def reading(rng: np.random.Generator, album: Album, tokens: int) -> dict[str, Any]:
+    """A conversation of about `tokens` on one tile: what its digits are."""
     return _line(rng, *album.pick(rng, (1, 1), 1), ("all", "row", "column", "cell"), tokens)
 
 
-def _mixed(rng: np.random.Generator, album: _Album, tokens: int) -> dict[str, Any]:
+def _mixed(rng: np.random.Generator, album: Album, tokens: int) -> dict[str, Any]:
     (images, grid) = MIXTURE[int(rng.integers(len(MIXTURE)))]
     return _line(rng, *album.pick(rng, grid, images), ("row", "column", "cell", "cell"), tokens)
 
@@ -156,7 +157,7 @@ def _line(
     return {"image": paths, "conversations": conversation(len(paths), questions)}
 
 
-def _ask(rng: np.random.Generator, album: _Album, images: int, grid: Grid, count: int) -> Iterator[dict[str, Any]]:
+def _ask(rng: np.random.Generator, album: Album, images: int, grid: Grid, count: int) -> Iterator[dict[str, Any]]:
     for n in range(count):
         paths, mosaics = album.pick(rng, grid, images)
         asked = n % images  # every place equally often
@@ -175,6 +176,7 @@ def _asked(line: dict[str, Any]) -> Asked:
     return Asked(tuple(line["image"]), tuple(line["grid"]), **line["asked"], question=question, answer=answer)
 
 
-def _write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
+def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
+    """A JSONL file."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -14,16 +14,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlmem_jax import rl
 from vlmem_jax.config import to_dict
 from vlmem_jax.demo.config import Recipe, base_experiment, comemo_experiment
-from vlmem_jax.demo.dataset import read_questions, write_dataset
+from vlmem_jax.demo.dataset import read_questions
 from vlmem_jax.demo.evaluate import Answered, accuracies, answer, ask_all, tally
 from vlmem_jax.demo.mosaics import draw_mosaic, load_digits
 from vlmem_jax.demo.questions import ask, opening
 from vlmem_jax.generate import LoadedModel, load_model
 from vlmem_jax.hub.convert import export_folder
+from vlmem_jax.paths import write_whole
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.train.config import experiment
+from vlmem_jax.train.run import TASKS
 from vlmem_jax.train.run import run as train
 
 Say = Callable[[str], None]
@@ -53,11 +56,12 @@ class Trained:
         }
 
 
-class Demo:
-    """One workdir. Every method leaves alone what is done already, so that a stopped run goes on."""
+class Workdir:
+    """One workdir of a demo. Every method leaves alone what is done already, so that a stopped run goes on."""
 
-    def __init__(self, workdir: Path, recipe: Recipe, say: Say = print):
-        self.workdir, self.recipe, self.say = workdir.absolute(), recipe, say
+    def __init__(self, workdir: Path, say: Say = print):
+        self.workdir, self.say = workdir.absolute(), say
+        self.workdir.mkdir(parents=True, exist_ok=True)
         self.dataset = self.workdir / "dataset"
         self.seconds: dict[str, float] = {}
         """Time that each part took in this call."""
@@ -69,17 +73,19 @@ class Demo:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
-    def make_dataset(self) -> None:
-        """Writes the dataset. Raises ValueError if one of another size is there."""
-        sizes, about = to_dict(self.recipe.dataset), self.dataset / "dataset.json"
+    def make_dataset(self, config: Any, write: Callable[[Path, Any], None]) -> None:
+        """Has `write` write the dataset. Raises ValueError if one of another `config`, a dataclass, is there."""
+        sizes, about = to_dict(config), self.dataset / "dataset.json"
         if about.is_file():
             if json.loads(about.read_text()) != sizes:
-                raise ValueError(f"{self.dataset} was made with another --steps-scale; give that, or another --workdir")
+                raise ValueError(
+                    f"{self.dataset} was made with another --steps-scale or --memory; give that, or another --workdir"
+                )
             return
         unfinished = self.workdir / "dataset.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         with self.timed("dataset"):
-            write_dataset(unfinished, self.recipe.dataset)
+            write(unfinished, config)
         (unfinished / about.name).write_text(json.dumps(sizes, indent=1))
         os.replace(unfinished, self.dataset)
 
@@ -87,7 +93,7 @@ class Demo:
         """Trains in the folder `name` as `vlmem train` does, and gives the folder. Raises Interrupted."""
         folder = self.workdir / name
         with self.timed("training"):
-            if not train(experiment(config), folder, say=self.say):
+            if not train(experiment(config), folder, tasks=TASKS | rl.TASKS, say=self.say):
                 raise Interrupted
         return folder
 
@@ -97,6 +103,18 @@ class Demo:
         if not folder.is_dir():
             export_folder(trained, folder)
         return folder
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the workdir, whole or not at all."""
+        write_whole(self.workdir / name, text.encode())
+
+
+class Demo(Workdir):
+    """The workdir of CoMemo's demo."""
+
+    def __init__(self, workdir: Path, recipe: Recipe, say: Say = print):
+        super().__init__(workdir, say)
+        self.recipe = recipe
 
     def base(self) -> Path:
         """Trains the base; the folder to start from, in the Hugging Face layout."""

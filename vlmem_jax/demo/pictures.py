@@ -21,10 +21,9 @@ WRONG_SHOWN = 2
 """Wrong answers among the examples, where there are any."""
 
 
-def curves(runs: Sequence[Path]) -> tuple[dict[str, dict[str, Curve]], dict[str, int]]:
-    """(chart -> curve -> points, stage -> its first step) of runs that continue each other."""
-    loss: dict[str, Curve] = {"training": [], "held out": []}
-    gates: dict[str, Curve] = {}
+def records(runs: Sequence[Path]) -> tuple[list[tuple[int, dict[str, Any]]], dict[str, int]]:
+    """((step over all, line of metrics) ..., stage -> its first step) of runs that continue each other."""
+    lines: list[tuple[int, dict[str, Any]]] = []
     marks: dict[str, int] = {}
     before = 0
     for run in runs:
@@ -34,14 +33,23 @@ def curves(runs: Sequence[Path]) -> tuple[dict[str, dict[str, Curve]], dict[str,
         before += sum(stages.values())
         for line in (run / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
-            step = starts[record["stage"]] + record["step"]
-            for key, name in (("loss", "training"), ("eval/loss", "held out")):
-                if key in record:
-                    loss[name].append((step, record[key]))
-            for key, value in record.items():
-                if key.startswith("gate/"):
-                    _, kind, layer = key.split("/")
-                    gates.setdefault(f"{kind}, before layer {int(layer) + 1}", []).append((step, value))
+            lines.append((starts[record["stage"]] + record["step"], record))
+    return lines, marks
+
+
+def curves(runs: Sequence[Path]) -> tuple[dict[str, dict[str, Curve]], dict[str, int]]:
+    """(chart -> curve -> points, stage -> its first step) of runs that continue each other."""
+    loss: dict[str, Curve] = {"training": [], "held out": []}
+    gates: dict[str, Curve] = {}
+    lines, marks = records(runs)
+    for step, record in lines:
+        for key, name in (("loss", "training"), ("eval/loss", "held out")):
+            if key in record:
+                loss[name].append((step, record[key]))
+        for key, value in record.items():
+            if key.startswith("gate/"):
+                _, kind, layer = key.split("/")
+                gates.setdefault(f"{kind}, before layer {int(layer) + 1}", []).append((step, value))
     return {"loss": loss, "gates": gates}, marks
 
 

@@ -81,6 +81,11 @@ def render(
     if "compare" in summary:
         sections.append(_comparison(summary))
     sections.append(_how(summary))
+    return page(sections)
+
+
+def page(sections: Sequence[str]) -> str:
+    """The whole document."""
     body = "\n".join(sections)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>vlmem demo</title>'
@@ -93,21 +98,21 @@ def _head(summary: Mapping[str, Any]) -> str:
     comemo, question = summary["comemo"], summary["question"]
     accuracy, chance = comemo["accuracy"], summary["chance"]
     cards = [
-        ("one image", _percent(accuracy["single_image"])),
-        ("two to four images", _percent(accuracy["multi_image"])),
-        ("chance", _percent(chance)),
+        ("one image", percent(accuracy["single_image"])),
+        ("two to four images", percent(accuracy["multi_image"])),
+        ("chance", percent(chance)),
         ("training steps", f"{summary['steps']['total']:,}"),
         ("minutes in all", f"{summary['seconds']['total'] / 60:.1f}"),
     ]
     boxes = "".join(f'<div class="card">{name}<b>{value}</b></div>' for name, value in cards)
-    verdict = _verdict(question["answer"], question["expected"])
+    said = verdict(question["answer"], question["expected"])
     return (
         "<h1>Reading mosaics of handwriting with CoMemo</h1>"
         '<p class="faint">A vision-language model of '
         f"{comemo['parameters']:,} parameters, trained here from random numbers. Every accuracy is that of single "
         "questions about one cell, of digits that training has never seen.</p>"
         f'<div class="cards">{boxes}</div>'
-        f"<p>Asked about a new picture: <i>{html.escape(question['question'])}</i> Answer: {verdict}.</p>"
+        f"<p>Asked about a new picture: <i>{html.escape(question['question'])}</i> Answer: {said}.</p>"
     )
 
 
@@ -122,7 +127,7 @@ def _examples(examples: Sequence[Example]) -> str:
         )
         cards.append(
             f'<div class="card example"><div class="pictures">{pictures}</div>{html.escape(example.question)}<br>'
-            f"{_verdict(example.answer, example.expected)}</div>"
+            f"{verdict(example.answer, example.expected)}</div>"
         )
     return (
         "<h2>Questions and answers</h2><p>One of each kind, and some wrong ones. The frame round the cell is for the "
@@ -133,7 +138,7 @@ def _examples(examples: Sequence[Example]) -> str:
 def _accuracy(tallies: Mapping[str, Any], chance: float) -> str:
     def chart(title: str, note: str, groups: Mapping[str, Sequence[int]]) -> str:
         bars = [Bar(name, right / asked, *interval(right, asked)) for name, (right, asked) in groups.items() if asked]
-        return _half(title, charts.bar_chart(bars, chance), note)
+        return half(title, charts.bar_chart(bars, chance), note)
 
     parts = [
         chart("One image, by grid", "Columns x rows of tiles; a tile holds 4 x 4 digits.", tallies["by_grid"]),
@@ -151,8 +156,8 @@ def _training(curves: Mapping[str, Any], marks: Mapping[str, int]) -> str:
     loss = charts.line_chart(curves["loss"], marks, "cross-entropy, nats")
     gates = charts.line_chart(curves["gates"], marks, "tanh(gate)")
     note = "What the memory adds is multiplied by these; at 0 it adds nothing."
-    both = _half("Loss", loss, "The first stage has easier text and no held-out loss.")
-    return f'<h2>Training</h2><div class="row">{both}{_half("Gates of the memory", gates, note)}</div>'
+    both = half("Loss", loss, "The first stage has easier text and no held-out loss.")
+    return f'<h2>Training</h2><div class="row">{both}{half("Gates of the memory", gates, note)}</div>'
 
 
 def _attention(looking: Looking) -> str:
@@ -183,7 +188,7 @@ def _comparison(summary: Mapping[str, Any]) -> str:
         numbers = [accuracy[column] for column in columns]
         numbers += [accuracy["by_grid"][grid] for grid in grids]
         numbers += [accuracy["by_place_of_four"][place] for place in places]
-        cells = "".join(f"<td>{_percent(number)}</td>" for number in numbers)
+        cells = "".join(f"<td>{percent(number)}</td>" for number in numbers)
         rows.append(f"<tr><td>{html.escape(variant['what'])}</td><td>{variant['steps']}</td>{cells}</tr>")
     names = ["steps", "one image", "2-4 images", "4 x 2x1, never trained", *grids, *(f"{n} of 4" for n in places)]
     head = "".join(f"<th>{name}</th>" for name in names)
@@ -209,7 +214,7 @@ def _compared_charts(summary: Mapping[str, Any]) -> str:
             right, asked = pick(variant["questions"])
             if asked:
                 bars.append(Bar(str(n + 1), right / asked, *interval(right, asked), n))
-        parts.append(_half(title, charts.bar_chart(bars, summary["chance"])))
+        parts.append(half(title, charts.bar_chart(bars, summary["chance"])))
     names = charts.legend([f"{n + 1} {variant['what']}" for n, variant in enumerate(variants)])
     return f'<div style="flex-basis:100%">{names}</div>{"".join(parts)}'
 
@@ -227,15 +232,18 @@ def _how(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _half(title: str, chart: str, note: str = "") -> str:
+def half(title: str, chart: str, note: str = "") -> str:
+    """A card of half the width of the page."""
     return f'<div class="card half"><h3>{title}</h3>{chart}<p class="faint">{note}</p></div>'
 
 
-def _verdict(answer: str, expected: str) -> str:
+def verdict(answer: str, expected: str) -> str:
+    """An answer, and whether it is right."""
     if answer == expected:
         return f'<span class="right">{html.escape(answer)}, right</span>'
     return f'<span class="wrong">{html.escape(answer) or "nothing"}, but it is {html.escape(expected)}</span>'
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """`41.7 %`, or a dash."""
     return "-" if share is None else f"{100 * share:.1f} %"

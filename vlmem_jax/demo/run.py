@@ -1,7 +1,6 @@
 """The main job: make the dataset, train the base and then CoMemo, ask held-out questions, write the report."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from vlmem_jax.config import to_dict
 from vlmem_jax.demo import pictures, report
 from vlmem_jax.demo.compare import compare
 from vlmem_jax.demo.config import Recipe
+from vlmem_jax.demo.dataset import write_dataset
 from vlmem_jax.demo.evaluate import CHANCE
 from vlmem_jax.demo.job import Demo, Say
 from vlmem_jax.demo.mosaics import load_digits
@@ -19,9 +19,8 @@ def run_demo(workdir: Path, recipe: Recipe, comparing: bool = False, say: Say = 
     """The whole demo; gives what it writes to summary.json. Raises Interrupted where training was stopped."""
     start = time.perf_counter()
     demo = Demo(workdir, recipe, say)
-    demo.workdir.mkdir(parents=True, exist_ok=True)
     say("1/5 Making pictures of handwritten digits, questions about them, and a tokenizer")
-    demo.make_dataset()
+    demo.make_dataset(recipe.dataset, write_dataset)
     say("2/5 Training a base without memory; it stands for a public vision tower and language model")
     base = demo.base()
     say("3/5 Training CoMemo on it, in the paper's three stages")
@@ -49,8 +48,8 @@ def run_demo(workdir: Path, recipe: Recipe, comparing: bool = False, say: Say = 
     examples = pictures.examples(comemo, demo.dataset)
     looking = pictures.looking(comemo.model, demo.workdir, summary["question"])
     summary["seconds"] = {**demo.seconds, "total": time.perf_counter() - start}
-    _write(demo.workdir / "report.html", report.render(summary, curves, marks, examples, looking))
-    _write(demo.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    demo.write("report.html", report.render(summary, curves, marks, examples, looking))
+    demo.write("summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -77,9 +76,3 @@ def closing_words(summary: dict[str, Any], workdir: Path) -> str:
 
 def _shares(groups: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in groups.items())
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

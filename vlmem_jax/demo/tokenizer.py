@@ -6,6 +6,7 @@ and a number joins the word before it. Words it does not know become `<unk>`.
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -20,8 +21,8 @@ TEMPLATE_WORDS = ("system", "user", "assistant")
 """Names of speakers in the chat template. Speakers take turns, so the control token before a name says as much."""
 
 
-def words() -> list[str]:
-    """The vocabulary."""
+def words(kept: Sequence[str] = ()) -> list[str]:
+    """The vocabulary; `kept` stand at its end."""
     lines = range(1, MAX_LINES + 1)
     return [
         *SPECIAL,
@@ -31,12 +32,16 @@ def words() -> list[str]:
         *(f"row{n}" for n in lines),
         *(f"column{n}" for n in lines),
         *PATCH_SPECIAL,
+        *kept,
     ]
 
 
-def write_tokenizer(folder: pathlib.Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json into `folder`, which is made if need be."""
-    vocab = {word: index for index, word in enumerate(words())}
+def write_tokenizer(folder: pathlib.Path, kept: Sequence[str] = ()) -> None:
+    """Writes tokenizer.json and tokenizer_config.json into `folder`, which is made if need be.
+
+    `kept`: tokens besides, which are left as they are wherever they stand; those like `<this>` are control tokens.
+    """
+    vocab = {word: index for index, word in enumerate(words(kept))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -48,6 +53,10 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL + PATCH_SPECIAL])
+    control = [word for word in kept if word.startswith("<")]
+    plain = [word for word in kept if word not in control]
+    tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=word.isalnum()) for word in plain])
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in control])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}

@@ -54,6 +54,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         comemo=dict(every=2, heads=3, head_dim=32, mlp_width=192, rope_theta=1e4),
         compute_dtype="float32",
     ),
+    # the same pictures, a visual token a digit; vismem.token_ids and start_id are those of the demo's tokenizer
+    "digits_qwen2_5_vl": dict(
+        vision=dict(
+            kind="qwen_vit", width=64, layers=2, heads=2, mlp_width=192, patch_size=4, window=8, full_layers=(1,),
+        ),
+        decoder=dict(
+            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=1e4,
+            rope_sections=(4, 6, 6), qkv_bias=True, norm_eps=1e-6,
+        ),
+        memory="none",
+        vismem=dict(
+            query_len=4, short_len=4, long_len=8, query_builder=dict(layers=1, heads=4, ff_mult=2),
+            lora=dict(rank=8, alpha=16.0, dropout=0.0), max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
+            max_invocations=4, token_ids=(124, 125, 126, 127),
+        ),
+        compute_dtype="float32",
+    ),
     # as small as it can be with every part in place
     "tiny": dict(
         vision=dict(width=32, layers=2, heads=4, mlp_width=64, image_size=28, patch_size=7),

@@ -1,0 +1,228 @@
+"""VisMem's demo: a small Qwen2.5-VL learns to answer in steps, then when to remember what is learned by reward alone.
+
+The base stands for the public model that VisMem starts from, and is handed over as such: in the Hugging Face layout,
+without memory. Stage I trains what forms memories, stage II when to call for which (arXiv 2511.11007).
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlmem_jax.config import to_dict
+from vlmem_jax.data import SourceConfig
+from vlmem_jax.demo import vismem_report
+from vlmem_jax.demo.config import common, conversations, stage
+from vlmem_jax.demo.job import Say, Workdir
+from vlmem_jax.demo.mosaics import load_digits
+from vlmem_jax.demo.pictures import records
+from vlmem_jax.demo.steps import END, MEMORY, StepsConfig, token_ids, write_steps
+from vlmem_jax.evals import EvalConfig, evaluate
+from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, load_model
+
+BASE_STEPS = {"read": 400, "answer": 240}
+"""Learning to read, then to answer in steps."""
+VISMEM_STEPS = {"formation": 60, "invocation": 60}
+ANSWER_TOKENS = 24
+"""Most that a model chooses; a right answer has 17, and calls for memories count."""
+BATCH = 100
+"""Held-out questions answered together."""
+RANDOM = InvocationConfig("delimiter_random", probability=0.25)
+"""Who calls for memories in stage I."""
+OFF = InvocationConfig("never")
+DEFAULT_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
+    "sft": ("base", "base, no memory", OFF),
+    "formation": ("vismem/formation", "after stage I, called at random (25 %)", RANDOM),
+    "invocation": ("vismem", "after stage II, called by the model", InvocationConfig()),
+    "off": ("vismem", "after stage II, memory off", OFF),
+    "always": ("vismem", "after stage II, always", InvocationConfig("always")),
+}
+"""name -> where the model lies, what it is, who calls for memories."""
+COMPARED_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
+    "random_50": ("vismem", "after stage II, at random, 50 %", dataclasses.replace(RANDOM, probability=0.5)),
+    "random_75": ("vismem", "after stage II, at random, 75 %", dataclasses.replace(RANDOM, probability=0.75)),
+    "short_only": ("vismem", "after stage II, short alone", InvocationConfig(disable_long=True)),
+    "long_only": ("vismem", "after stage II, long alone", InvocationConfig(disable_short=True)),
+    "reversed": ("vismem", "after stage II, kinds reversed", InvocationConfig(reverse_types=True)),
+}
+"""What `--compare` adds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisMemRecipe:
+    """How long to train, and on how much data."""
+
+    base: dict[str, int]
+    vismem: dict[str, int]
+    dataset: StepsConfig
+
+    @classmethod
+    def scaled(cls, scale: float = 1.0) -> "VisMemRecipe":
+        """All steps and pictures times `scale`, to try things out. Raises ValueError if it is not positive."""
+        if not scale > 0:
+            raise ValueError(f"--steps-scale must be positive, got {scale}")
+
+        def times(count: int, least: int = 1) -> int:
+            return max(least, round(count * scale))
+
+        sizes = StepsConfig()
+        dataset = dataclasses.replace(
+            sizes,
+            pictures=times(sizes.pictures, 16),
+            reading_lines=times(sizes.reading_lines, 64),
+            steps_lines=times(sizes.steps_lines, 64),
+            prompts=times(sizes.prompts, 32),
+            heldout=min(sizes.heldout, times(sizes.heldout, 24)),
+        )
+        return cls(*({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS)), dataset)
+
+
+def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
+    """Without memory: `read` the digits, then `answer` in steps."""
+    steps, tokens = recipe.base, recipe.dataset.tokens
+    reading, answering = (conversations(dataset, name, tokens, tiles=16) for name in ("reading", "steps"))
+    stages = [
+        stage("read", steps["read"], 5e-3, final_fraction=0.2, data=reading),
+        stage("answer", steps["answer"], 4e-3),
+    ]
+    return _experiment(dataset, "none", stages, answering, seed=0)
+
+
+def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
+    """The two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
+    rollouts = {"prompts": 8, "group_size": 8, "rollout_rows": 64, "max_new_tokens": ANSWER_TOKENS}
+    random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
+    adam = {"name": "adamw", "weight_decay": 0.0}
+    stages = [
+        stage(
+            "formation",
+            recipe.vismem["formation"],
+            3e-3,
+            task="grpo",
+            trainable=("memory/query_builder", "memory/short", "memory/long"),
+            optimizer=adam,
+            rl={**rollouts, "invocation": random, "kl": 0.015},
+        ),
+        stage(
+            "invocation",
+            recipe.vismem["invocation"],
+            2e-2,
+            task="grpo",
+            trainable=("memory/special_", "memory/invoke_logit_bias"),
+            optimizer=adam,
+            rl={**rollouts, "invocation_penalty": 0.3, "kl": 0.03},
+        ),
+    ]
+    data = conversations(dataset, "prompts", tokens=256, tiles=48)
+    return _experiment(dataset, "vismem", stages, data, seed=1, init=init, log_every=1)
+
+
+def _experiment(
+    dataset: Path,
+    memory: str,
+    stages: Sequence[dict[str, Any]],
+    data: dict[str, Any],
+    seed: int,
+    init: Path | None = None,
+    **more: Any,
+) -> ConfigDict:
+    own = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(END)[0]}
+    return ConfigDict(
+        common(dataset, stages, seed, init)
+        | {
+            "model": {"preset": "digits_qwen2_5_vl", "memory": memory, "vismem": own},
+            "template": "qwen2-vl",
+            "image": {"kind": "patches", "min_pixels": 256, "max_pixels": 4096},
+            "data": data,
+            "eval_every": 10_000,
+            **more,
+        }
+    )
+
+
+class VisMemDemo(Workdir):
+    """The workdir of VisMem's demo."""
+
+    def score(self, name: str, model: LoadedModel, invocation: InvocationConfig) -> dict[str, Any]:
+        """Answers the held-out questions as `vlmem evaluate` does, into scores/NAME."""
+        source = SourceConfig(str(self.dataset / "heldout.jsonl"))
+        sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS)
+        config = EvalConfig((source,), sampling=sampling, invocation=invocation, batch_size=BATCH)
+        with self.timed("questions"):
+            return evaluate(model, config, self.workdir / "scores" / name)
+
+
+def run_demo(workdir: Path, recipe: VisMemRecipe, comparing: bool = False, say: Say = print) -> dict[str, Any]:
+    """The whole demo; gives what it writes to summary.json. Raises Interrupted where training was stopped."""
+    start = time.perf_counter()
+    demo = VisMemDemo(workdir, say)
+    say("1/5 Making pictures of handwritten digits, questions that take several steps, and a tokenizer")
+    demo.make_dataset(recipe.dataset, write_steps)
+    say("2/5 Training a base without memory to answer in steps; it stands for a public model")
+    base = demo.train("base", base_experiment(demo.dataset, recipe))
+    say("3/5 Training VisMem on it, in the paper's two stages, from rewards alone")
+    folder = demo.train("vismem", vismem_experiment(demo.dataset, recipe, demo.hand_over(base)))
+    say("4/5 Asking about digits that training has never seen")
+    scores, models = {}, {}
+    for name, (where, what, invocation) in (DEFAULT_ROWS | (COMPARED_ROWS if comparing else {})).items():
+        if where not in models:
+            models[where] = load_model(demo.workdir / where)
+        scores[name] = {"what": what, **demo.score(name, models[where], invocation)}
+        say(f"{what}: {scores[name]['accuracy']:.1%}")
+    say("5/5 Writing the report")
+    train, heldout = load_digits()
+    lines, marks = records([folder])
+    steps = {**recipe.base, **recipe.vismem}
+    summary = {
+        "vismem": {
+            "accuracy": {name: score["accuracy"] for name, score in scores.items()},
+            "rewards": [{"step": step, **_rewards(line)} for step, line in lines if "score/mean" in line],
+            "stages": marks,
+            "scores": scores,
+            "parameters": {where: _parameters(model) for where, model in models.items()},
+        },
+        "dataset": {
+            "train_digits": len(train.labels_N),
+            "heldout_digits": len(heldout.labels_N),
+            **to_dict(recipe.dataset),
+        },
+        "steps": {**steps, "total": sum(steps.values())},
+    }
+    summary["seconds"] = {**demo.seconds, "total": time.perf_counter() - start}
+    answers = (demo.workdir / "scores" / "invocation" / "samples.jsonl").read_text().splitlines()
+    asked = (demo.dataset / "heldout.jsonl").read_text().splitlines()
+    chosen = vismem_report.examples(demo.dataset, list(map(json.loads, asked)), list(map(json.loads, answers)))
+    demo.write("report.html", vismem_report.render(summary, chosen))
+    demo.write("summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _rewards(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step of RL records of its rollouts."""
+    kinds = ("score/", "memory/", "penalty/", "rollout/zero_variance_groups", "rollout/seconds", "kl")
+    return {key: value for key, value in line.items() if key.startswith(kinds) or key == "stage"}
+
+
+def _parameters(model: LoadedModel) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(model.params))
+
+
+def closing_words(summary: dict[str, Any], workdir: Path) -> str:
+    """What to say at the end."""
+    rows = summary["vismem"]["scores"].values()
+    width = max(len(row["what"]) for row in rows)
+    return "\n".join(
+        [
+            "",
+            f"Right answers to {summary['dataset']['heldout']} held-out questions:",
+            *(f"  {row['what'].ljust(width)}  {row['accuracy']:.1%}" for row in rows),
+            "",
+            f"{summary['seconds']['total'] / 60:.1f} minutes. Pictures and curves: {workdir / 'report.html'}, "
+            f"every number: {workdir / 'summary.json'}",
+        ]
+    )
