@@ -67,6 +67,6 @@ def get_config(profile: str | None = None) -> ConfigDict:
                 ),
             ],
             mesh=dict(data=1, fsdp=-1, tensor=1),
-            checkpoint=dict(every=500, keep_last=2, keep_best=0),
+            checkpoint=dict(every=500, keep_last=2, keep_best=0, content="trained"),
         )
     )

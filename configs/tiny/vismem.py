@@ -34,6 +34,6 @@ def get_config() -> ConfigDict:
                 ),
             ],
             mesh=dict(data=-1, fsdp=1),
-            checkpoint=dict(every=20, keep_best=0),
+            checkpoint=dict(every=20, keep_best=0, content="trained"),
         )
     )

@@ -11,6 +11,7 @@ from PIL import Image
 from tests.patches_world import save_tokenizer
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
+from vlmem_jax.checkpoint.store import parameter_paths
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.sharding import MeshConfig, make_mesh
@@ -59,7 +60,7 @@ def make(tmp_path_factory):
             ),
             stages=stages,
             mesh=dict(data=1, fsdp=1),
-            checkpoint=dict(every=1, keep_last=2, keep_best=0),
+            checkpoint=dict(every=1, keep_last=2, keep_best=0, content="trained"),
             log_every=1,
         )
     )
@@ -88,6 +89,9 @@ def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(make, params, t
     lines = []
     assert runs.run(make(), tmp_path, tasks=runs.TASKS | rl.TASKS, say=lines.append)
     assert "stage invocation is done" in "\n".join(lines)
+    kept = {path.split("/")[1] for path in parameter_paths(tmp_path / "invocation" / "2")}
+    assert kept == {"query_builder", "short", "long", "special_in", "special_out", "invoke_logit_bias"}
+    assert parameter_paths(tmp_path / "base" / "0") > parameter_paths(tmp_path / "invocation" / "2")
     before, after = (params(tmp_path / "formation" / step) for step in ("1", "2"))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert {path.split("/")[1] for path in changed} == {"query_builder", "short", "long"}

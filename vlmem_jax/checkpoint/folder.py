@@ -1,18 +1,21 @@
 """Finds the model behind a path: a workdir of training, one of its stages or steps, or a converted checkpoint.
 
 A checkpoint folder holds `model.json` (what inference needs of the config), `tokenizer/`, and parameters: in
-`STAGE/STEP/params` if training wrote it, in `STEP/params` if `vlmem convert` did.
+`STAGE/STEP/params` if training wrote it, in `STEP/params` if `vlmem convert` did. Where only what was trained is kept,
+`base.json` names the step folder that has the rest.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 
-from vlmem_jax.paths import AnyPath, as_path, is_remote
+from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
 
 MODEL_FILE = "model.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FOLDER = "tokenizer"
+BASE_FILE = "base.json"
 COMMIT_FILE = "commit_success.txt"
 """What orbax writes last; on a disk, a folder gets its name last."""
 
@@ -81,3 +84,38 @@ def stage_names(workdir: AnyPath) -> list[str]:
     """The stages of a workdir in the order in which they run; none for a converted checkpoint."""
     file = workdir / CONFIG_FILE
     return [stage["name"] for stage in json.loads(file.read_bytes())["stages"]] if file.is_file() else []
+
+
+def set_base(workdir: AnyPath, step_folder: AnyPath) -> None:
+    """Parameters that steps of `workdir` do not hold are those of `step_folder` from now on."""
+    inside = step_folder.is_relative_to(workdir)
+    where = step_folder.relative_to(workdir) if inside else step_folder
+    content = {"step_folder": str(where), "fingerprint": _fingerprint(step_folder)}
+    write_whole(workdir / BASE_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def base_of(step_folder: AnyPath) -> AnyPath | None:
+    """The step folder with the parameters that `step_folder` does not hold; None if it has no base.
+
+    Raises ValueError if that is gone, or not the one that it was.
+    """
+    root = next((folder for folder in step_folder.parents[:2] if (folder / BASE_FILE).is_file()), None)
+    if root is None:
+        return None
+    content = json.loads((root / BASE_FILE).read_bytes())
+    # a path with a root of its own replaces what it is joined to
+    base = as_path(content["step_folder"]) if "://" in content["step_folder"] else root / content["step_folder"]
+    if base == step_folder:
+        return None
+    if not (base / "params").is_dir() or _fingerprint(base) != content["fingerprint"]:
+        state = "is another one now" if (base / "params").is_dir() else "is not there"
+        raise ValueError(
+            f"{step_folder} holds what was trained alone, and the checkpoint it was trained from, {base}, {state}; put "
+            f"it back, or write its new place into {root / BASE_FILE}"
+        )
+    return base
+
+
+def _fingerprint(step_folder: AnyPath) -> str:
+    """Of the index that orbax keeps of all arrays and where they lie."""
+    return hashlib.sha256((step_folder / "params" / "manifest.ocdbt").read_bytes()).hexdigest()[:16]

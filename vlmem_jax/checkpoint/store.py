@@ -1,6 +1,6 @@
 """The checkpoints of one training stage: written in the background, committed at once, kept by age and by loss.
 
-`FOLDER/STEP/params` (every parameter, a nested dict), `train` (what only training needs), `meta` (JSON) and `metrics`
+`FOLDER/STEP/params` (a nested dict of parameters), `train` (what only training needs), `meta` (JSON) and `metrics`
 (the evaluation loss). On a disk, a folder still being written has another name, so a step that is there is whole; in a
 bucket (gs://), where nothing can be renamed, a step is whole once it has a file `commit_success.txt`.
 """
@@ -12,14 +12,14 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vlmem_jax.checkpoint.folder import committed_steps
+from vlmem_jax.checkpoint.folder import base_of, committed_steps
 from vlmem_jax.paths import AnyPath, as_path, is_remote
 
 Tree = Mapping[str, Any]
@@ -36,6 +36,9 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
     keep_best: int = 1
     """Checkpoints with the lowest evaluation loss to keep as well."""
+    content: Literal["all", "trained"] = "all"
+    """Which parameters a checkpoint holds: all, or those that its stage and the ones before it train. For the others,
+    it names the checkpoint the run starts from (`init`), or a copy of the start that is kept once in WORKDIR/base."""
     restore_concurrent_gb: float = RESTORE_CONCURRENT_GB
     """What a host reads at the same time when a checkpoint is restored, GB: lower it where host memory runs out."""
 
@@ -126,7 +129,7 @@ class Store:
         folder = self.folder / str(step)
         meta = json.loads((folder / "meta" / "metadata").read_bytes())
         gb = self._restore_concurrent_gb
-        return _restore(folder / "params", params, gb), _restore(folder / "train", train, gb), meta
+        return load_params(folder, params, gb), _restore(folder / "train", train, gb), meta
 
     def close(self) -> None:
         """Waits for the last write, and ends the background threads."""
@@ -175,7 +178,30 @@ def load_params(
 
     Raises ValueError that lists every parameter that is missing, unknown, or of another shape.
     """
-    return _restore(as_path(step_folder) / "params", target, restore_concurrent_gb)
+    return _load(as_path(step_folder), target, restore_concurrent_gb)
+
+
+def _load(step_folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool = False) -> Any:
+    """What a step does not hold is read from its base. `partial`: it may hold more than is wanted."""
+    base = base_of(step_folder)
+    if base is None:
+        return _restore(step_folder / "params", target, concurrent_gb, partial)
+    stored = parameter_paths(step_folder)
+    wanted = flatten_dict(target, sep="/")
+    own = {path: leaf for path, leaf in wanted.items() if path in stored}
+    rest = {path: leaf for path, leaf in wanted.items() if path not in stored}
+    found = _restore(step_folder / "params", unflatten_dict(own, sep="/"), concurrent_gb, partial)
+    if not rest:
+        return found
+    more = _load(base, unflatten_dict(rest, sep="/"), concurrent_gb, partial=True)
+    return unflatten_dict({**flatten_dict(found, sep="/"), **flatten_dict(more, sep="/")}, sep="/")
+
+
+def parameter_paths(step_folder: AnyPath) -> set[str]:
+    """Of the parameters that a step itself holds."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.metadata(step_folder / "params").item_metadata
+    return set(flatten_dict(stored.tree, sep="/")) if stored else set()
 
 
 def _layerwise(tree: Tree) -> ocp.args.PyTreeSave:
@@ -184,7 +210,7 @@ def _layerwise(tree: Tree) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda x: by_layer if x.ndim >= 3 else whole, tree))
 
 
-def _restore(folder: AnyPath, target: Tree, concurrent_gb: float) -> Any:
+def _restore(folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool = False) -> Any:
     if not folder.is_dir():
         raise ValueError(f"{folder.parent} is no checkpoint: it has no folder {folder.name!r}")
     quieten_orbax()
@@ -192,10 +218,11 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float) -> Any:
         stored = checkpointer.metadata(folder).item_metadata
         if stored is None:
             raise ValueError(f"{folder} is damaged: it has no _METADATA; use another step of this run")
-        _check_fit(folder, flatten_dict(stored.tree, sep="/"), flatten_dict(target, sep="/"))
+        _check_fit(folder, flatten_dict(stored.tree, sep="/"), flatten_dict(target, sep="/"), partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         try:
-            return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args))
+            wanted = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+            return checkpointer.restore(folder, args=wanted)
         except Exception as error:  # of many kinds, by what is broken
             if "more bytes than we reserved" in str(error):
                 raise ValueError(
@@ -205,9 +232,9 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float) -> Any:
             raise ValueError(f"{folder} is damaged: {_first_line(error)}; use another step of this run") from error
 
 
-def _check_fit(folder: AnyPath, stored: Tree, wanted: Tree) -> None:
+def _check_fit(folder: AnyPath, stored: Tree, wanted: Tree, partial: bool) -> None:
     lines = [f"  {name}: not in the checkpoint" for name in wanted if name not in stored]
-    lines += [f"  {name}: not in the model" for name in stored if name not in wanted]
+    lines += [f"  {name}: not in the model" for name in stored if name not in wanted and not partial]
     lines += [
         f"  {name}: {tuple(stored[name].shape)} in the checkpoint, {tuple(leaf.shape)} in the model"
         for name, leaf in wanted.items()

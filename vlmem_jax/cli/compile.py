@@ -12,7 +12,17 @@ from ml_collections import ConfigDict
 
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError, override
-from vlmem_jax.flight import Report, Serving, Topology, check_serving, check_training, remedies, tpu_devices
+from vlmem_jax.flight import (
+    Learning,
+    Report,
+    Serving,
+    Topology,
+    check_learning,
+    check_serving,
+    check_training,
+    remedies,
+    tpu_devices,
+)
 from vlmem_jax.sharding import batch_shards, make_mesh
 from vlmem_jax.train.config import Experiment, StageConfig, experiment
 
@@ -28,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="slice, such as v5e:4x4 or v5p:4x4x4")
     parser.add_argument("--slices", type=int, default=1, help="how many of them; mesh.data goes over them (default: 1)")
     parser.add_argument(
-        "--what", choices=("train", "prefill", "decode"), default="train", help="which program (default: train)"
+        "--what", choices=("train", "rl", "prefill", "decode"), default="train", help="which program (default: train)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     training = parser.add_argument_group("training")
@@ -37,11 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--no-remedies", action="store_true", help="do not compile again with other settings if it does not fit"
     )
-    serving = parser.add_argument_group("prefill and decode")
+    serving = parser.add_argument_group("rl, prefill and decode")
     serving.add_argument("--rows", type=int, help="prompts in a batch (default: one for each part of the mesh's rows)")
     serving.add_argument("--tokens", type=int, default=4096, help="token slots of a prompt (default: 4096)")
     serving.add_argument("--tiles", type=int, default=13, help="image tiles of a prompt (default: 13)")
     serving.add_argument("--new-tokens", type=int, default=256, help="tokens that follow (default: 256)")
+    serving.add_argument(
+        "--memories", type=int, default=4, help="rl: memories in an answer, where a memory speaks (default: 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to look for a TPU
     settings, topology = experiment(args.experiment), Topology(args.topology, args.slices)
     stage = _stage(settings, args.stage)
+    if (args.what == "rl") != (stage.task == "grpo") and args.what in ("train", "rl"):
+        wanted = "rl" if stage.task == "grpo" else "train"
+        raise ConfigError(f"the task of stage {stage.name} is {stage.task}: compile it with --what {wanted}")
     devices = tpu_devices(topology)
     mesh = make_mesh(settings.mesh, devices)
     config = args.experiment
@@ -63,10 +79,13 @@ def run(args: argparse.Namespace) -> int:
         mesh = make_mesh(settings.mesh, devices)
         if args.what == "train":
             return check_training(settings, _stage(settings, args.stage), topology, mesh)
+        if args.what == "rl":
+            learning = Learning(args.tokens, args.tiles, args.memories)
+            return check_learning(settings, _stage(settings, args.stage), learning, topology, mesh)
         serving = Serving(args.rows or batch_shards(mesh), args.tokens, args.tiles, args.new_tokens)
         return check_serving(settings, args.what, serving, topology, mesh)
 
-    name = f"stage {stage.name}" if args.what == "train" else args.what
+    name = f"stage {stage.name}" if args.what in ("train", "rl") else args.what
     print(f"compiling {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)
     start = time.perf_counter()
     report = check(settings)

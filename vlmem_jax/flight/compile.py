@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from vlmem_jax.flight.program import HloProgram
 from vlmem_jax.generate.loop import compiled
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
-from vlmem_jax.sharding import batch_sharding, batch_shards, param_shardings
+from vlmem_jax.rl import GRPOLoss
+from vlmem_jax.rl.config import rl_config
+from vlmem_jax.rl.rows import Rows, memory_slots, row_slots
+from vlmem_jax.sharding import batch_sharding, batch_shards, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
-from vlmem_jax.types import Batch
+from vlmem_jax.types import Batch, Heard
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -69,6 +73,55 @@ class Serving:
             raise ValueError(f"rows, tokens and new tokens must be at least 1, tiles at least 0; got {self}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What a step of reinforcement learning learns from: full-length answers to prompts of this size."""
+
+    tokens: int
+    """Of a prompt."""
+    tiles: int
+    memories: int
+    """In an answer, where a memory speaks."""
+
+    def __post_init__(self):
+        if self.tokens < 1 or min(self.tiles, self.memories) < 0:
+            raise ValueError(f"tokens must be at least 1, tiles and memories at least 0; got {self}")
+
+    def slots(self, experiment: Experiment, stage: StageConfig, mesh: Mesh) -> tuple[int, int, int, int]:
+        """T and I of the rows, J and L of their memories. Raises ValueError where prompt and answer fill no row."""
+        config, data, model = rl_config(stage), experiment.data_of(stage), experiment.model
+        speech = VLM(model).speech
+        spoken = self.memories * (speech.slots + 1) if speech else 0
+        tokens = self.tokens + config.max_new_tokens + spoken
+        if tokens > data.pack_tokens:
+            raise ValueError(
+                f"data.pack_tokens must hold a prompt and its answer, {self.tokens} + {config.max_new_tokens} tokens"
+                f"{f' and {spoken} of memories' if spoken else ''}; got {data.pack_tokens}"
+            )
+        T, I = row_slots(tokens, self.tiles, data, shards("tokens", mesh))
+        memories, states = self.memories * (T // tokens), config.max_new_tokens
+        if speech:
+            states = min(states, speech.max_states) + min(self.tiles * model.vision.tile.tokens, self.tokens)
+        return T, I, *memory_slots(memories, states)
+
+    def rows(self, experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Rows:
+        """Shapes of a step's rows, with leading axes [parts, rows at once]."""
+        config, model = rl_config(stage), VLM(experiment.model)
+        T, I, J, L = self.slots(experiment, stage, mesh)
+        at_once = experiment.data_of(stage).rows // experiment.parts(stage, mesh)
+        answers = config.prompts * config.group_size // config.minibatches
+        shape, sharding = (-(-answers // at_once), at_once), batch_sharding(mesh, leading=1)
+
+        def leaf(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*shape, *axes), dtype, sharding=sharding)
+
+        batch = _batch(model, shape, T, I, sharding)
+        if model.speech and any(config.invocation.heeded()):
+            states = leaf(J, L, model.config.decoder.width, dtype=model.dtype)
+            batch = dataclasses.replace(batch, heard=Heard(states, leaf(J, dtype=jnp.int32), leaf(J, dtype=jnp.int32)))
+        return Rows(batch, leaf(T), leaf(T), leaf(T), leaf())
+
+
 def tpu_devices(topology: Topology) -> list[jax.Device]:
     """The chips of one or more slices, to compile for.
 
@@ -99,6 +152,20 @@ def train_job(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Job:
         denominator = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
         lowered = program.step.lower(program.state, frozen, batch, denominator)
     return Job(lowered, held((program.state.params, frozen)), held(program.state.optimizer), held(batch))
+
+
+def rl_job(experiment: Experiment, stage: StageConfig, learning: Learning, mesh: Mesh) -> Job:
+    """The step of a `grpo` stage of `vlmem train` on the rows that a phase's trajectories fill."""
+    experiment.check_mesh(mesh)
+    model, config = VLM(experiment.model), rl_config(stage)
+    banned_ids = config.invocation.banned_ids(model.speech) if model.speech else ()
+    program = Program(GRPOLoss(model, config, experiment.loss_chunk, banned_ids), experiment, stage, mesh)
+    _, frozen = program.split.part(program.held)
+    with jax.set_mesh(mesh):
+        rows = learning.rows(experiment, stage, mesh)
+        denominator = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        lowered = program.step.lower(program.state, frozen, rows, denominator)
+    return Job(lowered, held((program.state.params, frozen)), held(program.state.optimizer), held(rows))
 
 
 def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:

@@ -10,12 +10,21 @@ from jax.sharding import Mesh
 from kernels_pallas.memory_attention.blocks import LANES, up
 from vlmem_jax.compiler import options
 from vlmem_jax.flight.chips import Chip, Topology
-from vlmem_jax.flight.compile import Job, Serving, compile_job, decode_job, prefill_job, train_job
+from vlmem_jax.flight.compile import (
+    Job,
+    Learning,
+    Serving,
+    compile_job,
+    decode_job,
+    prefill_job,
+    rl_job,
+    train_job,
+)
 from vlmem_jax.flight.memory import Buffer
 from vlmem_jax.flight.program import Collective, HloProgram
 from vlmem_jax.models import VLM
 from vlmem_jax.models.config import ModelConfig
-from vlmem_jax.models.flops import decode_flops, prefill_flops, train_flops
+from vlmem_jax.models.flops import decode_flops, formation_flops, prefill_flops, train_flops
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.stages import Split, flatten
 
@@ -38,7 +47,7 @@ class Report:
     topology: str
     slices: int
     what: str
-    """train: NAME, prefill or decode."""
+    """train: NAME, rl: NAME, prefill or decode."""
     fits: bool
     parameter_bytes: int
     state_bytes: int
@@ -77,6 +86,21 @@ def check_training(experiment: Experiment, stage: StageConfig, topology: Topolog
     trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
     flops = train_flops(experiment.model, data.rows, data.pack_tokens, data.pack_tiles, trained)
     return _report(train_job(experiment, stage, mesh), f"train: {stage.name}", flops, experiment.model, topology, mesh)
+
+
+def check_learning(
+    experiment: Experiment, stage: StageConfig, learning: Learning, topology: Topology, mesh: Mesh
+) -> Report:
+    """Compiles the step of a `grpo` stage, and reads what came out."""
+    job, model = rl_job(experiment, stage, learning, mesh), experiment.model
+    T, I, J, L = learning.slots(experiment, stage, mesh)
+    rows = learning.rows(experiment, stage, mesh).beta_B.size
+    trained = Split.of(stage, list(flatten(VLM(model).abstract()))).trainable
+    flops = train_flops(model, rows, T, I, trained)
+    if VLM(model).speech:
+        formed = any(path.startswith("memory") for path in trained)
+        flops += rows * J * formation_flops(model, L, formed)
+    return _report(job, f"rl: {stage.name}", flops, model, topology, mesh)
 
 
 def check_serving(experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh) -> Report:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from vlmem_jax.checkpoint import find
-from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER
+from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
 from vlmem_jax.config import to_dict
 from vlmem_jax.hub import families, orbax_io
 from vlmem_jax.hub.fit import check_fit
@@ -127,7 +127,7 @@ def export_folder(
     model = presets.resolve(about["model"])
     family = families.of_model(model)
     rules = family.name_table(model, None, None)
-    stored = orbax_io.read_leaves(checkpoint.step_folder / "params")
+    stored = _stored(checkpoint.step_folder)
     _check_leaves({rule.ours: rule.our_shape for rule in rules}, stored, checkpoint.step_folder)
     layout = {
         name: (rule.shape, np.dtype(dtype) if dtype else stored[rule.ours].dtype)
@@ -157,6 +157,12 @@ def export_folder(
         for name, content in contents.items():
             _write_json(folder / name, content)
     return _summary(target, stored)
+
+
+def _stored(step_folder: AnyPath) -> Mapping[str, Leaf]:
+    """All parameters of a step, those of its base with them."""
+    base = base_of(step_folder)
+    return {**(_stored(base) if base else {}), **orbax_io.read_leaves(step_folder / "params")}
 
 
 def _assign(rule, tensors: Mapping[str, np.ndarray], slab: np.ndarray, start: int) -> None:

@@ -84,7 +84,7 @@ def decoder_flops(config: ModelConfig, tokens: int) -> tuple[int, int]:
 def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int]:
     """Forward FLOPs of the memory blocks for one row: in their weights, and in attention.
 
-    A memory that speaks works between tokens: none of that is counted here.
+    A memory that speaks works between tokens: see `formation_flops`.
     """
     if config.memory != "comemo":
         return 0, 0
@@ -96,3 +96,15 @@ def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int
     )
     weights = 2 * width * (2 * inner * (tokens + slots) + 3 * c.mlp_width * tokens)
     return blocks * weights, blocks * 4 * tokens * slots * inner
+
+
+def formation_flops(config: ModelConfig, states: int, trained: bool) -> int:
+    """FLOPs of forming one memory from `states` states by the decoder, the longer kind; `trained`: and of its gradient.
+
+    Query builder, adapters and small encoders, which are little, are left out.
+    """
+    c = config.vismem
+    if c.former != "lora_llm":
+        return 0
+    weights, attention = decoder_flops(config, states + c.query_len + max(c.lengths))
+    return weights * (1 + trained) + attention * (1 + 2 * trained)

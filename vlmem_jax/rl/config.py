@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from vlmem_jax.config import build
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.rl.rewards import RewardConfig
 from vlmem_jax.sharding import MeshConfig
+from vlmem_jax.train.config import StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +125,8 @@ class RLConfig:
         if greedy:
             return SamplingConfig(self.max_new_tokens)
         return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+
+
+def rl_config(stage: StageConfig) -> RLConfig:
+    """The keys `rl` of a stage. Raises ConfigError, naming the key."""
+    return build(RLConfig, stage.rl, f"config.stages.{stage.name}.rl")

@@ -58,10 +58,7 @@ def pack_trajectories(
     tile, speech = vlm.tile, vlm.speech if any(invocation.heeded()) else None
     samples = [trajectory.sample() for trajectory in trajectories]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
-    T = _multiple(min(bucket(max(tokens, default=1), SHORTEST_ROW, steps=4), data.pack_tokens), split)
-    # as many tiles as their share of a whole row, and enough for any one trajectory
-    I = max(data.pack_tiles * T // data.pack_tokens, bucket(max(tiles)), 1) if any(tiles) else 0
-    I = _multiple(min(I, data.pack_tiles), split)
+    T, I = row_slots(max(tokens, default=1), max(tiles, default=0), data, split)
     order = sorted(range(len(samples)), key=lambda n: (-tokens[n], n))
     sized = [((n, 0), tokens[n], tiles[n]) for n in order]
     rows = [[n for n, _ in keys] for keys in pack(sized, T, max(I, 1), open_packs=len(samples) + 1)]
@@ -79,8 +76,8 @@ def pack_trajectories(
         return arrays | {"beta_B": np.float32(beta)}
 
     spoken = [[memory for n in row for memory in trajectories[n].spoken] for row in rows]
-    J = bucket(max(map(len, spoken))) if any(spoken) else 1
-    L = bucket(max((len(memory.states_LD) for row in spoken for memory in row), default=1), FEWEST_STATES, steps=4)
+    states = max((len(memory.states_LD) for row in spoken for memory in row), default=1)
+    J, L = memory_slots(max(map(len, spoken)), states)
     packed = []
     for row, memories in zip(rows, spoken, strict=True):
         batch = pack_row([samples[n] for n in row], data, tile, T, I)
@@ -98,6 +95,19 @@ def pack_trajectories(
     return jax.tree.map(
         lambda *leaves: np.stack(leaves).reshape(count // at_once, at_once, *np.shape(leaves[0])), *packed
     )
+
+
+def row_slots(tokens: int, tiles: int, data: DataConfig, split: int = 1) -> tuple[int, int]:
+    """Token and tile slots of rows whose longest trajectory has `tokens`, and none more than `tiles`."""
+    T = _multiple(min(bucket(tokens, SHORTEST_ROW, steps=4), data.pack_tokens), split)
+    # as many tiles as their share of a whole row, and enough for any one trajectory
+    I = max(data.pack_tiles * T // data.pack_tokens, bucket(tiles), 1) if tiles else 0
+    return T, _multiple(min(I, data.pack_tiles), split)
+
+
+def memory_slots(memories: int, states: int) -> tuple[int, int]:
+    """J and L of rows with at most so many memories, formed from at most so many states."""
+    return bucket(max(memories, 1)), bucket(states, FEWEST_STATES, steps=4)
 
 
 def _heard(memories: Sequence[Spoken], J: int, L: int, vlm: VLM) -> Heard:

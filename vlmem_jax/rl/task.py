@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vlmem_jax.config import ConfigError, build
+from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt, Prompts
 from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
@@ -26,7 +26,7 @@ from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
-from vlmem_jax.rl.config import RLConfig
+from vlmem_jax.rl.config import RLConfig, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
@@ -483,11 +483,6 @@ class GRPO(GRPOLoss):
         if self.config.reference == "start":
             return unflatten({**flatten(params), **self._reference})
         return imported(self.config.reference, "reference")(params)
-
-
-def rl_config(stage: StageConfig) -> RLConfig:
-    """The keys `rl` of a stage. Raises ConfigError, naming the key."""
-    return build(RLConfig, stage.rl, f"config.stages.{stage.name}.rl")
 
 
 def longest_answer(config: RLConfig, speech: Speech | None) -> int:

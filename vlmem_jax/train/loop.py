@@ -25,7 +25,7 @@ from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.metrics import Recorder, SampleLog
 from vlmem_jax.train.optimizer import make_optimizer, make_schedule
 from vlmem_jax.train.profile import Profile
-from vlmem_jax.train.stages import Flat, Split, flatten, storage, unflatten
+from vlmem_jax.train.stages import Flat, Split, changed, flatten, storage, unflatten
 from vlmem_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 
@@ -199,6 +199,8 @@ class Program:
         abstract, axes = flatten(task.model.abstract()), flatten(task.model.axes())
         shardings = flatten(param_shardings(mesh, task.model.abstract(), task.model.axes()))
         self.split = Split.of(stage, list(abstract))
+        keep_all = experiment.checkpoint.content == "all"
+        self._kept = abstract.keys() if keep_all else changed(experiment, stage, list(abstract))
         self.held = storage(self.split, abstract, axes, shardings, task.model.dtype)
         schedule = make_schedule(stage)
         rates = {path: rate for path, rate in task.model.rates().items() if path in self.split.trainable}
@@ -247,7 +249,7 @@ class Program:
         self, store: Store, step: int, state: TrainState, frozen: Flat, task: dict, eval_loss: float | None
     ) -> None:
         """Starts to write a checkpoint."""
-        params = unflatten({**frozen, **state.params})
+        params = unflatten({path: x for path, x in {**frozen, **state.params}.items() if path in self._kept})
         store.save(step, params, _by_name(state.optimizer), {"step": step, "task": task}, eval_loss)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +14,13 @@ from jax.sharding import Mesh
 
 import kernels_pallas
 import vlmem_jax
-from vlmem_jax.checkpoint import Store, find, load_params
-from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, committed_steps
+from vlmem_jax.checkpoint import Store, find, load_params, save_params
+from vlmem_jax.checkpoint.folder import BASE_FILE, CONFIG_FILE, MODEL_FILE, committed_steps, set_base
 from vlmem_jax.config import ConfigError, to_dict
 from vlmem_jax.data import hosts
 from vlmem_jax.hub.convert import load_folder
 from vlmem_jax.models import VLM
-from vlmem_jax.paths import AnyPath, as_path
+from vlmem_jax.paths import AnyPath, as_path, is_remote
 from vlmem_jax.sharding import make_mesh
 from vlmem_jax.train import workdir as folder
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -96,6 +97,7 @@ def _run_stage(
     keep = experiment.checkpoint
     store = Store(workdir / stage.name, keep.keep_last, keep.keep_best, keep.restore_concurrent_gb)
     try:
+        start = _with_base(experiment, stage, workdir, start)
         done, stopped = fit(task, experiment, stage, mesh, store, workdir, start, clock)
     finally:
         store.close()
@@ -107,6 +109,41 @@ def _run_stage(
     best = store.best()
     say(f"stage {stage.name} is done" + (f"; lowest evaluation loss {best[1]:.4f} at step {best[0]}" if best else ""))
     return not stopped
+
+
+def _with_base(
+    experiment: Experiment, stage: StageConfig, workdir: AnyPath, start: Callable[[dict], dict]
+) -> Callable[[dict], dict]:
+    """`start`, by which the run also gets the checkpoint that its own refer to, if they are to.
+
+    Raises ConfigError if it has none and cannot get one any more.
+    """
+    if experiment.checkpoint.content == "all" or (workdir / BASE_FILE).is_file():
+        return start
+    if _last(workdir, experiment.stages[0]):
+        raise ConfigError(
+            f"config.checkpoint.content=trained must be set when a run starts, and {workdir} holds one that kept all; "
+            "give the key its value back, or use another --workdir"
+        )
+    if experiment.init is not None and (source := _checkpoint_of(experiment.init)):
+        hosts.on_first(lambda: set_base(workdir, source))
+        return start
+
+    def start_and_keep(target: dict) -> dict:
+        params, base = start(target), workdir / "base" / "0"
+        hosts.on_first(lambda: base.rmtree(missing_ok=True) if is_remote(base) else shutil.rmtree(base, True))
+        save_params(base, params)
+        hosts.on_first(lambda: set_base(workdir, base))
+        return params
+
+    return start_and_keep
+
+
+def _checkpoint_of(init: str) -> AnyPath | None:
+    """The step folder that `init` means; None for a folder in the Hugging Face layout."""
+    source = as_path(init)
+    released = (source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file()
+    return None if released else find(source).step_folder
 
 
 def _silent(text: str) -> None:
@@ -161,10 +198,10 @@ def origin(
         return (lambda target: load_params(step, target, limit)), f"the end of stage {before.name}"
     if experiment.init is None:
         return (lambda target: _random(model, experiment.seed, target)), f"seed {experiment.seed}"
-    source = as_path(experiment.init)
-    if (source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file():
+    step = _checkpoint_of(experiment.init)
+    if step is None:
+        source = as_path(experiment.init)
         return (lambda target: _released(model, source, experiment.seed, target)), str(source)
-    step = find(source).step_folder
     return (lambda target: load_params(step, target, limit)), str(step)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vlmem_jax.train.config import StageConfig
+from vlmem_jax.train.config import Experiment, StageConfig
 
 Flat = dict[str, Any]
 """Parameters by path, such as decoder/layers/attn/q/kernel."""
@@ -52,6 +52,12 @@ class Split:
             {path: leaf for path, leaf in params.items() if path in self.trainable},
             {path: leaf for path, leaf in params.items() if path in self.frozen},
         )
+
+
+def changed(experiment: Experiment, stage: StageConfig, paths: list[str]) -> frozenset[str]:
+    """Which of `paths` differ, after `stage`, from where the experiment started."""
+    until = experiment.stages[: experiment.stages.index(stage) + 1]
+    return frozenset().union(*(Split.of(one, paths).trainable for one in until))
 
 
 def storage(split: Split, abstract: Flat, axes: Flat, shardings: Flat, compute_dtype: Any) -> Flat:
