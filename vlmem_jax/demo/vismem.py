@@ -119,7 +119,9 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
         ),
     ]
     data = conversations(dataset, "prompts", tokens=256, tiles=48)
-    return _experiment(dataset, "vismem", stages, data, seed=1, init=init, log_every=1)
+    config = _experiment(dataset, "vismem", stages, data, seed=1, init=init, log_every=1)
+    config.checkpoint.content = "trained"
+    return config
 
 
 def _experiment(
