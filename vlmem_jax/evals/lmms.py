@@ -17,9 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmem_jax.config import build
-from vlmem_jax.evals.answers import answer, like_sized, random_keys
+from vlmem_jax.evals.answers import answer, random_keys
 from vlmem_jax.evals.run import WINDOW
 from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
+from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.processing.chat import IMAGE_MARKER, VIDEO_MARKER
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.types import Sample
