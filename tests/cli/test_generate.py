@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
+from tests.evals import world as speaking
 from tests.train import world
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.cli.main import main
@@ -72,6 +73,60 @@ def test_bad_input_is_one_plain_line(checkpoint, capsys, arguments, message):
 def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     assert ask(tmp_path, "--prompt", "a") == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+# --- a memory that speaks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A checkpoint that often calls for memories, of 3 and 5 latent tokens."""
+    return speaking.checkpoint(tmp_path_factory.mktemp("speaker"))
+
+
+HOT = "--prompt", "What is this?", "--max-new-tokens", "12", "--temperature", "1", "--seed", "4"
+
+
+def test_memories_are_shown_where_they_were_inserted(speaker, capsys):
+    def out(*flags):
+        assert main(["generate", "--checkpoint", str(speaker), *HOT, *flags]) == 0
+        return capsys.readouterr().out
+
+    short, long = "[short memory, 3 latent tokens]", "[long memory, 5 latent tokens]"
+    shown = out("--show-memory")
+    assert 0 < shown.index(long) < shown.index(short)
+    assert out() == shown.replace(short, "").replace(long, "")
+    assert out("--show-memory", "--reverse-types").startswith(shown.partition(long)[0] + short)
+    assert long in out("--show-memory", "--disable-short") and short not in out("--show-memory", "--disable-short")
+    assert out("--show-memory", "--max-invocations", "1").count(" memory, ") == 1
+    assert " memory, " not in out("--show-memory", "--invocation", "never")
+    ruled = out("--show-memory", "--invocation", "always").replace(short, long).split(long)
+    assert len(ruled) > 1 and all(phrase[-1] in ".,:;!?" for phrase in ruled[:-1])
+    random = out("--show-memory", "--invocation", "delimiter_random", "--invocation-probability", "0")
+    assert " memory, " not in random
+
+
+def test_a_chat_shows_memories_and_keeps_them_out_of_its_history(speaker, capsys, monkeypatch):
+    chats = []
+
+    class Kept(Chat):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            chats.append(self)
+
+    monkeypatch.setattr("vlmem_jax.cli.chat.Chat", Kept)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\nAnd this?\n"))
+    assert main(["chat", "--checkpoint", str(speaker), *HOT[2:], "--show-memory", "--disable-long"]) == 0
+    shown, note = capsys.readouterr().out, "[short memory, 3 latent tokens]"
+    assert note in shown and len(chats[0].history) == 2
+    assert shown.replace(note, "") == "".join(f"{answer}\n" for _, answer in chats[0].history)
+
+
+@pytest.mark.parametrize("flags", [["--invocation", "learned"], ["--show-memory"], ["--max-invocations", "1"]])
+def test_flags_of_a_memory_that_the_model_has_not_are_refused(checkpoint, capsys, flags):
+    assert ask(checkpoint, "--prompt", "a", *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "model.memory of" in error and "is comemo; leave them out" in error
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------

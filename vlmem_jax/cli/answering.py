@@ -1,12 +1,16 @@
-"""What `vlmem generate` and `vlmem chat` have in common: the model's folder and how tokens are chosen."""
+"""What the commands that answer have in common: the model's folder, how tokens are chosen, who calls for memories."""
 
 import argparse
 import sys
+import typing
 
-from vlmem_jax.generate import LoadedModel, SamplingConfig, load_model
+from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
+
+MODES = typing.get_args(typing.get_type_hints(InvocationConfig)["mode"])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None:
+    """`streams`: whether answers are printed as they come."""
     defaults = SamplingConfig()
     parser.add_argument(
         "--checkpoint",
@@ -30,11 +34,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("on", "off"),
         help="positions of tiled images: compressed or not (default: as trained; off helps reading text in images)",
     )
+    group = parser.add_argument_group("latent memory", "for models whose memory speaks while they answer (VisMem)")
+    group.add_argument(
+        "--invocation",
+        choices=MODES,
+        help="who calls for a memory: the model (learned, the default), nobody, or a rule after phrases",
+    )
+    group.add_argument(
+        "--invocation-probability",
+        type=float,
+        metavar="P",
+        help=f"of a call after a phrase, with delimiter_random ({InvocationConfig().probability})",
+    )
+    group.add_argument("--max-invocations", type=int, metavar="N", help="in one answer (default: the model's own)")
+    group.add_argument("--disable-short", action="store_true", help="calls for a short memory have no effect")
+    group.add_argument("--disable-long", action="store_true", help="calls for a long memory have no effect")
+    group.add_argument("--reverse-types", action="store_true", help="a call for one kind is answered by the other")
+    if streams:
+        group.add_argument("--show-memory", action="store_true", help="show where a memory was inserted, and how long")
 
 
 def sampling(args: argparse.Namespace) -> SamplingConfig:
     """The sampling flags. Raises ValueError for values out of range."""
     return SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+
+
+def invocation(args: argparse.Namespace) -> InvocationConfig:
+    """The flags of latent memory. Raises ValueError for values out of range."""
+    if args.invocation_probability is not None and args.invocation != "delimiter_random":
+        raise ValueError(
+            "--invocation-probability is for --invocation delimiter_random, got it with "
+            f"{args.invocation or InvocationConfig().mode}"
+        )
+    given = {
+        "mode": args.invocation,
+        "probability": args.invocation_probability,
+        "max_invocations": args.max_invocations,
+        "disable_short": args.disable_short,
+        "disable_long": args.disable_long,
+        "reverse_types": args.reverse_types,
+    }
+    return InvocationConfig(**{key: value for key, value in given.items() if value is not None})
 
 
 def rope_dhr(args: argparse.Namespace) -> bool | None:
@@ -43,6 +83,24 @@ def rope_dhr(args: argparse.Namespace) -> bool | None:
 
 
 def load(args: argparse.Namespace) -> LoadedModel:
-    """The model, with a word on the terminal while it loads."""
+    """The model, with a word on the terminal while it loads.
+
+    Raises ValueError for what cannot be loaded, and for flags of latent memory that the model cannot follow.
+    """
+    wanted = invocation(args)
     print(f"loading {args.checkpoint}", file=sys.stderr)
-    return load_model(args.checkpoint)
+    model = load_model(args.checkpoint)
+    if speech := model.vlm.speech:
+        wanted.budget(speech)
+    elif wanted != InvocationConfig() or args.invocation or getattr(args, "show_memory", False):
+        raise ValueError(
+            "the flags of latent memory (--invocation, --disable-short, --show-memory ...) are for models whose memory "
+            f"speaks while they answer, but model.memory of {args.checkpoint} is {model.vlm.config.memory}; leave them "
+            "out"
+        )
+    return model
+
+
+def transcript(args: argparse.Namespace, model: LoadedModel) -> Transcript:
+    """What takes the tokens of an answer that is printed as it comes."""
+    return Transcript(model.processor.tokenizer, model.vlm.speech, args.show_memory)

@@ -14,7 +14,8 @@ from vlmem_jax.generate import Chat
 from vlmem_jax.processing.images import open_image
 
 EXAMPLE = """vlmem chat --checkpoint runs/comemo
-printf '/image a.jpg\\nWhat is this?\\nAnd what colour?\\n' | vlmem chat --checkpoint runs/comemo"""
+  vlmem chat --checkpoint runs/vismem --show-memory --max-invocations 2
+  printf '/image a.jpg\\nWhat is this?\\nAnd what colour?\\n' | vlmem chat --checkpoint runs/comemo"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = answering.sampling(args)
+    sampling, invocation = answering.sampling(args), answering.invocation(args)
     model = answering.load(args)
     generator = model.generator()
 
     def new_chat() -> Chat:
-        return Chat(generator, model.processor, sampling, answering.rope_dhr(args))
+        return Chat(
+            generator, model.processor, sampling, answering.rope_dhr(args), invocation, show_memory=args.show_memory
+        )
 
     chat, images = new_chat(), []
     if sys.stdin.isatty():

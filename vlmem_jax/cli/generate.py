@@ -7,8 +7,9 @@ from vlmem_jax.cli import answering
 from vlmem_jax.processing.images import open_image
 
 EXAMPLE = """vlmem generate --checkpoint runs/comemo --image a.jpg --image b.jpg --prompt "What differs?"
-vlmem generate --checkpoint runs/qwen --video a.mp4 --prompt "What happens?"
-vlmem generate --checkpoint runs/comemo --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1"""
+  vlmem generate --checkpoint runs/qwen --video a.mp4 --prompt "What happens?"
+  vlmem generate --checkpoint runs/comemo --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1
+  vlmem generate --checkpoint runs/vismem --image a.jpg --prompt "What differs?" --show-memory --disable-long"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = answering.sampling(args)
+    sampling, invocation = answering.sampling(args), answering.invocation(args)
     images = [open_image(path) for path in args.image]
     model = answering.load(args)
     videos = []
@@ -30,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     sample = model.processor.prompt(
         args.prompt, images, videos=videos, rope_dhr=answering.rope_dhr(args), name="--prompt"
     )
-    text = model.processor.tokenizer.stream()
+    answer = answering.transcript(args, model)
     session = model.generator().start([sample], sampling.max_new_tokens)
-    for tokens_B in session.stream(sampling):
-        sys.stdout.write(text.push(int(tokens_B[0])))
+    for tokens_B in session.stream(sampling, invocation):
+        sys.stdout.write(answer.push(int(tokens_B[0])))
         sys.stdout.flush()
-    print(text.flush())
+    print(answer.flush())
     return 0

@@ -82,8 +82,11 @@ class Prompts:
         file, line = key
         return self.files[file].read(line, lambda name, fields: as_prompt(name, fields, str(line)))
 
-    def sample(self, key: Key) -> Sample:
-        """The prompt as model input, images and videos decoded. Raises ValueError for what cannot be shown."""
+    def sample(self, key: Key, rope_dhr: bool | None = None) -> Sample:
+        """The prompt as model input, images and videos decoded; `rope_dhr` as in `Processor.prompt`.
+
+        Raises ValueError for what cannot be shown.
+        """
         prompt, processor = self[key], self.processor
 
         def path(relative: str) -> os.PathLike:
@@ -93,8 +96,10 @@ class Prompts:
             pictures = [images.open_image(path(name), processor.open_limit) for name in prompt.images]
             videos = [processor.open_video(path(v.path), fps=v.fps, frames=v.frames)[0] for v in prompt.videos]
         if prompt.is_raw:
-            return processor.raw_prompt(prompt.text, pictures, videos, name=prompt.name)
-        return processor.prompt(prompt.text, pictures, videos=videos, system=prompt.system, name=prompt.name)
+            return processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
+        return processor.prompt(
+            prompt.text, pictures, videos=videos, rope_dhr=rope_dhr, system=prompt.system, name=prompt.name
+        )
 
 
 def as_prompt(name: str, fields: Any, number: str) -> Prompt:

@@ -5,6 +5,7 @@ from vlmem_jax.generate.invocation import InvocationConfig
 from vlmem_jax.generate.load import LoadedModel, load_model, never_sampled
 from vlmem_jax.generate.loop import Generator, Session
 from vlmem_jax.generate.sampling import SamplingConfig
+from vlmem_jax.generate.transcript import Transcript
 
 __all__ = [
     "Chat",
@@ -13,6 +14,7 @@ __all__ = [
     "LoadedModel",
     "SamplingConfig",
     "Session",
+    "Transcript",
     "load_model",
     "never_sampled",
 ]

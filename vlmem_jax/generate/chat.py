@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from vlmem_jax.generate.invocation import InvocationConfig
 from vlmem_jax.generate.loop import Generator, Session
 from vlmem_jax.generate.sampling import SamplingConfig
+from vlmem_jax.generate.transcript import Transcript
 from vlmem_jax.processing.chat import IMAGE_MARKER
 from vlmem_jax.processing.processor import Processor
 
@@ -26,11 +28,16 @@ class Chat:
         processor: Processor,
         sampling: SamplingConfig = SamplingConfig(),
         rope_dhr: bool | None = None,
+        invocation: InvocationConfig = InvocationConfig(),
+        show_memory: bool = False,
     ):
+        """`show_memory`: whether answers also say where a memory was inserted."""
         self.generator = generator
         self.processor = processor
         self.sampling = sampling
         self.rope_dhr = rope_dhr
+        self.invocation = invocation
+        self.show_memory = show_memory
         self.history: list[tuple[str, str]] = []
         self.images: list[Image.Image] = []
         self._session: Session | None = None
@@ -48,19 +55,14 @@ class Chat:
         # broken off before its end, an answer leaves a cache that does not match the history
         self._session = None
         self.images = every_image
-        answer = ""
-        text = self.processor.tokenizer.stream()
+        answer = Transcript(self.processor.tokenizer, self.generator.vlm.speech, self.show_memory)
         try:
-            for tokens_B in session.stream(self.sampling):
-                piece = text.push(int(tokens_B[0]))
-                answer += piece
-                yield piece
-            piece = text.flush()
-            answer += piece
-            yield piece
+            for tokens_B in session.stream(self.sampling, self.invocation):
+                yield answer.push(int(tokens_B[0]))
+            yield answer.flush()
             self._session = session
         finally:
-            self.history.append((question, answer))
+            self.history.append((question, answer.text))
 
     def _continued(self, question: str) -> Session | None:
         """The last turn's session with the question added, if there is one with room for it and an answer."""

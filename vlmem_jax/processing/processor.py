@@ -142,11 +142,17 @@ class Processor:
             return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
 
     def raw_prompt(
-        self, text: str, images: Sequence[Image.Image] = (), videos: Sequence[Video] = (), *, name: str = ""
+        self,
+        text: str,
+        images: Sequence[Image.Image] = (),
+        videos: Sequence[Video] = (),
+        *,
+        rope_dhr: bool | None = None,
+        name: str = "",
     ) -> Sample:
         """A prompt that is written out: no template, and one placeholder for each image and video, in their order.
 
-        Raises ValueError where their numbers differ.
+        `rope_dhr` as in `prompt`. Raises ValueError where the numbers differ.
         """
         with _naming(name):
             ids = np.array(self.tokenizer.encode(text), np.int32)
@@ -163,7 +169,8 @@ class Processor:
                     )
             marked = chat.Dialogue(("".join(markers[i] for i in ids.tolist() if i in markers),))
             _, shown = self._shown(marked, images, videos)
-            return self._sample(ids, np.zeros(len(ids), bool), shown, self._grids(shown, training=False), None, name)
+            grids = self._grids(shown, training=False)
+            return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
 
     def follow_up(self, question: str) -> list[int]:
         """Ids that go on from an answer without its closing token to the start of the next answer.

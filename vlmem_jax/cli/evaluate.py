@@ -1,0 +1,76 @@
+"""Answer the prompts of JSONL files, score the answers, and print a table. An evaluation that was stopped goes on.
+
+A line of a file holds `prompt`, and perhaps `image`, `images`, `videos`, `answer`, `answers`, `answer_type`, `choices`
+and `source`, by which the table is split. OUTPUT/samples.jsonl gets a line for each prompt, OUTPUT/summary.json the
+numbers of the table and more.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+from vlmem_jax.cli import answering
+from vlmem_jax.cli.data import progress_bar
+from vlmem_jax.data import SourceConfig
+from vlmem_jax.evals import EvalConfig, evaluate, table
+
+EXAMPLE = """vlmem evaluate --checkpoint runs/comemo --data my/mmstar.jsonl --data my/blink.jsonl --output runs/scores
+  vlmem evaluate --checkpoint runs/vismem --data my/mmvet.jsonl --output runs/vismem/eval --without-memory
+  vlmem evaluate --checkpoint runs/vismem --data my/mmvet.jsonl --output runs/vismem/short --disable-long"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vlmem evaluate`."""
+    answering.add_arguments(parser, streams=False)
+    defaults = {field.name: field.default for field in dataclasses.fields(EvalConfig)}
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="FILE", help="JSONL file of prompts; may be repeated"
+    )
+    parser.add_argument("--root", default="", metavar="DIR", help="folder of images and videos (default: that of FILE)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of what it writes, on a disk or gs://")
+    parser.add_argument(
+        "--metric",
+        default=defaults["metric"],
+        help="what an answer is worth: answer (as the prompt's answer_type says), exact, substr, text, choice, number, "
+        "regex, or MODULE:FUNCTION of your own (%(default)s)",
+    )
+    parser.add_argument(
+        "--without-memory", action="store_true", help="answer everything again with --invocation never, to compare"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=defaults["batch_size"], help="prompts answered together (%(default)s)"
+    )
+    parser.add_argument(
+        "--on-bad-sample",
+        choices=("raise", "skip"),
+        default=defaults["on_bad_sample"],
+        help="what to do about a prompt that cannot be asked or judged (%(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = EvalConfig(
+        data=tuple(SourceConfig(path, args.root) for path in args.data),
+        metric=args.metric,
+        sampling=answering.sampling(args),
+        invocation=answering.invocation(args),
+        without_memory=args.without_memory,
+        rope_dhr=answering.rope_dhr(args),
+        batch_size=args.batch_size,
+        on_bad_sample=args.on_bad_sample,
+    )
+    model = answering.load(args)
+    with progress_bar() as bar:
+        tasks = {}
+
+        def report(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file, total=total)
+                print(f"{args.output}/{file}: {done} of {total} prompts are there", file=sys.stderr)
+            bar.update(tasks[file], completed=done)
+
+        summary = evaluate(model, config, args.output, report)
+    print(table(summary))
+    skipped = f"; {summary['skipped']} skipped, see `error` in samples.jsonl" * bool(summary["skipped"])
+    print(f"{args.output}/summary.json: {summary['scored']} of {summary['samples']} answers scored{skipped}")
+    return 0

@@ -1,0 +1,31 @@
+"""What answering costs."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """A list that grows with each program that is compiled: its seconds."""
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def peak_memory() -> float:
+    """Most bytes in use so far on the fullest device; in the process where devices do not say, as on a CPU."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(float(of["peak_bytes_in_use"]) for of in stats)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,52 @@
+"""What an answer says, and where a memory that speaks was inserted into it."""
+
+from typing import NamedTuple
+
+from vlmem_jax.memory import Speech
+from vlmem_jax.processing import Tokenizer
+
+KINDS = ("short", "long")
+"""Names of the kinds of memory, by their number."""
+
+
+class Inserted(NamedTuple):
+    """A memory that was inserted."""
+
+    kind: str
+    """One of KINDS: that of the memory itself, which is not that of the call where types are reversed."""
+    place: int
+    """Which of the answer's chosen tokens called for it, from 0."""
+
+
+class Transcript:
+    """An answer as its tokens come. The memory's own tokens are no text."""
+
+    def __init__(self, tokenizer: Tokenizer, speech: Speech | None = None, show_memory: bool = False):
+        """`show_memory`: whether `push` also says where a memory was inserted."""
+        self.text = ""
+        """So far, without what is said of memories."""
+        self.chosen = 0
+        """Tokens so far that the model chose, or chance for it; neither latent tokens nor those that end them."""
+        self.memories: list[Inserted] = []
+        self._stream = tokenizer.stream()
+        self._calls = speech.invoke_ids if speech else ()
+        self._ends = speech.end_ids if speech else ()
+        self._lengths = speech.lengths if speech else ()
+        self._show = show_memory
+
+    def push(self, token: int) -> str:
+        """What to show when `token` comes, perhaps nothing."""
+        if token in self._ends:
+            kind = self._ends.index(token)
+            self.memories.append(Inserted(KINDS[kind], self.chosen - 1))
+            return f"[{KINDS[kind]} memory, {self._lengths[kind]} latent tokens]" if self._show else ""
+        self.chosen += 1
+        return "" if token in self._calls else self._said(self._stream.push(token))
+
+    def flush(self) -> str:
+        """What is left to show at the end."""
+        return self._said(self._stream.flush())
+
+    def _said(self, piece: str) -> str:
+        self.text += piece
+        return piece
