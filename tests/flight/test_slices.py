@@ -40,8 +40,8 @@ def test_the_tiny_model_gathers_no_activations(tmp_path, topology):
     assert check(tmp_path, topology, *TINY)["activation_gathers"] == []
 
 
-def test_weights_split_on_their_other_side_would_be_caught(tmp_path):
-    wrong = "from vlmem_jax.sharding import LOGICAL_AXES; LOGICAL_AXES.update(embed=None, mlp='fsdp')"
+def test_tiles_that_each_device_works_on_again_would_be_caught(tmp_path):
+    wrong = "from vlmem_jax.sharding import LOGICAL_AXES; LOGICAL_AXES.update(parts=None)"
     assert check(tmp_path, "v5p:2x2x1", *TINY, before=wrong)["activation_gathers"]
 
 
