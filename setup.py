@@ -15,7 +15,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vlmem_jax", "vlmem_jax.*", "kernels_pallas", "kernels_pallas.*"]),
-    entry_points={"console_scripts": ["vlmem = vlmem_jax.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["vlmem = vlmem_jax.cli.main:main"],
+        "lmms_eval.models": ["vlmem = vlmem_jax.evals.plugin:MANIFEST"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
@@ -41,6 +44,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "video": ["av>=14.0"],
         "gcs": ["gcsfs>=2025.12"],
+        "lmms": ["lmms-eval>=0.7"],
         "demo": ["scikit-learn>=1.5"],
         "test": [
             "av>=14.0",

@@ -7,6 +7,8 @@ Ratios hold on a noisy machine where times do not; still, nothing else should be
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -25,17 +27,22 @@ from PIL import Image
 from benchmarks.measure import RUNS, Row, compilations, in_turns, packed_batch, report, unrolled
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
 from vlmem_jax.demo.tokenizer import write_tokenizer
-from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.invocation import Calls
+from vlmem_jax.generate.loop import Generator, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts, tile_bucket
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM, presets
+from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.processing import PatchConfig, TileProcessor, Tokenizer, make_processor
 from vlmem_jax.processing.images import ImageConfig, tile_grid
+from vlmem_jax.rl import GRPOLoss, RLConfig
+from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
+from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import run as train
-from vlmem_jax.types import Batch
+from vlmem_jax.types import Batch, Sample
 from vlmem_jax.vision import VisionConfig
 
 DEEP = {"preset": "tiny", "decoder": {"layers": 24}, "comemo": {"every": 4}}
@@ -354,6 +361,95 @@ def image_sizes() -> list[Row]:
     ]
 
 
+# --- reinforcement and memories that speak ---------------------------------------------------------------------------
+
+
+def shared_prefill() -> list[Row]:
+    """A phase of GRPO whose prompts are read once for a group of 8, against reading them for each answer."""
+    group, count, new = 8, 2, 16
+    vlm, params = make(wide(4, memory="none"))
+    batch = packed_batch(vlm, count, 512, 8)
+    prompts = [
+        Sample(
+            tokens_T=batch.tokens_BT[n],
+            labels_T=np.full_like(batch.tokens_BT[n], -100),
+            positions_T=np.array(batch.positions_BT[n]),
+            slots_T=np.array(batch.slots_BT[n]),
+            pixels_ISSc=batch.pixels_BISSc[n],
+            memory_positions_M=np.array(batch.memory_positions_BM[n]),
+        )
+        for n in range(count)
+    ]
+    generator = Generator(vlm, params, stop_ids=[])
+    sampling, keys_PG = SamplingConfig(new, temperature=1.0), rollout_keys(0, 0, 0, count, group)
+    each = [prompt for prompt in prompts for _ in range(group)]
+    data = DataConfig(pack_tokens=640, pack_tiles=8, loss_weight="sample")
+    loss = GRPOLoss(vlm, RLConfig(), 256, ())
+
+    def sample(prompts: list[Sample], keys: jax.Array) -> list[Trajectory]:
+        return [t for _, drawn in rollouts(generator, prompts, sampling, keys, count * group) for t in drawn]
+
+    learn = jax.jit(jax.grad(lambda params, rows: loss.loss(params, rows, None)[0]))
+
+    def step(trajectories: list[Trajectory]) -> list[dict]:
+        rows = pack_trajectories(trajectories, [1.0] * len(trajectories), data, vlm, at_once=4)
+        return [learn(params, jax.tree.map(lambda x, n=n: x[n], rows)) for n in range(len(rows.beta_B))]
+
+    keys_E1 = keys_PG.reshape(-1, 1)
+    once, apart = functools.partial(sample, prompts, keys_PG), functools.partial(sample, each, keys_E1)
+    trajectories = once()
+    apart(), jax.block_until_ready(step(trajectories))
+    seconds = in_turns(once, apart, lambda: step(trajectories))
+    how = f"{count} prompts of 512 tokens and 8 tiles, groups of {group}, {new} new tokens"
+    whole = (seconds[:, 1] + seconds[:, 2]) / (seconds[:, 0] + seconds[:, 2])
+    phase, update = list(seconds[:, 1] / seconds[:, 0]), "the update reads the prompt of each answer"
+    return [
+        Row("rollouts: prompts read for each answer / once a group", phase, 2, False, "x", how),
+        Row("the same, of rollouts and update together", list(whole), 1, False, "x", update),
+    ]
+
+
+def forming() -> list[Row]:
+    """A memory formed and inserted, against decoding as many tokens, by what either takes of FLOPs."""
+    rows, states = 8, 192
+    decoder = dict(layers=8, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=1024, rope_sections=(8, 12, 12))
+    vismem = dict(short_len=8, long_len=16, query_len=8, max_prompt_hidden=states, max_positions=1024)
+    vlm, params = make({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": decoder, "vismem": vismem})
+    speech, tokens = vlm.speech, 256
+    empty = Batch.empty((rows,), tokens, 0, vlm.tile)
+    index = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], (rows, tokens, 3))
+    batch = dataclasses.replace(empty, segments_BT=np.ones_like(empty.segments_BT), positions_BT=np.array(index))
+    generator, state, logits_BV, finished_B, choice = start(vlm, params, batch, 1024)
+    form, insert = compiled_speech(vlm)
+    longest = speech.slots + 1
+    latents_BND = jnp.zeros((rows, speech.slots, 256), vlm.dtype)
+    kinds_B = np.ones(rows, np.int32)
+    calls = Calls.none(rows, 8)
+
+    def spoken() -> jax.Array:
+        nonlocal state, logits_BV, latents_BND, calls
+        with generator.context():
+            latents_BND, _ = form(params, state, latents_BND, np.arange(rows, dtype=np.int32), kinds_B, states)
+            state, logits_BV, calls = insert(params, state, logits_BV, calls, latents_BND, kinds_B)
+        return logits_BV
+
+    def plain() -> jax.Array:
+        nonlocal state, logits_BV, finished_B
+        with generator.context():
+            for _ in range(longest):
+                state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
+        return logits_BV
+
+    jax.block_until_ready((spoken(), plain()))
+    seconds = in_turns(spoken, plain)
+    per_token = decode_flops(vlm.config, 1, tokens, 0)
+    heard = formation_flops(vlm.config, states, trained=False)
+    ratio = (heard + longest * per_token) / (longest * per_token)
+    values = list(seconds[:, 0] / seconds[:, 1] / ratio)
+    how = f"{rows} rows, {states} states, {speech.slots} latent tokens; time ratio over the FLOP ratio {ratio:.3g}"
+    return [Row("a memory formed and inserted / as many tokens decoded", values, 1.3, True, "x", how)]
+
+
 ITEMS = {
     "decode_step": decode_step,
     "cached_generation": cached_generation,
@@ -362,6 +458,8 @@ ITEMS = {
     "pipeline": pipeline,
     "recompilations": recompilations,
     "image_sizes": image_sizes,
+    "shared_prefill": shared_prefill,
+    "forming": forming,
 }
 
 

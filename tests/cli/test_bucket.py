@@ -129,3 +129,20 @@ def test_hugging_face_folders_are_on_disks(run, bucket, capsys):
     assert f"is written to a disk; got {bucket}" in capsys.readouterr().err
     assert main(["convert", bucket, "gs://bucket/other"]) == 2
     assert "must lie on a disk" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_kept_in_a_bucket_and_answers_as_generate_does(run, folder, bucket, capsys):
+    prompts = [{"prompt": "a", "image": "2.png", "answer": "b"}, {"prompt": "c d", "images": ["1.png", "3.png"]}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    flags = "--checkpoint", run, "--max-new-tokens", "6", "--rope-dhr", "off"
+    for done in (0, 2):
+        assert main(["evaluate", *flags, "--data", str(folder / "prompts.jsonl"), "--output", bucket]) == 0
+        assert f"samples.jsonl: {done} of 2 prompts are there" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (as_path(bucket) / "samples.jsonl").read_text().splitlines()]
+    assert json.loads((as_path(bucket) / "summary.json").read_text())["samples"] == len(lines) == 2
+    outputs = {line["id"]: line["output"] for line in lines}
+    for n, prompt in enumerate(prompts):
+        names = prompt.get("images") or [prompt["image"]]
+        images = [word for name in names for word in ("--image", str(folder / name))]
+        assert main(["generate", *flags, "--prompt", prompt["prompt"], *images]) == 0
+        assert capsys.readouterr().out == outputs[str(n)] + "\n"

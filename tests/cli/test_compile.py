@@ -107,3 +107,26 @@ def test_what_does_not_fit_is_one_plain_line(words, message):
     done = compile_step("--config", "configs/tiny/comemo.py", *words)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_learning_from_rewards_compiles_with_its_memories(tmp_path):
+    path = tmp_path / "numbers.json"
+    words = ("--what", "rl", "--topology", "v5e:2x2", "--tokens", "100", "--tiles", "64", "--memories", "2")
+    done = compile_step("--config", "configs/tiny/vismem.py", *words, "--stage", "formation", "--json", str(path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = json.loads(path.read_text())
+    assert numbers["what"] == "rl: formation" and numbers["fits"] and numbers["activation_gathers"] == []
+    assert 0 < numbers["predicted_mfu"] < 1 and numbers["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    "config, words, message",
+    [
+        ("vismem", ["--what", "train"], "the task of stage invocation is grpo: compile it with --what rl"),
+        ("comemo", ["--what", "rl"], "the task of stage finetune is next_token: compile it with --what train"),
+        ("vismem", ["--what", "rl", "--tokens", "360"], "data.pack_tokens must hold a prompt and its answer"),
+    ],
+)
+def test_a_stage_is_compiled_as_what_it_is(config, words, message):
+    done = compile_step("--config", f"configs/tiny/{config}.py", "--topology", "v5e:2x2", *words)
+    assert done.returncode == 2 and message in done.stderr, done.stderr[-1000:]

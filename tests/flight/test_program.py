@@ -130,5 +130,61 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 
 
 def test_what_goes_between_slices_is_sent_by_hosts():
-    (sent,) = HloProgram(SLICES).collectives({"data": 4, "fsdp": 8})
-    assert (sent.kind, sent.axes, sent.bytes, sent.devices, sent.times) == ("all-reduce", ("data",), 128, 4, 1)
+    (sent,) = HloProgram(SLICES).collectives({"data": 3, "fsdp": 8})
+    assert (sent.kind, sent.axes, sent.bytes, sent.devices, sent.times) == ("all-reduce", ("data",), 128, 3, 1)
+
+
+SCATTER = """HloModule step
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+%all-reduce-scatter (gradient: bf16[16,8]) -> bf16[5,8] {
+  %gradient = bf16[16,8] parameter(0)
+  %zero = bf16[] constant(0)
+  %pad = bf16[20,8] pad(%gradient, %zero), padding=0_4x0_0
+  %all-reduce = bf16[20,8] all-reduce(%pad), replica_groups={{0,1,2,3}}, to_apply=%add
+  %first = u32[] constant(5)
+  ROOT %part = bf16[5,8] dynamic-slice(%all-reduce, %first, %first), dynamic_slice_sizes={5,8}
+}
+
+%start (w: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %w = bf16[2,8] parameter(0)
+  %gather.1 = bf16[8,8] all-gather(%w), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  ROOT %started = (bf16[2,8], bf16[8,8]) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (w.1: bf16[2,8]) -> bf16[8,8] {
+  %w.1 = bf16[2,8] parameter(0)
+  %gather.2 = bf16[8,8] all-gather(%w.1), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %ended = bf16[8,8] custom-call(%w.1, %gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[16,8], w.2: bf16[2,8]) -> bf16[5,8] {
+  %x = bf16[16,8] parameter(0)
+  %w.2 = bf16[2,8] parameter(1)
+  %begun = (bf16[2,8], bf16[8,8]) fusion(%w.2), kind=kOutput, calls=%start
+  %whole = bf16[8,8] fusion(%w.2), kind=kOutput, calls=%done
+  %scattered = bf16[5,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="jit(step)/dot_general"}
+  %edge = bf16[1,8] slice(%scattered), slice={[4:5], [0:8]}
+  %moved = bf16[1,8] collective-permute(%edge), source_target_pairs={{0,1},{1,2},{2,3}}
+  ROOT %y = bf16[5,8] copy(%scattered)
+}
+"""  # noqa: E501
+
+
+def test_an_array_is_known_though_the_compiler_pads_it_to_scatter_it():
+    found = {c.kind: c for c in HloProgram(SCATTER).collectives({"fsdp": 4})}
+    scattered, edge = found["reduce-scatter"], found["collective-permute"]
+    assert (scattered.axes, scattered.shape, scattered.bytes, scattered.times) == (("fsdp",), (16, 8), 256, 1)
+    assert scattered.source == "jit(step)/dot_general"
+    assert (edge.axes, edge.shape, edge.bytes) == (("fsdp",), (16, 8), 16)  # what it moves belongs to the same array
+    assert "all-reduce" not in found
+
+
+def test_an_exchange_in_several_steps_counts_once():
+    found = {c.kind: c for c in HloProgram(SCATTER).collectives({"fsdp": 4})}
+    assert (found["all-gather"].shape, found["all-gather"].times) == ((8, 8), 1)

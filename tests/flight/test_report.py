@@ -97,9 +97,10 @@ def test_only_what_is_no_parameter_is_flagged():
 KERNELS = """HloModule step
 
 ENTRY %main (x: bf16[2,256,256]) -> f32[] {
-  %m = (bf16[2,256,256], f32[2,2,1,256]) custom-call(%q), operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}}, metadata={op_name="jit(step)/memory_attention_forward/pallas_call"}
-  %b = bf16[2,256,256] custom-call(%q), operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}, f32[2,2,2,256]{3,2,1,0}}, metadata={op_name="jit(step)/memory_attention_backward/pallas_call"}
-  %s = bf16[4,256,128] custom-call(%q), operand_layout_constraints={s8[1,2]{1,0}, bf16[4,256,128]{2,1,0}, bf16[2,256,128]{2,1,0}}, metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}
+  %m = (bf16[2,256,256], f32[2,2,1,256]) custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}}, metadata={op_name="jit(step)/memory_attention_forward/pallas_call"}
+  %b = bf16[2,256,256] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}, f32[2,2,2,256]{3,2,1,0}}, metadata={op_name="jit(step)/memory_attention_backward/pallas_call"}
+  %s = bf16[4,256,128] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2]{1,0}, bf16[4,256,128]{2,1,0}, bf16[2,256,128]{2,1,0}}, metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}
+  %place = s32[8,256] custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(step)/splash_mha_fwd/squeeze"}
   ROOT %y = f32[] custom-call(%m), custom_call_target="Sharding"
 }
 """  # noqa: E501

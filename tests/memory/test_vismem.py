@@ -9,6 +9,8 @@ import pytest
 
 from tests.patches_world import sample
 from vlmem_jax.checkpoint import load_params, save_params
+from vlmem_jax.data import DataConfig
+from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
@@ -18,6 +20,7 @@ from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import StageConfig
+from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.train.stages import Split, flatten
 from vlmem_jax.types import Heard
 
@@ -348,6 +351,22 @@ def test_eight_devices_give_the_answers_of_one(answers, vlm, params, prompts, fo
     assert tokens == one
     for x, y in zip(logp, one_logp, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_the_loss_of_next_tokens_scores_the_tokens_of_the_memory(vlm, params, prompts):
+    calls = vlm.config.vismem.token_ids
+    samples = [
+        dataclasses.replace(p, labels_T=np.where(np.arange(len(p.labels_T)) % 3, p.tokens_T, calls[n]))
+        for n, p in enumerate(prompts)
+    ]
+    data = DataConfig(pack_tokens=128, pack_tiles=64)
+    rows = [pack_row(pair, data, vlm.tile) for pair in (samples[:2], samples[2:])]
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    loss = jax.jit(lambda params: next_token_loss(vlm, params, batch, 32))(params)
+    logp_BTV = jax.nn.log_softmax(jax.jit(vlm.logits)(params, batch))
+    wanted = jnp.take_along_axis(logp_BTV, batch.targets_BT[..., None], axis=2)[..., 0]
+    assert np.isin(batch.targets_BT, calls).sum() > 8
+    np.testing.assert_allclose(loss, -(wanted * batch.weights_BT).sum(), rtol=1e-5)
 
 
 # --- how it starts ----------------------------------------------------------------------------------------------------

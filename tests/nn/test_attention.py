@@ -96,6 +96,14 @@ def test_the_tpu_kernel_computes_the_same(monkeypatch):
     np.testing.assert_allclose(out[0, real], causal_attention(q, k, v, segments)[0, real], atol=1e-4)
 
 
+@pytest.mark.parametrize("T", [128, 384, 1280, 2560, 6144])
+def test_the_tpu_kernel_has_blocks_for_rows_of_any_length(T):
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (2, 1))
+    scalar = lambda *qkvs: attention._splash_attention(*qkvs).astype(jnp.float32).sum()  # noqa: E731
+    gradients = jax.eval_shape(jax.grad(scalar, argnums=(0, 1, 2)), q, k, k, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
 @pytest.mark.parametrize("policy, kept", [("none", True), ("dots", True), ("full", False)])
 def test_what_an_attention_kernel_gave_is_kept(capsys, policy, kept):
     q, k, v, segments = inputs(T=32, H=2, C=8)

@@ -48,12 +48,6 @@ def _answer(ids: list[int], generator: Generator, tokenizer: Tokenizer) -> Answe
     return Answer(transcript, stopped)
 
 
-def like_sized(samples: Sequence[Sample], size: int) -> list[list[int]]:
-    """Which of the samples to answer together, at most `size`: those of like length, so that little is padding."""
-    order = sorted(range(len(samples)), key=lambda n: (len(samples[n].pixels_ISSc), len(samples[n].tokens_T)))
-    return [order[first : first + size] for first in range(0, len(order), size)]
-
-
 def random_keys(seed: int, places: Sequence[tuple[int, ...]]) -> Array:
     """A random key for each place, numbers of equal count such as (file, line), whatever the others are."""
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig, Prompt, Prompts
 from vlmem_jax.data.samples import Key
-from vlmem_jax.evals.answers import Answer, answer, like_sized, random_keys
+from vlmem_jax.evals.answers import Answer, answer, random_keys
 from vlmem_jax.evals.config import EvalConfig
 from vlmem_jax.evals.folder import Lines, check_settings, settings
 from vlmem_jax.evals.measure import compilations, peak_memory
 from vlmem_jax.evals.summary import Line, summarise
 from vlmem_jax.generate import InvocationConfig, LoadedModel
+from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.paths import Mirror, write_whole
 from vlmem_jax.rl.rewards import ERROR_HINT, RewardConfig, RewardError, Rewards
 from vlmem_jax.types import Sample
@@ -76,6 +77,7 @@ class _Evaluation:
         self.model, self.config, self.prompts = model, config, prompts
         self.rewards = Rewards((RewardConfig(config.metric),), "metric")
         self.generator = model.generator()
+        self.rows = min(config.batch_size, sum(prompts.counts))
 
     def run(self, name: str, invocation: InvocationConfig, mirror: Mirror, report: Report) -> list[Line]:
         """Answers the prompts that have no line in the file `name`, and gives the lines of all."""
@@ -85,11 +87,12 @@ class _Evaluation:
                 done.add(line["name"])
         keys = [(file, line) for file, count in enumerate(self.prompts.counts) for line in range(count)]
         left = [key for key in keys if self.prompts.name(key) not in done]
-        at_once = WINDOW * self.config.batch_size
-        windows = (left[first : first + at_once] for first in range(0, len(left), at_once))
         total, to_do = len(keys), len(left)
         report(name, total - to_do, total)
-        with ThreadPoolExecutor(DataConfig().thread_count) as pool:
+        at_once = WINDOW * self.rows
+        windows = (left[first : first + at_once] for first in range(0, len(left), at_once))
+        pool = ThreadPoolExecutor(DataConfig().thread_count, thread_name_prefix="prompts")
+        try:
             for window in _ahead(pool, self._load, windows):
                 asked = []
                 for key, future in window:
@@ -98,11 +101,13 @@ class _Evaluation:
                     except ValueError as error:
                         lines.keep([self._skipped(self.prompts.name(key), str(error))])
                         to_do -= 1
-                for chosen in like_sized([one.sample for one in asked], self.config.batch_size):
+                for chosen in like_sized([one.sample for one in asked], self.rows):
                     lines.keep(self._answered([asked[n] for n in chosen], invocation, pool))
                     to_do -= len(chosen)
                     report(name, total - to_do, total)
                 mirror.send()
+        finally:
+            pool.shutdown(cancel_futures=True)
         return [lines.by_name[self.prompts.name(key)] for key in keys]
 
     def _load(self, key: Key) -> _Asked:
@@ -119,7 +124,7 @@ class _Evaluation:
         with compilations() as compiled:
             start = time.perf_counter()
             keys_B = random_keys(config.sampling.seed, places)
-            answers = answer(self.generator, tokenizer, samples, keys_B, config.sampling, invocation, config.batch_size)
+            answers = answer(self.generator, tokenizer, samples, keys_B, config.sampling, invocation, self.rows)
             seconds = time.perf_counter() - start
         cost = {
             "seconds": seconds / len(batch),

@@ -39,6 +39,11 @@ class Instruction:
         return found[1] if found else ""
 
     @functools.cached_property
+    def operands(self) -> list[str]:
+        """Names of the instructions that it reads."""
+        return re.findall(r"%([\w.\-]+)", self.rest[: _closing(self.rest)])
+
+    @functools.cached_property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """(element type, sizes) of the result, or of each part of a tuple."""
         return [(kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _SHAPE.findall(self.type)]
@@ -52,8 +57,9 @@ class Collective:
     axes: tuple[str, ...]
     """Mesh axes over which devices exchange; empty where they are no axes of the mesh."""
     shape: tuple[int, ...]
-    """Of the whole array on a device: what is gathered, reduced, or about to be scattered."""
+    """Of the whole array on a device: what is gathered, reduced, or about to be scattered, before any padding."""
     bytes: int
+    """Of that array, or of the part of it that a permutation passes on."""
     devices: int
     """That take part in one exchange."""
     times: int
@@ -142,6 +148,43 @@ class HloProgram:
             total += times * int(found[1]) if found else 0
         return total
 
+    @functools.cached_property
+    def _made(self) -> dict[str, Instruction]:
+        return {i.name: i for instructions in self.computations.values() for i in instructions}
+
+    @functools.cached_property
+    def _scatters(self) -> dict[str, tuple[Instruction, Instruction]]:
+        """Fusions that add up an array and keep a part of it -> the all-reduce inside, and the array before padding.
+
+        So the compiler writes a reduce-scatter where its rings ask for parts of other sizes than those of the array.
+        """
+        found = {}
+        for fusion in self._made.values():
+            called = _CALLED.search(fusion.rest) if fusion.opcode == "fusion" else None
+            inside = {i.name: i for i in self.computations.get(called[1], [])} if called else {}
+            for part in inside.values():
+                total = inside.get(part.operands[0]) if part.opcode == "dynamic-slice" else None
+                if total and total.opcode == "all-reduce":
+                    array = inside[total.operands[0]]
+                    found[fusion.name] = total, inside[array.operands[0]] if array.opcode == "pad" else array
+        return found
+
+    @functools.cached_property
+    def _inner(self) -> set[str]:
+        """Exchanges for which another instruction stands: inside a scatter, or later steps of an asynchronous one."""
+        started = {name for i in self._made.values() if '"AsyncCollectiveStart"' in i.rest for name in i.operands}
+        steps = {i.name for i in self._made.values() if '"async_collective_fusion_config"' in i.rest}
+        return {total.name for total, _ in self._scatters.values()} | steps - started
+
+    def _edge_of(self, instruction: Instruction) -> tuple[int, ...] | None:
+        """Shape of the array whose parts, once scattered, a permutation evens out between neighbours."""
+        if not instruction.opcode.startswith("collective-permute") or not instruction.operands:
+            return None
+        source = self._made.get(instruction.operands[0])
+        if source and source.opcode == "slice" and source.operands[0] in self._scatters:
+            return self._scatters[source.operands[0]][1].shapes[0][1]
+        return None
+
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
         """All exchanges, on a mesh of these axes (in the order in which devices are numbered); alike ones are one."""
         names = _groups_by_axes(mesh)
@@ -151,19 +194,22 @@ class HloProgram:
             if between:
                 found[between] += times
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            exchange, parts, whole = instruction, instruction.shapes, self._edge_of(instruction)
+            if instruction.name in self._scatters:
+                kind, (exchange, array) = "reduce-scatter", self._scatters[instruction.name]
+                parts = array.shapes
+            elif kind not in KINDS or instruction.name in self._inner:
                 continue
-            groups = _groups(instruction.rest, math.prod(mesh.values()))
+            elif instruction.opcode.endswith("-start"):  # operands and results
+                parts = [max(parts, key=_size)]
+            groups = _groups(exchange.rest, math.prod(mesh.values()))
             count = max(len(group) for group in groups)
             axes = _called(groups, names) if kind != "collective-permute" else _along(groups, mesh)
-            parts = instruction.shapes
-            if instruction.opcode.endswith("-start"):  # operands and results
-                parts = [max(parts, key=_size)]
             for element, shape in parts:
-                if kind == "reduce-scatter" and not instruction.opcode.endswith("-start"):
-                    shape = (count * shape[0], *shape[1:]) if shape else shape
+                if instruction.opcode == "reduce-scatter" and shape:
+                    shape = (count * shape[0], *shape[1:])
                 size = _size((element, shape))
-                found[Collective(kind, axes, shape, size, count, 0, instruction.operation)] += times
+                found[Collective(kind, axes, whole or shape, size, count, 0, instruction.operation)] += times
         return [dataclasses.replace(c, times=times) for c, times in found.items()]
 
 

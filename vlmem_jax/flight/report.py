@@ -177,7 +177,7 @@ def kernel_seconds(program: HloProgram, topology: Topology) -> float:
     total, name = 0.0, topology.name.partition(":")[0]
     for instruction, times in program:
         found = re.search(r"(memory_attention|splash)\w*", instruction.rest)
-        if instruction.opcode != "custom-call" or found is None:
+        if 'custom_call_target="tpu_custom_call"' not in instruction.rest or found is None:
             continue
         arrays = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest + instruction.type)
         shapes = [tuple(int(size) for size in sizes.split(",")) for sizes in arrays]

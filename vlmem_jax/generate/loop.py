@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule
-from vlmem_jax.generate.prompts import bucket, pad_prompts
+from vlmem_jax.generate.prompts import bucket, like_sized, pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
@@ -168,11 +168,9 @@ class Generator:
         invocation: InvocationConfig = InvocationConfig(),
     ) -> list[list[int]]:
         """The answer's ids for each prompt, stop id left out. Prompts of like size share batches of `batch_size`."""
-        order = sorted(range(len(samples)), key=lambda n: (len(samples[n].pixels_ISSc), len(samples[n].tokens_T)))
         answers: list[list[int]] = [[] for _ in samples]
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            session = self.start([samples[n] for n in chosen], sampling.max_new_tokens, min(batch_size, len(order)))
+        for chosen in like_sized(samples, batch_size):
+            session = self.start([samples[n] for n in chosen], sampling.max_new_tokens, min(batch_size, len(samples)))
             for tokens_B in session.stream(sampling, invocation):
                 for n, token in zip(chosen, tokens_B, strict=True):
                     if token != FINISHED:

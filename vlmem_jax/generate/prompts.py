@@ -27,6 +27,12 @@ def tile_bucket(tiles: int, tile: TileShape) -> int:
     return bucket(tiles, BLOCK_BUCKET, steps=8) if tile.layout else bucket(tiles)
 
 
+def like_sized(samples: Sequence[Sample], size: int) -> list[list[int]]:
+    """Which prompts to answer together, at most `size` at a time: those of like length, so that little is padding."""
+    order = sorted(range(len(samples)), key=lambda n: (len(samples[n].pixels_ISSc), len(samples[n].tokens_T)))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
 def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64) -> Batch:
     """A batch with a row for each prompt, padded on the right to bucketed lengths; rows beyond the prompts are empty.
 

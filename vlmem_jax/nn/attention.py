@@ -222,15 +222,17 @@ def _triton_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: 
 
 def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
     T = q_BTHC.shape[1]
-    q, kv, many = (next(size for size in (largest, 512, 256, 128) if T % size == 0) for largest in (512, 1024, T // 4))
-    many = max(kv, many)  # the backward kernel writes a part of dq for each block of so many keys
-    blocks = splash_attention.BlockSizes(
+    q, kv = (next(size for size in (largest, 512, 256, 128) if T % size == 0) for largest in (512, 1024))
+    blocks = T // kv
+    # the backward kernel writes a part of dq for each block of so many keys: about four of them
+    many = kv * max(n for n in range(1, max(blocks // 4, 1) + 1) if blocks % n == 0)
+    sizes = splash_attention.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=many, block_kv_dkv_compute=kv,
         use_fused_bwd_kernel=True,
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * q_BTHC.shape[2])
     kernel = splash_attention.make_splash_mha_single_device(
-        mask, block_sizes=blocks, residual_checkpoint_name="causal_attention"
+        mask, block_sizes=sizes, residual_checkpoint_name="causal_attention"
     )
     heads_first = (x.swapaxes(1, 2) for x in (q_BTHC * q_BTHC.shape[3] ** -0.5, k_BTKC, v_BTKC))
     segments = splash_attention.SegmentIds(q=segments_BT, kv=segments_BT)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, Invocation
+from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.sharding import batch_shards
 from vlmem_jax.types import IGNORED, Sample
 
@@ -94,9 +95,7 @@ def rollouts(
     G = keys_PG.shape[1]
     shards = batch_shards(generator.mesh) if generator.mesh else 1
     at_once = min(-(-max(rows // G, 1) // shards) * shards, len(prompts))
-    order = sorted(range(len(prompts)), key=lambda n: (len(prompts[n].pixels_ISSc), len(prompts[n].tokens_T)))
-    for first in range(0, len(order), at_once):
-        chosen = order[first : first + at_once]
+    for chosen in like_sized(prompts, at_once):
         session = generator.start([prompts[n] for n in chosen], sampling.max_new_tokens, at_once, copies=G)
         slots = session.logits_BV.shape[0]
         keys_B = keys_PG[np.array(chosen)].reshape(-1)

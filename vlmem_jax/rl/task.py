@@ -167,9 +167,10 @@ class GRPO(GRPOLoss):
         except ValueError as error:
             raise ConfigError(f"{where}.rl.invocation: {error}") from error
         if longest >= data.pack_tokens:
+            more = f", with memories {longest}," if speech else ""
             raise ConfigError(
-                f"{where}.rl.max_new_tokens {config.max_new_tokens}, with memories {longest}, must be less than "
-                f"data.pack_tokens {data.pack_tokens}, so that a row holds a prompt and its answer"
+                f"{where}.rl.max_new_tokens {config.max_new_tokens}{more} must "
+                f"be less than data.pack_tokens {data.pack_tokens}, so that a row holds a prompt and its answer"
             )
         if config.invocation_penalty is not None and experiment.init is None and experiment.stages[0] == stage:
             raise ConfigError(

@@ -110,8 +110,9 @@ def _cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk):
 
 def _forward(hidden, kernel, targets, weights, chunk):
     args = (hidden.value, kernel.value, targets.value, weights.value)
-    loss, d_hidden_BTD, d_kernel_DV = _run(*args, chunk, hidden.perturbed, kernel.perturbed)
-    return loss, (d_hidden_BTD, d_kernel_DV)
+    loss, *gradients = _run(*args, chunk, hidden.perturbed, kernel.perturbed)
+    # the kernel's gradient, large and in fp32, is reduced over devices before the layers' backward pass begins
+    return loss, jax.lax.optimization_barrier(tuple(gradients))
 
 
 def _backward(chunk, saved, g):

@@ -19,7 +19,7 @@ from vlmem_jax.paths import as_path
 from vlmem_jax.processing import Processor, Tokenizer, make_processor
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
-from vlmem_jax.train.loss import cross_entropy
+from vlmem_jax.train.loss import cross_entropy, log_probs
 from vlmem_jax.types import Batch
 
 
@@ -120,8 +120,12 @@ def next_token_loss(model: VLM, params: dict, rows: Batch, chunk: int, key: Arra
 
     With a key, paths of the vision tower are dropped.
     """
-    hidden_BTD = model.hidden(params, rows, key)
-    return cross_entropy(hidden_BTD, model.head_kernel(params), rows.targets_BT, rows.weights_BT, chunk)
+    hidden_BTD, kernel_DV = model.hidden(params, rows, key), model.head_kernel(params)
+    if model.speech is None:
+        return cross_entropy(hidden_BTD, kernel_DV, rows.targets_BT, rows.weights_BT, chunk)
+    # the memory's own tokens have scores that the kernel does not give
+    rescore = functools.partial(model.rescore, params)
+    return -(rows.weights_BT * log_probs(hidden_BTD, kernel_DV, rows.targets_BT, chunk, rescore=rescore)).sum()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=PartitionSpec())

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
+from vlmem_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Projector(nnx.Module):
         self.mlp = GeluMLP(4 * vision_width, width, width, rngs=rngs)
 
     def __call__(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
-        return self.mlp(self.norm(pixel_shuffle(features_BPD, self.config.shuffle)))
+        normed_BQE = self.norm(pixel_shuffle(features_BPD, self.config.shuffle))
+        return self.mlp(constrain(normed_BQE, "parts", None, None))  # weights are gathered, however few the tiles
 
 
 class Merger(nnx.Module):

@@ -1,0 +1,115 @@
+"""The adapter, through lmms-eval itself and a task of three questions."""
+
+import base64
+import io
+import json
+import textwrap
+
+import pytest
+from PIL import Image
+
+from tests.evals import world
+from vlmem_jax.generate import InvocationConfig, SamplingConfig, Transcript
+
+pytest.importorskip("lmms_eval", exc_type=ImportError)
+evaluator = pytest.importorskip("lmms_eval.evaluator", exc_type=ImportError)
+
+from lmms_eval.models import MODEL_REGISTRY_V2  # noqa: E402 - only where it is installed
+from lmms_eval.tasks import TaskManager  # noqa: E402
+
+from vlmem_jax.evals.answers import random_keys  # noqa: E402
+from vlmem_jax.evals.lmms import LmmsModel, cut, sampling_of  # noqa: E402
+from vlmem_jax.evals.plugin import MANIFEST  # noqa: E402
+
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return world.checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def task(checkpoint, tmp_path_factory):
+    """A folder with a task `vlmem_tiny`, and its documents."""
+    folder = tmp_path_factory.mktemp("task")
+    texts = [base64.b64encode((checkpoint / f"{n}.png").read_bytes()).decode() for n in range(2)]
+    shown = [texts[:1], texts[1:], texts]
+    docs = [{"question": "abc"[n] + "?", "answer": "a", "shown": images} for n, images in enumerate(shown)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (folder / "utils.py").write_text(
+        textwrap.dedent("""
+            import base64, io
+            from PIL import Image
+
+            def visual(doc):
+                return [Image.open(io.BytesIO(base64.b64decode(text))) for text in doc["shown"]]
+
+            def text(doc, lmms_eval_specific_kwargs=None):
+                return doc["question"]
+
+            def scored(doc, results):
+                return {"says_a": float("a" in results[0].lower())}
+            """)
+    )
+    (folder / "vlmem_tiny.yaml").write_text(
+        textwrap.dedent(f"""
+            task: vlmem_tiny
+            dataset_path: json
+            dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+            test_split: test
+            output_type: generate_until
+            doc_to_visual: !function utils.visual
+            doc_to_text: !function utils.text
+            doc_to_target: answer
+            process_results: !function utils.scored
+            generation_kwargs: {{max_new_tokens: {NEW}, temperature: 1.0, do_sample: true, until: ["\\n\\n", "g"]}}
+            metric_list: [{{metric: says_a, aggregation: mean, higher_is_better: true}}]
+            """)
+    )
+    return folder, docs
+
+
+@pytest.mark.parametrize("mode", ["learned", "never"])
+def test_a_task_gets_the_answers_of_our_own_loop(checkpoint, task, mode, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    folder, docs = task
+    MODEL_REGISTRY_V2.register_manifest(MANIFEST, overwrite=True)
+    found = evaluator.simple_evaluate(
+        model="vlmem",
+        model_args=f"checkpoint={checkpoint},mode={mode},seed=2",
+        tasks=["vlmem_tiny"],
+        batch_size=2,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+    )
+    model = LmmsModel(str(checkpoint), mode=mode)
+    outputs = {sample["doc_id"]: sample["filtered_resps"][0] for sample in found["samples"]["vlmem_tiny"]}
+    sampling, processor = SamplingConfig(NEW, 1.0), model.loaded.processor
+    for n, doc in enumerate(docs):
+        images = [Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB") for text in doc["shown"]]
+        session = model.generator.start([processor.prompt(doc["question"], images)], NEW, 8)
+        transcript = Transcript(processor.tokenizer, model.loaded.vlm.speech)
+        for [token], _ in session.draw(sampling, random_keys(2, [(n,)] * 8), InvocationConfig(mode)):
+            transcript.push(int(token))
+        transcript.flush()
+        assert outputs[n] == transcript.text.partition("g")[0]
+    says_a = [float("a" in outputs[n].lower()) for n in range(3)]
+    assert found["results"]["vlmem_tiny"]["says_a,none"] == pytest.approx(sum(says_a) / 3)
+
+
+def test_settings_of_tasks():
+    assert sampling_of({}) == SamplingConfig()
+    assert sampling_of({"do_sample": True, "top_p": None}).temperature == 1.0
+    assert sampling_of({"do_sample": False, "temperature": 0.7}).temperature == 0.0
+    assert sampling_of({"temperature": 0.5, "top_k": 4, "max_new_tokens": 3}) == SamplingConfig(3, 0.5, 4)
+    with pytest.raises(ValueError, match="num_beams must be 1, got 4"):
+        sampling_of({"num_beams": 4})
+    assert cut("a\n\nb;c", ["\n\n", ";"]) == "a\n\nb" and cut("ab", None) == "ab" and cut("a.b", ".") == "a"
+
+
+def test_what_cannot_be_done_is_said(checkpoint):
+    with pytest.raises(ValueError, match="unknown key model_args.moed; did you mean model_args.mode"):
+        LmmsModel(str(checkpoint), moed="never")
+    model = LmmsModel(str(checkpoint))
+    with pytest.raises(NotImplementedError, match="generate_until"):
+        model.loglikelihood([])

@@ -1,0 +1,159 @@
+"""Our models in lmms-eval (the extra `lmms`), where benchmarks are tasks:
+
+    lmms_eval --model vlmem --model_args checkpoint=runs/vismem --tasks mmstar --batch_size 16
+
+`model_args` are those of `LmmsModel`. Requests to generate are answered, `num_beams` of 1; `until` cuts an answer, but
+for a blank line, which the harness stops at by default and answers that reason may hold.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from tqdm import tqdm
+
+from vlmem_jax.config import build
+from vlmem_jax.evals.answers import answer, random_keys
+from vlmem_jax.evals.run import WINDOW
+from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
+from vlmem_jax.generate.prompts import like_sized
+from vlmem_jax.processing.chat import IMAGE_MARKER, VIDEO_MARKER
+from vlmem_jax.processing.images import open_image
+from vlmem_jax.types import Sample
+
+
+class LmmsModel(lmms):
+    """A checkpoint as a chat model of lmms-eval."""
+
+    is_simple = False
+
+    def __init__(
+        self,
+        checkpoint: str,
+        batch_size: int | str = 1,
+        seed: int = 0,
+        rope_dhr: bool | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **invocation: Any,
+    ):
+        """`invocation`: keys of `InvocationConfig`, such as mode=never, for models whose memory speaks.
+
+        `device` and `max_batch_size` come from the harness and are not used: JAX takes all devices that it has.
+        """
+        super().__init__()
+        self.loaded = load_model(checkpoint)
+        self.generator = self.loaded.generator()
+        self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
+        self.invocation = build(InvocationConfig, invocation, "model_args")
+        if invocation and self.loaded.vlm.speech is None:
+            raise ValueError(
+                f"model_args {', '.join(invocation)} are for models whose memory speaks while they answer, but "
+                f"model.memory of {checkpoint} is {self.loaded.vlm.config.memory}; leave them out"
+            )
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The answer to each request. Raises ValueError, naming task and document, for what cannot be asked."""
+        results: dict[int, GenerationResult] = {}
+        alike: dict[str, list[int]] = {}
+        for n, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[2], sort_keys=True), []).append(n)
+        at_once = WINDOW * self.batch_size
+        with tqdm(total=len(requests), desc="answering") as bar:
+            for numbers in alike.values():
+                settings = requests[numbers[0]].args[2]
+                for first in range(0, len(numbers), at_once):
+                    window = numbers[first : first + at_once]
+                    samples = [self._sample(requests[n]) for n in window]
+                    for chosen in like_sized(samples, self.batch_size):
+                        batch = [window[place] for place in chosen]
+                        answers = self._answer([samples[place] for place in chosen], batch, settings)
+                        results |= zip(batch, answers, strict=True)
+                        bar.update(len(batch))
+        return [results[n] for n in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        raise NotImplementedError(
+            "a text has no likelihood of its own where memories may be inserted into it: that depends on where they "
+            "are called for; take a task whose output_type is generate_until"
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        raise NotImplementedError("tasks of several rounds are not supported; take one of output_type generate_until")
+
+    def _answer(
+        self, samples: Sequence[Sample], numbers: Sequence[int], settings: dict[str, Any]
+    ) -> list[GenerationResult]:
+        keys_B = random_keys(self.seed, [(n,) for n in numbers])
+        answers = answer(
+            self.generator,
+            self.loaded.processor.tokenizer,
+            samples,
+            keys_B,
+            sampling_of(settings),
+            self.invocation,
+            self.batch_size,
+        )
+        until = settings.get("until")
+        return [
+            GenerationResult(cut(found.transcript.text, until), TokenCounts(output_tokens=found.transcript.chosen))
+            for found in answers
+        ]
+
+    def _sample(self, request: Instance) -> Sample:
+        """The conversation of a request as model input."""
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        name = f"{task}/{split}/{doc_id}"
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
+        processor = self.loaded.processor
+        images, videos, texts = [], [], []
+        for message in messages:
+            text = ""
+            for part in message.content:
+                if part.type == "text":  # what is shown has parts of its own
+                    text += part.text.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "")
+                elif part.type == "image":
+                    shown = part.url
+                    images.append(shown.convert("RGB") if isinstance(shown, Image.Image) else open_image(shown))
+                    text += f"{IMAGE_MARKER}{processor.template.before_text}"
+                elif part.type == "video" and (part.start_time, part.end_time) == (None, None):
+                    videos.append(processor.open_video(part.url)[0])
+                    text += f"{VIDEO_MARKER}{processor.template.before_text}"
+                else:
+                    raise ValueError(f"texts, images and whole videos can be asked about, got {part.type} ({name})")
+            texts.append(text)
+        roles = [message.role for message in messages]
+        system = texts.pop(0) if roles[:1] == ["system"] else None
+        turns = roles[system is not None :]
+        if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            raise ValueError(f"a conversation must alternate user, assistant and end with user, got {roles} ({name})")
+        history = list(zip(texts[:-1:2], texts[1::2], strict=True))
+        return processor.prompt(
+            texts[-1], images, history, videos=videos, rope_dhr=self.rope_dhr, system=system, name=name
+        )
+
+
+def sampling_of(settings: dict[str, Any]) -> SamplingConfig:
+    """From a task's generation_kwargs. Raises ValueError for beams, and values out of range."""
+    if (settings.get("num_beams") or 1) != 1:
+        raise ValueError(f"num_beams must be 1, got {settings['num_beams']}; set it with --gen_kwargs num_beams=1")
+    drawn = settings.get("do_sample")
+    temperature = 0.0 if drawn is False else settings.get("temperature")
+    return SamplingConfig(
+        max_new_tokens=settings.get("max_new_tokens") or SamplingConfig().max_new_tokens,
+        temperature=float(temperature if temperature is not None else bool(drawn)),
+        top_k=settings.get("top_k") or 0,
+        top_p=float(settings.get("top_p") or 1.0),
+    )
+
+
+def cut(text: str, until: str | list[str] | None) -> str:
+    """`text` before the first of `until`, a blank line left out."""
+    for end in [until] if isinstance(until, str) else until or []:
+        if end and end != "\n\n":
+            text = text.partition(end)[0]
+    return text
