@@ -440,7 +440,8 @@ def forming() -> list[Row]:
                 state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
         return logits_BV
 
-    jax.block_until_ready((spoken(), plain()))
+    jax.block_until_ready(spoken())  # each takes the arrays that the other gave
+    jax.block_until_ready(plain())
     seconds = in_turns(spoken, plain)
     per_token = decode_flops(vlm.config, 1, tokens, 0)
     heard = formation_flops(vlm.config, states, trained=False)

@@ -12,12 +12,13 @@ import pytest
 
 from vlmem_jax import sharding
 from vlmem_jax.checkpoint import find, load_params, save_params
+from vlmem_jax.checkpoint.folder import set_base
 from vlmem_jax.config import to_dict
 from vlmem_jax.hub import internvl
 from vlmem_jax.hub.convert import export_folder, import_folder, load_folder, released
 from vlmem_jax.hub.internvl_config import write_config
 from vlmem_jax.hub.orbax_io import read_leaves
-from vlmem_jax.hub.rules import flat
+from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.models import VLM, presets
 from vlmem_jax.processing.images import ImageConfig
@@ -91,6 +92,21 @@ def test_ours_to_theirs_to_ours_is_bit_equal(tmp_path, memory, dtype):
     back = parameters(tmp_path / "back")
     for path, leaf in flat(params).items():
         assert back[path].dtype == dtype and back[path].tobytes() == np.asarray(leaf).tobytes(), path
+
+
+def test_a_checkpoint_of_what_was_trained_is_exported_with_its_base(hf_folder, tmp_path):
+    import_folder(hf_folder, tmp_path / "ours")
+    run, whole = tmp_path / "run", parameters(tmp_path / "ours")
+    trained = {path: 2 * leaf for path, leaf in whole.items() if path.startswith("memory/")}
+    save_params(run / "tune" / "3", nested(trained))
+    set_base(run, tmp_path / "ours" / "0")
+    (run / "model.json").write_bytes((tmp_path / "ours" / "model.json").read_bytes())
+    (run / "config.json").write_text('{"stages": [{"name": "tune"}]}')
+    export_folder(run, tmp_path / "out")
+    import_folder(tmp_path / "out", tmp_path / "back")
+    back = parameters(tmp_path / "back")
+    for path, leaf in whole.items():
+        np.testing.assert_array_equal(back[path], trained.get(path, leaf), err_msg=path)
 
 
 def test_dtype_is_kept_or_cast(hf_folder, tmp_path, weights):

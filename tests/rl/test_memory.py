@@ -1,6 +1,7 @@
 """GRPO with a memory that speaks: memories are formed again where they stood, and only drawn tokens teach."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +152,6 @@ def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generat
 
 
 def test_memories_survive_a_checkpoint_bit_for_bit(vlm, drawn):
-    import json
-
     _, trajectories = drawn
     lesson = Lesson((0, 1), max(trajectories, key=lambda t: len(t.spoken)), 0.25)
     again = _from_json(json.loads(json.dumps(_as_json(lesson))), lesson.trajectory.prompt, vlm.dtype)

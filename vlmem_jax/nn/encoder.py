@@ -11,6 +11,7 @@ from vlmem_jax.nn.linear import Linear, fan_in_uniform
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm
 from vlmem_jax.nn.stack import remat, stack
+from vlmem_jax.sharding import constrain
 
 NORM_EPS = 1e-5
 
@@ -69,6 +70,7 @@ class Encoder(nnx.Module):
         graph, layers = nnx.split(self.layers)
 
         def body(x_BTD, state):
-            return nnx.merge(graph, state)(x_BTD, allowed_BTS), None
+            x_BTD = constrain(x_BTD, "batch", None, None)  # weights come to the rows, not rows to the weights
+            return constrain(nnx.merge(graph, state)(x_BTD, allowed_BTS), "batch", None, None), None
 
         return self.norm(jax.lax.scan(remat(body, "full"), x_BTD, layers)[0])

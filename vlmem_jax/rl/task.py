@@ -340,8 +340,8 @@ class GRPO(GRPOLoss):
                 first_P1 = keys_PG[:, :1]
             base_P = _read(self._answered(generator, loaded, first_P1, InvocationConfig("never"))[1], 1)[:, 0]
         if config.invocation_penalty is not None and invoked_PG.any():
-            # up to its first call an answer stays as it was; one without any is over at once
-            begun = [[_until_first_call(trajectory, self._processor.stop_ids) for trajectory in g] for g in groups]
+            # up to its first call an answer stays as it was; one without any stays so to its end
+            begun = [[_until_first_call(trajectory) for trajectory in group] for group in groups]
             turned = dataclasses.replace(invocation, reverse_types=not invocation.reverse_types)
             reversed_PG = _read(self._answered(generator, loaded, keys_PG, turned, begun)[1], G)
         scores_PG = _read(futures, G)
@@ -496,10 +496,9 @@ def _read(futures: list[Future], group_size: int) -> np.ndarray:
     return np.array([future.result()[0] for future in futures]).reshape(-1, group_size)
 
 
-def _until_first_call(trajectory: Trajectory, stop_ids: Sequence[int]) -> list[int]:
-    if not trajectory.spoken:
-        return [stop_ids[0]]
-    return trajectory.tokens_T[: trajectory.spoken[0].place].tolist()
+def _until_first_call(trajectory: Trajectory) -> list[int]:
+    end = trajectory.spoken[0].place if trajectory.spoken else None
+    return trajectory.tokens_T[:end].tolist()
 
 
 def _as_json(lesson: Lesson) -> dict[str, Any]:
