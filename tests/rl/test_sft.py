@@ -1,0 +1,200 @@
+"""The supervised warm-up of a memory: what is learned from what, and that it learns, alone, and resumes."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.rl import world
+from vlmem_jax import rl
+from vlmem_jax.checkpoint import load_params
+from vlmem_jax.config import ConfigError, override
+from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.models import VLM
+from vlmem_jax.rl import MemorySFT
+from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.train import run as runs
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.stages import flatten
+
+FORMATION = ("memory/query_builder", "memory/short", "memory/long")
+LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """An Experiment of the warm-up alone, from keys that differ; each step has all 6 prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    stage = dict(
+        name="warmup", task="memory_sft", steps=8, learning_rate=3e-2, warmup_fraction=0.0, trainable=FORMATION,
+        rl=dict(prompts=6),
+    )  # fmt: skip
+    config = world.spoken_config(folder, [stage])
+    answers = [["b", "bcb a", "say b!"][n % 3] for n in range(6)]
+    lines = [json.loads(line) | {"answer": answers[n]} for n, line in enumerate((folder / "prompts.jsonl").open())]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def made(**changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        return experiment(override(config, {"data.eval": config.data.train, "data.loss_weight": "sample", **changes}))
+
+    made.folder = folder
+    return made
+
+
+@pytest.fixture
+def mesh(monkeypatch):
+    one = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one)
+    return one
+
+
+@pytest.fixture(scope="module")
+def params(make):
+    """Adapters have an effect, and latent tokens and embeddings are of one size."""
+    params = jax.jit(VLM(make().model).init)(jax.random.key(0))
+    params["decoder"]["embed"] *= 30
+    for n, kind in enumerate(("short", "long")):
+        for m, adapter in enumerate(params["memory"][kind]["lora"].values()):
+            adapter["b"] = 0.3 * jax.random.normal(jax.random.key(10 * n + m), adapter["b"].shape)
+    return params
+
+
+def losses_by_decoding(vlm, params, sample, ids):
+    """Mean negative log-probability of `ids` after a memory of each kind, token by token from the cache."""
+    speech = vlm.speech
+    extend, form = jax.jit(vlm.extend), jax.jit(vlm.form, static_argnums=4)
+    losses = []
+    for kind, slots in enumerate(speech.lengths):
+        batch = jax.tree.map(jnp.asarray, pad_prompts([sample], 1, vlm.tile))
+        _, state = jax.jit(vlm.prefill, static_argnums=2)(params, batch, LENGTH)
+        one = jnp.ones(1, jnp.int32)
+        _, state = extend(params, state, one[:, None] * speech.invoke_ids[kind], one)
+        latents, _ = form(params, state, jnp.zeros(1, jnp.int32), one * kind, 64)
+        tokens = jnp.zeros((1, speech.slots + 1), jnp.int32).at[0, slots].set(speech.end_ids[kind])
+        logits, state = extend(params, state, tokens, one * (slots + 1), latents, one * slots)
+        found = []
+        for token in ids:
+            found.append(-jax.nn.log_softmax(logits[0])[token])
+            logits, state = extend(params, state, one[:, None] * token, one)
+        losses.append(float(np.mean(found)))
+    return losses
+
+
+def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, params):
+    config = make(model__vismem__lora__dropout=0.0)
+    vlm = VLM(config.model)
+    task = MemorySFT(config, config.stages[0], vlm, mesh)
+    prompts, processor = task._stream.prompts, task._processor
+    wanted = {}
+    for n in range(6):
+        text = prompts[0, n].answers[0]
+        ids = [*processor.tokenizer.encode(text), processor.stop_id]
+        wanted[prompts.name((0, n))] = losses_by_decoding(vlm, params, prompts.sample((0, n)), ids)
+    assert all(abs(short - long) > 1e-3 for short, long in wanted.values())
+    with jax.set_mesh(mesh):
+        work = task.work(0, params)
+        loss = jax.jit(lambda params, rows: jax.lax.map(lambda x: task.loss(params, x, jax.random.key(0))[0], rows))
+        total = float(loss(params, work.batch).sum())
+        evaluated = task.evaluate(params)
+    task.close()
+    kinds = np.random.default_rng([config.seed, task._seeds[1], 0]).integers(2, size=6)
+    assert set(kinds) == {0, 1} and work.numbers["memory/long"] == kinds.mean()
+    by_hand = [wanted[name][kind] for name, kind in zip(work.sample_ids, kinds, strict=True)]
+    np.testing.assert_allclose(total / work.denominator, np.mean(by_hand), rtol=1e-5)
+    by_hand = [losses[n % 2] for n, losses in enumerate(wanted.values())]
+    np.testing.assert_allclose(evaluated["loss"], np.mean(by_hand), rtol=1e-5)
+
+
+def test_answers_alone_are_learned(make, mesh, params):
+    config = make(data__loss_weight="token")
+    task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
+    with jax.set_mesh(mesh):
+        work = task.work(0, params)
+    task.close()
+    speech, batch = task.model.speech, jax.device_get(work.batch)
+    weighted = batch.weights_BT > 0
+    texts = [task._stream.prompts[0, n].answers[0] for n in range(6)]
+    assert work.denominator == weighted.sum() == sum(len(text) + 1 for text in texts)
+    own = speech.invoke_ids + speech.end_ids
+    assert not np.isin(batch.targets_BT[weighted], own).any()
+    ends = np.isin(batch.tokens_BT, speech.end_ids) & (batch.segments_BT > 0)
+    assert ends.sum() == 6 and weighted[ends].all(), "the first token of an answer is foretold by the end token"
+    assert (batch.heard.kinds_BJ >= 0).sum() == 6
+
+
+def run(config, folder, stop_at=None):
+    """Trains; a Ctrl-C comes in the step `stop_at`."""
+    work = MemorySFT.work
+
+    def interrupting(task, step, params):
+        if step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return work(task, step, params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemorySFT, "work", interrupting)
+        return runs.run(config, folder, tasks=runs.TASKS | rl.TASKS, say=lambda line: None)
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "per_s", "goodput")
+    return [{key: x for key, x in line.items() if not any(word in key for word in times)} for line in lines]
+
+
+def test_it_learns_what_forms_memories_and_goes_on_where_it_stopped(make, mesh, tmp_path):
+    config = make(eval_every=8)
+    assert run(config, tmp_path / "whole")
+    assert not run(config, tmp_path / "parts", stop_at=2) and not run(config, tmp_path / "parts", stop_at=5)
+    assert run(config, tmp_path / "parts")
+    lines = records(tmp_path / "whole")
+    assert records(tmp_path / "parts") == lines
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 8 and np.mean(losses[-2:]) < losses[0] - 0.2, losses
+    assert lines[-1]["eval/loss"] < losses[0]
+    shapes, one = VLM(config.model).abstract(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    before, after = (
+        flatten(jax.device_get(load_params(tmp_path / "whole" / step, target))) for step in ("base/0", "warmup/8")
+    )
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert {"/".join(path.split("/")[:2]) for path in changed} == set(FORMATION)
+
+
+def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
+    lines = [{"prompt": "Say b", "answer": "b"}, {"prompt": "Say c"}, {"prompt": "Say d", "answer": "d<|im_end|>"},
+             {"prompt": "Say e", "answer": "e" * 180}]  # fmt: skip
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = {"data.train.0.path": str(tmp_path / "bad.jsonl"), "data.eval": []}
+    config = make(**keys)
+    task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
+    with pytest.raises(ValueError, match=r"on_bad_sample=skip"):
+        for _ in range(4):
+            task._stream.take()
+    task.close()
+    config = make(**keys, data__on_bad_sample="skip")
+    task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
+    assert {task._stream.take().prompt.text for _ in range(5)} == {"Say b"}
+    reasons = {name.rpartition(":")[2]: reason for name, reason in task._stream.skipped.items()}
+    task.close()
+    assert "must have an answer" in reasons["2"] and "control token <|im_end|>" in reasons["3"]
+    assert "may have 188; raise data.pack_tokens (sample" in reasons["4"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__memory": "none", "stages__0__trainable": ("decoder",)}, "memory_sft is for a memory that speaks"),
+        ({"stages__0__rl__kl": 0.1}, "unknown key config.stages.warmup.rl.kl"),
+        ({"stages__0__rl__prompts": 0}, "config.stages.warmup.rl: prompts must be at least 1"),
+        ({"data__train": []}, "data.train must name at least one JSONL file of prompts"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_done(make, mesh, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(make(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
