@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.rl import world
+from tests.rl import memory_world
+from tests.rl.memory_world import FORMATION
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.config import ConfigError, override
@@ -21,8 +22,6 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import eval_loss
 from vlmem_jax.train.stages import flatten
 
-FORMATION = ("memory/query_builder", "memory/short", "memory/long")
-
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
@@ -32,7 +31,8 @@ def make(tmp_path_factory):
         name="warmup", task="memory_sft", steps=6, learning_rate=3e-2, warmup_fraction=0.0, trainable=FORMATION,
         rl=dict(prompts=6),
     )  # fmt: skip
-    config = world.spoken_config(folder, [stage])
+    config = memory_world.config(folder)
+    config.stages = [stage]
     answers = [["b", "bcb a", "say b!"][n % 3] for n in range(6)]
     lines = [json.loads(line) | {"answer": answers[n]} for n, line in enumerate((folder / "prompts.jsonl").open())]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.rl import world
+from tests.rl import memory_world
+from tests.rl.memory_world import INVOCATION
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.checkpoint.store import parameter_paths
@@ -17,30 +18,13 @@ from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import flatten
 
-FORMATION = ("memory/query_builder", "memory/short", "memory/long")
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-INVOCATION = ("memory/special_", "memory/invoke_logit_bias")
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """An Experiment of the two stages on prompts with one image or none, from keys that differ."""
-    folder = tmp_path_factory.mktemp("world")
-    rollouts = dict(
-        rewards=[dict(name="tests.rl.own:letters_b")], prompts=2, group_size=4, max_new_tokens=8, rollout_rows=8
-    )
-    stages = [
-        dict(
-            name="formation", task="grpo", steps=2, learning_rate=1e-2, trainable=FORMATION,
-            rl=dict(rollouts, kl=0.015, invocation=dict(mode="delimiter_random", probability=0.9, anywhere=0.3),
-                    anywhere_from=0.0, drop_zero_variance=False),
-        ),
-        dict(
-            name="invocation", task="grpo", steps=2, learning_rate=1e-2, trainable=INVOCATION,
-            rl=dict(rollouts, kl=0.03, invocation_penalty=0.3, drop_zero_variance=False, minibatches=2),
-        ),
-    ]  # fmt: skip
-    config = world.spoken_config(folder, stages)
+    config = memory_world.config(tmp_path_factory.mktemp("world"))
 
     def made(**changes):
         return experiment(override(config, {key.replace("__", "."): value for key, value in changes.items()}))

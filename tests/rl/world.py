@@ -2,11 +2,6 @@
 
 import json
 
-import numpy as np
-from ml_collections import ConfigDict
-from PIL import Image
-
-from tests.patches_world import save_tokenizer
 from tests.train import world
 
 OWN = "tests.rl.own:letters_b"
@@ -34,29 +29,3 @@ def config(folder, rl=(), **changes):
         rows=8, pack_tokens=128, pack_tiles=6, threads=1,
     )  # fmt: skip
     return world.config(folder, **{"stages": [stage], "data": data, "mesh": dict(data=1, fsdp=-1), **changes})
-
-
-def spoken_config(folder, stages):
-    """A model with a memory that speaks, and `stages` on 6 prompts with one image or none."""
-    rng = np.random.default_rng(0)
-    lines = []
-    for n in range(6):
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(folder / f"{n}.png")
-        lines.append(json.dumps({"prompt": f"Say b {n}.", "images": [f"{n}.png"][: n % 2], "answer": "b"}) + "\n")
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    return ConfigDict(
-        dict(
-            model=dict(preset="tiny_qwen2_5_vl", memory="vismem", decoder=dict(layers=2)),
-            tokenizer=str(save_tokenizer(folder / "tokenizer")),
-            template="qwen2-vl",
-            system="",
-            image=dict(kind="patches", min_pixels=256, max_pixels=1024),
-            data=dict(
-                train=[dict(path=str(folder / "prompts.jsonl"))], rows=4, pack_tokens=192, pack_tiles=64, threads=1
-            ),
-            stages=stages,
-            mesh=dict(data=1, fsdp=1),
-            checkpoint=dict(every=1, keep_last=2, keep_best=0, content="trained"),
-            log_every=1,
-        )
-    )

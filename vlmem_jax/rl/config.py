@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Literal
 
-import jax
-
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.rl.rewards import RewardConfig
@@ -157,8 +155,6 @@ def sft_config(stage: StageConfig) -> MemorySFTConfig:
 def check_prompted(experiment: Experiment, stage: StageConfig) -> None:
     """Raises ConfigError, naming the key, where a stage cannot learn from prompts that it reads one by one."""
     data, decoder, where = experiment.data_of(stage), experiment.model.decoder, f"config.stages.{stage.name}"
-    if jax.process_count() > 1:
-        raise ConfigError(f"{where}.task: {stage.task} runs in one process, this one is of {jax.process_count()}")
     if not data.train:
         raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
     if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:

@@ -20,7 +20,7 @@ from vlmem_jax.rl.config import check_prompted, sft_config
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
 from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
-from vlmem_jax.sharding import batch_sharding, shards
+from vlmem_jax.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.next_token import NextTokenLoss, eval_loss, experiment_processor
@@ -79,10 +79,10 @@ class MemorySFT(NextTokenLoss):
     def work(self, step: int, params: dict) -> Work:
         """The rows of `step`."""
         with jax.transfer_guard("allow"):
-            loaded = [self._stream.take() for _ in range(self.config.prompts)]
+            loaded = self._stream.take_same(self.config.prompts)
             kinds = np.random.default_rng([*self._seeds, step]).integers(2, size=len(loaded))
             batch = self._rows(params, loaded, kinds)
-            placed = jax.device_put(batch, batch_sharding(self._mesh, leading=1))
+            placed = put(batch, batch_sharding(self._mesh, leading=1))
         counts = {
             "tokens": int((batch.segments_BT > 0).sum()),
             "tiles": sum(len(one.sample.pixels_ISSc) for one in loaded),
@@ -100,7 +100,7 @@ class MemorySFT(NextTokenLoss):
                 weight += float(batch.weights_BT.sum())
                 for n in range(len(batch.tokens_BT)):
                     part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
-                    part = jax.device_put(part, batch_sharding(self._mesh, leading=1))
+                    part = put(part, batch_sharding(self._mesh, leading=1))
                     losses.append(eval_loss(self.model, params, part, self.chunk))
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)} if losses else {}
 

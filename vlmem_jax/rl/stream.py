@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from vlmem_jax.data import DataConfig, Prompt, Prompts
+from vlmem_jax.data import DataConfig, Prompt, Prompts, hosts
 from vlmem_jax.data.plan import SKIP_HINT, draws
 from vlmem_jax.data.samples import Key
 from vlmem_jax.processing import Processor
@@ -99,6 +99,13 @@ class PromptStream:
                 self.skipped[name] = str(error)
             if len(self.skipped) == sum(self.prompts.counts):
                 raise ValueError(f"no prompt of the data can be used; one of them: {self.skipped[name]}")
+
+    def take_same(self, count: int) -> list[Loaded]:
+        """The next `count` prompts. Raises ValueError as `take` does, and where hosts read different ones."""
+        loaded = [self.take() for _ in range(count)]
+        read = {f"prompt {n}": [one.prompt.name, len(one.sample.tokens_T)] for n, one in enumerate(loaded)}
+        hosts.require_same("hosts must read the same prompts", read)
+        return loaded
 
     def go_to(self, drawn: int) -> None:
         """Goes on as if so many prompts had been drawn."""
