@@ -1,7 +1,7 @@
 """The supervised warm-up of a memory: what is learned from what, and that it learns, alone, and resumes."""
 
 import json
-import signal
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import eval_loss
 from vlmem_jax.train.stages import flatten
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,6 @@ def make(tmp_path_factory):
         base = {"data.eval": config.data.train, "data.loss_weight": "sample", "model.vismem.lora.dropout": 0.0}
         return experiment(override(config, {**base, **changes}))
 
-    made.folder = folder
     return made
 
 
@@ -123,18 +124,8 @@ def test_answers_alone_are_learned(make, mesh, params):
     assert (batch.heard.kinds_BJ >= 0).sum() == 6
 
 
-def run(config, folder, stop_at=None):
-    """Trains; a Ctrl-C comes in the step `stop_at`."""
-    work = MemorySFT.work
-
-    def interrupting(task, step, params):
-        if step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return work(task, step, params)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MemorySFT, "work", interrupting)
-        return runs.run(config, folder, tasks=runs.TASKS | rl.TASKS, say=lambda line: None)
+def run(config, folder):
+    return runs.run(config, folder, tasks=runs.TASKS | rl.TASKS, say=lambda line: None)
 
 
 def records(folder):
@@ -143,12 +134,14 @@ def records(folder):
     return [{key: x for key, x in line.items() if not any(word in key for word in times)} for line in lines]
 
 
+@pytest.mark.slow
 def test_it_learns_what_forms_memories_and_goes_on_where_it_stopped(make, mesh, tmp_path):
-    config = make(**{"data.eval": [], "checkpoint.every": 6})
+    config = make(**{"data.eval": [], "checkpoint.every": 3})
     assert run(config, tmp_path / "whole")
-    assert not run(config, tmp_path / "parts", stop_at=3) and run(config, tmp_path / "parts")
     lines = records(tmp_path / "whole")
-    assert records(tmp_path / "parts") == lines
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "warmup" / "6")
+    assert run(config, tmp_path / "killed") and records(tmp_path / "killed") == lines
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.15, losses
     shapes, one = VLM(config.model).abstract(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
