@@ -1,13 +1,13 @@
-"""The keys of reinforcement learning, `stages.N.rl`."""
+"""The keys of the tasks that learn from prompts, `stages.N.rl`."""
 
 import dataclasses
 from typing import Literal
 
-from vlmem_jax.config import build
+from vlmem_jax.config import ConfigError, build
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.rl.rewards import RewardConfig
 from vlmem_jax.sharding import MeshConfig
-from vlmem_jax.train.config import StageConfig
+from vlmem_jax.train.config import Experiment, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +127,38 @@ class RLConfig:
         return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
+@dataclasses.dataclass(frozen=True)
+class MemorySFTConfig:
+    """Supervised warm-up of what forms memories. The answers of prompts are its targets."""
+
+    prompts: int = 8
+    """Of a step."""
+    rollout_rows: int = 64
+    """Prompts that are read at the same time, to hear what a memory is formed from."""
+
+    def __post_init__(self):
+        for key in ("prompts", "rollout_rows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+
+
 def rl_config(stage: StageConfig) -> RLConfig:
-    """The keys `rl` of a stage. Raises ConfigError, naming the key."""
+    """The keys `rl` of a stage of the task grpo. Raises ConfigError, naming the key."""
     return build(RLConfig, stage.rl, f"config.stages.{stage.name}.rl")
+
+
+def sft_config(stage: StageConfig) -> MemorySFTConfig:
+    """The keys `rl` of a stage of the task memory_sft. Raises ConfigError, naming the key."""
+    return build(MemorySFTConfig, stage.rl, f"config.stages.{stage.name}.rl")
+
+
+def check_prompted(experiment: Experiment, stage: StageConfig) -> None:
+    """Raises ConfigError, naming the key, where a stage cannot learn from prompts that it reads one by one."""
+    data, decoder, where = experiment.data_of(stage), experiment.model.decoder, f"config.stages.{stage.name}"
+    if not data.train:
+        raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
+    if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:
+        raise ConfigError(
+            f"{where}: data.pack_tokens {data.pack_tokens} must be at most model.decoder.max_positions "
+            f"{decoder.max_positions}: beyond it, dynamic NTK turns packed tokens otherwise than those drawn"
+        )

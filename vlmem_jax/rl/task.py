@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlmem_jax.config import ConfigError
-from vlmem_jax.data import Prompt, Prompts, hosts
+from vlmem_jax.data import Prompt, hosts
 from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
@@ -27,13 +27,13 @@ from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
-from vlmem_jax.rl.config import RLConfig, rl_config
+from vlmem_jax.rl.config import RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
-from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts
+from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts, trainer_generator
 from vlmem_jax.rl.rows import Rows, pack_trajectories
-from vlmem_jax.rl.stream import Loaded, PromptStream
+from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
@@ -105,9 +105,8 @@ class GRPO(GRPOLoss):
         self.check(experiment, stage)
         config = rl_config(stage)
         self._processor = experiment_processor(experiment, model)
-        self._never_sampled = never_sampled(self._processor, model)
         by_memory = config.invocation.banned_ids(model.speech) if model.speech else ()
-        super().__init__(model, config, experiment.loss_chunk, self._never_sampled + by_memory)
+        super().__init__(model, config, experiment.loss_chunk, never_sampled(self._processor, model) + by_memory)
         self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._experiment, self._stage, self._mesh, self._workdir = experiment, stage, mesh, as_path(workdir)
         data = experiment.data_of(stage)
@@ -119,7 +118,7 @@ class GRPO(GRPOLoss):
         self._rewards = Rewards(config.rewards)
         self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
         self._stream = PromptStream(
-            Prompts(data.train, self._processor),
+            self._processor,
             data,
             experiment.seed,
             ahead=config.prompts,
@@ -127,7 +126,6 @@ class GRPO(GRPOLoss):
             check=self._rewards.check,
             fits=self._fits,
         )
-        self._held_out = Prompts(data.eval, self._processor)
         self._split = Split.of(stage, list(flatten(model.abstract())))
         self._reference: Flat | None = None
         self._restored = False
@@ -148,13 +146,12 @@ class GRPO(GRPOLoss):
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
         """Raises ConfigError, naming the key, where a stage cannot be trained by this task."""
-        config, data, decoder = rl_config(stage), experiment.data_of(stage), experiment.model.decoder
+        config, data = rl_config(stage), experiment.data_of(stage)
         where = f"config.stages.{stage.name}"
+        check_prompted(experiment, stage)
         Rewards(config.rewards, f"{where}.rl.rewards")
         if config.reference != "start":
             imported(config.reference, f"{where}.rl.reference")
-        if not data.train:
-            raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
         speech = VLM(experiment.model).speech
         if speech is None and (config.invocation != InvocationConfig() or config.invocation_penalty is not None):
             raise ConfigError(
@@ -175,11 +172,6 @@ class GRPO(GRPOLoss):
             raise ConfigError(
                 f"{where}.rl.invocation_penalty teaches when to call for memories, but none have been formed yet: "
                 "train a stage that forms them before, or set init to a checkpoint of one"
-            )
-        if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:
-            raise ConfigError(
-                f"{where}: data.pack_tokens {data.pack_tokens} must be at most model.decoder.max_positions "
-                f"{decoder.max_positions}: beyond it, dynamic NTK turns packed tokens otherwise than those drawn"
             )
         if experiment.model.memory == "comemo" and experiment.model.comemo.decode_position != "continue":
             raise ConfigError(
@@ -216,17 +208,13 @@ class GRPO(GRPOLoss):
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
-        keys = [(file, line) for file, count in enumerate(self._held_out.counts) for line in range(count)]
         invocation = self._invocation(self._step)
         scores: list[np.ndarray] = []
         with jax.transfer_guard("allow"):
             generator = self._generator(params)
-            for first in range(0, len(keys), self.config.rollout_rows):
-                loaded = list(self._pool.map(self._load_held_out, keys[first : first + self.config.rollout_rows]))
-                loaded = [one for one in loaded if one is not None]
-                if loaded:
-                    keys_PG = self._keys(0, len(loaded), 1)
-                    scores.append(self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1].of_all)
+            for loaded in self._stream.held_out(self.config.rollout_rows):
+                keys_PG = self._keys(0, len(loaded), 1)
+                scores.append(self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1].of_all)
         if not scores:
             return {}
         score = float(np.concatenate(scores).mean())
@@ -278,9 +266,7 @@ class GRPO(GRPOLoss):
             self._beta *= 1.5 if measured > 1.5 * config.kl_target else 1.0
             self._beta /= 1.5 if measured < config.kl_target / 1.5 else 1.0
         self._kl, self._kl_tokens = 0.0, 0
-        loaded = [self._stream.take() for _ in range(config.prompts)]
-        read = {f"prompt {n}": [one.prompt.name, len(one.sample.tokens_T)] for n, one in enumerate(loaded)}
-        hosts.require_same("hosts must read the same prompts", read)
+        loaded = self._stream.take_same(config.prompts)
         start = time.perf_counter()
         generator, keys_PG = self._generator(params), self._keys(phase, config.prompts, config.group_size)
         invocation = self._invocation(phase * config.steps)
@@ -402,44 +388,13 @@ class GRPO(GRPOLoss):
             return 0.0, True
 
     def _generator(self, params: dict) -> Generator:
-        """Samples with the trainer's own arrays; those of another dtype or mesh are laid out anew, once."""
-        mesh, dtype = self._rollout_mesh, self.model.dtype
-        places = flatten(param_shardings(mesh, self.model.abstract(), self.model.axes()))
-        flat = flatten(params)
-        cast = {path: x.astype(dtype) for path, x in flat.items() if x.dtype != dtype}
-        flat |= cast
-        if mesh is not self._mesh:
-            flat = jax.device_put(flat, {path: places[path] for path in flat})
-        return Generator(
-            self.model,
-            unflatten(flat),
-            stop_ids=self._processor.stop_ids,
-            banned_ids=self._never_sampled,
-            delimiter_ids=self._delimiter_ids,
-            mesh=mesh,
-        )
-
-    def _load_held_out(self, key: Key) -> Loaded | None:
-        try:
-            return self._stream.load(key, self._held_out)
-        except ValueError:
-            if self._data.on_bad_sample == "raise":
-                raise
-            return None
+        """Samples with the trainer's own arrays, as far as they lie on the mesh of the rollouts."""
+        moved = None if self._rollout_mesh is self._mesh else self._rollout_mesh
+        return trainer_generator(self.model, params, self._processor, self._mesh, moved, self._delimiter_ids)
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
-        data, new = self._data, longest_answer(self.config, self.model.speech)
-        if len(sample.tokens_T) + new > data.pack_tokens:
-            raise ValueError(
-                f"a row must hold a prompt and its answer, {data.pack_tokens} tokens, but this prompt has "
-                f"{len(sample.tokens_T)} and the answer, with its memories, may have {new}; raise "
-                f"data.pack_tokens or lower stages.{self._stage.name}.rl.max_new_tokens (sample {prompt.name})"
-            )
-        if len(sample.pixels_ISSc) > data.pack_tiles:
-            raise ValueError(
-                f"a row has {data.pack_tiles} tiles but this prompt has {len(sample.pixels_ISSc)}; "
-                f"raise data.pack_tiles (sample {prompt.name})"
-            )
+        knob = f"stages.{self._stage.name}.rl.max_new_tokens"
+        check_fits(self._data, prompt, sample, longest_answer(self.config, self.model.speech), knob)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
