@@ -3,6 +3,7 @@
 FOLDER/images/train/*.png, images/heldout/*.png    mosaics of 4 x 4 digits
 FOLDER/reading.jsonl    conversations to learn to read: transcriptions, rows, columns, cells
 FOLDER/steps.jsonl      conversations whose answers write the steps out, to learn to answer
+FOLDER/worked.jsonl     one question a line, its answer with the steps: what memories are warmed up on
 FOLDER/prompts.jsonl    such questions with the last step alone: what is reinforced
 FOLDER/heldout.jsonl    as prompts, of digits that training never sees: the accuracy
 FOLDER/tokenizer/
@@ -11,6 +12,7 @@ FOLDER/tokenizer/
 import dataclasses
 import itertools
 import pathlib
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +29,11 @@ TILE = (1, 1)
 """The grid of every picture."""
 END, MEMORY = ".", ("<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>")
 """What ends the last step, and the tokens that call for a memory and end it, short and long (VisMem sec. 3)."""
-KEPT = (*(str(n) for n in range(10, 9 * CELLS + 1)), *KINDS, "makes", ";", END, "Answer:", *MEMORY)
+PAUSE = "um"
+"""Says nothing: before some steps, so that a model gets used to tokens that are no step, as memories are."""
+HESITATION, LONGEST_PAUSE = 0.25, 6
+"""How likely a pause is before a step, and how long it may be."""
+KEPT = (*(str(n) for n in range(10, 9 * CELLS + 1)), *KINDS, "makes", ";", END, "Answer:", PAUSE, *MEMORY)
 """Tokens that the demo's tokenizer needs besides."""
 HEADER_TOKENS = 5 + CELLS**2
 """Before the first question: control tokens, the image's name, the image."""
@@ -69,6 +75,14 @@ def ask(kind: Kind, digits_RC: Int[np.ndarray, "R C"], axis: Literal["row", "col
     return Question(text, answer, TURN_TOKENS + 2 + len(spaced.split()))
 
 
+def hesitating(rng: np.random.Generator, question: Question) -> Question:
+    """With pauses in its answer."""
+    steps = re.split(r"(?<=[;.]) ", question.answer)
+    pauses = rng.integers(1, LONGEST_PAUSE + 1, len(steps)) * (rng.random(len(steps)) < HESITATION)
+    answer = " ".join(f"{PAUSE} " * count + step for count, step in zip(pauses, steps, strict=True))
+    return dataclasses.replace(question, answer=answer, tokens=question.tokens + int(pauses.sum()))
+
+
 def final(answer: str) -> str:
     """The last step of an answer."""
     return answer.rpartition("Answer:")[2].strip()
@@ -83,6 +97,7 @@ def write_steps(folder: pathlib.Path, config: StepsConfig) -> None:
     lines = (reading(rng, album, config.tokens) for _ in range(config.reading_lines))
     write_lines(folder / "reading.jsonl", lines)
     write_lines(folder / "steps.jsonl", (_steps(rng, album, config.tokens) for _ in range(config.steps_lines)))
+    write_lines(folder / "worked.jsonl", (_worked(_prompt(rng, album)) for _ in range(config.prompts)))
     write_lines(folder / "prompts.jsonl", (_prompt(rng, album) for _ in range(config.prompts)))
     album = Album(folder, "heldout", heldout, {TILE: config.heldout}, rng)
     write_lines(folder / "heldout.jsonl", (_prompt(rng, album) for _ in range(config.heldout)))
@@ -99,14 +114,15 @@ def _all(digits_RC: np.ndarray) -> list[tuple[Kind, Question]]:
 
 
 def _steps(rng: np.random.Generator, album: Album, tokens: int) -> dict[str, Any]:
-    """A conversation of different questions, in any order, that nearly fills `tokens`."""
+    """A conversation of different questions, in any order and with pauses, that nearly fills `tokens`."""
     paths, [mosaic] = album.pick(rng, TILE, 1)
     questions, left = _all(mosaic.digits_RC), tokens - HEADER_TOKENS
     chosen = []
     for n in rng.permutation(len(questions)):
-        if questions[n][1].tokens <= left:
-            chosen.append(questions[n][1])
-            left -= chosen[-1].tokens
+        question = hesitating(rng, questions[n][1])
+        if question.tokens <= left:
+            chosen.append(question)
+            left -= question.tokens
     return {"image": paths, "conversations": conversation(1, chosen)}
 
 
@@ -123,3 +139,7 @@ def _prompt(rng: np.random.Generator, album: Album) -> dict[str, Any]:
         "source": kind,
         "steps": question.answer,
     }
+
+
+def _worked(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {**prompt, "answer": prompt["steps"], "answer_type": "text"}

@@ -1,7 +1,8 @@
 """VisMem's demo: a small Qwen2.5-VL learns to answer in steps, then when to remember what is learned by reward alone.
 
 The base stands for the public model that VisMem starts from, and is handed over as such: in the Hugging Face layout,
-without memory. Stage I trains what forms memories, stage II when to call for which (arXiv 2511.11007).
+without memory. After a supervised warm-up of what forms memories, stage I trains it by reward, and stage II when to
+call for which (arXiv 2511.11007).
 """
 
 import dataclasses
@@ -21,15 +22,15 @@ from vlmem_jax.demo.config import common, conversations, stage
 from vlmem_jax.demo.job import Say, Workdir
 from vlmem_jax.demo.mosaics import load_digits
 from vlmem_jax.demo.pictures import records
-from vlmem_jax.demo.steps import END, MEMORY, StepsConfig, token_ids, write_steps
+from vlmem_jax.demo.steps import MEMORY, PAUSE, StepsConfig, token_ids, write_steps
 from vlmem_jax.evals import EvalConfig, evaluate
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, load_model
 
 BASE_STEPS = {"read": 400, "answer": 240}
 """Learning to read, then to answer in steps."""
-VISMEM_STEPS = {"formation": 60, "invocation": 60}
-ANSWER_TOKENS = 24
-"""Most that a model chooses; a right answer has 17, and calls for memories count."""
+VISMEM_STEPS = {"warmup": 120, "formation": 50, "invocation": 60}
+ANSWER_TOKENS = 28
+"""Most that a model chooses; a right answer has 17, and pauses and calls for memories count."""
 BATCH = 100
 """Held-out questions answered together."""
 RANDOM = InvocationConfig("delimiter_random", probability=0.25)
@@ -37,6 +38,7 @@ RANDOM = InvocationConfig("delimiter_random", probability=0.25)
 OFF = InvocationConfig("never")
 DEFAULT_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
     "sft": ("base", "base, no memory", OFF),
+    "warmup": ("vismem/warmup", "after the warm-up, called at random (25 %)", RANDOM),
     "formation": ("vismem/formation", "after stage I, called at random (25 %)", RANDOM),
     "invocation": ("vismem", "after stage II, called by the model", InvocationConfig()),
     "off": ("vismem", "after stage II, memory off", OFF),
@@ -94,18 +96,27 @@ def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
 
 
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
-    """The two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
+    """A warm-up and the two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
     rollouts = {"prompts": 8, "group_size": 8, "rollout_rows": 64, "max_new_tokens": ANSWER_TOKENS}
     random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
     adam = {"name": "adamw", "weight_decay": 0.0}
+    forming = {"trainable": ("memory/query_builder", "memory/short", "memory/long"), "optimizer": adam}
     stages = [
+        stage(
+            "warmup",
+            recipe.vismem["warmup"],
+            3e-3,
+            task="memory_sft",
+            data=conversations(dataset, "worked", tokens=128, tiles=32),
+            rl={"prompts": 32, "rollout_rows": 32},
+            **forming,
+        ),
         stage(
             "formation",
             recipe.vismem["formation"],
-            3e-3,
+            1e-3,
             task="grpo",
-            trainable=("memory/query_builder", "memory/short", "memory/long"),
-            optimizer=adam,
+            **forming,
             rl={**rollouts, "invocation": random, "kl": 0.015},
         ),
         stage(
@@ -133,7 +144,7 @@ def _experiment(
     init: Path | None = None,
     **more: Any,
 ) -> ConfigDict:
-    own = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(END)[0]}
+    own = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "memory_output": "rescaled"}
     return ConfigDict(
         common(dataset, stages, seed, init)
         | {

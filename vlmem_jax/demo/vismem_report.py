@@ -183,7 +183,8 @@ def _how(summary: Mapping[str, Any]) -> str:
         "<h2>How it was made</h2><p>Pictures are mosaics of scikit-learn's handwritten digits: "
         f"{summary['dataset']['train_digits']:,} for training, {summary['dataset']['heldout_digits']} held out. The "
         "base model (stages read and answer, supervised) stands for the public model that VisMem starts from; it is "
-        "handed over in the Hugging Face layout, without memory. The stages formation and invocation are those of the "
-        "paper (VisMem, arXiv 2511.11007), far shorter: GRPO, whose reward is 1 for a right answer and 0 otherwise. "
+        "handed over in the Hugging Face layout, without memory. In the warm-up, what forms memories learns from answers "
+        "with their steps. The stages formation and invocation are those of the paper (VisMem, arXiv 2511.11007), far "
+        "shorter: GRPO, whose reward is 1 for a right answer and 0 otherwise. "
         f"They leave the base as it is.</p><p>Steps: {steps}. Time of this call: {seconds}.</p>"
     )

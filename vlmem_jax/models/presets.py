@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         memory="none",
         vismem=dict(
-            query_len=4, short_len=4, long_len=8, query_builder=dict(layers=1, heads=4, ff_mult=2),
+            query_len=4, short_len=2, long_len=4, query_builder=dict(layers=1, heads=4, ff_mult=2),
             lora=dict(rank=8, alpha=16.0, dropout=0.0), max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
             max_invocations=4, token_ids=(124, 125, 126, 127),
         ),
