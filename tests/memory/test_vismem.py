@@ -14,7 +14,7 @@ from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
-from vlmem_jax.memory.vismem import INVOKE_BIAS, ROWS_NOISE, kept
+from vlmem_jax.memory.vismem import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
@@ -386,7 +386,7 @@ def test_its_tokens_start_from_one_that_there_is(vlm):
     for name, row in rows.items():
         apart = memory[name] - row
         assert 0.5 * ROWS_NOISE < apart.std() < 2 * ROWS_NOISE and len(np.unique(apart)) > 0.9 * apart.size
-    assert memory["invoke_logit_bias"].tolist() == [INVOKE_BIAS]
+    assert memory["invoke_logit_bias"].tolist() == [vlm.config.vismem.invoke_bias]
     sizes = jnp.sqrt((params["decoder"]["embed"] ** 2).mean(-1))
     np.testing.assert_allclose(memory["short"]["gain"], sizes.mean(), rtol=1e-5)
 

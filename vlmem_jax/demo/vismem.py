@@ -26,9 +26,9 @@ from vlmem_jax.demo.steps import MEMORY, PAUSE, StepsConfig, token_ids, write_st
 from vlmem_jax.evals import EvalConfig, evaluate
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, load_model
 
-BASE_STEPS = {"read": 400, "answer": 240}
+BASE_STEPS = {"read": 480, "answer": 400}
 """Learning to read, then to answer in steps."""
-VISMEM_STEPS = {"warmup": 120, "formation": 50, "invocation": 60}
+VISMEM_STEPS = {"warmup": 60, "formation": 40, "invocation": 60}
 ANSWER_TOKENS = 28
 """Most that a model chooses; a right answer has 17, and pauses and calls for memories count."""
 BATCH = 100
@@ -98,6 +98,7 @@ def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
     """A warm-up and the two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
     rollouts = {"prompts": 8, "group_size": 8, "rollout_rows": 64, "max_new_tokens": ANSWER_TOKENS}
+    rollouts["drop_zero_variance"] = False  # always as many answers: fewer shapes to compile
     random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
     adam = {"name": "adamw", "weight_decay": 0.0}
     forming = {"trainable": ("memory/query_builder", "memory/short", "memory/long"), "optimizer": adam}
@@ -105,7 +106,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
         stage(
             "warmup",
             recipe.vismem["warmup"],
-            3e-3,
+            6e-3,
             task="memory_sft",
             data=conversations(dataset, "worked", tokens=128, tiles=32),
             rl={"prompts": 32, "rollout_rows": 32},
@@ -122,7 +123,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
         stage(
             "invocation",
             recipe.vismem["invocation"],
-            2e-2,
+            1e-2,
             task="grpo",
             trainable=("memory/special_", "memory/invoke_logit_bias"),
             optimizer=adam,
@@ -144,11 +145,12 @@ def _experiment(
     init: Path | None = None,
     **more: Any,
 ) -> ConfigDict:
-    own = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "memory_output": "rescaled"}
+    # at first it calls for memories as often as it pauses
+    calls = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
     return ConfigDict(
         common(dataset, stages, seed, init)
         | {
-            "model": {"preset": "digits_qwen2_5_vl", "memory": memory, "vismem": own},
+            "model": {"preset": "digits_qwen2_5_vl", "memory": memory, "vismem": {**calls, "memory_output": "rescaled"}},
             "template": "qwen2-vl",
             "image": {"kind": "patches", "min_pixels": 256, "max_pixels": 4096},
             "data": data,

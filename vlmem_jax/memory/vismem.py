@@ -26,8 +26,6 @@ from vlmem_jax.types import Batch, Heard
 
 ROWS_NOISE = 1e-3
 """Standard deviation of what the rows of special tokens start apart by."""
-INVOKE_BIAS = -4.0
-"""Start of the bias: an untrained model that ends a sentence should not call instead."""
 ATTENTION_BLOCK = 128
 """Long sequences of a former are padded to a multiple of it, which attention kernels ask for."""
 
@@ -64,6 +62,8 @@ class VisMemConfig:
     """Tokens before and after an image, for llm_hidden_first_span."""
     end_rate: float = 0.1
     """The learning rate of the rows of end tokens, which are never chosen, as a part of the others'."""
+    invoke_bias: float = -4.0
+    """Start of the bias on calls: an untrained model that ends a sentence should not call instead."""
     start_id: int = 13
     """The token from whose rows those of the four start: a full stop."""
 
@@ -165,7 +165,7 @@ class VisMem(Memory):
         init = nnx.initializers.normal(0.02)
         self.special_in = param(init, (4, decoder.width), ("slots", "embed"), rngs)
         self.special_out = param(init, (4, decoder.width), ("slots", "embed"), rngs)
-        self.invoke_logit_bias = param(nnx.initializers.constant(INVOKE_BIAS), (1,), ("scalar",), rngs)
+        self.invoke_logit_bias = param(nnx.initializers.constant(config.invoke_bias), (1,), ("scalar",), rngs)
 
     def adopt(self, start: TokenStart, key: jax.Array) -> None:
         """Rows of special tokens start from those of a full stop, gains from the size of embeddings."""
