@@ -46,14 +46,14 @@ def summary(workdir):
 @pytest.mark.slow
 def test_every_number_is_in_the_summary(summary):
     vismem = summary["vismem"]
-    rows = ["sft", "formation", "invocation", "off", "always", "random_50", "random_75", "short_only", "long_only"]
-    assert list(vismem["accuracy"]) == [*rows, "reversed"]
+    rows = ["sft", "warmup", "formation", "invocation", "off", "always", "random_50", "random_75", "short_only"]
+    assert list(vismem["accuracy"]) == [*rows, "long_only", "reversed"]
     assert all(0 <= accuracy <= 1 for accuracy in vismem["accuracy"].values())
     assert vismem["accuracy"]["off"] == vismem["accuracy"]["sft"]  # VisMem leaves the base as it is
     for name, score in vismem["scores"].items():
         assert score["scored"] == summary["dataset"]["heldout"]
         called = score["invocation"]["per_sample"] if name != "sft" else 0
-        assert (called > 0) or name not in ("formation", "always", "random_75")
+        assert (called > 0) or name not in ("warmup", "formation", "always", "random_75")
         assert called == 0 or name not in ("sft", "off")
     assert vismem["scores"]["short_only"]["invocation"]["ratio"]["long"] == 0
     assert vismem["scores"]["long_only"]["invocation"]["ratio"]["short"] == 0
@@ -75,7 +75,7 @@ def test_the_report_needs_no_other_file(workdir):
 def test_a_second_call_trains_nothing_again_and_gives_the_same_numbers(workdir, summary, capfd):
     assert main(["demo", "--memory", "vismem", "--workdir", str(workdir), "--steps-scale", "0.01"]) == 0
     printed = capfd.readouterr().out
-    assert printed.count("is done") == 4 and "trains" not in printed
+    assert printed.count("is done") == 5 and "trains" not in printed
     again = json.loads((workdir / "summary.json").read_text())["vismem"]["accuracy"]
     assert again == {name: summary["vismem"]["accuracy"][name] for name in again}
 

@@ -28,7 +28,7 @@ from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, lo
 
 BASE_STEPS = {"read": 480, "answer": 400}
 """Learning to read, then to answer in steps."""
-VISMEM_STEPS = {"warmup": 60, "formation": 40, "invocation": 60}
+VISMEM_STEPS = {"warmup": 60, "formation": 40, "invocation": 40}
 ANSWER_TOKENS = 28
 """Most that a model chooses; a right answer has 17, and pauses and calls for memories count."""
 BATCH = 100
@@ -115,7 +115,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
         stage(
             "formation",
             recipe.vismem["formation"],
-            1e-3,
+            3e-4,
             task="grpo",
             **forming,
             rl={**rollouts, "invocation": random, "kl": 0.015},
