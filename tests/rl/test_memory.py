@@ -26,9 +26,10 @@ DATA = DataConfig(pack_tokens=384, pack_tiles=64, loss_weight="sample")
 CALLED = InvocationConfig("delimiter_random", probability=0.4, anywhere=0.1)
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": {"layers": 2}}))
+@pytest.fixture(scope="module", params=["lora_llm", "lora_vision"])
+def vlm(request):
+    memory = {"former": request.param, "vision_layer": 1}
+    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": memory, "decoder": {"layers": 2}}))
 
 
 @pytest.fixture(scope="module")
