@@ -78,7 +78,7 @@ def start(vlm: VLM, params: dict, batch, capacity: int):
     rows, vocab = batch.tokens_BT.shape[0], vlm.config.decoder.vocab
     with generator.context():
         logits_BV, state = generator.prefill(params, jax.device_put(batch), capacity)
-    choice = Choice.make(SamplingConfig(), rows, vocab, [], [])
+    choice = generator.put(Choice.make(SamplingConfig(), rows, vocab, [], []))
     return generator, state, logits_BV, jnp.zeros(rows, bool), choice
 
 

@@ -67,3 +67,13 @@ def _forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """Programs that run slowly, here and in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

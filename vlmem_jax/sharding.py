@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -141,6 +143,18 @@ def shards(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     names = LOGICAL_AXES[axis]
     return 1 if mesh.empty else math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+
+
+def put(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Arrays of the host, the same on all hosts, on the devices; each host sends what its own ones hold."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__), tree)
+
+
+def replicate(tree: Any) -> Any:
+    """Pins every array to all devices of the ambient mesh whole, so that any host can read it."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -26,7 +26,7 @@ def test_draws_follow_the_distribution():
     p = np.array([0.2, 0.0, 0.5, 0.3])
     rows = 4000
     logits = jnp.log(jnp.tile(jnp.asarray(p), (rows, 1)))
-    choice = Choice.make(SamplingConfig(temperature=1.0), rows, 4, [2], [])
+    choice = jax.tree.map(jnp.asarray, Choice.make(SamplingConfig(temperature=1.0), rows, 4, [2], []))
     drawn, logp = choose(logits.astype(jnp.float32), choice, jnp.zeros(rows, jnp.int32), greedy=False)
     shares = np.bincount(drawn, minlength=4) / rows
     np.testing.assert_allclose(shares, [0.4, 0, 0, 0.6], atol=0.03)

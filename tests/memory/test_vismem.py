@@ -300,12 +300,10 @@ def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
     hidden = jax.jit(short.hidden)(params, batch)[0]
     seen = short.encode_images(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
     slots = prompt.slots_T[prompt.slots_T >= 0]
-    length = int(formed.heard.lengths_BJ[formed.index, 0])
-    assert length == len(slots) + 5
-    states = formed.heard.states_BJLD[formed.index, 0]
-    np.testing.assert_allclose(states[: len(slots)], seen[slots], atol=1e-5)
+    assert len(formed.states_LD) == len(slots) + 5
+    np.testing.assert_allclose(formed.states_LD[: len(slots)], seen[slots], atol=1e-5)
     end = len(longer.tokens_T)
-    np.testing.assert_allclose(states[len(slots) : length], hidden[end - 5 : end], atol=1e-4)
+    np.testing.assert_allclose(formed.states_LD[len(slots) :], hidden[end - 5 : end], atol=1e-4)
 
 
 def test_of_too_many_visual_states_neighbours_are_averaged():

@@ -132,10 +132,8 @@ def test_the_loop_gives_the_recorded_tokens(traced, name):
             formed = [each for each in session.invocations if each.row == row]
             for each, wanted in zip(formed, trace.invocations, strict=True):
                 assert each.kind == wanted["kind"]
-                length = int(each.heard.lengths_BJ[each.index, 0])
-                assert length == wanted["num_visual"] + wanted["num_text"]
-                states = each.heard.states_BJLD[each.index, 0, :length]
-                np.testing.assert_allclose(states, wanted["H"][0], **STATES)
+                assert len(each.states_LD) == wanted["num_visual"] + wanted["num_text"]
+                np.testing.assert_allclose(each.states_LD, wanted["H"][0], **STATES)
 
 
 @pytest.mark.parametrize("name", TRACES)

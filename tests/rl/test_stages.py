@@ -5,10 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from PIL import Image
 
-from tests.patches_world import save_tokenizer
+from tests.rl import memory_world
+from tests.rl.memory_world import INVOCATION
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.checkpoint.store import parameter_paths
@@ -19,51 +18,13 @@ from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import flatten
 
-FORMATION = ("memory/query_builder", "memory/short", "memory/long")
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-INVOCATION = ("memory/special_", "memory/invoke_logit_bias")
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """An Experiment of the two stages on prompts with one image or none, from keys that differ."""
-    folder = tmp_path_factory.mktemp("world")
-    rng = np.random.default_rng(0)
-    lines = []
-    for n in range(6):
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(folder / f"{n}.png")
-        lines.append(json.dumps({"prompt": f"Say b {n}.", "images": [f"{n}.png"][: n % 2], "answer": "b"}) + "\n")
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    rollouts = dict(
-        rewards=[dict(name="tests.rl.own:letters_b")], prompts=2, group_size=4, max_new_tokens=8, rollout_rows=8
-    )
-    stages = [
-        dict(
-            name="formation", task="grpo", steps=2, learning_rate=1e-2, trainable=FORMATION,
-            rl=dict(rollouts, kl=0.015, invocation=dict(mode="delimiter_random", probability=0.9, anywhere=0.3),
-                    anywhere_from=0.0, drop_zero_variance=False),
-        ),
-        dict(
-            name="invocation", task="grpo", steps=2, learning_rate=1e-2, trainable=INVOCATION,
-            rl=dict(rollouts, kl=0.03, invocation_penalty=0.3, drop_zero_variance=False, minibatches=2),
-        ),
-    ]  # fmt: skip
-    config = ConfigDict(
-        dict(
-            model=dict(preset="tiny_qwen2_5_vl", memory="vismem", decoder=dict(layers=2)),
-            tokenizer=str(save_tokenizer(folder / "tokenizer")),
-            template="qwen2-vl",
-            system="",
-            image=dict(kind="patches", min_pixels=256, max_pixels=1024),
-            data=dict(
-                train=[dict(path=str(folder / "prompts.jsonl"))], rows=4, pack_tokens=192, pack_tiles=64, threads=1
-            ),
-            stages=stages,
-            mesh=dict(data=1, fsdp=1),
-            checkpoint=dict(every=1, keep_last=2, keep_best=0, content="trained"),
-            log_every=1,
-        )
-    )
+    config = memory_world.config(tmp_path_factory.mktemp("world"))
 
     def made(**changes):
         return experiment(override(config, {key.replace("__", "."): value for key, value in changes.items()}))

@@ -2,20 +2,15 @@
 
 import collections
 import json
-import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import time
 
-import jax
 import numpy as np
 import pytest
 
+from tests.clusters import finish, start
 from tests.train import world
 from vlmem_jax.checkpoint.folder import committed_steps
 from vlmem_jax.cli.main import main
@@ -47,13 +42,8 @@ def turns(question, answer):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
+def _compile_fast(compile_fast):
     """Every process compiles, and together they wait for the slowest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for the processes that are started
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -77,41 +67,6 @@ def whole(line, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     assert main([*line, str(workdir)]) == 0
     return workdir
-
-
-def start(line, processes=2, last=(), script=""):
-    """Processes that have eight devices between them; the last one also gets the options `last`, and runs `script`."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={8 // processes}"
-    command = "import sys\nfrom vlmem_jax.cli.main import main\n{}\nsys.exit(main(sys.argv[1:]))"
-    hosts = []
-    for number in range(processes):
-        is_last = number == processes - 1
-        program = command.format(textwrap.dedent(script) if is_last else "")
-        options = ["--coordinator", address, "--processes", str(processes), "--process", str(number)]
-        hosts.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, *line, *options, *(last if is_last else ())],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "XLA_FLAGS": flags},
-            )
-        )
-    return hosts
-
-
-def finish(hosts, codes):
-    """Output and errors of each, which must end with these exit codes."""
-    try:
-        texts = [host.communicate(timeout=200) for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    assert [host.returncode for host in hosts] == codes, texts
-    return texts
 
 
 def await_records(workdir, count, hosts):

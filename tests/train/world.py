@@ -75,8 +75,13 @@ def losses(workdir):
 
 def config_file(folder, **changes):
     """A file that `--config` reads, with `config(folder, **changes)` in it."""
+    return save_config(folder, config(folder, **changes))
+
+
+def save_config(folder, config):
+    """A file that `--config` reads."""
     file = folder / "config.py"
-    text = config(folder, **changes).to_json()
+    text = config.to_json()
     lines = ["import json", "", "from ml_collections import ConfigDict", "", "", "def get_config(profile=None):"]
     file.write_text("\n".join(lines) + f"\n    return ConfigDict(json.loads({text!r}))\n")
     return file

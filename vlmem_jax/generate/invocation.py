@@ -88,7 +88,7 @@ class Rule(NamedTuple):
         forced: Sequence[Sequence[int]],
         rows: int,
     ) -> "Rule":
-        """Raises ValueError if more rows are forced than there are."""
+        """On the host. Raises ValueError if more rows are forced than there are."""
         if len(forced) > rows:
             raise ValueError(f"forced has tokens for {len(forced)} rows, but there are {rows}")
         delimiter_V = np.zeros(vocab, bool)
@@ -101,13 +101,13 @@ class Rule(NamedTuple):
         for row, ids in enumerate(forced):
             forced_BS[row, : len(ids)] = ids
         return cls(
-            jnp.float32(chance),
-            jnp.float32(anywhere),
-            jnp.asarray(heeded_K / max(heeded_K.sum(), 1), jnp.float32),
-            jnp.asarray(heeded_K),
-            jnp.asarray(delimiter_V),
-            jnp.asarray(forced_BS),
-            jnp.int32(limit),
+            np.float32(chance),
+            np.float32(anywhere),
+            (heeded_K / max(heeded_K.sum(), 1)).astype(np.float32),
+            heeded_K,
+            delimiter_V,
+            forced_BS,
+            np.int32(limit),
         )
 
 
@@ -127,8 +127,9 @@ class Calls:
 
     @classmethod
     def none(cls, rows: int, budget: int) -> "Calls":
-        zeros = jnp.zeros(rows, jnp.int32)
-        return cls(zeros, zeros + budget, jnp.zeros(rows, bool), zeros - 1)
+        """On the host."""
+        zeros = np.zeros(rows, np.int32)
+        return cls(zeros, zeros + np.int32(budget), np.zeros(rows, bool), zeros - 1)
 
     def withheld(self, speech: Speech, vocab: int) -> Bool[Array, "B V"]:
         """Calls, from rows that have made all of theirs."""

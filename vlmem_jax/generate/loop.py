@@ -8,12 +8,12 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule
 from vlmem_jax.generate.prompts import bucket, like_sized, pad_prompts
@@ -21,7 +21,7 @@ from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.sharding import batch_sharding, batch_shards
+from vlmem_jax.sharding import batch_sharding, batch_shards, put, replicate
 from vlmem_jax.types import DecodeState, Heard, Sample
 
 FINISHED = -1
@@ -65,7 +65,7 @@ def compiled(vlm: VLM):
         logits_BV, state = vlm.extend(params, state, tokens_B[:, None], counts_B)
         if calls is not None:
             calls = calls.take(rule, speech, tokens_B, counts_B)
-        return state, logits_BV, finished_B, tokens_B, logp_B, calls
+        return state, logits_BV, *replicate((finished_B, tokens_B, logp_B, calls))
 
     return (
         jax.jit(prefill, static_argnums=(2, 3)),
@@ -96,7 +96,7 @@ def compiled_speech(vlm: VLM):
     def form(params, state, latents_BND, rows_R, kinds_R, size):
         """Puts the latent tokens of some rows into place."""
         latents_RND, heard = vlm.form(params, state, rows_R, kinds_R, size)
-        return latents_BND.at[rows_R].set(latents_RND.astype(latents_BND.dtype), mode="drop"), heard
+        return latents_BND.at[rows_R].set(latents_RND.astype(latents_BND.dtype), mode="drop"), replicate(heard)
 
     def insert(params, state, logits_BV, calls, latents_BND, kinds_B):
         """Puts a memory of kinds_B and its end token behind each row; -1: nothing."""
@@ -106,7 +106,7 @@ def compiled_speech(vlm: VLM):
         counts_B = jnp.where(called_B, lengths_B + 1, 0)
         after_BV, state = vlm.extend(params, state, tokens_BT, counts_B, latents_BND, lengths_B)
         logits_BV = jnp.where(called_B[:, None], after_BV, logits_BV)
-        return state, logits_BV, calls.answered(ends_B, called_B)
+        return state, logits_BV, replicate(calls.answered(ends_B, called_B))
 
     return jax.jit(form, static_argnums=5, donate_argnums=2), jax.jit(insert, donate_argnums=(1, 2, 3))
 
@@ -141,6 +141,10 @@ class Generator:
         """Makes the mesh, if any, the ambient one."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
+    def put(self, tree: Any) -> Any:
+        """Arrays of the host on every device."""
+        return put(tree, NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None)
+
     def room(self, new_tokens: int) -> int:
         """Cache slots for `new_tokens` chosen ones and all memories that may come between."""
         return new_tokens + (self.vlm.speech.room if self.vlm.speech else 0)
@@ -156,7 +160,7 @@ class Generator:
         longest = max(len(sample.tokens_T) for sample in samples)
         capacity = max(bucket(longest + self.room(new_tokens), 64), batch.tokens_BT.shape[1])
         with self.context():
-            batch = jax.device_put(batch, batch_sharding(self.mesh) if self.mesh else None)
+            batch = put(batch, batch_sharding(self.mesh) if self.mesh else None)
             logits_BV, state = self.prefill(self.params, batch, capacity, copies)
         return Session(self, state, logits_BV, len(samples) * copies, capacity - longest)
 
@@ -184,15 +188,8 @@ class Invocation(NamedTuple):
     row: int
     kind: int
     """0 short, 1 long."""
-    heard: Heard
-    """Of the rows that it was formed together with, on the device."""
-    index: int
-    """Its row in `heard`."""
-
-    def states_LD(self) -> np.ndarray:
-        """What it was formed from, on the host."""
-        count = int(np.asarray(self.heard.lengths_BJ)[self.index, 0])
-        return np.asarray(self.heard.states_BJLD)[self.index, 0, :count]
+    states_LD: np.ndarray
+    """What it was formed from."""
 
 
 class Session:
@@ -253,8 +250,9 @@ class Session:
             banned_ids += invocation.banned_ids(speech)
             budget = invocation.budget(speech)
             room += budget * (speech.slots + 1)
-            calls = Calls.none(rows, budget)
+            calls = generator.put(Calls.none(rows, budget))
             rule = Rule.make(invocation, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
+            rule = generator.put(rule)
             answer = _Answer(self, invocation, budget, record)
         elif forced:
             raise ValueError("tokens can be forced where a memory speaks, but this model has none")
@@ -264,8 +262,10 @@ class Session:
                 + (f" and {room - sampling.max_new_tokens} for memories" if speech else "")
                 + "; give start() more new_tokens"
             )
-        choice = Choice.make(sampling, rows, vocab, banned_ids, generator.stop_ids, keys_B)
-        finished_B = jnp.arange(rows) >= self.prompts
+        with generator.context():
+            choice = Choice.make(sampling, rows, vocab, banned_ids, generator.stop_ids, keys_B)
+        choice = generator.put(choice._replace(keys_B=None))._replace(keys_B=choice.keys_B)
+        finished_B = generator.put(np.arange(rows) >= self.prompts)
         greedy = sampling.temperature == 0
         late = None
         # waiting takes steps, too: how many it will be is not known where a memory speaks
@@ -279,12 +279,15 @@ class Session:
                 if (tokens >= 0).any():
                     yield np.where(tokens >= 0, tokens, FINISHED), logp
                 if np.isin(tokens, (FINISHED, *generator.stop_ids)).all():
-                    return
+                    break
                 if answer and (kinds_B := answer.called(tokens)) is not None:
                     calls = answer.speak(calls, kinds_B)
                     yield answer.ends(kinds_B)
             late = tokens_B, logp_B
-        yield self._read(late)
+        else:
+            yield self._read(late)
+        if answer:
+            answer.keep()
 
     def _read(self, arrays: tuple[jax.Array, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and log-probabilities on the host, without those of padding rows."""
@@ -321,6 +324,7 @@ class _Answer:
         rows = session.logits_BV.shape[0]
         self._left_B = np.full(rows, budget)
         self._latents_BND: jax.Array | None = None
+        self._formed: list[tuple[np.ndarray, np.ndarray, Heard]] = []
         self._form, self._insert = compiled_speech(session.generator.vlm)
 
     def called(self, tokens_B: np.ndarray) -> np.ndarray | None:
@@ -334,6 +338,7 @@ class _Answer:
 
     def speak(self, calls: Calls, kinds_B: np.ndarray) -> Calls:
         """Forms the memories and puts them behind their rows."""
+        self.keep()
         session, generator = self.session, self.session.generator
         waiting, rows = np.flatnonzero(kinds_B >= 0), len(kinds_B)
         group = min(FORMED_ROWS, rows)
@@ -341,7 +346,7 @@ class _Answer:
         with generator.context():
             if self._latents_BND is None:
                 shape = rows, self.speech.slots, generator.vlm.config.decoder.width
-                self._latents_BND = jnp.zeros(shape, generator.vlm.dtype)
+                self._latents_BND = generator.put(np.zeros(shape, generator.vlm.dtype))
             for first in range(0, len(waiting), group):
                 chosen = waiting[first : first + group]
                 rows_R = np.full(group, rows, np.int32)
@@ -352,9 +357,7 @@ class _Answer:
                     generator.params, session.state, self._latents_BND, rows_R, kinds_R, size
                 )
                 if self.record:
-                    session.invocations += [
-                        Invocation(int(row), int(kinds_B[row]), heard, n) for n, row in enumerate(chosen)
-                    ]
+                    self._formed.append((chosen, kinds_B[chosen], heard))
             session.state, session.logits_BV, calls = self._insert(
                 generator.params, session.state, session.logits_BV, calls, self._latents_BND, kinds_B
             )
@@ -362,6 +365,16 @@ class _Answer:
         session._taken_B[waiting] += np.array(self.speech.lengths)[kinds_B[waiting]] + 1
         session._heard_B[waiting] = 0
         return calls
+
+    def keep(self) -> None:
+        """Takes what memories were formed from off the devices, if it is to be recorded."""
+        for rows, kinds, heard in self._formed:
+            states_BJLD, lengths_BJ = jax.device_get((heard.states_BJLD, heard.lengths_BJ))
+            self.session.invocations += [
+                Invocation(int(row), int(kind), states_BJLD[n, 0, : lengths_BJ[n, 0]])
+                for n, (row, kind) in enumerate(zip(rows, kinds, strict=True))
+            ]
+        self._formed.clear()
 
     def ends(self, kinds_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that end the memories; nobody drew them."""

@@ -46,20 +46,17 @@ class Choice(NamedTuple):
 
     @classmethod
     def make(cls, config: SamplingConfig, rows: int, vocab: int, banned_ids, stop_ids, keys_B=None) -> "Choice":
-        """Row i of a batch draws with `keys_B[i]`, else with seed + i, and so gives what it gives alone with that."""
+        """On the host, but for keys.
+
+        Row i of a batch draws with `keys_B[i]`, else with seed + i, and so gives what it gives alone with that.
+        """
         banned_V, stop_V = np.zeros(vocab, bool), np.zeros(vocab, bool)
         banned_V[list(banned_ids)] = True
         stop_V[list(stop_ids)] = True
         if keys_B is None:
             keys_B = jax.vmap(jax.random.key)(jnp.arange(rows, dtype=jnp.uint32) + np.uint32(config.seed % 2**32))
-        return cls(
-            jnp.float32(config.temperature),
-            jnp.int32(config.top_k or vocab),
-            jnp.float32(config.top_p),
-            keys_B,
-            jnp.asarray(banned_V),
-            jnp.asarray(stop_V),
-        )
+        limits = np.float32(config.temperature), np.int32(config.top_k or vocab), np.float32(config.top_p)
+        return cls(*limits, keys_B, banned_V, stop_V)
 
 
 def choose(

@@ -127,7 +127,7 @@ def _trajectory(
         # nobody draws a token that ends a memory: each one there ends the next of `memories`
         ends = np.flatnonzero(np.isin(tokens_T, speech.end_ids))
         spoken = tuple(
-            Spoken(int(place), memory.kind, speech.lengths[memory.kind], memory.states_LD())
+            Spoken(int(place), memory.kind, speech.lengths[memory.kind], memory.states_LD)
             for place, memory in zip(ends, memories, strict=True)
         )
     stopped = bool(np.isin(tokens_T[-1], generator.stop_ids))

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import functools
+import json
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlmem_jax.config import ConfigError
-from vlmem_jax.data import Prompt, Prompts
+from vlmem_jax.data import Prompt, Prompts, hosts
 from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
@@ -33,7 +34,7 @@ from vlmem_jax.rl.rewards import RewardError, Rewards, imported
 from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import Rows, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream
-from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, shards
+from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import log_probs
@@ -152,8 +153,6 @@ class GRPO(GRPOLoss):
         Rewards(config.rewards, f"{where}.rl.rewards")
         if config.reference != "start":
             imported(config.reference, f"{where}.rl.reference")
-        if jax.process_count() > 1:
-            raise ConfigError(f"{where}.task: grpo runs in one process, this one is of {jax.process_count()}")
         if not data.train:
             raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
         speech = VLM(experiment.model).speech
@@ -219,7 +218,7 @@ class GRPO(GRPOLoss):
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
         keys = [(file, line) for file, count in enumerate(self._held_out.counts) for line in range(count)]
         invocation = self._invocation(self._step)
-        scores: list[Future] = []
+        scores: list[np.ndarray] = []
         with jax.transfer_guard("allow"):
             generator = self._generator(params)
             for first in range(0, len(keys), self.config.rollout_rows):
@@ -227,10 +226,10 @@ class GRPO(GRPOLoss):
                 loaded = [one for one in loaded if one is not None]
                 if loaded:
                     keys_PG = self._keys(0, len(loaded), 1)
-                    scores += self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1]
+                    scores.append(self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1].of_all)
         if not scores:
             return {}
-        score = float(np.mean([future.result()[0] for future in scores]))
+        score = float(np.concatenate(scores).mean())
         return {"loss": -score, "score": score}
 
     def flops(self, trained: frozenset[str]) -> int:
@@ -280,14 +279,16 @@ class GRPO(GRPOLoss):
             self._beta /= 1.5 if measured < config.kl_target / 1.5 else 1.0
         self._kl, self._kl_tokens = 0.0, 0
         loaded = [self._stream.take() for _ in range(config.prompts)]
+        read = {f"prompt {n}": [one.prompt.name, len(one.sample.tokens_T)] for n, one in enumerate(loaded)}
+        hosts.require_same("hosts must read the same prompts", read)
         start = time.perf_counter()
         generator, keys_PG = self._generator(params), self._keys(phase, config.prompts, config.group_size)
         invocation = self._invocation(phase * config.steps)
-        groups, futures = self._answered(generator, loaded, keys_PG, invocation, record=True)
+        groups, scores = self._answered(generator, loaded, keys_PG, invocation, record=True)
         numbers: dict[str, float] = {}
         if self._speaks:
-            rewards_PG, numbers = self._with_memory(generator, loaded, keys_PG, invocation, groups, futures)
-        scores_PG = _read(futures, config.group_size)
+            rewards_PG, numbers = self._with_memory(generator, loaded, keys_PG, invocation, groups, scores)
+        scores_PG = scores.of_all.reshape(-1, config.group_size)
         if not self._speaks:
             rewards_PG = scores_PG
         seconds = time.perf_counter() - start
@@ -304,7 +305,7 @@ class GRPO(GRPOLoss):
         self._numbers = {
             "score/mean": float(scores_PG.mean()),
             "score/std": float(scores_PG.std(axis=1).mean()),
-            "score/errors": float(sum(future.result()[1] for future in futures)),
+            "score/errors": float(scores.failed),
             "rollout/zero_variance_groups": float((~varied_P).sum()),
             "rollout/tokens": tokens / len(everything),
             "rollout/cut_off": float(np.mean([not trajectory.stopped for trajectory in everything])),
@@ -322,7 +323,7 @@ class GRPO(GRPOLoss):
         keys_PG: Array,
         invocation: InvocationConfig,
         groups: list[list[Trajectory]],
-        futures: list[Future],
+        scores: "Scores",
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Rewards [P, G], see `invocation_penalty`, and numbers of the memories."""
         config, P, G = self.config, len(loaded), self.config.group_size
@@ -334,22 +335,23 @@ class GRPO(GRPOLoss):
             "memory/answers": float(invoked_PG.mean()),
             "memory/long": float(np.mean(kinds)) if kinds else 0.0,
         }
-        base_P, reversed_PG = np.zeros(P), None
+        base_P, base, turned_over = np.zeros(P), None, None
         if config.base:
             with generator.context():
                 first_P1 = keys_PG[:, :1]
-            base_P = _read(self._answered(generator, loaded, first_P1, InvocationConfig("never"))[1], 1)[:, 0]
+            base = self._answered(generator, loaded, first_P1, InvocationConfig("never"))[1]
         if config.invocation_penalty is not None and invoked_PG.any():
             # up to its first call an answer stays as it was; one without any stays so to its end
             begun = [[_until_first_call(trajectory) for trajectory in group] for group in groups]
             turned = dataclasses.replace(invocation, reverse_types=not invocation.reverse_types)
-            reversed_PG = _read(self._answered(generator, loaded, keys_PG, turned, begun)[1], G)
-        scores_PG = _read(futures, G)
-        if config.base:
+            turned_over = self._answered(generator, loaded, keys_PG, turned, begun)[1]
+        scores_PG = scores.of_all.reshape(P, G)
+        if base:
+            base_P = base.of_all
             numbers |= {"score/base": float(base_P.mean()), "score/gain": float(scores_PG.mean() - base_P.mean())}
         if config.invocation_penalty is None:
             return scores_PG, numbers
-        reversed_PG = scores_PG if reversed_PG is None else reversed_PG
+        reversed_PG = turned_over.of_all.reshape(P, G) if turned_over else scores_PG
         numbers |= {
             "penalty/type": float(type_penalty(scores_PG, reversed_PG, invoked_PG).mean()),
             "penalty/negative": float(negative_penalty(scores_PG, invoked_PG).mean()),
@@ -376,18 +378,19 @@ class GRPO(GRPOLoss):
         forced: Sequence[Sequence[Sequence[int]]] = (),
         greedy: bool = False,
         record: bool = False,
-    ) -> tuple[list[list[Trajectory]], list[Future]]:
+    ) -> tuple[list[list[Trajectory]], "Scores"]:
         """Trajectories of each prompt, and their scores: those of one batch are computed beside the next."""
-        config, samples = self.config, [one.sample for one in loaded]
+        config, samples, G = self.config, [one.sample for one in loaded], keys_PG.shape[1]
         groups: dict[int, list[Trajectory]] = {}
-        futures: dict[int, list[Future]] = {}
+        futures: dict[int, Future] = {}
         drawn = (config.sampling(greedy), keys_PG, config.rollout_rows, invocation, forced, record)
         with generator.context():
             for n, group in rollouts(generator, samples, *drawn):
                 groups[n] = group
-                futures[n] = [self._pool.submit(self._score, trajectory, loaded[n].prompt) for trajectory in group]
-        order = range(len(loaded))
-        return [groups[n] for n in order], [future for n in order for future in futures[n]]
+                for number, trajectory in enumerate(group, n * G):
+                    if number % jax.process_count() == jax.process_index():
+                        futures[number] = self._pool.submit(self._score, trajectory, loaded[n].prompt)
+        return [groups[n] for n in range(len(loaded))], Scores(futures)
 
     def _score(self, trajectory: Trajectory, prompt: Prompt) -> tuple[float, bool]:
         """The score of what was written, and whether a reward failed."""
@@ -458,14 +461,14 @@ class GRPO(GRPOLoss):
             shards("tokens", self._mesh),
             self.config.invocation,
         )
-        counts_BT, old_BT = rows.batch.weights_BT > 0, rows.old_logp_BT
-        rows = jax.device_put(rows, batch_sharding(self._mesh, leading=1))
+        count = int((rows.batch.weights_BT > 0).sum())
+        rows = put(rows, batch_sharding(self._mesh, leading=1))
         if not self.config.kl:
             return rows
         ref_BT = self._of_reference(self._reference_params(params), rows.batch)
         if self.config.adaptive_kl and first_time:
-            self._kl += float(k3(jnp.asarray(old_BT), ref_BT)[counts_BT].sum())
-            self._kl_tokens += int(counts_BT.sum())
+            self._kl += float(jnp.sum(k3(rows.old_logp_BT, ref_BT), where=rows.batch.weights_BT > 0))
+            self._kl_tokens += count
         return dataclasses.replace(rows, ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
 
     def _at_start(self, params: dict) -> Flat:
@@ -491,9 +494,35 @@ def longest_answer(config: RLConfig, speech: Speech | None) -> int:
     return config.max_new_tokens + (config.invocation.budget(speech) * (speech.slots + 1) if speech else 0)
 
 
-def _read(futures: list[Future], group_size: int) -> np.ndarray:
-    """Scores [P, G]."""
-    return np.array([future.result()[0] for future in futures]).reshape(-1, group_size)
+class Scores:
+    """Scores of outputs, computed by threads while more is drawn, each on one host."""
+
+    def __init__(self, futures: dict[int, Future]):
+        """`futures`: number of the output -> its score and whether a reward failed, of those of this host."""
+        self._futures = futures
+
+    @functools.cached_property
+    def _all(self) -> list[tuple[float, bool]]:
+        own: dict[str, Any] = {"error": ""}
+        try:
+            own["scores"] = {number: future.result() for number, future in self._futures.items()}
+        except RewardError as error:
+            own["error"] = str(error)
+        each = [json.loads(content) for content in hosts.gather(json.dumps(own).encode())]
+        if errors := [host["error"] for host in each if host["error"]]:
+            raise RewardError(errors[0])
+        found = {int(number): tuple(score) for host in each for number, score in host["scores"].items()}
+        return [found[number] for number in range(len(found))]
+
+    @property
+    def of_all(self) -> np.ndarray:
+        """Of all outputs, in order. Raises RewardError on every host where a reward failed on one."""
+        return np.array([score for score, _ in self._all])
+
+    @property
+    def failed(self) -> int:
+        """Outputs for which a reward failed."""
+        return sum(failed for _, failed in self._all)
 
 
 def _until_first_call(trajectory: Trajectory) -> list[int]:
