@@ -273,14 +273,44 @@ def test_a_checkpoint_of_the_trained_part_gives_the_same_scores(vlm, params, pro
     back = params | load_params(tmp_path / "1", {"memory": shapes})
     logits = jax.jit(vlm.logits)
     np.testing.assert_array_equal(logits(back, batch), logits(params, batch))
+    other = dataclasses.replace(vlm.config.vismem, lora=dataclasses.replace(vlm.config.vismem.lora, rank=8))
+    wider = VLM(dataclasses.replace(vlm.config, vismem=other)).abstract()["memory"]
+    wider = jax.tree.map(
+        lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), wider, params["memory"]
+    )
+    with pytest.raises(
+        ValueError, match=r"memory/long/lora/q/a: \(4, 64, 4\) in the checkpoint, \(4, 64, 8\) in the model"
+    ):
+        load_params(tmp_path / "1", {"memory": wider})
+
+
+@pytest.mark.parametrize("former", ["lora_llm", "tiny_transformer", "lora_vision"])
+def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former):
+    """In decoding and in training; parameters and their gradients are fp32."""
+    config = dataclasses.replace(vlm.config.vismem, former=former, vision_layer=1, memory_output="rescaled")
+    model = VLM(dataclasses.replace(vlm.config, vismem=config, compute_dtype="bfloat16"))
+    N, counts = model.speech.slots, jnp.full(ROWS, model.speech.slots)
+
+    def everything(params, batch):
+        _, state = model.prefill(params, batch, 96)
+        latents, heard = model.form(params, state, jnp.arange(ROWS), jnp.arange(ROWS) % 2, 64)
+        logits, after = model.extend(params, state, jnp.zeros((ROWS, N), jnp.int32), counts, latents, counts)
+        batch = dataclasses.replace(batch, heard=heard)
+        return state, after, latents, logits, jax.grad(lambda params: model.logits(params, batch).sum())(params)
+
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
+    state, after, latents, logits, gradient = jax.eval_shape(everything, model.abstract(), batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert latents.dtype == state.cache.k_LBSKC.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
 # --- what it hears ----------------------------------------------------------------------------------------------------
 
 
 def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
-    """Once more than there is room for have been said, beside those of the images."""
-    small = dataclasses.replace(vlm.config.vismem, max_prompt_hidden=5)
+    """Once more than there is room for have been said, beside those of both images, of which there are too many."""
+    small = dataclasses.replace(vlm.config.vismem, max_prompt_hidden=5, max_visual_hidden=8)
     short = VLM(dataclasses.replace(vlm.config, vismem=small))
     generator, prompt = Generator(short, params, stop_ids=[]), prompts[0]
     session = generator.start([prompt], NEW)
@@ -300,10 +330,10 @@ def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
     hidden = jax.jit(short.hidden)(params, batch)[0]
     seen = short.encode_images(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
     slots = prompt.slots_T[prompt.slots_T >= 0]
-    assert len(formed.states_LD) == len(slots) + 5
-    np.testing.assert_allclose(formed.states_LD[: len(slots)], seen[slots], atol=1e-5)
+    assert len(slots) == 16 and len(formed.states_LD) == 8 + 5
+    np.testing.assert_allclose(formed.states_LD[:8], seen[slots].reshape(8, 2, -1).mean(axis=1), atol=1e-5)
     end = len(longer.tokens_T)
-    np.testing.assert_allclose(formed.states_LD[len(slots) :], hidden[end - 5 : end], atol=1e-4)
+    np.testing.assert_allclose(formed.states_LD[8:], hidden[end - 5 : end], atol=1e-4)
 
 
 def test_of_too_many_visual_states_neighbours_are_averaged():

@@ -114,6 +114,7 @@ def test_they_do_where_the_vision_tower_forms_memories(prompts):
 
 
 def check_log_probabilities(vlm, params, config, trajectories):
+    assert vlm.config.vismem.lora.dropout > 0, "which neither of them applies"
     kinds = [memory.kind for t in trajectories for memory in t.spoken]
     assert set(kinds) == {0, 1} and max(len(t.spoken) for t in trajectories) > 1
     rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
