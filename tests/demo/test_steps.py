@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vlmem_jax.demo.steps import END, KEPT, MEMORY, StepsConfig, ask, final, token_ids, write_steps
+from vlmem_jax.demo.steps import END, KEPT, MEMORY, PAUSE, StepsConfig, ask, final, hesitating, token_ids, write_steps
 from vlmem_jax.demo.vismem import ANSWER_TOKENS, VisMemRecipe, base_experiment
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.models import VLM
@@ -81,6 +81,19 @@ def test_prompts_hold_the_last_step_alone(steps):
         for line in found:
             assert line["image"].startswith(where)
             assert line["answer"] == final(line["steps"]) and "Answer:" not in line["prompt"]
+
+
+def test_memories_are_warmed_up_on_the_steps_themselves(steps):
+    for line in lines(steps, "worked"):
+        assert line["answer"] == line["steps"] and PAUSE not in line["answer"]
+
+
+def test_pauses_leave_the_steps_as_they_are():
+    question = ask("sum", DIGITS_RC, "row", 1)
+    paused = [hesitating(np.random.default_rng(seed), question) for seed in range(40)]
+    assert all(one.answer.replace(f"{PAUSE} ", "") == question.answer for one in paused)
+    assert all(one.tokens - question.tokens == one.answer.count(PAUSE) for one in paused)
+    assert len({one.answer for one in paused}) > 10 and any(f"{PAUSE} Answer:" in one.answer for one in paused)
 
 
 def test_the_largest_sum_is_a_token():

@@ -146,11 +146,12 @@ def _experiment(
     **more: Any,
 ) -> ConfigDict:
     # at first it calls for memories as often as it pauses
-    calls = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
+    own = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
+    own["memory_output"] = "rescaled"  # as long as embeddings: to so small a model, more is noise
     return ConfigDict(
         common(dataset, stages, seed, init)
         | {
-            "model": {"preset": "digits_qwen2_5_vl", "memory": memory, "vismem": {**calls, "memory_output": "rescaled"}},
+            "model": {"preset": "digits_qwen2_5_vl", "memory": memory, "vismem": own},
             "template": "qwen2-vl",
             "image": {"kind": "patches", "min_pixels": 256, "max_pixels": 4096},
             "data": data,

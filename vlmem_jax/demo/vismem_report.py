@@ -148,7 +148,7 @@ def _places(summary: Mapping[str, Any]) -> str:
     parts = []
     for name in ("formation", "invocation"):
         positions = scores[name]["invocation"]["positions"]
-        series = {kind: [(10 * n, count) for n, count in enumerate(counts)] for kind, counts in positions.items()}
+        series = {kind: [(10 * n, float(count)) for n, count in enumerate(counts)] for kind, counts in positions.items()}
         chart = charts.line_chart(series, {}, "memories", "percent of the answer")
         parts.append(half(html.escape(scores[name]["what"].capitalize()), chart))
     return (
@@ -183,8 +183,9 @@ def _how(summary: Mapping[str, Any]) -> str:
         "<h2>How it was made</h2><p>Pictures are mosaics of scikit-learn's handwritten digits: "
         f"{summary['dataset']['train_digits']:,} for training, {summary['dataset']['heldout_digits']} held out. The "
         "base model (stages read and answer, supervised) stands for the public model that VisMem starts from; it is "
-        "handed over in the Hugging Face layout, without memory. In the warm-up, what forms memories learns from answers "
-        "with their steps. The stages formation and invocation are those of the paper (VisMem, arXiv 2511.11007), far "
-        "shorter: GRPO, whose reward is 1 for a right answer and 0 otherwise. "
+        "handed over in the Hugging Face layout, without memory. Some of its answers had pauses, so that it is used to "
+        "tokens that are no step. In the warm-up, what forms memories learns from answers with their steps. The stages "
+        "formation and invocation are those of the paper (VisMem, arXiv 2511.11007), far shorter: GRPO, whose reward "
+        "is 1 for a right answer and 0 otherwise. "
         f"They leave the base as it is.</p><p>Steps: {steps}. Time of this call: {seconds}.</p>"
     )
