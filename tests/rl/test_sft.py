@@ -155,7 +155,7 @@ def test_it_learns_what_forms_memories_and_goes_on_where_it_stopped(make, mesh, 
 
 def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
     lines = [{"prompt": "Say b", "answer": "b"}, {"prompt": "Say c"}, {"prompt": "Say d", "answer": "d<|im_end|>"},
-             {"prompt": "Say e", "answer": "e" * 180}]  # fmt: skip
+             {"prompt": "Say e", "answer": "e" * 180}, {"prompt": "Say f", "answer": "f<ms_I>"}]  # fmt: skip
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     keys = {"data.train.0.path": str(tmp_path / "bad.jsonl"), "data.eval": []}
     config = make(**keys)
@@ -166,11 +166,12 @@ def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
     task.close()
     config = make(**keys, data__on_bad_sample="skip")
     task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
-    assert {task._stream.take().prompt.text for _ in range(5)} == {"Say b"}
+    assert {task._stream.take().prompt.text for _ in range(6)} == {"Say b"}
     reasons = {name.rpartition(":")[2]: reason for name, reason in task._stream.skipped.items()}
     task.close()
     assert "must have an answer" in reasons["2"] and "control token <|im_end|>" in reasons["3"]
     assert "may have 188; raise data.pack_tokens (sample" in reasons["4"]
+    assert "must not hold tokens of the memory, but has <ms_I>" in reasons["5"]
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,11 @@ class MemorySFT(NextTokenLoss):
             ids = self._processor.answer(prompt.answers[0])
         except ValueError as error:
             raise ValueError(f"{error} (sample {prompt.name})") from error
-        own = np.intersect1d(ids, self.model.speech.invoke_ids + self.model.speech.end_ids)
-        if len(own):
-            raise ValueError(f"an answer must not hold tokens of the memory, such as {own[0]} (sample {prompt.name})")
+        for token, own in self.model.special_tokens.items():
+            if own in ids:
+                raise ValueError(
+                    f"an answer must not hold tokens of the memory, but has {token} (sample {prompt.name})"
+                )
         return ids
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
