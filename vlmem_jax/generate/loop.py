@@ -21,7 +21,7 @@ from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.sharding import batch_sharding, batch_shards, put, replicate
+from vlmem_jax.sharding import batch_sharding, batch_shards, constrain, put, replicate
 from vlmem_jax.types import DecodeState, Heard, Sample
 
 FINISHED = -1
@@ -39,6 +39,9 @@ FORMED_ROWS = 8
 TEXT_BUCKET = 64
 """Smallest number of states of the text that a memory is formed from."""
 
+AXES = {"B": "batch", "K": "kv_heads", "H": "heads"}
+"""What an axis of the decoding state means, by its letter."""
+
 
 @functools.lru_cache(maxsize=8)
 def compiled(vlm: VLM):
@@ -47,7 +50,10 @@ def compiled(vlm: VLM):
 
     def prefill(params, batch, capacity, copies=1):
         logits_BV, state = vlm.prefill(params, batch, capacity)
-        return (logits_BV, state) if copies == 1 else repeat_rows(logits_BV, state, copies)
+        return laid_out(*((logits_BV, state) if copies == 1 else repeat_rows(logits_BV, state, copies)))
+
+    def extend(params, state, tokens_BT, counts_B):
+        return laid_out(*vlm.extend(params, state, tokens_BT, counts_B))
 
     def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
         if calls is not None:
@@ -62,16 +68,25 @@ def compiled(vlm: VLM):
         tokens_B = jnp.where(finished_B, FINISHED, tokens_B)
         finished_B |= choice.stop_V[tokens_B] & (tokens_B >= 0)
         counts_B = (~finished_B & (tokens_B >= 0)).astype(jnp.int32)
-        logits_BV, state = vlm.extend(params, state, tokens_B[:, None], counts_B)
+        logits_BV, state = extend(params, state, tokens_B[:, None], counts_B)
         if calls is not None:
             calls = calls.take(rule, speech, tokens_B, counts_B)
         return state, logits_BV, *replicate((finished_B, tokens_B, logp_B, calls))
 
     return (
         jax.jit(prefill, static_argnums=(2, 3)),
-        jax.jit(vlm.extend, donate_argnums=1),
+        jax.jit(extend, donate_argnums=1),
         jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6)),
     )
+
+
+def laid_out(logits_BV: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    """Each over the ambient mesh as its name says, whatever made it: what reads it is compiled once."""
+
+    def by_name(path: tuple, x: jax.Array) -> jax.Array:
+        return constrain(x, *(AXES.get(axis) for axis in path[-1].name.rpartition("_")[2]))
+
+    return constrain(logits_BV, "batch", "vocab"), jax.tree.map_with_path(by_name, state)
 
 
 def repeat_rows(logits_BV: jax.Array, state: DecodeState, copies: int) -> tuple[jax.Array, DecodeState]:
@@ -96,7 +111,8 @@ def compiled_speech(vlm: VLM):
     def form(params, state, latents_BND, rows_R, kinds_R, size):
         """Puts the latent tokens of some rows into place."""
         latents_RND, heard = vlm.form(params, state, rows_R, kinds_R, size)
-        return latents_BND.at[rows_R].set(latents_RND.astype(latents_BND.dtype), mode="drop"), replicate(heard)
+        latents_BND = latents_BND.at[rows_R].set(latents_RND.astype(latents_BND.dtype), mode="drop")
+        return replicate((latents_BND, heard))
 
     def insert(params, state, logits_BV, calls, latents_BND, kinds_B):
         """Puts a memory of kinds_B and its end token behind each row; -1: nothing."""
@@ -106,6 +122,7 @@ def compiled_speech(vlm: VLM):
         counts_B = jnp.where(called_B, lengths_B + 1, 0)
         after_BV, state = vlm.extend(params, state, tokens_BT, counts_B, latents_BND, lengths_B)
         logits_BV = jnp.where(called_B[:, None], after_BV, logits_BV)
+        logits_BV, state = laid_out(logits_BV, state)
         return state, logits_BV, replicate(calls.answered(ends_B, called_B))
 
     return jax.jit(form, static_argnums=5, donate_argnums=2), jax.jit(insert, donate_argnums=(1, 2, 3))
