@@ -52,9 +52,13 @@ class RLConfig:
     """Part of the stage's steps after which invocation.anywhere counts."""
     base: bool = True
     """Whether one more answer to each prompt is drawn without memory, to say what the memory gains, where it speaks."""
+    paired_base: bool = False
+    """Whether that is done for each trajectory, with its random key: each is then measured against its own answer."""
     invocation_penalty: float | None = None
     """Weight alpha of the penalties of memories that do not help, or would have helped more as the other kind: for the
     latter, each trajectory with a memory is drawn again from its first one on, with kinds reversed. None: none."""
+    rev_fraction: float = 1.0
+    """Part of each group, rounded up, in which that is done; the others are not penalised for the kind."""
 
     advantage_std: bool = True
     """Whether advantages are divided by the standard deviation of their group."""
@@ -108,6 +112,13 @@ class RLConfig:
             raise ValueError(
                 "invocation_penalty must be at least 0, and needs base=True; got "
                 f"{self.invocation_penalty} and base={self.base}"
+            )
+        if self.paired_base and not self.base:
+            raise ValueError("paired_base is of answers without memory, and needs base=True; got base=False")
+        if not 0 <= self.rev_fraction <= 1 or (self.rev_fraction < 1 and self.invocation_penalty is None):
+            raise ValueError(
+                "rev_fraction must be from 0 to 1, and is of the rollouts that invocation_penalty takes; got "
+                f"{self.rev_fraction} and invocation_penalty={self.invocation_penalty}"
             )
         if self.adaptive_kl and not self.kl:
             raise ValueError("adaptive_kl changes kl, which must be positive to begin with; got 0")
