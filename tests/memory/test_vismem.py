@@ -344,7 +344,13 @@ def test_eight_devices_give_the_answers_of_one(answers, vlm, params, prompts, fo
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     sharded = jax.device_put(params, param_shardings(mesh, vlm.abstract(), vlm.axes()))
     many = Generator(vlm, sharded, stop_ids=[], mesh=mesh)
+    programs = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **kwargs: programs.append(kwargs.get("fun_name")) if "backend_compile" in event else None
+    )
     tokens, logp, _ = answers(prompts, GREEDY, RULE, forced, generator=many)
+    answers(prompts[::-1], GREEDY, RULE, forced, generator=many)
+    assert [programs.count(f"jit({name})") for name in ("step", "insert")] == [1, 1]
     one, one_logp, _ = answers(prompts, GREEDY, RULE, forced)
     assert tokens == one
     for x, y in zip(logp, one_logp, strict=True):
