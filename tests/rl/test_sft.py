@@ -41,7 +41,7 @@ def make(tmp_path_factory):
 
     def made(**changes):
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        base = {"data.eval": config.data.train, "data.loss_weight": "sample", "model.vismem.lora.dropout": 0.0}
+        base = {"data.eval": config.data.train, "model.vismem.lora.dropout": 0.0}
         return experiment(override(config, {**base, **changes}))
 
     return made
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, para
 
 
 def test_answers_alone_are_learned(make, mesh, params):
-    config = make(data__loss_weight="token")
+    config = make(stages__0__rl__loss_mean="token")
     task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
     with jax.set_mesh(mesh):
         work = task.work(0, params)

@@ -207,7 +207,7 @@ def _with_special(
         return files, backend
     files["added_tokens.json"] = _json(_read_json(files, "added_tokens.json", folder) | missing)
     settings = _read_json(files, "tokenizer_config.json", folder)
-    if "added_tokens_decoder" in settings:
+    if settings.get("added_tokens_decoder"):
         settings["added_tokens_decoder"] |= {str(i): {"content": token, **_SPECIAL} for token, i in missing.items()}
         files["tokenizer_config.json"] = _json(settings)
     if "tokenizer.json" in files:

@@ -9,6 +9,10 @@ from vlmem_jax.rl.rewards import RewardConfig
 from vlmem_jax.sharding import MeshConfig
 from vlmem_jax.train.config import Experiment, StageConfig
 
+LossMean = Literal["sequence", "token"]
+LOSS_WEIGHTS = {"sequence": "sample", "token": "token"}
+"""The `data.loss_weight` that gives each mean."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
@@ -67,7 +71,7 @@ class RLConfig:
     drop_zero_variance: bool = True
     """Whether groups whose trajectories all score the same are left out; if not, they still count in the means, and
     are held to the reference."""
-    loss_mean: Literal["sequence", "token"] = "sequence"
+    loss_mean: LossMean = "sequence"
     """Mean of the tokens of each trajectory and then of trajectories, or of all tokens alike."""
     clip: float = 0.2
     """Ratios below 1 - clip teach nothing more."""
@@ -146,6 +150,8 @@ class MemorySFTConfig:
     """Of a step."""
     rollout_rows: int = 64
     """Prompts that are read at the same time, to hear what a memory is formed from."""
+    loss_mean: LossMean = "sequence"
+    """Mean of the tokens of each answer and then of answers, or of all tokens alike."""
 
     def __post_init__(self):
         for key in ("prompts", "rollout_rows"):

@@ -27,7 +27,7 @@ from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
-from vlmem_jax.rl.config import RLConfig, check_prompted, rl_config
+from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
@@ -110,8 +110,7 @@ class GRPO(GRPOLoss):
         self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._experiment, self._stage, self._mesh, self._workdir = experiment, stage, mesh, as_path(workdir)
         data = experiment.data_of(stage)
-        weights = {"sequence": "sample", "token": "token"}
-        self._data = dataclasses.replace(data, loss_weight=weights[config.loss_mean])
+        self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
         self._rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else mesh
         self._speaks = model.speech is not None and any(config.invocation.heeded())
