@@ -70,18 +70,18 @@ def losses_by_decoding(generator, samples, answers, kind):
     """Mean negative log-probability of the tokens of each answer after a memory, one after the other from the cache."""
     vlm, params, B = generator.vlm, generator.params, len(samples)
     slots, speech, ones_B = vlm.speech.lengths[kind], vlm.speech, jnp.ones(B, jnp.int32)
-    state = generator.start(samples, 1).state
-    _, state = generator.extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
+    state, extend = generator.start(samples, 1).state, jax.jit(vlm.extend)
+    _, state = extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
     latents_BND, _ = jax.jit(vlm.form, static_argnums=4)(params, state, jnp.arange(B), ones_B * kind, 64)
     memory_BT = jnp.zeros((B, speech.slots + 1), jnp.int32).at[:, slots].set(speech.end_ids[kind])
-    logits_BV, state = generator.extend(params, state, memory_BT, ones_B * (slots + 1), latents_BND, ones_B * slots)
+    logits_BV, state = extend(params, state, memory_BT, ones_B * (slots + 1), latents_BND, ones_B * slots)
     losses = [[] for _ in samples]
     for n in range(max(map(len, answers))):
         tokens_B = np.array([ids[min(n, len(ids) - 1)] for ids in answers], np.int32)
         logp_BV = np.asarray(jax.nn.log_softmax(logits_BV))
         for row, ids in enumerate(answers):
             losses[row] += [-logp_BV[row, token] for token in ids[n : n + 1]]
-        logits_BV, state = generator.extend(params, state, tokens_B[:, None], ones_B)
+        logits_BV, state = extend(params, state, tokens_B[:, None], ones_B)
     return [float(np.mean(of_answer)) for of_answer in losses]
 
 
