@@ -65,6 +65,14 @@ def test_profiles_of_vismem():
             TASKS[stage.task].check(built, stage)
 
 
+def test_the_last_layers_of_the_tower_may_form_short_memories():
+    """Four slots a latent token, two adapters of rank 16 in each of 8 layers, a map of queries, and nothing else."""
+    built = experiment(override(load(str(CONFIGS / "vismem_qwen25vl_7b.py")), {"model.vismem.former": "lora_vision"}))
+    shapes = flatten(VLM(built.model).abstract()["memory"]["short"])
+    assert (shapes.pop("m_init").shape, shapes.pop("query/kernel").shape) == ((32, 1280), (3584, 1280))
+    assert sum(leaf.size for leaf in shapes.values()) == 8 * 2 * 2 * 1280 * 16
+
+
 def test_keys_change_from_the_command_line():
     config = load(str(CONFIGS / "comemo_9b.py"))
     changes = {"model.memory": "none", "stages.finetune.steps": "7", "data.train.0.path": "mine.jsonl"}

@@ -191,3 +191,5 @@ class DecodeState:
     """What the memory prepared for its blocks to read."""
     listening: Any = None
     """What a memory that speaks has seen and heard since it last spoke."""
+    patches: Any = None
+    """What it reads of the prompt's images inside the vision tower, if it does."""

@@ -49,6 +49,13 @@ def test_a_released_line(prompts):
     assert (second.id, second.images, second.answers) == ("1", (), ())
 
 
+def test_null_is_as_good_as_left_out(prompts):
+    read = prompts({"prompt": "Why?", "image": None, "answer": None, "videos": None}, {"prompt": "Why?"})
+    assert (read[0, 0].images, read[0, 0].answers) == ((), ())
+    one, other = read.sample((0, 0)), read.sample((0, 1))
+    assert one.tokens_T.tolist() == other.tokens_T.tolist() and not len(one.pixels_ISSc)
+
+
 def test_all_keys_of_a_line(prompts):
     line = {"id": 7, "prompt": "Which?", "images": ["0.png"], "image": "1.png", "system": "Be brief."}
     line |= {"videos": [{"path": "a.mp4", "fps": 2}], "source": "zoo", "split": "train", "prompt_is_raw": False}

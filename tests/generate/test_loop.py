@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlmem_jax.generate import Generator, SamplingConfig
-from vlmem_jax.generate.loop import compiled
+from vlmem_jax.generate.loop import FINISHED, compiled
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
@@ -88,6 +88,24 @@ def test_stop_ids_end_a_row_and_are_not_returned(vlm, params, make_prompt):
     assert stopped == free[: free.index(stop)]
 
 
+def test_any_stop_id_ends_its_row_alone(vlm, params, prompts):
+    """Nothing comes after it, and it is not read; other rows go on."""
+
+    def draw(*stop_ids):
+        session = Generator(vlm, params, stop_ids=stop_ids).start(prompts, SAMPLED.max_new_tokens)
+        return np.stack([tokens for tokens, _ in session.draw(SAMPLED)], axis=1), session
+
+    free = draw()[0].tolist()
+    drawn, session = draw(free[0][2], free[1][4])
+    lengths = []
+    for row, (prompt, answer) in enumerate(zip(prompts, free, strict=True)):
+        end = next((n + 1 for n, token in enumerate(answer) if token in session.generator.stop_ids), None)
+        assert drawn[row][drawn[row] != FINISHED].tolist() == answer[:end]
+        lengths.append(len(answer[:end]))
+        assert session.state.length_B[row] == len(prompt.tokens_T) + lengths[row] - (end is not None)
+    assert lengths[:2] == [3, 5] and lengths[2] > 5
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_banned_ids_are_never_chosen(vlm, params, make_prompt, sampling):
     prompt = make_prompt(9, 1)
@@ -108,6 +126,8 @@ def test_no_room_is_an_error_with_the_knob(generator, make_prompt):
         next(session.stream(SamplingConfig(max_new_tokens=1000)))
     with pytest.raises(ValueError, match="room for"):
         session.append(range(1000))
+    with pytest.raises(ValueError, match="must hold the prompts of 64 token slots, got a capacity of 63"):
+        generator.prefill(generator.params, pad_prompts([make_prompt(64, 0)], 1, generator.vlm.tile), 63)
 
 
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)])

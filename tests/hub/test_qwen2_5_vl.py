@@ -24,7 +24,10 @@ from vlmem_jax.models import VLM, presets
 from vlmem_jax.processing import PatchConfig, Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_5_vl"  # the set that is kept here
-VARIANTS = [{}, {"decoder": {"tied": False}}, {"memory": "comemo", "decoder": {"tied": False}}, {"memory": "vismem"}]
+VISION = {"memory": "vismem", "vismem": {"former": "lora_vision", "vision_layer": 1}}
+VARIANTS = [
+    {}, {"decoder": {"tied": False}}, {"memory": "comemo", "decoder": {"tied": False}}, {"memory": "vismem"}, VISION,
+]  # fmt: skip
 PREPROCESSOR = {"min_pixels": 3136, "max_pixels": 100352, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
 
 

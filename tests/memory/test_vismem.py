@@ -18,11 +18,12 @@ from vlmem_jax.memory.vismem import INVOKE_BIAS, ROWS_NOISE, kept
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.config import StageConfig
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.train.stages import Split, flatten
 from vlmem_jax.types import Heard
+from vlmem_jax.vision import normalise
 
 ROWS = 4
 """Of every batch, so that all tests run the same programs."""
@@ -272,14 +273,44 @@ def test_a_checkpoint_of_the_trained_part_gives_the_same_scores(vlm, params, pro
     back = params | load_params(tmp_path / "1", {"memory": shapes})
     logits = jax.jit(vlm.logits)
     np.testing.assert_array_equal(logits(back, batch), logits(params, batch))
+    other = dataclasses.replace(vlm.config.vismem, lora=dataclasses.replace(vlm.config.vismem.lora, rank=8))
+    wider = VLM(dataclasses.replace(vlm.config, vismem=other)).abstract()["memory"]
+    wider = jax.tree.map(
+        lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), wider, params["memory"]
+    )
+    with pytest.raises(
+        ValueError, match=r"memory/long/lora/q/a: \(4, 64, 4\) in the checkpoint, \(4, 64, 8\) in the model"
+    ):
+        load_params(tmp_path / "1", {"memory": wider})
+
+
+@pytest.mark.parametrize("former", ["lora_llm", "tiny_transformer", "lora_vision"])
+def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former):
+    """In decoding and in training; parameters and their gradients are fp32."""
+    config = dataclasses.replace(vlm.config.vismem, former=former, vision_layer=1, memory_output="rescaled")
+    model = VLM(dataclasses.replace(vlm.config, vismem=config, compute_dtype="bfloat16"))
+    N, counts = model.speech.slots, jnp.full(ROWS, model.speech.slots)
+
+    def everything(params, batch):
+        _, state = model.prefill(params, batch, 96)
+        latents, heard = model.form(params, state, jnp.arange(ROWS), jnp.arange(ROWS) % 2, 64)
+        logits, after = model.extend(params, state, jnp.zeros((ROWS, N), jnp.int32), counts, latents, counts)
+        batch = dataclasses.replace(batch, heard=heard)
+        return state, after, latents, logits, jax.grad(lambda params: model.logits(params, batch).sum())(params)
+
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
+    state, after, latents, logits, gradient = jax.eval_shape(everything, model.abstract(), batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert latents.dtype == state.cache.k_LBSKC.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
 # --- what it hears ----------------------------------------------------------------------------------------------------
 
 
 def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
-    """Once more than there is room for have been said, beside those of the images."""
-    small = dataclasses.replace(vlm.config.vismem, max_prompt_hidden=5)
+    """Once more than there is room for have been said, beside those of both images, of which there are too many."""
+    small = dataclasses.replace(vlm.config.vismem, max_prompt_hidden=5, max_visual_hidden=8)
     short = VLM(dataclasses.replace(vlm.config, vismem=small))
     generator, prompt = Generator(short, params, stop_ids=[]), prompts[0]
     session = generator.start([prompt], NEW)
@@ -299,10 +330,10 @@ def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
     hidden = jax.jit(short.hidden)(params, batch)[0]
     seen = short.encode_images(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
     slots = prompt.slots_T[prompt.slots_T >= 0]
-    assert len(formed.states_LD) == len(slots) + 5
-    np.testing.assert_allclose(formed.states_LD[: len(slots)], seen[slots], atol=1e-5)
+    assert len(slots) == 16 and len(formed.states_LD) == 8 + 5
+    np.testing.assert_allclose(formed.states_LD[:8], seen[slots].reshape(8, 2, -1).mean(axis=1), atol=1e-5)
     end = len(longer.tokens_T)
-    np.testing.assert_allclose(formed.states_LD[len(slots) :], hidden[end - 5 : end], atol=1e-4)
+    np.testing.assert_allclose(formed.states_LD[8:], hidden[end - 5 : end], atol=1e-4)
 
 
 def test_of_too_many_visual_states_neighbours_are_averaged():
@@ -373,6 +404,182 @@ def test_the_loss_of_next_tokens_scores_the_tokens_of_the_memory(vlm, params, pr
     np.testing.assert_allclose(loss, -(wanted * batch.weights_BT).sum(), rtol=1e-5)
 
 
+# --- short memories by the vision tower -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing(vlm, params):
+    """The model with that former, from the second of three layers on, where frames are more than a window."""
+    config = dataclasses.replace(vlm.config.vismem, former="lora_vision", vision_layer=1)
+    model = VLM(dataclasses.replace(vlm.config, vismem=config))
+    short = jax.jit(model.init)(jax.random.key(4))["memory"]["short"]
+    short["m_init"] *= 50
+    for n, target in enumerate("qv"):
+        short["lora"][target]["b"] = jax.random.normal(jax.random.key(n), short["lora"][target]["b"].shape)
+    return model, params | {"memory": params["memory"] | {"short": short}}
+
+
+def spelt_out(model, params, prompt, rows_ED):
+    """What rows behind the patches of a prompt become, in numpy: all scores, all masks."""
+    c, first, memory = model.config.vision, model.config.vismem.vision_layer, model.config.vismem
+    batch = pad_prompts([prompt], 1, model.tile)
+    modules = model._merge(params)
+    pixels = normalise(batch.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
+    kept_BND = modules.vision.keeping(pixels, jnp.asarray(batch.layout_BI4), first, "none")[1]
+    cos, sin = (
+        np.asarray(table[0])[:, None] for table in modules.vision._rotation(jnp.asarray(batch.layout_BI4[..., 2:]))
+    )
+    windows, frames = (np.repeat(batch.layout_BI4[0, :, n], c.merge**2) for n in range(2))
+    layers, lora = jax.device_get((params["vision"]["layers"], params["memory"]["short"]["lora"]))
+    x, N = np.concatenate([kept_BND[0], rows_ED]), len(frames)
+
+    def rms(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
+
+    def turned(x):
+        left, right = np.split(x[:N], 2, axis=-1)
+        return np.concatenate([np.concatenate([left * cos - right * sin, right * cos + left * sin], -1), x[N:]])
+
+    for n in range(first, c.layers):
+        layer = jax.tree.map(lambda leaf, n=n: leaf[n], layers)
+        ids = frames if n in c.full_layers else windows
+        allowed = np.zeros((len(x), len(x)), bool)
+        allowed[:N, :N] = ids[:, None] == ids
+        allowed[N:, :N], allowed[N:, N:] = frames > 0, True
+        y = rms(x, layer["norm1"]["scale"])
+        kernel, bias = layer["attn"]["qkv"]["kernel"], layer["attn"]["qkv"]["bias"]
+        q, k, v = (np.einsum("nd,dhc->nhc", y, kernel[:, m]) + bias[m] for m in range(3))
+        low = {t: y @ lora[t]["a"][n - first] @ lora[t]["b"][n - first] * memory.lora.scale for t in "qv"}
+        q, k, v = turned(q + low["q"].reshape(q.shape)), turned(k), v + low["v"].reshape(v.shape)
+        scores = np.where(allowed, np.einsum("nhc,mhc->hnm", q, k) / q.shape[-1] ** 0.5, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out = np.einsum("hnm,mhc->nhc", weights / weights.sum(-1, keepdims=True), v)
+        x = x + np.einsum("nhc,hcd->nd", out, layer["attn"]["proj"]["kernel"]) + layer["attn"]["proj"]["bias"]
+        y, mlp = rms(x, layer["norm2"]["scale"]), layer["mlp"]
+        gate, up = (y @ mlp[name]["kernel"] + mlp[name]["bias"] for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ mlp["down"]["kernel"] + mlp["down"]["bias"]
+    return x[N:]
+
+
+@pytest.fixture(scope="module")
+def formed(seeing, prompts):
+    """Short and long memories of all prompts after prefill, and from what they were formed."""
+    model, params = seeing
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
+    _, state = jax.jit(model.prefill, static_argnums=2)(params, batch, 96)
+    form, rows = jax.jit(model.form, static_argnums=4), jnp.arange(ROWS)
+    (short, heard), (long, _) = (form(params, state, rows, jnp.full(ROWS, kind), 64) for kind in range(2))
+    return short[:, : model.config.vismem.short_len], long, heard
+
+
+def test_the_vision_tower_forms_short_memories(seeing, prompts, formed):
+    """For each row whatever stands beside it, as spelt out; zeros without images."""
+    (model, params), (short, _, heard) = seeing, formed
+    memory, out = model._merge(params).memory, model.config.vismem.short_len * model.config.vision.merge**2
+    queries = memory.query_builder(heard.states_BJLD[:, 0], heard.lengths_BJ[:, 0])
+    wanted = []
+    for row, prompt in enumerate(prompts):
+        if not len(prompt.pixels_ISSc):
+            assert not short[row].any()
+            continue
+        extra = np.concatenate([memory.short.query(queries[row]), memory.short.m_init[...]])
+        wanted.append(
+            model._merge(params).projector(jnp.asarray(spelt_out(model, params, prompt, extra)[None, -out:]))[0]
+        )
+        np.testing.assert_allclose(short[row], wanted[-1], atol=2e-4)
+        assert np.abs(wanted[-1] - wanted[0]).max() > 0.01 or row == 0
+
+
+def test_in_a_packed_row_it_sees_the_images_of_its_own_sample(seeing, prompts, formed):
+    """In training, where one row holds several samples and several calls of both kinds."""
+    (model, params), (short, long, heard) = seeing, formed
+    slots, calls = model.speech.slots, [(0, 0), (0, 1), (2, 0), (1, 0), (2, 0)]  # of a prompt, a kind
+    samples = [
+        dataclasses.replace(
+            prompts[n],
+            tokens_T=np.append(prompts[n].tokens_T, np.zeros(4 * slots, np.int32)),
+            labels_T=np.append(prompts[n].labels_T, np.full(4 * slots, -100, np.int32)),
+            positions_T=np.concatenate([prompts[n].positions_T, np.zeros((4 * slots, 3), np.int32)]),
+            slots_T=np.append(prompts[n].slots_T, np.full(4 * slots, -1, np.int32)),
+        )
+        for n in range(3)
+    ]
+    row = pack_row(samples, DataConfig(), model.tile, 160, 48)
+    M, J, ends = row.memory_segments_BM.shape[0], 8, np.cumsum([len(s.tokens_T) for s in samples])
+    states, lengths, kinds = np.zeros((J, *heard.states_BJLD.shape[2:]), np.float32), np.zeros(J), np.full(J, -1)
+    places = []
+    for j, (n, kind) in enumerate(calls):
+        states[j], lengths[j], kinds[j] = heard.states_BJLD[n, 0], heard.lengths_BJ[n, 0], kind
+        before = sum(m == n for m, _ in calls[:j])
+        places.append(ends[n] - (before + 1) * slots + np.arange(model.speech.lengths[kind]))
+        row.slots_BT[places[-1]] = M + j * slots + np.arange(len(places[-1]))
+    batch = dataclasses.replace(row, heard=Heard(states, lengths.astype(np.int32), kinds.astype(np.int32)))
+
+    def embeddings(params, batch):
+        return model._run(model._merge(params), batch, None, None)[1][0]
+
+    x_TD = jax.jit(embeddings)(params, jax.tree.map(lambda x: jnp.asarray(x)[None], batch))
+    for place, (n, kind) in zip(places, calls, strict=True):
+        np.testing.assert_allclose(x_TD[place], (short, long)[kind][n, : len(place)], atol=2e-4)
+
+
+def test_seeing_again_costs_a_model_that_never_calls_nothing_but_room(answers, seeing, vlm, params, plain, prompts):
+    """Its scores are the plain model's, bit by bit; other formers keep no patches."""
+    model, own = seeing
+    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, vlm.tile))
+    ordinary = np.setdiff1d(np.arange(vlm.config.decoder.vocab), vlm.config.vismem.token_ids)
+    scores, plain_scores = jax.jit(model.logits)(own, batch), jax.jit(plain[0].logits)(plain[1], batch)
+    np.testing.assert_array_equal(scores[..., ordinary], plain_scores[..., ordinary])
+    kept = [
+        jax.eval_shape(lambda params, m=m: m.prefill(params, batch, 96)[1], p).patches
+        for m, p in ((vlm, params), (model, own))
+    ]
+    assert kept[0] is None and kept[1].x_BNE.shape[1] == batch.pixels_BISSc.shape[1] * vlm.config.vision.merge**2
+
+
+def test_rows_that_see_again_are_apart(answers, seeing, prompts, forced):
+    """In a batch, and as one of two answers to a prompt that was read once."""
+    generator = Generator(*seeing, stop_ids=[])
+    tokens, logp, _ = answers(prompts, SAMPLED, RULE, forced, keys := list(range(ROWS)), generator=generator)
+    for row in (0, 3):
+        key, given = keys[row : row + 1], forced[row : row + 1]
+        [alone], [alone_logp], _ = answers([prompts[row]], SAMPLED, RULE, given, key, generator=generator)
+        assert alone == tokens[row]
+        np.testing.assert_allclose(alone_logp, logp[row], atol=1e-5)
+    session = generator.start(prompts[:2], NEW, ROWS // 2, copies=2)
+    keys_B = jax.vmap(jax.random.key)(jnp.array([0, 0, 1, 1]))
+    drawn = [t for t, _ in session.draw(SAMPLED, keys_B, RULE, [forced[n] for n in (0, 0, 1, 1)])]
+    for row, ids in enumerate(np.stack(drawn, axis=1)):
+        assert ids[ids != FINISHED].tolist() == tokens[row // 2]
+
+
+@pytest.mark.slow
+def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
+    """Memories of both kinds in a training forward, and their gradients."""
+    (model, params), (_, _, heard) = seeing, formed
+    batch, kinds = pad_prompts(prompts, ROWS, model.tile), np.array([[0], [1], [0], [0]], np.int32)
+    for row, prompt in enumerate(prompts):
+        N, length = model.speech.lengths[kinds[row, 0]], len(prompt.tokens_T)
+        batch.slots_BT[row, length - N : length] = batch.memory_segments_BM.shape[1] + np.arange(N)
+    batch = dataclasses.replace(batch, heard=dataclasses.replace(heard, kinds_BJ=kinds))
+
+    def loss(params, batch):
+        logits_BTV = model.logits(params, batch)
+        return ((logits_BTV * (batch.segments_BT > 0)[..., None]) ** 2).mean(), logits_BTV
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, one), gradient = step(params, jax.tree.map(jnp.asarray, batch))
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, param_shardings(mesh, model.abstract(), model.axes()))
+        (_, many), other = step(sharded, jax.device_put(batch, batch_sharding(mesh)))
+    real = batch.segments_BT > 0
+    np.testing.assert_allclose(np.asarray(many)[real], np.asarray(one)[real], atol=1e-4)
+    assert np.abs(gradient["memory"]["short"]["query"]["kernel"]).max() > 1e-6
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient["memory"]["short"]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * scale), gradient["memory"], other["memory"])
+
+
 # --- how it starts ----------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +620,7 @@ def test_rescaled_memories_have_the_size_of_the_gain(vlm, params, prompts):
         (dict(token_ids=(1, 2, 3, 4000)), "below decoder.vocab 160"),
         (dict(max_visual_hidden=4000), "max_positions must be at least .* = 4068"),
         (dict(short_len=0), "at least 1"),
+        (dict(former="lora_vision"), "vision_layer below vision.layers, got qwen_vit and 24 of 3"),
     ],
 )
 def test_bad_settings_name_their_key(vlm, changes, message):

@@ -135,7 +135,7 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
     def plain_loop(params):
         modules = vlm._merge(params)
         seen_by = modules.memory.attend(vlm_seen(vlm, modules, batch), batch.positions_BT, batch.segments_BT)
-        x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None))
+        x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None)[0])
         tables = rotation(batch.positions_BT, vlm._frequencies(jnp.array([1]), 1))
         graph, states = nnx.split(modules.decoder.layers)
 
@@ -154,7 +154,7 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
 
 
 def vlm_seen(vlm, modules, batch):
-    features = vlm._encode(modules, batch.pixels_BISSc, None)
+    features, _ = vlm._encode(modules, batch.pixels_BISSc, None)
     return VisualTokens(features, batch.memory_positions_BM, batch.memory_segments_BM)
 
 

@@ -26,13 +26,12 @@ DATA = DataConfig(pack_tokens=384, pack_tiles=64, loss_weight="sample")
 CALLED = InvocationConfig("delimiter_random", probability=0.4, anywhere=0.1)
 
 
-@pytest.fixture(scope="module")
-def vlm():
-    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": {"layers": 2}}))
+def model(former):
+    memory = {"former": former, "vision_layer": 1}
+    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": memory, "decoder": {"layers": 2}}))
 
 
-@pytest.fixture(scope="module")
-def params(vlm):
+def parameters(vlm):
     """Adapters have an effect; latent tokens and embeddings are of one size; calls are likely."""
     params = jax.jit(vlm.init)(jax.random.key(1))
     params["decoder"]["embed"] *= 30
@@ -46,19 +45,11 @@ def params(vlm):
     return params
 
 
-@pytest.fixture(scope="module")
-def generator(vlm, params):
+def sampler(vlm, params):
     return Generator(vlm, params, stop_ids=STOP, banned_ids=BANNED, delimiter_ids=range(0, 160, 2))
 
 
-@pytest.fixture(scope="module")
-def prompts(vlm):
-    grids = [[PatchGrid(1, 3, 4)], [], [PatchGrid(2, 2, 3, 0.5)]]
-    return [sample(vlm, grid, (40, 9, 13)[n], seed=n) for n, grid in enumerate(grids)]
-
-
-@pytest.fixture(scope="module")
-def draw(generator, prompts):
+def drawer(generator, prompts):
     """Groups of trajectories of all prompts, under a config."""
 
     def run(config, forced=()):
@@ -69,6 +60,32 @@ def draw(generator, prompts):
     return run
 
 
+@pytest.fixture(scope="module")
+def vlm():
+    return model("lora_llm")
+
+
+@pytest.fixture(scope="module")
+def params(vlm):
+    return parameters(vlm)
+
+
+@pytest.fixture(scope="module")
+def generator(vlm, params):
+    return sampler(vlm, params)
+
+
+@pytest.fixture(scope="module")
+def prompts(vlm):
+    grids = [[PatchGrid(1, 3, 4)], [], [PatchGrid(2, 2, 3, 0.5)]]
+    return [sample(vlm, grid, (40, 9, 13)[n], seed=n) for n, grid in enumerate(grids)]
+
+
+@pytest.fixture(scope="module")
+def draw(generator, prompts):
+    return drawer(generator, prompts)
+
+
 @pytest.fixture(scope="module", params=["learned", "called"])
 def drawn(request, draw):
     """A config and all trajectories under it."""
@@ -76,20 +93,32 @@ def drawn(request, draw):
     return config, [trajectory for group in draw(config) for trajectory in group]
 
 
+def grpo(vlm, config):
+    return GRPOLoss(vlm, RLConfig(), 32, BANNED + config.banned_ids(vlm.speech))
+
+
 @pytest.fixture(scope="module")
 def objective(vlm):
-    def make(config):
-        return GRPOLoss(vlm, RLConfig(), 32, BANNED + config.banned_ids(vlm.speech))
-
-    return make
+    return lambda config: grpo(vlm, config)
 
 
-def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(vlm, params, objective, drawn):
-    config, trajectories = drawn
+def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(vlm, params, drawn):
+    check_log_probabilities(vlm, params, *drawn)
+
+
+def test_they_do_where_the_vision_tower_forms_memories(prompts):
+    vlm = model("lora_vision")
+    params = parameters(vlm)
+    groups = drawer(sampler(vlm, params), prompts)(CALLED)
+    check_log_probabilities(vlm, params, CALLED, [trajectory for group in groups for trajectory in group])
+
+
+def check_log_probabilities(vlm, params, config, trajectories):
+    assert vlm.config.vismem.lora.dropout > 0, "which neither of them applies"
     kinds = [memory.kind for t in trajectories for memory in t.spoken]
     assert set(kinds) == {0, 1} and max(len(t.spoken) for t in trajectories) > 1
     rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
-    scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: objective(config).log_probs(params, x), batch))
+    scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: grpo(vlm, config).log_probs(params, x), batch))
     logp_BT = np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch)))
     counts_BT = rows.batch.weights_BT > 0
     assert counts_BT.sum() == sum(t.loss_T.sum() for t in trajectories)

@@ -1,18 +1,23 @@
 """VisMem's two stages, one after the other: what each trains and leaves alone, what is recorded."""
 
+import contextlib
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from tests.patches_world import save_tokenizer
 from tests.rl import memory_world
 from tests.rl.memory_world import INVOCATION
 from vlmem_jax import rl
-from vlmem_jax.checkpoint import load_params
+from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.checkpoint.store import parameter_paths
-from vlmem_jax.config import ConfigError, override
+from vlmem_jax.config import ConfigError, override, to_dict
+from vlmem_jax.hub.convert import export_folder
 from vlmem_jax.models import VLM
+from vlmem_jax.rl import GRPO
 from vlmem_jax.sharding import MeshConfig, make_mesh
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
@@ -56,6 +61,8 @@ def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(make, params, t
     before, after = (params(tmp_path / "formation" / step) for step in ("1", "2"))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert {path.split("/")[1] for path in changed} == {"query_builder", "short", "long"}
+    adapters = {f"memory/{kind}/lora/{target}/{x}" for kind in ("short", "long") for target in "qv" for x in "ab"}
+    assert adapters <= changed
     at_end = params(tmp_path / "invocation" / "2")
     changed = {path for path in after if not np.array_equal(after[path], at_end[path])}
     assert changed and all(path.startswith(INVOCATION) for path in changed)
@@ -75,6 +82,10 @@ def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(make, params, t
     [
         ({"model__memory": "none", "stages__1__rl__invocation_penalty": 0.3}, "are for a memory that speaks"),
         ({"stages__0__rl__invocation_penalty": 0.3}, "none have been formed yet"),
+        (
+            {"stages__1__rl__invocation_penalty": 0.3, "stages__0__trainable": ("decoder/",)},
+            "none have been formed yet",
+        ),
         ({"stages__0__rl__invocation__max_invocations": 40}, "max_invocations must be at most that of the model"),
         ({"stages__1__rl__base": False}, "invocation_penalty must be at least 0, and needs base=True"),
         ({"stages__0__rl__base": False, "stages__0__rl__paired_base": True}, "paired_base is of answers without"),
@@ -87,3 +98,23 @@ def test_what_does_not_fit_is_said_before_anything_is_done(make, tmp_path, chang
     with pytest.raises(ConfigError, match=message):
         runs.run(make(**changes), tmp_path / "run", tasks=runs.TASKS | rl.TASKS)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_released_base_has_formed_no_memories(make, tmp_path):
+    """Another checkpoint may have, and an exported memory has."""
+    for memory, outcome in (("none", pytest.raises(ConfigError, match="none have been formed yet")),
+                            ("vismem", contextlib.nullcontext())):  # fmt: skip
+        model = dataclasses.replace(make().model, memory=memory)
+        run = tmp_path / memory
+        save_params(run / "0", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), VLM(model).abstract()))
+        about = {"model": to_dict(model), "image": {"kind": "patches"}, "template": "qwen2-vl", "system": None}
+        (run / "model.json").write_text(json.dumps(about))
+        save_tokenizer(run / "tokenizer")
+        export_folder(run, tmp_path / f"{memory}_hf")
+        settings = make(init=str(tmp_path / f"{memory}_hf"))
+        alone = dataclasses.replace(settings, stages=settings.stages[1:])
+        with outcome:
+            GRPO.check(alone, alone.stages[0])
+        GRPO.check(settings, settings.stages[1])
+    ours = dataclasses.replace(alone, init=str(tmp_path / "vismem"))
+    GRPO.check(ours, ours.stages[0])

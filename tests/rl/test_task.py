@@ -240,6 +240,15 @@ def test_the_stream_goes_on_where_it_was(settings, mesh):
         stream.close()
 
 
+def test_the_order_of_prompts_is_that_of_the_seed(settings, mesh):
+    orders = []
+    for seed in (0, 0, 1, 2):
+        stream = make_task(settings(seed=seed), mesh)._stream
+        orders.append([stream.take().key[1] for _ in range(6)])
+        stream.close()
+    assert orders[0] == orders[1] and len({tuple(order) for order in [*orders, range(6)]}) == 4
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [

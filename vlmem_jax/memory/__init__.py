@@ -1,6 +1,6 @@
 """Memories that live inside a model, by config name. A new one is one file and one line here."""
 
-from vlmem_jax.memory.base import Decode, Memory, Speech, TokenStart, VisualTokens
+from vlmem_jax.memory.base import Decode, Memory, Patches, Read, Speech, TokenStart, VisualTokens
 from vlmem_jax.memory.comemo import CoMemo, CoMemoConfig
 from vlmem_jax.memory.vismem import VisMem, VisMemConfig
 
@@ -13,6 +13,8 @@ __all__ = [
     "CoMemoConfig",
     "Decode",
     "Memory",
+    "Patches",
+    "Read",
     "Speech",
     "TokenStart",
     "VisMem",

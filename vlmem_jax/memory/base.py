@@ -6,7 +6,7 @@ and checkpoints like a key/value cache. It meets the model at doors; a memory ov
     ATTEND   `attend`: blocks inside the decoder, before every E-th layer
     SPEAK    `speech`: latent tokens between those of an answer, wherever the model calls for them. `listen` and
              `follow` collect hidden states while decoding, `heard` gives those of an invocation, `form` turns them into
-             embeddings; `embed` and `score` give the tokens of the memory rows of their own
+             embeddings, by `Decode` and `Read` if it likes; `embed` and `score` give its own tokens rows of their own
 
 `models/vlm.py` calls the doors and knows no memory by name.
 """
@@ -77,6 +77,29 @@ class Decode(Protocol):
     ) -> Float[Array, "B T D"]: ...
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """All patches of each row where they enter layer `Memory.vision_layer` of the vision tower."""
+
+    x_BNE: Float[Array, "B N E"]
+    layout_BI4: Int32[Array, "B I 4"]
+    """As in `types.Batch`."""
+    segments_BI: Int32[Array, "B I"]
+    """Samples to which tiles belong; 0 is padding."""
+
+
+@runtime_checkable
+class Read(Protocol):
+    """The model's own vision tower from layer `Memory.vision_layer` on, and its projector.
+
+    Each time that the memory speaks, F rows stand behind the patches: they see each other and the patches of their
+    sample, and nothing else sees them. The last `out` become latent tokens, zeros where the sample has no patches.
+    """
+
+    def __call__(self, rows_BJFE: Float[Array, "B J F E"], out: int, lora: Adapters) -> Float[Array, "B J N D"]: ...
+
+
 class TokenStart(NamedTuple):
     """What a new token may start from."""
 
@@ -94,6 +117,9 @@ class TokenStart(NamedTuple):
 
 class Memory(nnx.Module):
     """Base of all memories."""
+
+    vision_layer: int | None = None
+    """SPEAK: the layer of the vision tower from which on `form` goes through it. None: it does not."""
 
     def attend(
         self,
@@ -146,8 +172,13 @@ class Memory(nnx.Module):
         """SPEAK: the states of R of the rows (one beyond the last: none), J = 1, whose texts have at most `size`."""
         raise NotImplementedError(f"{type(self).__name__} does not speak")
 
-    def form(self, heard: Heard, decode: Decode, key: jax.Array | None = None) -> Float[Array, "B J N D"]:
-        """SPEAK: latent tokens, to stand in a row in place of embeddings. With a key as in training, with dropout."""
+    def form(
+        self, heard: Heard, decode: Decode, key: jax.Array | None = None, read: Read | None = None
+    ) -> Float[Array, "B J N D"]:
+        """SPEAK: latent tokens, to stand in a row in place of embeddings. With a key as in training, with dropout.
+
+        `read`: None without a `vision_layer`, and in a batch without patches.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not speak")
 
     def adopt(self, start: TokenStart, key: jax.Array) -> None:

@@ -7,7 +7,7 @@ block alone, so decoding computes them once a prompt.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,9 @@ class MemoryBlock(nnx.Module):
 class CoMemo(Memory):
     """The stacked blocks and their door."""
 
-    def __init__(self, config: CoMemoConfig, decoder: DecoderConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: CoMemoConfig, decoder: DecoderConfig, vision: Any, attention: AttentionConfig, *, rngs: nnx.Rngs
+    ):
         if config.every > decoder.layers:
             raise ValueError(f"comemo.every must be at most decoder.layers {decoder.layers}, got {config.every}")
         if decoder.rope_sections and config.head_dim != decoder.head_dim:

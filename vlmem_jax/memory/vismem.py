@@ -6,7 +6,7 @@ as embeddings. The model's own weights stay as they are.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import DecoderConfig
-from vlmem_jax.memory.base import Decode, Memory, Speech, TokenStart
+from vlmem_jax.memory.base import Decode, Memory, Read, Speech, TokenStart
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.encoder import Encoder, EncoderConfig
-from vlmem_jax.nn.linear import ones, param
+from vlmem_jax.nn.linear import Linear, ones, param
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.sharding import constrain
 from vlmem_jax.types import Batch, Heard
+from vlmem_jax.vision import QwenViTConfig
 
 TOKENS = "<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>"
 """Invoke and end, short and long."""
@@ -42,8 +43,11 @@ class VisMemConfig:
     short_len: int = 8
     long_len: int = 16
     """Latent tokens of a memory."""
-    former: Literal["lora_llm", "tiny_transformer"] = "lora_llm"
-    """The model's own decoder with an adapter a kind, or a small encoder a kind."""
+    former: Literal["lora_llm", "tiny_transformer", "lora_vision"] = "lora_llm"
+    """The model's own decoder with an adapter a kind; a small encoder a kind; or, for short memories, the last layers
+    of the model's own vision tower with an adapter of q and v, and lora_llm for long ones."""
+    vision_layer: int = 24
+    """The first of those layers of the tower."""
     query_builder: EncoderConfig = EncoderConfig()
     """Its layers; those of a tiny_transformer are as many and as wide."""
     lora: LoRAConfig = LoRAConfig()
@@ -144,17 +148,38 @@ class Former(nnx.Module):
     def __init__(self, config: VisMemConfig, slots: int, decoder: DecoderConfig, *, rngs: nnx.Rngs):
         self.m_init = param(nnx.initializers.normal(0.02), (slots, decoder.width), ("slots", "embed"), rngs)
         self.gain = param(ones, (1,), ("scalar",), rngs) if config.memory_output == "rescaled" else None
-        if config.former == "lora_llm":
+        if config.former == "tiny_transformer":
+            self.encoder = Encoder(config.query_builder, decoder.width, rngs=rngs)
+        else:
             shapes = decoder.adapter_shapes
             self.lora = stack(lambda rngs: LoRA(config.lora, shapes, rngs=rngs), decoder.layers, rngs)
-        else:
-            self.encoder = Encoder(config.query_builder, decoder.width, rngs=rngs)
+
+
+class VisionFormer(nnx.Module):
+    """What short memories have of their own under lora_vision: a map of queries into the vision tower, learned slots
+    there, as many a latent token as the projector merges, and an adapter of its last layers."""
+
+    def __init__(self, config: VisMemConfig, decoder: DecoderConfig, vision: QwenViTConfig, *, rngs: nnx.Rngs):
+        slots, init = config.short_len * vision.merge**2, nnx.initializers.normal(0.02)
+        self.m_init = param(init, (slots, vision.width), ("slots", "embed"), rngs)
+        self.query = Linear({"embed": decoder.width}, {"channels": vision.width}, rngs=rngs)
+        self.gain = param(ones, (1,), ("scalar",), rngs) if config.memory_output == "rescaled" else None
+        shapes = dict.fromkeys("qv", (("embed", vision.width), ("heads", vision.width)))
+        layers = vision.layers - config.vision_layer
+        self.lora = stack(lambda rngs: LoRA(vision_lora(config), shapes, rngs=rngs), layers, rngs)
+
+
+def vision_lora(config: VisMemConfig) -> LoRAConfig:
+    """That of the vision tower."""
+    return dataclasses.replace(config.lora, targets=("q", "v"))
 
 
 class VisMem(Memory):
     """Query builder, formers, and the rows of the four tokens."""
 
-    def __init__(self, config: VisMemConfig, decoder: DecoderConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: VisMemConfig, decoder: DecoderConfig, vision: Any, attention: AttentionConfig, *, rngs: nnx.Rngs
+    ):
         if max(*config.token_ids, config.start_id) >= decoder.vocab:
             raise ValueError(
                 f"vismem.token_ids and vismem.start_id must be below decoder.vocab {decoder.vocab}, got "
@@ -162,7 +187,16 @@ class VisMem(Memory):
             )
         self.config = config
         self.query_builder = QueryBuilder(config, decoder.width, rngs=rngs)
-        self.short = Former(config, config.short_len, decoder, rngs=rngs)
+        if config.former == "lora_vision":
+            if not isinstance(vision, QwenViTConfig) or not 0 <= config.vision_layer < vision.layers:
+                raise ValueError(
+                    "vismem.former lora_vision needs vision.kind qwen_vit and vismem.vision_layer below vision.layers, "
+                    f"got {vision.kind} and {config.vision_layer} of {vision.layers}"
+                )
+            self.vision_layer = config.vision_layer
+            self.short = VisionFormer(config, decoder, vision, rngs=rngs)
+        else:
+            self.short = Former(config, config.short_len, decoder, rngs=rngs)
         self.long = Former(config, config.long_len, decoder, rngs=rngs)
         init = nnx.initializers.normal(0.02)
         self.special_in = param(init, (4, decoder.width), ("slots", "embed"), rngs)
@@ -259,35 +293,78 @@ class VisMem(Memory):
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
-    def form(self, heard: Heard, decode: Decode, key: jax.Array | None = None) -> Float[Array, "B J N D"]:
+    def form(
+        self, heard: Heard, decode: Decode, key: jax.Array | None = None, read: Read | None = None
+    ) -> Float[Array, "B J N D"]:
         B, J, L, D = heard.states_BJLD.shape
         states_RLD = jax.lax.stop_gradient(heard.states_BJLD.reshape(B * J, L, D))
         lengths_R, kinds_R = heard.lengths_BJ.reshape(-1), jnp.maximum(heard.kinds_BJ.reshape(-1), 0)
         queries_RKD = self.query_builder(states_RLD, lengths_R)
-        formers, slots = (self.short, self.long), max(self.config.lengths)
-        inits = [jnp.pad(former.m_init[...], ((0, slots - len(former.m_init[...])), (0, 0))) for former in formers]
-        slots_RND = jnp.stack(inits).astype(states_RLD.dtype)[kinds_R]
+        heard_by_all = states_RLD, lengths_R, queries_RKD, decode, key
+        if self.config.former == "lora_vision":
+            each = (
+                self._from_patches(queries_RKD.reshape(B, J, -1, D), read, key).reshape(B * J, -1, D),
+                self._from_states((self.long,), jnp.zeros_like(kinds_R), *heard_by_all),
+            )
+            slots = max(self.config.lengths)
+            padded = (jnp.pad(x_RND, ((0, 0), (0, slots - x_RND.shape[1]), (0, 0))) for x_RND in each)
+            latents_RND = jnp.where((kinds_R == 0)[:, None, None], *padded)
+        else:
+            latents_RND = self._from_states((self.short, self.long), kinds_R, *heard_by_all)
+        if self.config.memory_output == "rescaled":
+            gains_R = jnp.stack([former.gain[...] for former in (self.short, self.long)])[kinds_R, 0]
+            latents_RND = rescaled(latents_RND, gains_R)
+        return latents_RND.reshape(B, J, -1, D)
+
+    def _from_states(
+        self,
+        formers: tuple[Former, ...],
+        index_R: Array,
+        states_RLD: Array,
+        lengths_R: Array,
+        queries_RKD: Array,
+        decode: Decode,
+        key: jax.Array | None,
+    ) -> Float[Array, "R N D"]:
+        """By the decoder, or by small encoders, from states, queries and slots: row r by `formers[index_R[r]]`."""
+        L, inits = states_RLD.shape[1], [former.m_init[...] for former in formers]
+        counts_A = jnp.array([len(init) for init in inits])
+        slots = max(len(init) for init in inits)
+        inits = [jnp.pad(init, ((0, slots - len(init)), (0, 0))) for init in inits]
+        slots_RND = jnp.stack(inits).astype(states_RLD.dtype)[index_R]
         x_RTD = jnp.concatenate([states_RLD, queries_RKD, slots_RND], axis=1)
         real_RT = jnp.concatenate(
             [
                 jnp.arange(L) < lengths_R[:, None],
                 jnp.ones(queries_RKD.shape[:2], bool),
-                jnp.arange(slots) < jnp.array(self.config.lengths)[kinds_R][:, None],
+                jnp.arange(slots) < counts_A[index_R][:, None],
             ],
             axis=1,
         )
-        if self.config.former == "lora_llm":
-            adapters = Adapters.of(self.config.lora, [former.lora for former in formers], kinds_R, key)
-            hidden_RTD = self._decode(x_RTD, real_RT, decode, adapters)
-        else:
-            allowed_RTS = jnp.broadcast_to(real_RT[:, None], (B * J, *(x_RTD.shape[1],) * 2))
+        if self.config.former == "tiny_transformer":
+            allowed_RTS = jnp.broadcast_to(real_RT[:, None], (len(x_RTD), *(x_RTD.shape[1],) * 2))
             each = [former.encoder(x_RTD, allowed_RTS) for former in formers]
-            hidden_RTD = jnp.where((kinds_R == 0)[:, None, None], *each)
-        latents_RND = hidden_RTD[:, -slots:]
-        if self.config.memory_output == "rescaled":
-            gains_R = jnp.stack([former.gain[...] for former in formers])[kinds_R, 0]
-            latents_RND = rescaled(latents_RND, gains_R)
-        return latents_RND.reshape(B, J, slots, D)
+            hidden_RTD = jnp.where((index_R == 0)[:, None, None], *each)
+        else:
+            adapters = Adapters.of(self.config.lora, [former.lora for former in formers], index_R, key)
+            hidden_RTD = self._decode(x_RTD, real_RT, decode, adapters)
+        return hidden_RTD[:, -slots:]
+
+    def _from_patches(
+        self, queries_BJKD: Float[Array, "B J K D"], read: Read | None, key: jax.Array | None
+    ) -> Float[Array, "B J N D"]:
+        """By the vision tower, from patches, queries and slots; zeros where there are no patches.
+
+        Its windows bound what patches see, not what queries and slots see: all patches of the sample.
+        """
+        (B, J, _, D), former = queries_BJKD.shape, self.short
+        if read is None:
+            return jnp.zeros((B, J, self.config.short_len, D), queries_BJKD.dtype)
+        queries_BJKE, slots_NE = former.query(queries_BJKD), former.m_init[...].astype(queries_BJKD.dtype)
+        slots_BJNE = jnp.broadcast_to(slots_NE, (B, J, *slots_NE.shape))
+        key = None if key is None else jax.random.fold_in(key, 1)  # others than the decoder's
+        adapters = Adapters.of(vision_lora(self.config), [former.lora], jnp.zeros(B, jnp.int32), key)
+        return read(jnp.concatenate([queries_BJKE, slots_BJNE], axis=2), len(slots_NE), adapters)
 
     def _decode(self, x_RTD: Array, real_RT: Array, decode: Decode, adapters: Adapters) -> Float[Array, "R T D"]:
         T = x_RTD.shape[1]

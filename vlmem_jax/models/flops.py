@@ -101,10 +101,10 @@ def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int
 def formation_flops(config: ModelConfig, states: int, trained: bool) -> int:
     """FLOPs of forming one memory from `states` states by the decoder, the longer kind; `trained`: and of its gradient.
 
-    Query builder, adapters and small encoders, which are little, are left out.
+    Query builder, adapters, small encoders and the vision tower's last layers, which are little, are left out.
     """
     c = config.vismem
-    if c.former != "lora_llm":
+    if c.former == "tiny_transformer":
         return 0
     weights, attention = decoder_flops(config, states + c.query_len + max(c.lengths))
     return weights * (1 + trained) + attention * (1 + 2 * trained)

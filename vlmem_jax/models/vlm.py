@@ -20,8 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import Decoder
-from vlmem_jax.memory import MEMORIES, Decode, Memory, Speech, TokenStart, VisualTokens
+from vlmem_jax.memory import MEMORIES, Decode, Memory, Patches, Read, Speech, TokenStart, VisualTokens
 from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
 from vlmem_jax.sharding import constrain
 from vlmem_jax.types import Batch, DecodeState, Heard, KVCache, TileShape
@@ -55,7 +56,8 @@ def make_memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
     """The memory of a model alone."""
     if config.memory == "none":
         return None
-    return MEMORIES[config.memory](getattr(config, config.memory), config.decoder, config.attention, rngs=rngs)
+    parts = config.decoder, config.vision, config.attention
+    return MEMORIES[config.memory](getattr(config, config.memory), *parts, rngs=rngs)
 
 
 def speech_of(config: ModelConfig) -> Speech | None:
@@ -139,23 +141,27 @@ class VLM:
 
         With a key, the tower drops paths as in training. `layout_BI4` as in `Batch`.
         """
-        return self._encode(self._merge(params), pixels_BISSc, key, layout_BI4)
+        return self._encode(self._merge(params), pixels_BISSc, key, layout_BI4)[0]
 
     def _encode(
         self, modules: _Modules, pixels_BISSc: Array, key: jax.Array | None, layout_BI4: Array | None = None
-    ) -> Float[Array, "B M D"]:
+    ) -> tuple[Float[Array, "B M D"], Float[Array, "B N E"] | None]:
+        """Visual tokens, and the patches that the memory reads, if it does."""
         c, policy = self.config.vision, self.config.vision_remat or self.config.remat
         B, I, *tile = pixels_BISSc.shape
         if pixels_BISSc.dtype == jnp.uint8:
             pixels_BISSc = normalise(pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
         pixels_BISSc = pixels_BISSc.astype(self.dtype)
-        if layout_BI4 is not None:
+        first, kept_BNE = modules.memory.vision_layer if modules.memory else None, None
+        if first is not None:
+            patches, kept_BNE = modules.vision.keeping(pixels_BISSc, layout_BI4, first, policy)
+        elif layout_BI4 is not None:
             patches = modules.vision(pixels_BISSc, layout_BI4, remat_policy=policy)
         else:
             tiles = constrain(pixels_BISSc.reshape(B * I, *tile), "parts", None, None, None)
             patches = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
         tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
-        return constrain(tokens_BMD, "batch", "tokens", None)
+        return constrain(tokens_BMD, "batch", "tokens", None), kept_BNE
 
     def _embed(self, modules: _Modules, tokens_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = modules.decoder.embeddings(tokens_BT, self.dtype)
@@ -175,14 +181,46 @@ class VLM:
 
         return decode
 
+    def _read(self, modules: _Modules, patches: Patches, samples_BJ: Int32[Array, "B J"]) -> Read:
+        """The last layers of the vision tower as a memory may call them, which speaks in these samples of each row."""
+        c, policy = self.config.vision, self.config.vision_remat or self.config.remat
+        sees_BJN = jnp.repeat(same_segment(samples_BJ, patches.segments_BI), c.merge**2, axis=2)
+
+        def read(rows_BJFE, out, lora):
+            B, J, F, _ = rows_BJFE.shape
+            time_E = jnp.arange(J * F) // F
+            own_BEE = jnp.broadcast_to(time_E[:, None] == time_E, (B, J * F, J * F))
+            allowed_BES = jnp.concatenate([jnp.repeat(sees_BJN, F, axis=1), own_BEE], axis=2)
+            # constants, as what was heard
+            kept = jax.lax.stop_gradient(patches.x_BNE), patches.layout_BI4
+            rows = rows_BJFE.reshape(B, J * F, -1), allowed_BES, lora
+            read_BED = modules.vision.beside(*kept, *rows, modules.memory.vision_layer, policy)
+            last_BED = read_BED.reshape(B, J, F, -1)[:, :, F - out :].reshape(B, J * out, -1)
+            latents_BJND = modules.projector(last_BED).reshape(B, J, -1, self.config.decoder.width)
+            # as in a batch without patches, whatever else is in this one
+            return jnp.where(sees_BJN.any(-1)[..., None, None], latents_BJND, 0)
+
+        return read
+
     def _splice(
-        self, modules: _Modules, batch: Batch, features_BMD: Array | None, key: jax.Array | None = None
+        self,
+        modules: _Modules,
+        batch: Batch,
+        features_BMD: Array | None,
+        patches: Patches | None = None,
+        key: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Token embeddings with each placeholder replaced by its visual or latent token."""
         x_BTD = self._embed(modules, batch.tokens_BT)
         slots_BMD = [] if features_BMD is None else [features_BMD]
         if batch.heard is not None:
-            latents_BJND = modules.memory.form(batch.heard, self._decode(modules), key)
+            read = None
+            if patches is not None:
+                time_BT = (batch.slots_BT - features_BMD.shape[1]) // self.speech.slots  # below 0: none
+                is_its_BJT = time_BT[:, None] == jnp.arange(batch.heard.kinds_BJ.shape[1])[:, None]
+                samples_BJ = jnp.where(is_its_BJT, batch.segments_BT[:, None], 0).max(axis=-1)
+                read = self._read(modules, patches, samples_BJ)
+            latents_BJND = modules.memory.form(batch.heard, self._decode(modules), key, read)
             slots_BMD.append(latents_BJND.reshape(len(x_BTD), -1, x_BTD.shape[2]))
         if not slots_BMD:
             return x_BTD
@@ -202,8 +240,12 @@ class VLM:
         T, capacity = batch.tokens_BT.shape[1], cache.k_LBSKC.shape[2] if cache else 0
         # a batch without tile slots has no vision tower and no memory in its program
         seeing = batch.pixels_BISSc.shape[1] > 0
-        features_BMD = self._encode(modules, batch.pixels_BISSc, key, batch.layout_BI4) if seeing else None
-        x_BTD = self._splice(modules, batch, features_BMD, key)
+        features_BMD = patches = None
+        if seeing:
+            features_BMD, kept_BNE = self._encode(modules, batch.pixels_BISSc, key, batch.layout_BI4)
+            if kept_BNE is not None:
+                patches = Patches(kept_BNE, batch.layout_BI4, batch.memory_segments_BM)
+        x_BTD = self._splice(modules, batch, features_BMD, patches, key)
         frequencies_BR = self._frequencies((batch.segments_BT > 0).sum(-1), max(T, capacity))
         between, seen = None, None
         if modules.memory and features_BMD is not None:
@@ -215,7 +257,7 @@ class VLM:
         hidden_BTD, cache = modules.decoder(
             x_BTD, tables, batch.segments_BT, between=between, cache=cache, remat_policy=self.config.remat
         )
-        return hidden_BTD, x_BTD, cache, frequencies_BR, seen
+        return hidden_BTD, x_BTD, cache, frequencies_BR, seen, patches
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """States after the final norm, in the compute dtype; the head turns them into logits, see `head_kernel`."""
@@ -256,7 +298,7 @@ class VLM:
         modules = self._merge(params)
         cache = KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype)
         cache = jax.tree.map(lambda x: constrain(x, None, "batch", None, "kv_heads", None), cache)
-        hidden_BTD, x_BTD, cache, frequencies_BR, recalled = self._run(modules, batch, None, cache)
+        hidden_BTD, x_BTD, cache, frequencies_BR, recalled, patches = self._run(modules, batch, None, cache)
         length_B = (batch.segments_BT > 0).sum(-1, dtype=jnp.int32)
         last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
         used = jnp.where((batch.segments_BT > 0)[..., None], batch.positions_BT.reshape(B, T, -1), -1)
@@ -271,6 +313,7 @@ class VLM:
             frequencies_BR=frequencies_BR,
             recalled=recalled,
             listening=modules.memory.listen(batch, x_BTD, hidden_BTD, last_B1D[:, 0]) if modules.memory else None,
+            patches=patches,
         )
         return self._score(modules, last_B1D)[:, 0], state
 
@@ -281,7 +324,11 @@ class VLM:
         formed. The texts that they heard have at most `size` states."""
         modules = self._merge(params)
         heard = modules.memory.heard(state.listening, rows_R, kinds_R, size)
-        return modules.memory.form(heard, self._decode(modules))[:, 0], heard
+        read = None
+        if state.patches is not None:
+            patches = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), state.patches)
+            read = self._read(modules, patches, jnp.ones_like(heard.kinds_BJ))
+        return modules.memory.form(heard, self._decode(modules), read=read)[:, 0], heard
 
     def extend(
         self,

@@ -23,6 +23,7 @@ from vlmem_jax.data import Prompt, hosts
 from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
+from vlmem_jax.hub.convert import released
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
@@ -39,8 +40,8 @@ from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import log_probs
 from vlmem_jax.train.next_token import experiment_processor
-from vlmem_jax.train.run import origin
-from vlmem_jax.train.stages import Flat, Split, flatten, storage, unflatten
+from vlmem_jax.train.run import checkpoint_of, origin
+from vlmem_jax.train.stages import Flat, Split, changed, flatten, storage, unflatten
 from vlmem_jax.types import Batch, Sample
 
 
@@ -168,7 +169,7 @@ class GRPO(GRPOLoss):
                 f"{where}.rl.max_new_tokens {config.max_new_tokens}{more} must "
                 f"be less than data.pack_tokens {data.pack_tokens}, so that a row holds a prompt and its answer"
             )
-        if config.invocation_penalty is not None and experiment.init is None and experiment.stages[0] == stage:
+        if config.invocation_penalty is not None and not _has_formed(experiment, stage):
             raise ConfigError(
                 f"{where}.rl.invocation_penalty teaches when to call for memories, but none have been formed yet: "
                 "train a stage that forms them before, or set init to a checkpoint of one"
@@ -455,6 +456,17 @@ class GRPO(GRPOLoss):
         if self.config.reference == "start":
             return unflatten({**flatten(params), **self._reference})
         return imported(self.config.reference, "reference")(params)
+
+
+def _has_formed(experiment: Experiment, stage: StageConfig) -> bool:
+    """Whether a stage before trains the memory, or the run starts from a checkpoint with one."""
+    before = experiment.stages[: experiment.stages.index(stage)]
+    paths = list(flatten(VLM(experiment.model).abstract()))
+    if before and any(path.startswith("memory/") for path in changed(experiment, before[-1], paths)):
+        return True
+    if experiment.init is None:
+        return False
+    return checkpoint_of(experiment.init) is not None or released(experiment.init).model.memory != "none"
 
 
 def longest_answer(config: RLConfig, speech: Speech | None) -> int:

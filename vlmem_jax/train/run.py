@@ -125,7 +125,7 @@ def _with_base(
             f"config.checkpoint.content=trained must be set when a run starts, and {workdir} holds one that kept all; "
             "give the key its value back, or use another --workdir"
         )
-    if experiment.init is not None and (source := _checkpoint_of(experiment.init)):
+    if experiment.init is not None and (source := checkpoint_of(experiment.init)):
         hosts.on_first(lambda: set_base(workdir, source))
         return start
 
@@ -139,7 +139,7 @@ def _with_base(
     return start_and_keep
 
 
-def _checkpoint_of(init: str) -> AnyPath | None:
+def checkpoint_of(init: str) -> AnyPath | None:
     """The step folder that `init` means; None for a folder in the Hugging Face layout."""
     source = as_path(init)
     released = (source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file()
@@ -198,7 +198,7 @@ def origin(
         return (lambda target: load_params(step, target, limit)), f"the end of stage {before.name}"
     if experiment.init is None:
         return (lambda target: _random(model, experiment.seed, target)), f"seed {experiment.seed}"
-    step = _checkpoint_of(experiment.init)
+    step = checkpoint_of(experiment.init)
     if step is None:
         source = as_path(experiment.init)
         return (lambda target: _released(model, source, experiment.seed, target)), str(source)

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from vlmem_jax.nn.attention import AttentionConfig, segment_attention, window_attention
+from vlmem_jax.nn.attention import AttentionConfig, attend, segment_attention, window_attention
 from vlmem_jax.nn.linear import Linear
+from vlmem_jax.nn.lora import Adapters, LayerAdapters
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import Rotation, frequencies, rotate, rotation
@@ -84,8 +85,18 @@ class Segments(NamedTuple):
     frames_BN: Int32[Array, "B N"]
 
 
+class Beside(NamedTuple):
+    """E rows that stand behind the N patches, see them, and are not seen by them; and adapters for all S = N + E."""
+
+    allowed_BES: Bool[Array, "B E S"]
+    lora: LayerAdapters
+
+
 class WindowedAttention(nnx.Module):
-    """Attention with rotary positions among the patches of a frame, if `full`, or else of a window."""
+    """Attention with rotary positions among the patches of a frame, if `full`, or else of a window.
+
+    Rows beside the patches see those that they may, in whichever window, in every layer.
+    """
 
     def __init__(self, config: QwenViTConfig, attention: AttentionConfig, *, rngs: nnx.Rngs):
         self.attention = attention
@@ -95,17 +106,33 @@ class WindowedAttention(nnx.Module):
         self.proj = Linear(split, {"embed": config.width}, bias=True, rngs=rngs)
 
     def __call__(
-        self, x_BND: Float[Array, "B N D"], tables: Rotation, segments: Segments, full: Bool[Array, ""]
-    ) -> Float[Array, "B N D"]:
-        heads = self.qkv.bias.shape[1:]
-        q_BNHC, k_BNHC, v_BNHC = (self.qkv.part(x_BND, n).reshape(*x_BND.shape[:2], *heads) for n in range(3))
-        out_BNHC = jax.lax.cond(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        tables: Rotation,
+        segments: Segments,
+        full: Bool[Array, ""],
+        beside: Beside | None = None,
+    ) -> Float[Array, "B S D"]:
+        q_BSHC, k_BSHC, v_BSHC = (self._part(x_BSD, n, beside) for n in range(3))
+        q_BSHC, k_BSHC = rotate(q_BSHC, tables), rotate(k_BSHC, tables)
+        N = segments.windows_BN.shape[1]
+        out_BSHC = jax.lax.cond(
             full,
             lambda *qkv: segment_attention(self.attention, *qkv, segments.frames_BN),
             lambda *qkv: window_attention(self.attention, *qkv, segments.windows_BN, self.longest),
-            rotate(q_BNHC, tables), rotate(k_BNHC, tables), v_BNHC,
-        )  # fmt: skip
-        return self.proj(out_BNHC)
+            *(x if beside is None else x[:, :N] for x in (q_BSHC, k_BSHC, v_BSHC)),
+        )
+        if beside is not None:
+            out_BEHC = attend(q_BSHC[:, N:], k_BSHC, v_BSHC, beside.allowed_BES)
+            out_BSHC = jnp.concatenate([out_BSHC, out_BEHC], axis=1)
+        return self.proj(out_BSHC)
+
+    def _part(self, x_BSD: Float[Array, "B S D"], n: int, beside: Beside | None) -> Float[Array, "B S H C"]:
+        """Entry n of q, k and v."""
+        y_BSD = self.qkv.part(x_BSD, n)
+        if beside is not None and "qkv"[n] in beside.lora.weights:
+            y_BSD += beside.lora.change("qkv"[n], x_BSD)
+        return y_BSD.reshape(*x_BSD.shape[:2], *self.qkv.bias.shape[1:])
 
 
 class QwenViTLayer(nnx.Module):
@@ -118,10 +145,16 @@ class QwenViTLayer(nnx.Module):
         self.mlp = GatedMLP(config.width, config.mlp_width, bias=True, rngs=rngs)
 
     def __call__(
-        self, x_BND: Float[Array, "B N D"], tables: Rotation, segments: Segments, full: Bool[Array, ""]
-    ) -> Float[Array, "B N D"]:
-        x_BND = constrain(x_BND + self.attn(self.norm1(x_BND), tables, segments, full), "batch", "tokens", None)
-        return constrain(x_BND + self.mlp(self.norm2(x_BND)), "batch", "tokens", None)
+        self,
+        x_BSD: Float[Array, "B S D"],
+        tables: Rotation,
+        segments: Segments,
+        full: Bool[Array, ""],
+        beside: Beside | None = None,
+    ) -> Float[Array, "B S D"]:
+        attended_BSD = self.attn(self.norm1(x_BSD), tables, segments, full, beside)
+        x_BSD = constrain(x_BSD + attended_BSD, "batch", "tokens", None)
+        return constrain(x_BSD + self.mlp(self.norm2(x_BSD)), "batch", "tokens", None)
 
 
 class QwenViT(nnx.Module):
@@ -138,20 +171,67 @@ class QwenViT(nnx.Module):
         self, pixels_BISSc: Float[Array, "B I S S c"], layout_BI4: Int32[Array, "B I 4"], *, remat_policy: str = "none"
     ) -> Float[Array, "B N D"]:
         """Features of the N = I * S * S patches, block after block; `layout_BI4` is that of `types.Batch`."""
-        c = self.config
-        B, I, S = pixels_BISSc.shape[:3]
+        return self._through(self._enter(pixels_BISSc), layout_BI4, range(self.config.layers), remat_policy)
+
+    def keeping(
+        self, pixels_BISSc: Float[Array, "B I S S c"], layout_BI4: Int32[Array, "B I 4"], first: int, remat_policy: str
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+        """The features, and what they were before layer `first`, for `beside`."""
+        kept_BND = self._through(self._enter(pixels_BISSc), layout_BI4, range(first), remat_policy)
+        return self._through(kept_BND, layout_BI4, range(first, self.config.layers), remat_policy), kept_BND
+
+    def beside(
+        self,
+        kept_BND: Float[Array, "B N D"],
+        layout_BI4: Int32[Array, "B I 4"],
+        rows_BED: Float[Array, "B E D"],
+        allowed_BES: Bool[Array, "B E S"],
+        lora: Adapters,
+        first: int,
+        remat_policy: str,
+    ) -> Float[Array, "B E D"]:
+        """What rows behind the patches become in the layers from `first` on, with adapters of q and v.
+
+        In every layer they see those of the S = N + E patches and rows that they may, and patches do not see them; they
+        are not turned, as if at row and column 0.
+        """
+        x_BSD = jnp.concatenate([kept_BND, rows_BED.astype(kept_BND.dtype)], axis=1)
+        layers = range(first, self.config.layers)
+        return self._through(x_BSD, layout_BI4, layers, remat_policy, allowed_BES, lora)[:, kept_BND.shape[1] :]
+
+    def _enter(self, pixels_BISSc: Float[Array, "B I S S c"]) -> Float[Array, "B N D"]:
+        c, (B, I, S) = self.config, pixels_BISSc.shape[:3]
         x_BND = self.patch(pixels_BISSc.reshape(B, I * S * S, 3, c.patch_frames, c.patch_size, c.patch_size))
-        x_BND = constrain(x_BND, "batch", "tokens", None)
-        segments = Segments(*(jnp.repeat(layout_BI4[..., n], S * S, axis=1) for n in range(2)))
+        return constrain(x_BND, "batch", "tokens", None)
+
+    def _through(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        layout_BI4: Int32[Array, "B I 4"],
+        numbers: range,
+        remat_policy: str,
+        allowed_BES: Bool[Array, "B E S"] | None = None,
+        lora: Adapters | None = None,
+    ) -> Float[Array, "B S D"]:
+        """What comes out of the layers of these numbers."""
+        c = self.config
+        segments = Segments(*(jnp.repeat(layout_BI4[..., n], c.merge**2, axis=1) for n in range(2)))
         tables = self._rotation(layout_BI4[..., 2:])
-        is_full_L = np.isin(np.arange(c.layers), c.full_layers)
+        if lora:
+            behind = (0, 0), (0, allowed_BES.shape[1]), (0, 0)
+            tables = tuple(jnp.pad(x, behind, constant_values=still) for x, still in zip(tables, (1, 0), strict=True))
+        is_full_L = np.isin(numbers, c.full_layers)
         graph, layers = nnx.split(self.layers)
+        if len(numbers) < c.layers:
+            layers = jax.tree.map(lambda leaf: leaf[numbers.start : numbers.stop], layers)
 
-        def body(x_BND, layer):
-            state, full = layer
-            return nnx.merge(graph, state)(x_BND, tables, segments, full), None
+        def body(x_BSD, layer):
+            state, full, adapters = layer
+            beside = Beside(allowed_BES, lora.layer(*adapters)) if lora else None
+            return nnx.merge(graph, state)(x_BSD, tables, segments, full, beside), None
 
-        return jax.lax.scan(remat(body, remat_policy), x_BND, (layers, is_full_L))[0]
+        adapters = (lora.weights, jnp.arange(len(numbers))) if lora else None
+        return jax.lax.scan(remat(body, remat_policy), x_BSD, (layers, is_full_L, adapters))[0]
 
     def _rotation(self, places_BI2: Int32[Array, "B I 2"]) -> Rotation:
         """Half of the pairs turn by the patch's row in its image, half by its column, at equal frequencies."""
