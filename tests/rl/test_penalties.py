@@ -27,12 +27,11 @@ def test_each_trajectory_may_have_a_base_of_its_own():
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     config = memory_world.config(tmp_path_factory.mktemp("world"))
-    config.stages = config.stages[1:]
     base = {
-        "init": "somewhere", "model.decoder.layers": 1, "stages.0.rl.kl": 0.0,
-        "stages.0.rl.rewards": [{"name": "tests.rl.own:length"}],
+        "model.decoder.layers": 1, "stages.1.rl.kl": 0.0,
+        "stages.1.rl.rewards": [{"name": "tests.rl.own:length"}],
     }  # fmt: skip
-    return lambda **keys: experiment(override(config, {**base, **{f"stages.0.rl.{k}": v for k, v in keys.items()}}))
+    return lambda **keys: experiment(override(config, {**base, **{f"stages.1.rl.{k}": v for k, v in keys.items()}}))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_which_are_drawn_again_is_a_function_of_seed_and_phase(make, mesh, fract
     drawn = []
     for seed in (1, 2):
         config = dataclasses.replace(make(rev_fraction=fraction), seed=seed)
-        task = GRPO(config, config.stages[0], VLM(config.model), mesh)
+        task = GRPO(config, config.stages[1], VLM(config.model), mesh)
         for phase in (0, 1):
             task._phase = phase
             drawn.append(task._drawn_again(50))
@@ -61,7 +60,7 @@ def test_which_are_drawn_again_is_a_function_of_seed_and_phase(make, mesh, fract
 @pytest.mark.usefixtures("compile_fast")
 def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
     config = make(rev_fraction=0.5, paired_base=True, advantage_std=False)
-    task = GRPO(config, config.stages[0], VLM(config.model), mesh)
+    task = GRPO(config, config.stages[1], VLM(config.model), mesh)
     calls, answered = [], task._answered
 
     def recording(*args, **kwargs):
