@@ -264,8 +264,8 @@ def test_the_order_of_prompts_is_that_of_the_seed(settings, mesh):
         ({"rl.reference": "no.module:f"}, "stages.rl.rl.reference 'no.module:f' must be MODULE:FUNCTION"),
         ({"rl.rewards": [{"name": "excat"}]}, "config.stages.rl.rl.rewards.0.name must be one of"),
         ({"rl.max_new_tokens": 128}, "rl.max_new_tokens 128 must be less than data.pack_tokens 128"),
-        ({"task": "next_token"}, "config.stages.rl.rl is for the task grpo"),
-        ({"task": "gpro"}, "stages.rl.task must be one of next_token, grpo; got 'gpro'"),
+        ({"task": "next_token"}, "config.stages.rl.rl is for grpo and memory_sft; the task is next_token"),
+        ({"task": "gpro"}, "stages.rl.task must be one of next_token, grpo, memory_sft; got 'gpro'"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_done(settings, tmp_path, keys, message):

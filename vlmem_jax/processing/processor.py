@@ -172,6 +172,11 @@ class Processor:
             grids = self._grids(shown, training=False)
             return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
 
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer and the token that closes it. Raises ValueError if it holds a control token."""
+        chat.check_text(chat.Dialogue((text,)), self.template)
+        return [*self.tokenizer.encode(text), self.stop_id]
+
     def follow_up(self, question: str) -> list[int]:
         """Ids that go on from an answer without its closing token to the start of the next answer.
 

@@ -1,9 +1,10 @@
-"""Reinforcement learning from rewards: GRPO on rollouts of the model that is trained."""
+"""Learning from prompts: GRPO on rollouts of the model that is trained, and a supervised warm-up of its memory."""
 
 from vlmem_jax.rl.config import RLConfig
+from vlmem_jax.rl.sft import MemorySFT
 from vlmem_jax.rl.task import GRPO, GRPOLoss
 
-TASKS = {"grpo": GRPO}
+TASKS = {"grpo": GRPO, "memory_sft": MemorySFT}
 """Tasks for `train.run.run`, beside its own."""
 
-__all__ = ["GRPO", "TASKS", "GRPOLoss", "RLConfig"]
+__all__ = ["GRPO", "TASKS", "GRPOLoss", "MemorySFT", "RLConfig"]

@@ -6,12 +6,17 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32
 
-from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
+from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, never_sampled
 from vlmem_jax.generate.loop import FINISHED, Invocation
 from vlmem_jax.generate.prompts import like_sized
-from vlmem_jax.sharding import batch_shards
+from vlmem_jax.models import VLM
+from vlmem_jax.models.vlm import Params
+from vlmem_jax.processing import Processor
+from vlmem_jax.sharding import batch_shards, param_shardings
+from vlmem_jax.train.stages import flatten, unflatten
 from vlmem_jax.types import IGNORED, Sample
 
 
@@ -132,6 +137,31 @@ def _trajectory(
         )
     stopped = bool(np.isin(tokens_T[-1], generator.stop_ids))
     return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, spoken)
+
+
+def trainer_generator(
+    vlm: VLM,
+    params: Params,
+    processor: Processor,
+    mesh: Mesh,
+    moved: Mesh | None = None,
+    delimiter_ids: Sequence[int] = (),
+) -> Generator:
+    """Samples with the arrays of a trainer on `mesh`; those of another dtype, or all if `moved` is another mesh, are
+    laid out anew, once."""
+    flat = flatten(params)
+    flat |= {path: x.astype(vlm.dtype) for path, x in flat.items() if x.dtype != vlm.dtype}
+    if moved:
+        places = flatten(param_shardings(moved, vlm.abstract(), vlm.axes()))
+        flat = jax.device_put(flat, {path: places[path] for path in flat})
+    return Generator(
+        vlm,
+        unflatten(flat),
+        stop_ids=processor.stop_ids,
+        banned_ids=never_sampled(processor, vlm),
+        delimiter_ids=delimiter_ids,
+        mesh=moved or mesh,
+    )
 
 
 def rollout_keys(seed: int, stage: int, phase: int, prompts: int, group: int) -> Array:

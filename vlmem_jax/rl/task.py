@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlmem_jax.config import ConfigError
-from vlmem_jax.data import Prompt, Prompts, hosts
+from vlmem_jax.data import Prompt, hosts
 from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
@@ -28,13 +28,13 @@ from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
-from vlmem_jax.rl.config import RLConfig, rl_config
+from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
-from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts
+from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts, trainer_generator
 from vlmem_jax.rl.rows import Rows, pack_trajectories
-from vlmem_jax.rl.stream import Loaded, PromptStream
+from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
@@ -106,21 +106,19 @@ class GRPO(GRPOLoss):
         self.check(experiment, stage)
         config = rl_config(stage)
         self._processor = experiment_processor(experiment, model)
-        self._never_sampled = never_sampled(self._processor, model)
         by_memory = config.invocation.banned_ids(model.speech) if model.speech else ()
-        super().__init__(model, config, experiment.loss_chunk, self._never_sampled + by_memory)
+        super().__init__(model, config, experiment.loss_chunk, never_sampled(self._processor, model) + by_memory)
         self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._experiment, self._stage, self._mesh, self._workdir = experiment, stage, mesh, as_path(workdir)
         data = experiment.data_of(stage)
-        weights = {"sequence": "sample", "token": "token"}
-        self._data = dataclasses.replace(data, loss_weight=weights[config.loss_mean])
+        self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
         self._rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else mesh
         self._speaks = model.speech is not None and any(config.invocation.heeded())
         self._rewards = Rewards(config.rewards)
         self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
         self._stream = PromptStream(
-            Prompts(data.train, self._processor),
+            self._processor,
             data,
             experiment.seed,
             ahead=config.prompts,
@@ -128,7 +126,6 @@ class GRPO(GRPOLoss):
             check=self._rewards.check,
             fits=self._fits,
         )
-        self._held_out = Prompts(data.eval, self._processor)
         self._split = Split.of(stage, list(flatten(model.abstract())))
         self._reference: Flat | None = None
         self._restored = False
@@ -149,18 +146,18 @@ class GRPO(GRPOLoss):
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
         """Raises ConfigError, naming the key, where a stage cannot be trained by this task."""
-        config, data, decoder = rl_config(stage), experiment.data_of(stage), experiment.model.decoder
+        config, data = rl_config(stage), experiment.data_of(stage)
         where = f"config.stages.{stage.name}"
+        check_prompted(experiment, stage)
         Rewards(config.rewards, f"{where}.rl.rewards")
         if config.reference != "start":
             imported(config.reference, f"{where}.rl.reference")
-        if not data.train:
-            raise ConfigError(f"{where}: data.train must name at least one JSONL file of prompts")
         speech = VLM(experiment.model).speech
-        if speech is None and (config.invocation != InvocationConfig() or config.invocation_penalty is not None):
+        of_memory = config.invocation != InvocationConfig(), config.invocation_penalty is not None, config.paired_base
+        if speech is None and any(of_memory):
             raise ConfigError(
-                f"{where}.rl.invocation and invocation_penalty are for a memory that speaks, such as vismem; "
-                f"model.memory is {experiment.model.memory}"
+                f"{where}.rl.invocation, invocation_penalty and paired_base are for a memory that speaks, such as "
+                f"vismem; model.memory is {experiment.model.memory}"
             )
         try:
             longest = longest_answer(config, speech)
@@ -176,11 +173,6 @@ class GRPO(GRPOLoss):
             raise ConfigError(
                 f"{where}.rl.invocation_penalty teaches when to call for memories, but none have been formed yet: "
                 "train a stage that forms them before, or set init to a checkpoint of one"
-            )
-        if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:
-            raise ConfigError(
-                f"{where}: data.pack_tokens {data.pack_tokens} must be at most model.decoder.max_positions "
-                f"{decoder.max_positions}: beyond it, dynamic NTK turns packed tokens otherwise than those drawn"
             )
         if experiment.model.memory == "comemo" and experiment.model.comemo.decode_position != "continue":
             raise ConfigError(
@@ -217,17 +209,13 @@ class GRPO(GRPOLoss):
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
-        keys = [(file, line) for file, count in enumerate(self._held_out.counts) for line in range(count)]
         invocation = self._invocation(self._step)
         scores: list[np.ndarray] = []
         with jax.transfer_guard("allow"):
             generator = self._generator(params)
-            for first in range(0, len(keys), self.config.rollout_rows):
-                loaded = list(self._pool.map(self._load_held_out, keys[first : first + self.config.rollout_rows]))
-                loaded = [one for one in loaded if one is not None]
-                if loaded:
-                    keys_PG = self._keys(0, len(loaded), 1)
-                    scores.append(self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1].of_all)
+            for loaded in self._stream.held_out(self.config.rollout_rows):
+                keys_PG = self._keys(0, len(loaded), 1)
+                scores.append(self._answered(generator, loaded, keys_PG, invocation, greedy=True)[1].of_all)
         if not scores:
             return {}
         score = float(np.concatenate(scores).mean())
@@ -279,9 +267,7 @@ class GRPO(GRPOLoss):
             self._beta *= 1.5 if measured > 1.5 * config.kl_target else 1.0
             self._beta /= 1.5 if measured < config.kl_target / 1.5 else 1.0
         self._kl, self._kl_tokens = 0.0, 0
-        loaded = [self._stream.take() for _ in range(config.prompts)]
-        read = {f"prompt {n}": [one.prompt.name, len(one.sample.tokens_T)] for n, one in enumerate(loaded)}
-        hosts.require_same("hosts must read the same prompts", read)
+        loaded = self._stream.take_same(config.prompts)
         start = time.perf_counter()
         generator, keys_PG = self._generator(params), self._keys(phase, config.prompts, config.group_size)
         invocation = self._invocation(phase * config.steps)
@@ -336,28 +322,41 @@ class GRPO(GRPOLoss):
             "memory/answers": float(invoked_PG.mean()),
             "memory/long": float(np.mean(kinds)) if kinds else 0.0,
         }
-        base_P, base, turned_over = np.zeros(P), None, None
+        base_PG, base, turned_over = np.zeros((P, 1)), None, None
         if config.base:
             with generator.context():
-                first_P1 = keys_PG[:, :1]
-            base = self._answered(generator, loaded, first_P1, InvocationConfig("never"))[1]
-        if config.invocation_penalty is not None and invoked_PG.any():
+                base_keys_PG = keys_PG if config.paired_base else keys_PG[:, :1]
+            base = self._answered(generator, loaded, base_keys_PG, InvocationConfig("never"))[1]
+        chosen_Pg = self._drawn_again(P)
+        if np.take_along_axis(invoked_PG, chosen_Pg, axis=1).any():
             # up to its first call an answer stays as it was; one without any stays so to its end
-            begun = [[_until_first_call(trajectory) for trajectory in group] for group in groups]
+            begun = [[_until_first_call(groups[n][g]) for g in row] for n, row in enumerate(chosen_Pg)]
             turned = dataclasses.replace(invocation, reverse_types=not invocation.reverse_types)
-            turned_over = self._answered(generator, loaded, keys_PG, turned, begun)[1]
+            with generator.context():
+                turned_keys_Pg = keys_PG[np.arange(P)[:, None], chosen_Pg]
+            turned_over = self._answered(generator, loaded, turned_keys_Pg, turned, begun)[1]
         scores_PG = scores.of_all.reshape(P, G)
         if base:
-            base_P = base.of_all
-            numbers |= {"score/base": float(base_P.mean()), "score/gain": float(scores_PG.mean() - base_P.mean())}
+            base_PG = base.of_all.reshape(P, -1)
+            numbers |= {"score/base": float(base_PG.mean()), "score/gain": float(scores_PG.mean() - base_PG.mean())}
         if config.invocation_penalty is None:
-            return scores_PG, numbers
-        reversed_PG = turned_over.of_all.reshape(P, G) if turned_over else scores_PG
+            return scores_PG - base_PG, numbers
+        reversed_PG = scores_PG.copy()
+        if turned_over:
+            np.put_along_axis(reversed_PG, chosen_Pg, turned_over.of_all.reshape(P, -1), axis=1)
         numbers |= {
             "penalty/type": float(type_penalty(scores_PG, reversed_PG, invoked_PG).mean()),
             "penalty/negative": float(negative_penalty(scores_PG, invoked_PG).mean()),
         }
-        return invocation_reward(scores_PG, base_P, reversed_PG, invoked_PG, config.invocation_penalty), numbers
+        return invocation_reward(scores_PG, base_PG, reversed_PG, invoked_PG, config.invocation_penalty), numbers
+
+    def _drawn_again(self, prompts: int) -> np.ndarray:
+        """Which trajectories of each group are drawn again with kinds reversed, if they have a memory; by chance."""
+        config, G = self.config, self.config.group_size
+        count = 0 if config.invocation_penalty is None else math.ceil(config.rev_fraction * G - 1e-9)
+        rng = np.random.default_rng([self._experiment.seed, zlib.crc32(self._stage.name.encode()), self._phase])
+        order_PG = rng.permuted(np.tile(np.arange(G), (prompts, 1)), axis=1)
+        return np.sort(order_PG[:, :count], axis=1)
 
     def _invocation(self, step: int) -> InvocationConfig:
         """Who calls for memories at a step."""
@@ -403,44 +402,13 @@ class GRPO(GRPOLoss):
             return 0.0, True
 
     def _generator(self, params: dict) -> Generator:
-        """Samples with the trainer's own arrays; those of another dtype or mesh are laid out anew, once."""
-        mesh, dtype = self._rollout_mesh, self.model.dtype
-        places = flatten(param_shardings(mesh, self.model.abstract(), self.model.axes()))
-        flat = flatten(params)
-        cast = {path: x.astype(dtype) for path, x in flat.items() if x.dtype != dtype}
-        flat |= cast
-        if mesh is not self._mesh:
-            flat = jax.device_put(flat, {path: places[path] for path in flat})
-        return Generator(
-            self.model,
-            unflatten(flat),
-            stop_ids=self._processor.stop_ids,
-            banned_ids=self._never_sampled,
-            delimiter_ids=self._delimiter_ids,
-            mesh=mesh,
-        )
-
-    def _load_held_out(self, key: Key) -> Loaded | None:
-        try:
-            return self._stream.load(key, self._held_out)
-        except ValueError:
-            if self._data.on_bad_sample == "raise":
-                raise
-            return None
+        """Samples with the trainer's own arrays, as far as they lie on the mesh of the rollouts."""
+        moved = None if self._rollout_mesh is self._mesh else self._rollout_mesh
+        return trainer_generator(self.model, params, self._processor, self._mesh, moved, self._delimiter_ids)
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
-        data, new = self._data, longest_answer(self.config, self.model.speech)
-        if len(sample.tokens_T) + new > data.pack_tokens:
-            raise ValueError(
-                f"a row must hold a prompt and its answer, {data.pack_tokens} tokens, but this prompt has "
-                f"{len(sample.tokens_T)} and the answer, with its memories, may have {new}; raise "
-                f"data.pack_tokens or lower stages.{self._stage.name}.rl.max_new_tokens (sample {prompt.name})"
-            )
-        if len(sample.pixels_ISSc) > data.pack_tiles:
-            raise ValueError(
-                f"a row has {data.pack_tiles} tiles but this prompt has {len(sample.pixels_ISSc)}; "
-                f"raise data.pack_tiles (sample {prompt.name})"
-            )
+        knob = f"stages.{self._stage.name}.rl.max_new_tokens"
+        check_fits(self._data, prompt, sample, longest_answer(self.config, self.model.speech), knob)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 

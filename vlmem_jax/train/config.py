@@ -66,13 +66,13 @@ class StageConfig:
     """Parts that the rows of a step are cut into, worked on one after the other to save memory; 0: as many as leave
     each device one row at a time."""
     task: str = "next_token"
-    """What is learned: next_token, or grpo, from rewards."""
+    """What is learned: next_token; grpo, from rewards; or memory_sft, to form memories that answers profit from."""
     optimizer: OptimizerConfig | None = None
     """In place of the experiment's."""
     data: DataConfig | None = None
     """In place of the experiment's."""
     rl: dict = dataclasses.field(default_factory=dict)
-    """Keys of reinforcement learning, see `rl.config`."""
+    """Keys of grpo and memory_sft, see `rl.config`."""
 
     def __post_init__(self):
         if self.steps < 1 or self.accumulation < 0:

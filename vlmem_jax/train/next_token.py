@@ -72,7 +72,7 @@ class NextToken(NextTokenLoss):
     def check(experiment: Experiment, stage: StageConfig) -> None:
         """Raises ConfigError for keys of another task."""
         if stage.rl:
-            raise ConfigError(f"config.stages.{stage.name}.rl is for the task grpo; the stage's task is {stage.task}")
+            raise ConfigError(f"config.stages.{stage.name}.rl is for grpo and memory_sft; the task is {stage.task}")
 
     def work(self, step: int, params: dict) -> Work:
         """The packed rows of `step`."""
@@ -92,7 +92,7 @@ class NextToken(NextTokenLoss):
         losses, weight = [], 0.0
         with contextlib.closing(self._eval.on_devices(self._mesh)) as batches:
             for host in batches:
-                losses.append(_eval_loss(self.model, params, host.batch, self.chunk))
+                losses.append(eval_loss(self.model, params, host.batch, self.chunk))
                 weight += host.denominator
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
 
@@ -129,14 +129,14 @@ def next_token_loss(model: VLM, params: dict, rows: Batch, chunk: int, key: Arra
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=PartitionSpec())
-def _eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Array, ""]:
-    """Of a batch that is in one part. Compiled once for all stages."""
+def eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Array, ""]:
+    """`next_token_loss` of a batch that is in one part. Compiled once for all stages."""
     return next_token_loss(model, params, jax.tree.map(lambda x: x[0], batch), chunk)
 
 
 def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
     """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
-    tokenizer = Tokenizer.load(experiment.tokenizer)
+    tokenizer = Tokenizer.load(experiment.tokenizer, model.special_tokens)
     geometry = model.config.vision.geometry
     processor = make_processor(tokenizer, experiment.image, geometry, experiment.system, experiment.template)
     highest, vocab = max(*processor.control_ids, *processor.stop_ids), model.config.decoder.vocab

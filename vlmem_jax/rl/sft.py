@@ -1,0 +1,165 @@
+"""Supervised warm-up of a memory that speaks: answers written after a memory that a forced call has formed.
+
+What VisMem's released code does in its first stage (arXiv 2511.11007), with the call and the end token of generation.
+"""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmem_jax.config import ConfigError
+from vlmem_jax.data import Prompt
+from vlmem_jax.generate import InvocationConfig, SamplingConfig
+from vlmem_jax.models import VLM
+from vlmem_jax.rl.config import LOSS_WEIGHTS, check_prompted, sft_config
+from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
+from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
+from vlmem_jax.sharding import batch_sharding, put, shards
+from vlmem_jax.train.config import Experiment, StageConfig
+from vlmem_jax.train.loop import Work
+from vlmem_jax.train.next_token import NextTokenLoss, eval_loss, experiment_processor
+from vlmem_jax.types import Batch, Sample
+
+ONE_CALL = InvocationConfig(max_invocations=1)
+
+
+class MemorySFT(NextTokenLoss):
+    """The `memory_sft` task: [prompt, call, memory, end, answer], of which the answer is learned.
+
+    The memory is short or long by chance, and formed from what a call right after the prompt hears. What a checkpoint
+    keeps of it: the prompts drawn.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        stage: StageConfig,
+        model: VLM,
+        mesh: Mesh,
+        workdir: str | os.PathLike = ".",
+    ):
+        """Raises ValueError for what `check` refuses, and for prompts that cannot be read."""
+        self.check(experiment, stage)
+        super().__init__(model, experiment.loss_chunk)
+        self.config, data, self._mesh = sft_config(stage), experiment.data_of(stage), mesh
+        self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[self.config.loss_mean])
+        self._seeds = experiment.seed, zlib.crc32(stage.name.encode())
+        self._at_once = self._data.rows // experiment.parts(stage, mesh)
+        self._processor = experiment_processor(experiment, model)
+        self._stream = PromptStream(
+            self._processor,
+            self._data,
+            experiment.seed,
+            ahead=self.config.prompts,
+            wanted=lambda prompt: bool(prompt.answers),
+            check=self._target,
+            fits=self._fits,
+        )
+        prompts = sum(self._stream.prompts.counts)
+        self.report = f"{prompts} prompts; a step learns the answers to {self.config.prompts}, after a memory each"
+
+    @staticmethod
+    def check(experiment: Experiment, stage: StageConfig) -> None:
+        """Raises ConfigError, naming the key, where a stage cannot be trained by this task."""
+        sft_config(stage)
+        check_prompted(experiment, stage)
+        if VLM(experiment.model).speech is None:
+            raise ConfigError(
+                f"config.stages.{stage.name}.task memory_sft is for a memory that speaks, such as vismem; model.memory "
+                f"is {experiment.model.memory}"
+            )
+
+    # --- the loop's side ----------------------------------------------------------------------------------------------
+
+    def work(self, step: int, params: dict) -> Work:
+        """The rows of `step`."""
+        with jax.transfer_guard("allow"):
+            loaded = self._stream.take_same(self.config.prompts)
+            kinds = np.random.default_rng([*self._seeds, step]).integers(2, size=len(loaded))
+            batch = self._rows(params, loaded, kinds)
+            placed = put(batch, batch_sharding(self._mesh, leading=1))
+        counts = {
+            "tokens": int((batch.segments_BT > 0).sum()),
+            "tiles": sum(len(one.sample.pixels_ISSc) for one in loaded),
+            "slots": batch.tokens_BT.size,
+        }
+        numbers = {"memory/long": float(kinds.mean()), "prompts/skipped": float(len(self._stream.skipped))}
+        return Work(placed, float(batch.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers)
+
+    def evaluate(self, params: dict) -> dict[str, float]:
+        """Mean loss on `data.eval`, weighted as in training; memories are short and long in turn."""
+        losses, weight = [], 0.0
+        with jax.transfer_guard("allow"):
+            for loaded in self._stream.held_out(self.config.rollout_rows):
+                batch = self._rows(params, loaded, np.arange(len(loaded)) % 2)
+                weight += float(batch.weights_BT.sum())
+                for n in range(len(batch.tokens_BT)):
+                    part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
+                    part = put(part, batch_sharding(self._mesh, leading=1))
+                    losses.append(eval_loss(self.model, params, part, self.chunk))
+        return {"loss": float(np.sum(jax.device_get(losses)) / weight)} if losses else {}
+
+    def flops(self, trained: frozenset[str]) -> int:
+        """0, for unknown: rows are as long as prompts and answers happen to be."""
+        return 0
+
+    def state(self) -> dict:
+        """Where the prompts are."""
+        return {"drawn": self._stream.drawn}
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a state that `state` gave."""
+        self._stream.go_to(state["drawn"])
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self._stream.close()
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _rows(self, params: dict, loaded: Sequence[Loaded], kinds: np.ndarray) -> Batch:
+        """Numpy arrays [parts, rows, ...] of prompts and their answers, after a memory each of the kind given."""
+        generator = trainer_generator(self.model, params, self._processor, self._mesh)
+        calls = [[[self.model.speech.invoke_ids[kind]]] for kind in kinds]
+        samples, rows = [one.sample for one in loaded], self.config.rollout_rows
+        with generator.context():
+            keys_P1 = rollout_keys(*self._seeds, 0, len(loaded), 1)  # of tokens that nobody draws
+            called = dict(rollouts(generator, samples, SamplingConfig(1), keys_P1, rows, ONE_CALL, calls, record=True))
+        trajectories = [_answered(called[n][0], self._target(one.prompt)) for n, one in enumerate(loaded)]
+        ones, split = [1.0] * len(loaded), shards("tokens", self._mesh)
+        return pack_trajectories(trajectories, ones, self._data, self.model, self._at_once, split=split).batch
+
+    def _target(self, prompt: Prompt) -> list[int]:
+        """Ids of the first accepted answer. Raises ValueError if it holds tokens that are no text."""
+        try:
+            ids = self._processor.answer(prompt.answers[0])
+        except ValueError as error:
+            raise ValueError(f"{error} (sample {prompt.name})") from error
+        for token, own in self.model.special_tokens.items():
+            if own in ids:
+                raise ValueError(
+                    f"an answer must not hold tokens of the memory, but has {token} (sample {prompt.name})"
+                )
+        return ids
+
+    def _fits(self, prompt: Prompt, sample: Sample) -> None:
+        behind = 2 + self.model.speech.slots + len(self._target(prompt))
+        check_fits(self._data, prompt, sample, behind)
+
+
+def _answered(called: Trajectory, ids: Sequence[int]) -> Trajectory:
+    """A trajectory of a call and its memory, with tokens behind it that alone are targets."""
+    tokens_T = np.concatenate([called.tokens_T, np.array(ids, np.int32)])
+    return dataclasses.replace(
+        called,
+        tokens_T=tokens_T,
+        logp_T=np.full(len(tokens_T), np.nan, np.float32),
+        loss_T=np.arange(len(tokens_T)) >= len(called.tokens_T),
+        stopped=True,
+    )
