@@ -1,4 +1,4 @@
-"""VisMem on Qwen2.5-VL-7B (arXiv 2511.11007): memories are formed in the first stage, called for in the second."""
+"""VisMem on Qwen2.5-VL-7B (arXiv 2511.11007): memories are formed in one stage, called for in the next."""
 
 from ml_collections import ConfigDict
 
@@ -21,12 +21,24 @@ INVOCATION = ("memory/special_", "memory/invoke_logit_bias")
 ROLLOUTS = dict(prompts=8, group_size=16, max_new_tokens=512)
 """Of both stages: each step learns from one phase."""
 
+WARMUP = dict(
+    name="warmup",
+    task="memory_sft",
+    steps=1000,
+    learning_rate=2e-4,
+    warmup_fraction=0.0,
+    trainable=FORMATION,
+    rl=dict(prompts=1),
+)
+"""The released code's first stage, supervised; it does not train adapters and long memories, this does."""
+
 
 def get_config(profile: str | None = None) -> ConfigDict:
     """Profiles: default, paper_supplement, released."""
     profile = profile or "default"
     if profile not in PROFILES:
         raise ValueError(f"configs/vismem_qwen25vl_7b.py has the profiles {', '.join(PROFILES)}; got {profile!r}")
+    warmup = [WARMUP] if profile == "released" else []
     return ConfigDict(
         dict(
             model=dict(preset="qwen2_5_vl_7b", memory="vismem", vismem=PROFILES[profile], remat="full"),
@@ -39,6 +51,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
             data=dict(train=[dict(path="data/train.jsonl", root="data/images")], rows=8, pack_tiles=4096),
             optimizer=dict(name="adamw", weight_decay=0.01),
             stages=[
+                *warmup,
                 dict(
                     name="formation",
                     task="grpo",

@@ -6,6 +6,7 @@ import pytest
 
 from vlmem_jax.config import load, override
 from vlmem_jax.models import VLM
+from vlmem_jax.rl import TASKS
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import Split, flatten
 
@@ -56,8 +57,12 @@ def test_profiles_of_vismem():
         sizes = {path: leaf.size for path, leaf in flatten(VLM(built.model).abstract()).items()}
         for part, size in (("query_builder/", builder), ("short/lora/", adapter), ("long/lora/", adapter)):
             assert sum(n for path, n in sizes.items() if path.startswith(f"memory/{part}")) == size
-        trained = [Split.of(stage, list(sizes)).trainable for stage in built.stages]
-        assert trained[0] | trained[1] == {path for path in sizes if path.startswith("memory/")}
+        trained = {stage.name: Split.of(stage, list(sizes)).trainable for stage in built.stages}
+        assert trained["formation"] | trained["invocation"] == {path for path in sizes if path.startswith("memory/")}
+        assert ("warmup" in trained) == (end == ":released")
+        assert trained.get("warmup", trained["formation"]) == trained["formation"]
+        for stage in built.stages:
+            TASKS[stage.task].check(built, stage)
 
 
 def test_the_last_layers_of_the_tower_may_form_short_memories():

@@ -1,8 +1,9 @@
-"""VisMem on the smallest Qwen2.5-VL and the dataset of `vlmem demo` (in runs/demo/dataset), in two stages."""
+"""VisMem on the smallest Qwen2.5-VL and the dataset of `vlmem demo` (in runs/demo/dataset): warm-up and two stages."""
 
 from ml_collections import ConfigDict
 
 ROLLOUTS = dict(prompts=4, group_size=8, max_new_tokens=24)
+FORMATION = ("memory/query_builder", "memory/short", "memory/long")
 
 
 def get_config() -> ConfigDict:
@@ -16,12 +17,13 @@ def get_config() -> ConfigDict:
             data=dict(train=[dict(path="runs/demo/dataset/mixture.jsonl")], rows=8, pack_tokens=384, pack_tiles=320),
             optimizer=dict(name="adamw", weight_decay=0.0),
             stages=[
+                dict(name="warmup", task="memory_sft", steps=20, learning_rate=1e-3, trainable=FORMATION),
                 dict(
                     name="formation",
                     task="grpo",
                     steps=20,
                     learning_rate=1e-3,
-                    trainable=("memory/query_builder", "memory/short", "memory/long"),
+                    trainable=FORMATION,
                     rl=dict(invocation=dict(mode="delimiter_random", anywhere=0.02), kl=0.015, **ROLLOUTS),
                 ),
                 dict(

@@ -123,6 +123,7 @@ def test_learning_from_rewards_compiles_with_its_memories(tmp_path):
     "config, words, message",
     [
         ("vismem", ["--what", "train"], "the task of stage invocation is grpo: compile it with --what rl"),
+        ("vismem", ["--what", "rl", "--stage", "warmup"], "the task of stage warmup is memory_sft: name a stage of"),
         ("comemo", ["--what", "rl"], "the task of stage finetune is next_token: compile it with --what train"),
         ("vismem", ["--what", "rl", "--tokens", "360"], "data.pack_tokens must hold a prompt and its answer"),
     ],

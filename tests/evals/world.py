@@ -40,7 +40,7 @@ def model(folder, memory="vismem", seed=1):
     if memory == "vismem":
         params["memory"]["invoke_logit_bias"] = jnp.full((1,), 5.0)
     image = build(PatchConfig, IMAGE)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokenizer = Tokenizer.load(folder / "tokenizer", vlm.special_tokens)
     processor = make_processor(tokenizer, image, vlm.config.vision.geometry, "", "qwen2-vl")
     return LoadedModel(vlm, params, processor, make_mesh(MeshConfig(), jax.devices()[:1]))
 

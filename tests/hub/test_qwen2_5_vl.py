@@ -21,7 +21,7 @@ from vlmem_jax.hub.orbax_io import read_leaves
 from vlmem_jax.hub.qwen2_5_vl_config import read_config, write_config, write_preprocessor
 from vlmem_jax.hub.rules import flat
 from vlmem_jax.models import VLM, presets
-from vlmem_jax.processing import PatchConfig
+from vlmem_jax.processing import PatchConfig, Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_5_vl"  # the set that is kept here
 VISION = {"memory": "vismem", "vismem": {"former": "lora_vision", "vision_layer": 1}}
@@ -149,6 +149,7 @@ def test_a_fresh_memory_whose_tokens_start_from_one_of_a_released_checkpoint(hf_
     found = to_dict(released(hf_folder).model)
     memory = to_dict(tiny({}).vismem) | {"token_ids": (310, 311, 312, 313), "start_id": 5, "memory_output": "rescaled"}
     model = presets.resolve(found | {"memory": "vismem", "vismem": memory})
+    save_tokenizer(hf_folder)
     summary = import_folder(hf_folder, tmp_path / "ours", model=model)
     made = parameters(tmp_path / "ours")
     assert set(summary.fresh) == {path for path in made if path.startswith("memory/")}
@@ -162,6 +163,11 @@ def test_a_fresh_memory_whose_tokens_start_from_one_of_a_released_checkpoint(hf_
     export_folder(tmp_path / "ours", tmp_path / "back")
     assert "vismem.short.lora.q.a" in tensors(tmp_path / "back")
     assert released(tmp_path / "back").model.vismem == model.vismem
+    before = Tokenizer.load(hf_folder).encode("ab<|im_end|>")
+    for folder in (tmp_path / "ours" / "tokenizer", tmp_path / "back"):
+        assert Tokenizer.load(folder).encode("ab<|im_end|><ml_I><ms_E>") == [*before, 312, 311]
+    save_tokenizer(tmp_path / "ours" / "tokenizer")  # as a run keeps it: without them
+    assert load_model(tmp_path / "ours").processor.tokenizer.encode("ab<ml_I>")[2:] == [312]
 
 
 def test_new_rows_of_a_tied_table(tmp_path):

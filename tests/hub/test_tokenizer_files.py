@@ -43,7 +43,7 @@ def test_image_tokens_are_appended_in_their_order(language_tokenizer, tmp_path):
     before = Tokenizer.load(language_tokenizer)
     files = TokenizerFiles.of(language_tokenizer)
     assert files.added == ADDED and files.new_size == before.vocab_size + 9
-    files.copy(tmp_path / "copy")
+    files.copy(tmp_path / "copy", {})
     after = Tokenizer.load(tmp_path / "copy")
     assert [after.id(token) for token in ADDED] == list(range(before.vocab_size, before.vocab_size + 9))
     assert after.encode("ab<img><IMG_CONTEXT></img>") == before.encode("ab") + [
@@ -54,9 +54,9 @@ def test_image_tokens_are_appended_in_their_order(language_tokenizer, tmp_path):
 
 
 def test_a_tokenizer_that_has_them_is_copied_byte_for_byte(language_tokenizer, tmp_path):
-    TokenizerFiles.of(language_tokenizer).copy(tmp_path / "once")
+    TokenizerFiles.of(language_tokenizer).copy(tmp_path / "once", {})
     (tmp_path / "once" / "modeling.py").write_text("print('never copied')")
-    TokenizerFiles.of(tmp_path / "once").copy(tmp_path / "twice")
+    TokenizerFiles.of(tmp_path / "once").copy(tmp_path / "twice", {})
     for path in (tmp_path / "twice").iterdir():
         assert path.read_bytes() == (tmp_path / "once" / path.name).read_bytes()
     assert not (tmp_path / "twice" / "modeling.py").exists()
@@ -65,5 +65,5 @@ def test_a_tokenizer_that_has_them_is_copied_byte_for_byte(language_tokenizer, t
 def test_a_folder_without_a_tokenizer(tmp_path):
     files = TokenizerFiles.of(tmp_path)
     assert files.new_size == 0
-    files.copy(tmp_path / "copy")
+    files.copy(tmp_path / "copy", {})
     assert not (tmp_path / "copy").exists()

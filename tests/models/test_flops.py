@@ -33,6 +33,26 @@ def test_forward_flops_are_those_that_xla_counts(memory):
     assert 1.0 < counted / (flops.train_flops(settings, ROWS, TOKENS, TILES, ()) + ROWS * causal) < 1.15
 
 
+@pytest.mark.parametrize("former", ["lora_llm", "tiny_transformer"])
+def test_flops_of_forming_memories_are_those_that_xla_counts(former):
+    one = {"decoder": {"layers": 1}, "vision": {"layers": 1, "full_layers": (0,)}}
+    own = {"former": former, "max_visual_hidden": 0, "lora": {"rank": 1}, "query_builder": {"layers": 1}}
+    settings = presets.resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": own, **one})
+    model, states = VLM(settings), settings.vismem.max_prompt_hidden
+    params = model.abstract()
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Batch.empty((ROWS,), TOKENS, 0, model.tile)))
+    _, state = jax.eval_shape(lambda params, batch: model.prefill(params, batch, 2 * TOKENS), params, batch)
+    rows_R = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    program = jax.jit(model.form, static_argnums=4).lower(params, state, rows_R, rows_R, states)
+    counted = program.compile().cost_analysis()["flops"]
+    T = states + settings.vismem.query_len + max(settings.vismem.lengths)
+    causal = flops.decoder_flops(settings, T)[1] if former == "lora_llm" else 0
+    forward = flops.formation_flops(settings, states, ())
+    assert 1.0 < counted / (ROWS * (forward + causal)) < 1.15
+    assert flops.formation_flops(settings, states, ["memory/special_in", "decoder/embed"]) == forward
+    assert 1.9 * forward < flops.formation_flops(settings, states, ["memory/short/m_init"]) <= 3 * forward
+
+
 def test_a_backward_pass_costs_what_is_trained():
     settings = config()
     paths = ["vision/layers/k", "projector/k", "memory/blocks/k", "decoder/layers/k", "decoder/head/kernel"]

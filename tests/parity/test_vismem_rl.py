@@ -25,7 +25,7 @@ def test_penalties_and_reward(grpo):
     score, other, invoked = grpo["score"], grpo["score_reversed"], grpo["has_invocation"]
     np.testing.assert_allclose(type_penalty(score, other, invoked), grpo["p_type"], **CLOSE)
     np.testing.assert_allclose(negative_penalty(score, invoked), grpo["p_neg"], **CLOSE)
-    reward = invocation_reward(score, grpo["score_base"], other, invoked, float(grpo["alpha"]))
+    reward = invocation_reward(score, grpo["score_base"][None], other, invoked, float(grpo["alpha"]))
     np.testing.assert_allclose(reward, grpo["reward"], **CLOSE)
 
 

@@ -100,3 +100,64 @@ def test_damaged_file_is_named(tokenizer_folders, tmp_path, file):
     (tmp_path / file).write_bytes(b"{broken")
     with pytest.raises(ValueError, match=file):
         Tokenizer.load(tmp_path)
+
+
+OWN = ("<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>")
+
+
+@pytest.mark.parametrize("gap", [0, 7])
+def test_special_tokens_of_a_memory_get_the_ids_they_must_have(tokenizer, gap):
+    first = tokenizer.vocab_size + gap
+    special = {token: first + n for n, token in enumerate(OWN)}
+    extended = Tokenizer.load(tokenizer.folder, special)
+    text = "What is<ms_I><ms_E> the digit?<|im_end|>"
+    ids = extended.encode(text)
+    kept = [i for i in ids if i < first]
+    assert [i for i in ids if i >= first] == [first, first + 1] and len(ids) == len(kept) + 2
+    assert kept == [*tokenizer.encode("What is"), *tokenizer.encode(" the digit?<|im_end|>")]
+    assert extended.decode(range(first, first + 4)) == "" and extended.decode([first + 3], False) == "<ml_E>"
+    assert extended.vocab_size == first + 4 and extended.unused[-gap or len(extended.unused) :] == tuple(
+        range(tokenizer.vocab_size, first)
+    )
+    assert extended.digest() != tokenizer.digest()
+
+
+def test_special_tokens_that_are_there_change_nothing(tokenizer):
+    there = {token: tokenizer.id(token) for token in ("<|im_end|>", "<img>")}
+    assert Tokenizer.load(tokenizer.folder, there).digest() == tokenizer.digest()
+
+
+def test_special_tokens_whose_ids_are_taken(tokenizer):
+    free, seven = tokenizer.vocab_size, tokenizer.encode("7")[-1]
+    where = f"but in the tokenizer in {tokenizer.folder} "
+    with pytest.raises(
+        ValueError, match=rf"<ms_I> must have the id {seven}, {where}that id is .*set the key token_ids"
+    ):
+        Tokenizer.load(tokenizer.folder, {"<ms_I>": seven})
+    with pytest.raises(ValueError, match=rf"<img> must have the id {free}, {where}it has {tokenizer.id('<img>')}"):
+        Tokenizer.load(tokenizer.folder, {"<img>": free})
+
+
+def test_a_token_of_the_vocabulary_becomes_a_special_one(tokenizer_folders, tmp_path):
+    content = json.loads((tokenizer_folders["bytes"] / "tokenizer.json").read_text())
+    content["model"]["vocab"]["<ms_I>"] = 300
+    plain = {"id": 301, "content": "<ms_E>", "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"].append(plain | {"normalized": False, "special": False})
+    for number, entry in enumerate(content["added_tokens"], 260):
+        content["model"]["vocab"][entry["content"]] = entry["id"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    before = Tokenizer.load(tmp_path)
+    ids = {"<ms_I>": 300, "<ms_E>": before.id("<ms_E>")}
+    assert 300 not in before.encode("a<ms_I>") and before.decode([ids["<ms_E>"]]) == "<ms_E>"
+    after = Tokenizer.load(tmp_path, ids)
+    assert after.encode("a<ms_I><ms_E>")[-2:] == list(ids.values()) and after.decode(ids.values()) == ""
+
+
+def test_a_tokenizer_that_cannot_leave_ids_out(tmp_path):
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models
+
+    FastTokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("a", -1.0)], 0)).save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path, {"<ms_I>": 3}).encode("a<ms_I>") == [2, 3]
+    with pytest.raises(ValueError, match="cannot hold the token <ms_I> with the id 9; set the key token_ids"):
+        Tokenizer.load(tmp_path, {"<ms_I>": 9})

@@ -1,4 +1,4 @@
-"""GRPO on several processes: what is drawn, scored and learned is what one process gives with as many devices."""
+"""Tasks on several processes: what is drawn, scored and learned is what one process gives with as many devices."""
 
 import json
 
@@ -12,16 +12,23 @@ from vlmem_jax.cli.main import main
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    """`vlmem train` of the stage that forms memories, up to its workdir."""
+def command(tmp_path_factory):
+    """`vlmem train` of a stage that trains what forms memories, up to its workdir."""
     folder = tmp_path_factory.mktemp("world")
     config = memory_world.config(folder)
-    config.stages = config.stages[:1]
-    config.stages[0]["rl"] |= dict(
+    formation = config.stages[0]
+    formation["rl"] |= dict(
         rewards=[dict(name="tests.rl.own:length")], adaptive_kl=True, rollout_mesh=dict(data=1, fsdp=4, tensor=2)
     )
-    config.mesh, config.data.rows = dict(data=2, fsdp=4), 8
-    return ["train", "--config", str(world.save_config(folder, config)), "--workdir"]
+    warmup = {key: formation[key] for key in ("steps", "learning_rate", "trainable")}
+    warmup |= dict(name="warmup", task="memory_sft", rl=dict(prompts=6, rollout_rows=4))
+    config.mesh, config.data.rows, config.data.eval = dict(data=2, fsdp=4), 8, config.data.train
+
+    def line(stage):
+        config.stages = [{"warmup": warmup, "formation": formation}[stage]]
+        return ["train", "--config", str(world.save_config(folder, config)), "--workdir"]
+
+    return line
 
 
 def records(workdir):
@@ -31,23 +38,32 @@ def records(workdir):
     return [
         {key: value for key, value in line.items() if not any(word in key for word in timed)}
         for line in lines
-        if "score/mean" in line
+        if "loss" in line or "eval/loss" in line
     ]
+
+
+def same(expected, found):
+    """Whether records of two runs agree but for rounding."""
+    for one, other in zip(expected, found, strict=True):
+        assert other.keys() == one.keys()
+        for key, value in one.items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(other[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+            else:
+                assert other[key] == value
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_fast")
-def test_two_processes_draw_and_learn_what_one_does(line, tmp_path):
+@pytest.mark.parametrize("stage", ["formation", "warmup"])
+def test_two_processes_draw_and_learn_what_one_does(command, tmp_path, stage):
+    line = command(stage)
     (out, _), (silent, _) = finish(start([*line, str(tmp_path / "two")]), [0, 0])
-    assert "stage formation is done" in out and "stage" not in silent
+    assert f"stage {stage} is done" in out and "stage" not in silent
     assert main([*line, str(tmp_path / "one")]) == 0
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
-    assert len(one) == 2 and one[0]["memory/per_answer"] > 0.5 and one[1]["kl"] > 0 and "beta" in one[0]
-    assert all(line["grad_norm"] > 0 for line in one)
-    for expected, found in zip(one, two, strict=True):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            if isinstance(value, float):
-                np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
-            else:
-                assert found[key] == value
+    same(one, two)
+    steps, [evaluated] = one[:2], one[2:]
+    assert all(line["grad_norm"] > 0 for line in steps) and evaluated["eval/loss"]
+    if stage == "formation":
+        assert steps[0]["memory/per_answer"] > 0.5 and steps[1]["kl"] > 0 and "beta" in steps[0]

@@ -41,7 +41,7 @@ def make(tmp_path_factory):
 
     def made(**changes):
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        base = {"data.eval": config.data.train, "data.loss_weight": "sample", "model.vismem.lora.dropout": 0.0}
+        base = {"data.eval": config.data.train, "model.vismem.lora.dropout": 0.0}
         return experiment(override(config, {**base, **changes}))
 
     return made
@@ -70,18 +70,18 @@ def losses_by_decoding(generator, samples, answers, kind):
     """Mean negative log-probability of the tokens of each answer after a memory, one after the other from the cache."""
     vlm, params, B = generator.vlm, generator.params, len(samples)
     slots, speech, ones_B = vlm.speech.lengths[kind], vlm.speech, jnp.ones(B, jnp.int32)
-    state = generator.start(samples, 1).state
-    _, state = generator.extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
+    state, extend = generator.start(samples, 1).state, jax.jit(vlm.extend)
+    _, state = extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
     latents_BND, _ = jax.jit(vlm.form, static_argnums=4)(params, state, jnp.arange(B), ones_B * kind, 64)
     memory_BT = jnp.zeros((B, speech.slots + 1), jnp.int32).at[:, slots].set(speech.end_ids[kind])
-    logits_BV, state = generator.extend(params, state, memory_BT, ones_B * (slots + 1), latents_BND, ones_B * slots)
+    logits_BV, state = extend(params, state, memory_BT, ones_B * (slots + 1), latents_BND, ones_B * slots)
     losses = [[] for _ in samples]
     for n in range(max(map(len, answers))):
         tokens_B = np.array([ids[min(n, len(ids) - 1)] for ids in answers], np.int32)
         logp_BV = np.asarray(jax.nn.log_softmax(logits_BV))
         for row, ids in enumerate(answers):
             losses[row] += [-logp_BV[row, token] for token in ids[n : n + 1]]
-        logits_BV, state = generator.extend(params, state, tokens_B[:, None], ones_B)
+        logits_BV, state = extend(params, state, tokens_B[:, None], ones_B)
     return [float(np.mean(of_answer)) for of_answer in losses]
 
 
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, para
 
 
 def test_answers_alone_are_learned(make, mesh, params):
-    config = make(data__loss_weight="token")
+    config = make(stages__0__rl__loss_mean="token")
     task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
     with jax.set_mesh(mesh):
         work = task.work(0, params)
@@ -155,7 +155,7 @@ def test_it_learns_what_forms_memories_and_goes_on_where_it_stopped(make, mesh, 
 
 def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
     lines = [{"prompt": "Say b", "answer": "b"}, {"prompt": "Say c"}, {"prompt": "Say d", "answer": "d<|im_end|>"},
-             {"prompt": "Say e", "answer": "e" * 180}]  # fmt: skip
+             {"prompt": "Say e", "answer": "e" * 180}, {"prompt": "Say f", "answer": "f<ms_I>"}]  # fmt: skip
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     keys = {"data.train.0.path": str(tmp_path / "bad.jsonl"), "data.eval": []}
     config = make(**keys)
@@ -166,11 +166,12 @@ def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
     task.close()
     config = make(**keys, data__on_bad_sample="skip")
     task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
-    assert {task._stream.take().prompt.text for _ in range(5)} == {"Say b"}
+    assert {task._stream.take().prompt.text for _ in range(6)} == {"Say b"}
     reasons = {name.rpartition(":")[2]: reason for name, reason in task._stream.skipped.items()}
     task.close()
     assert "must have an answer" in reasons["2"] and "control token <|im_end|>" in reasons["3"]
     assert "may have 188; raise data.pack_tokens (sample" in reasons["4"]
+    assert "must not hold tokens of the memory, but has <ms_I>" in reasons["5"]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,9 @@ def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(make, params, t
         ),
         ({"stages__0__rl__invocation__max_invocations": 40}, "max_invocations must be at most that of the model"),
         ({"stages__1__rl__base": False}, "invocation_penalty must be at least 0, and needs base=True"),
+        ({"stages__0__rl__base": False, "stages__0__rl__paired_base": True}, "paired_base is of answers without"),
+        ({"stages__1__rl__rev_fraction": 1.5}, "rev_fraction must be from 0 to 1"),
+        ({"stages__0__rl__rev_fraction": 0.5}, "is of the rollouts that invocation_penalty takes; got 0.5 and .*None"),
         ({"stages__0__rl__max_new_tokens": 180}, "with memories 198, must be less than data.pack_tokens 192"),
     ],
 )

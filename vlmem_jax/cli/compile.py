@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to look for a TPU
     settings, topology = experiment(args.experiment), Topology(args.topology, args.slices)
     stage = _stage(settings, args.stage)
-    if (args.what == "rl") != (stage.task == "grpo") and args.what in ("train", "rl"):
-        wanted = "rl" if stage.task == "grpo" else "train"
-        raise ConfigError(f"the task of stage {stage.name} is {stage.task}: compile it with --what {wanted}")
+    wanted = {"next_token": "train", "grpo": "rl"}.get(stage.task)
+    if args.what in ("train", "rl") and args.what != wanted:
+        hint = f"compile it with --what {wanted}" if wanted else "name a stage of next_token or grpo with --stage"
+        raise ConfigError(f"the task of stage {stage.name} is {stage.task}: {hint}")
     devices = tpu_devices(topology)
     mesh = make_mesh(settings.mesh, devices)
     config = args.experiment

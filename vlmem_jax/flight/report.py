@@ -98,8 +98,7 @@ def check_learning(
     trained = Split.of(stage, list(flatten(VLM(model).abstract()))).trainable
     flops = train_flops(model, rows, T, I, trained)
     if VLM(model).speech:
-        formed = any(path.startswith("memory") for path in trained)
-        flops += rows * J * formation_flops(model, L, formed)
+        flops += rows * J * formation_flops(model, L, trained)
     return _report(job, f"rl: {stage.name}", flops, model, topology, mesh)
 
 

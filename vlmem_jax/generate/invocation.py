@@ -177,5 +177,6 @@ class Calls:
 
 def delimiters(tokenizer: Tokenizer) -> list[int]:
     """Ids whose text ends a phrase: with one of DELIMITERS, spaces aside, or with a line break in it."""
-    texts = ((token, tokenizer.decode([token])) for token in range(tokenizer.vocab_size))
+    used = set(range(tokenizer.vocab_size)).difference(tokenizer.unused)
+    texts = ((token, tokenizer.decode([token])) for token in sorted(used))
     return [token for token, text in texts if text.strip().endswith(DELIMITERS) or "\n" in text]

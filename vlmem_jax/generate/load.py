@@ -44,7 +44,8 @@ def never_sampled(processor: Processor, vlm: VLM) -> tuple[int, ...]:
     But for those that call for a memory.
     """
     calls = vlm.speech.invoke_ids if vlm.speech else ()
-    banned = *processor.control_ids, *range(processor.tokenizer.vocab_size, vlm.config.decoder.vocab)
+    tokenizer = processor.tokenizer
+    banned = *processor.control_ids, *tokenizer.unused, *range(tokenizer.vocab_size, vlm.config.decoder.vocab)
     return tuple(token for token in banned if token not in calls)
 
 
@@ -57,7 +58,7 @@ def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> Load
     described = checkpoint.model
     vlm = VLM(resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model"))
     image = image_config(described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
-    tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer), vlm.config.vision.geometry
+    tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
     processor = make_processor(tokenizer, image, geometry, described["system"], described["template"])
     devices = make_mesh(mesh)
     target = jax.tree.map(

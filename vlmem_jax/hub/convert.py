@@ -86,7 +86,7 @@ def import_folder(
     total = sum(leaf.nbytes for leaf in leaves.values())
     with whole_folder(target, total) as folder:
         orbax_io.write_leaves(folder / "0", leaves, lambda done: progress(done, total))
-        tokenizer.copy(folder / TOKENIZER_FOLDER)
+        tokenizer.copy(folder / TOKENIZER_FOLDER, VLM(model).special_tokens)
         about = {"model": to_dict(model), "image": to_dict(image or found.image)}
         about |= {"template": found.template, "system": None}
         _write_json(folder / RELEASED_CONFIG, content)
@@ -146,7 +146,7 @@ def export_folder(
                 done += slab.nbytes
                 progress(done, total)
         tensors.flush()
-        TokenizerFiles(checkpoint.tokenizer).copy(folder)
+        TokenizerFiles.of(checkpoint.tokenizer, ()).copy(folder, VLM(model).special_tokens)
         kinds = [kind.name for _, kind in layout.values()]
         image = image_config(about["image"], f"{MODEL_FILE} image")
         has_tokenizer = any((checkpoint.tokenizer / name).is_file() for name in FILES[:2])

@@ -1,15 +1,12 @@
-"""The tokenizer that travels with a checkpoint: copied, and given the image tokens if it has none yet."""
+"""The tokenizer that travels with a checkpoint: copied, and given the tokens of images and memories that it lacks."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Sequence
-
-import tokenizers
+from collections.abc import Mapping, Sequence
 
 from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
-from vlmem_jax.processing.tokenizer import Tokenizer
+from vlmem_jax.processing.tokenizer import Tokenizer, with_special
 
 FILES = (
     "tokenizer.json",
@@ -47,18 +44,16 @@ class TokenizerFiles:
         """The smallest vocabulary a model may have."""
         return self.size + len(self.added)
 
-    def copy(self, target: AnyPath) -> None:
-        """Writes the files into the folder `target`."""
+    def copy(self, target: AnyPath, own: Mapping[str, int]) -> None:
+        """Writes the files into the folder `target`. `own`: ids of tokens that a memory has of its own.
+
+        Raises ValueError where one of these or its id is in use otherwise.
+        """
         present = (name for name in FILES if (self.folder / name).is_file())
         files = {name: (self.folder / name).read_bytes() for name in present}
-        if self.added:
-            if "tokenizer.json" in files:
-                fast = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-                fast.add_special_tokens(list(self.added))
-                files["tokenizer.json"] = fast.to_str(pretty=True).encode()
-            known = json.loads(files.get("added_tokens.json", b"{}"))
-            known |= {token: self.size + i for i, token in enumerate(self.added)}
-            files["added_tokens.json"] = (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode()
+        if self.size:
+            behind = {token: self.size + i for i, token in enumerate(self.added)}
+            files = with_special(files, behind | own, self.folder)
         for name, content in files.items():
             write_whole(target / name, content)
 

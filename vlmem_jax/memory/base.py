@@ -50,6 +50,8 @@ class Speech:
     """Most states of the text that `Memory.heard` gives."""
     start_id: int
     """The token that those of the memory start from."""
+    tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Ids of the memory's own tokens by their text."""
 
     @property
     def slots(self) -> int:

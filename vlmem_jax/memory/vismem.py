@@ -25,6 +25,8 @@ from vlmem_jax.sharding import constrain
 from vlmem_jax.types import Batch, Heard
 from vlmem_jax.vision import QwenViTConfig
 
+TOKENS = "<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>"
+"""Invoke and end, short and long."""
 ROWS_NOISE = 1e-3
 """Standard deviation of what the rows of special tokens start apart by."""
 ATTENTION_BLOCK = 128
@@ -61,7 +63,7 @@ class VisMemConfig:
     max_invocations: int = 8
     """In one answer."""
     token_ids: tuple[int, int, int, int] = (151665, 151666, 151667, 151668)
-    """<ms_I>, <ms_E>, <ml_I>, <ml_E>: invoke and end, short and long."""
+    """Of TOKENS."""
     span_ids: tuple[int, int] = (151652, 151653)
     """Tokens before and after an image, for llm_hidden_first_span."""
     end_rate: float = 0.1
@@ -212,9 +214,9 @@ class VisMem(Memory):
 
     @classmethod
     def speech(cls, config: VisMemConfig) -> Speech:
-        ids = config.token_ids
+        ids, tokens = config.token_ids, dict(zip(TOKENS, config.token_ids, strict=True))
         limits = config.max_invocations, config.max_prompt_hidden
-        return Speech(ids[::2], ids[1::2], config.lengths, *limits, config.start_id)
+        return Speech(ids[::2], ids[1::2], config.lengths, *limits, config.start_id, tokens)
 
     @classmethod
     def rates(cls, config: VisMemConfig) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.vision import QwenViTConfig
 
 
@@ -98,13 +99,27 @@ def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int
     return blocks * weights, blocks * 4 * tokens * slots * inner
 
 
-def formation_flops(config: ModelConfig, states: int, trained: bool) -> int:
-    """FLOPs of forming one memory from `states` states by the decoder, the longer kind; `trained`: and of its gradient.
+def formation_flops(config: ModelConfig, states: int, trained: Collection[str]) -> int:
+    """FLOPs of forming one memory from `states` states, the longer kind, and of the gradient where it is `trained`.
 
-    Query builder, adapters, small encoders and the vision tower's last layers, which are little, are left out.
+    Adapters, which are little, are left out, as is the share of lora_vision in the vision tower; small formers are
+    counted once a kind, since all of them run.
     """
-    c = config.vismem
+    c, width = config.vismem, config.decoder.width
+    queried = states + c.query_len
+    T = queried + max(c.lengths)
+    encoders = [encoder_flops(c.query_builder, width, queried)]
     if c.former == "tiny_transformer":
-        return 0
-    weights, attention = decoder_flops(config, states + c.query_len + max(c.lengths))
-    return weights * (1 + trained) + attention * (1 + 2 * trained)
+        encoders += [encoder_flops(c.query_builder, width, T)] * len(c.lengths)
+        decoder = 0, 0
+    else:
+        decoder = decoder_flops(config, T)
+    gradient = any(path.startswith(("memory/query_builder", "memory/short", "memory/long")) for path in trained)
+    through = decoder[0] * (1 + gradient) + decoder[1] * (1 + 2 * gradient)
+    return through + sum(map(sum, encoders)) * (1 + 2 * gradient)
+
+
+def encoder_flops(config: EncoderConfig, width: int, tokens: int) -> tuple[int, int]:
+    """Forward FLOPs of an encoder for one row: in its weights, and in attention."""
+    weights = config.layers * 2 * tokens * width * width * (4 + 2 * config.ff_mult)
+    return weights, config.layers * 4 * tokens**2 * width

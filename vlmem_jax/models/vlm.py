@@ -97,6 +97,11 @@ class VLM:
         """How the memory breaks into answers, if it does."""
         return speech_of(self.config)
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of tokens that the memory has of its own, which a tokenizer must know, by their text."""
+        return self.speech.tokens if self.speech else {}
+
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def abstract(self) -> Params:

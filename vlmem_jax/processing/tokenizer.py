@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
 import sentencepiece
@@ -16,41 +16,43 @@ import tokenizers
 from vlmem_jax.paths import AnyPath, as_path
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json")
+_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+"""How a special token is described in tokenizer.json and tokenizer_config.json."""
+
+Files = Mapping[str, bytes]
+"""Content of the files of a tokenizer, by name."""
 
 
 class Tokenizer:
     """Encodes and decodes text; special tokens are recognised in it. Safe to share between threads."""
 
-    def __init__(self, backend: "_FastTokenizer | _SentencePiece", folder: AnyPath, settings: dict):
-        self._backend = backend
-        self.folder = folder
+    def __init__(self, files: Files, backend: "_FastTokenizer | _SentencePiece", folder: AnyPath):
+        self._backend, self.folder = backend, folder
+        content = b"".join(part for name in _FILES if name in files for part in (name.encode(), files[name]))
+        self._digest = hashlib.sha256(content).hexdigest()[:32]
+        settings = _settings(files, folder)
         self.bos_id = backend.id(settings.get("bos_token") or "<s>")
         """Start token; None if there is none."""
         self.pad_id = self.id(settings.get("pad_token") or settings.get("eos_token") or "</s>")
         self.vocab_size: int = backend.vocab_size
         """Ids are smaller than this."""
+        self.unused: tuple[int, ...] = backend.unused
+        """Ids below it that stand for no token."""
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Tokenizer":
+    def load(cls, folder: str | os.PathLike, special: Mapping[str, int] = {}) -> "Tokenizer":
         """From `tokenizer.json`, else `tokenizer.model` with `added_tokens.json` and `tokenizer_config.json` beside it.
 
-        Raises ValueError naming the folder or file that does not fit.
+        `special`: ids of special tokens that are there in any case. Raises ValueError naming the folder or file that
+        does not fit.
         """
         folder = as_path(folder)
-        settings = _settings(folder)
-        if (folder / "tokenizer.json").is_file():
-            return cls(_FastTokenizer(folder / "tokenizer.json"), folder, settings)
-        if (folder / "tokenizer.model").is_file():
-            return cls(_SentencePiece(folder, settings), folder, settings)
-        raise ValueError(f"a tokenizer folder needs tokenizer.json or tokenizer.model, but {folder} has neither")
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        return cls(*_with_special(files, special, folder), folder)
 
     def digest(self) -> str:
         """Of the files that ids depend on: another tokenizer, another text."""
-        content = hashlib.sha256()
-        for name in _FILES:
-            if (self.folder / name).is_file():
-                content.update(name.encode() + (self.folder / name).read_bytes())
-        return content.hexdigest()[:32]
+        return self._digest
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no start token added."""
@@ -106,14 +108,14 @@ class TextStream:
 
 
 class _FastTokenizer:
-    def __init__(self, path: AnyPath):
+    def __init__(self, content: bytes, path: AnyPath):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is no tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size, self.unused = _count(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         # of a batch, since `encode` keeps the interpreter lock while it works: threads would tokenise one at a time
@@ -125,23 +127,26 @@ class _FastTokenizer:
     def id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def text(self, token: int) -> str | None:
+        return self._tokenizer.id_to_token(token)
+
 
 class _SentencePiece:
     """sentencepiece knows nothing of added tokens: text is split at them first, pieces between are encoded alone."""
 
-    def __init__(self, folder: AnyPath, settings: dict):
+    def __init__(self, files: Files, folder: AnyPath):
         path = folder / "tokenizer.model"
         try:
             self._model = sentencepiece.SentencePieceProcessor()
-            self._model.LoadFromSerializedProto(path.read_bytes())
+            self._model.LoadFromSerializedProto(files[path.name])
         except Exception as error:  # RuntimeError or OSError, by the kind of damage
             raise ValueError(f"{path} is no sentencepiece model: {error}") from error
         size = self._model.get_piece_size()
         control = {self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i)}
-        added = _added_tokens(folder, settings)
+        added = _added_tokens(files, folder)
         self._special = control | added
         self._text_of = {i: token for token, i in control.items()} | {i: token for token, i in added.items()}
-        self.vocab_size = max(size - 1, *self._special.values()) + 1
+        self.vocab_size, self.unused = _count([*range(size), *self._special.values()])
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
@@ -171,25 +176,101 @@ class _SentencePiece:
         found = self._model.piece_to_id(token)
         return found if self._model.id_to_piece(found) == token else None
 
+    def text(self, token: int) -> str | None:
+        if token in self._text_of:
+            return self._text_of[token]
+        return self._model.id_to_piece(token) if token < self._model.get_piece_size() else None
 
-def _settings(folder: AnyPath) -> dict:
+
+def with_special(files: Files, tokens: Mapping[str, int], folder: AnyPath) -> dict[str, bytes]:
+    """The files of the tokenizer in `folder`, in which `tokens` are special tokens with these ids; as they are if so.
+
+    Raises ValueError where a token or an id is in use otherwise.
+    """
+    return _with_special(files, tokens, folder)[0]
+
+
+def _with_special(
+    files: Files, tokens: Mapping[str, int], folder: AnyPath
+) -> tuple[dict[str, bytes], _FastTokenizer | _SentencePiece]:
+    files, backend = dict(files), _backend(files, folder)
+    missing = {token: i for token, i in tokens.items() if not _is_special(backend, token, i)}
+    for token, i in missing.items():
+        found, other = backend.id(token), backend.text(i)
+        if found not in (None, i) or other not in (None, token):
+            there = f"that id is {other!r}" if found in (None, i) else f"it has {found}"
+            raise ValueError(
+                f"the token {token} must have the id {i}, but in the tokenizer in {folder} {there}; set the key "
+                "token_ids of the model's memory to the ids that its tokens have, or to some that are free"
+            )
+    if not missing:
+        return files, backend
+    files["added_tokens.json"] = _json(_read_json(files, "added_tokens.json", folder) | missing)
+    settings = _read_json(files, "tokenizer_config.json", folder)
+    if settings.get("added_tokens_decoder"):
+        settings["added_tokens_decoder"] |= {str(i): {"content": token, **_SPECIAL} for token, i in missing.items()}
+        files["tokenizer_config.json"] = _json(settings)
+    if "tokenizer.json" in files:
+        content = json.loads(files["tokenizer.json"])
+        entries = [{"id": i, "content": token, **_SPECIAL} for token, i in missing.items()]
+        entries += [entry for entry in content.get("added_tokens", []) if entry["content"] not in missing]
+        content["added_tokens"] = sorted(entries, key=lambda entry: entry["id"])
+        files["tokenizer.json"] = _json(content)
+        backend = _backend(files, folder)
+        if any(backend.id(token) != i for token, i in missing.items()) and isinstance(content["model"]["vocab"], dict):
+            # the library numbers added tokens one after the other, but for those that the vocabulary numbers
+            content["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+            files["tokenizer.json"] = _json(content)
+    backend = _backend(files, folder)
+    if wrong := [token for token, i in missing.items() if not _is_special(backend, token, i)]:
+        raise ValueError(
+            f"the tokenizer in {folder} cannot hold the token {wrong[0]} with the id {tokens[wrong[0]]}; set the key "
+            "token_ids of the model's memory to the ids that follow its last one"
+        )
+    return files, backend
+
+
+def _backend(files: Files, folder: AnyPath) -> _FastTokenizer | _SentencePiece:
+    if "tokenizer.json" in files:
+        return _FastTokenizer(files["tokenizer.json"], folder / "tokenizer.json")
+    if "tokenizer.model" in files:
+        return _SentencePiece(files, folder)
+    raise ValueError(f"a tokenizer folder needs tokenizer.json or tokenizer.model, but {folder} has neither")
+
+
+def _is_special(backend: _FastTokenizer | _SentencePiece, token: str, i: int) -> bool:
+    """Whether `token` has this id wherever it stands in a text, and is no text itself."""
+    return backend.id(token) == i and backend.encode(f"a{token}a").count(i) == 1 and not backend.decode([i], True)
+
+
+def _count(ids: Iterable[int]) -> tuple[int, tuple[int, ...]]:
+    """The number after the last id, and which numbers below it are none."""
+    ids = set(ids)
+    return max(ids) + 1, tuple(sorted(set(range(max(ids))) - ids))
+
+
+def _settings(files: Files, folder: AnyPath) -> dict:
     """`tokenizer_config.json`, with token entries given as objects reduced to their text; {} if there is none."""
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = _read_json(files, "tokenizer_config.json", folder)
     return {key: value.get("content", value) if isinstance(value, dict) else value for key, value in settings.items()}
 
 
-def _added_tokens(folder: AnyPath, settings: dict) -> dict[str, int]:
-    decoder = settings.get("added_tokens_decoder") or {}
-    return _read_json(folder / "added_tokens.json") | {entry["content"]: int(i) for i, entry in decoder.items()}
+def _added_tokens(files: Files, folder: AnyPath) -> dict[str, int]:
+    decoder = _read_json(files, "tokenizer_config.json", folder).get("added_tokens_decoder") or {}
+    return _read_json(files, "added_tokens.json", folder) | {entry["content"]: int(i) for i, entry in decoder.items()}
 
 
-def _read_json(path: AnyPath) -> dict:
-    if not path.is_file():
+def _read_json(files: Files, name: str, folder: AnyPath) -> dict:
+    if name not in files:
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(files[name])
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{folder / name} is no JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+        raise ValueError(f"{folder / name} must hold a JSON object, got a {type(content).__name__}")
     return content
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

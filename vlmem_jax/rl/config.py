@@ -9,6 +9,10 @@ from vlmem_jax.rl.rewards import RewardConfig
 from vlmem_jax.sharding import MeshConfig
 from vlmem_jax.train.config import Experiment, StageConfig
 
+LossMean = Literal["sequence", "token"]
+LOSS_WEIGHTS = {"sequence": "sample", "token": "token"}
+"""The `data.loss_weight` that gives each mean."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
@@ -52,9 +56,13 @@ class RLConfig:
     """Part of the stage's steps after which invocation.anywhere counts."""
     base: bool = True
     """Whether one more answer to each prompt is drawn without memory, to say what the memory gains, where it speaks."""
+    paired_base: bool = False
+    """Whether that is done for each trajectory, with its random key: each is then measured against its own answer."""
     invocation_penalty: float | None = None
     """Weight alpha of the penalties of memories that do not help, or would have helped more as the other kind: for the
     latter, each trajectory with a memory is drawn again from its first one on, with kinds reversed. None: none."""
+    rev_fraction: float = 1.0
+    """Part of each group, rounded up, in which that is done; the others are not penalised for the kind."""
 
     advantage_std: bool = True
     """Whether advantages are divided by the standard deviation of their group."""
@@ -63,7 +71,7 @@ class RLConfig:
     drop_zero_variance: bool = True
     """Whether groups whose trajectories all score the same are left out; if not, they still count in the means, and
     are held to the reference."""
-    loss_mean: Literal["sequence", "token"] = "sequence"
+    loss_mean: LossMean = "sequence"
     """Mean of the tokens of each trajectory and then of trajectories, or of all tokens alike."""
     clip: float = 0.2
     """Ratios below 1 - clip teach nothing more."""
@@ -109,6 +117,13 @@ class RLConfig:
                 "invocation_penalty must be at least 0, and needs base=True; got "
                 f"{self.invocation_penalty} and base={self.base}"
             )
+        if self.paired_base and not self.base:
+            raise ValueError("paired_base is of answers without memory, and needs base=True; got base=False")
+        if not 0 <= self.rev_fraction <= 1 or (self.rev_fraction < 1 and self.invocation_penalty is None):
+            raise ValueError(
+                "rev_fraction must be from 0 to 1, and is of the rollouts that invocation_penalty takes; got "
+                f"{self.rev_fraction} and invocation_penalty={self.invocation_penalty}"
+            )
         if self.adaptive_kl and not self.kl:
             raise ValueError("adaptive_kl changes kl, which must be positive to begin with; got 0")
         if self.reference != "start" and ":" not in self.reference:
@@ -135,6 +150,8 @@ class MemorySFTConfig:
     """Of a step."""
     rollout_rows: int = 64
     """Prompts that are read at the same time, to hear what a memory is formed from."""
+    loss_mean: LossMean = "sequence"
+    """Mean of the tokens of each answer and then of answers, or of all tokens alike."""
 
     def __post_init__(self):
         for key in ("prompts", "rollout_rows"):

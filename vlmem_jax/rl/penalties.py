@@ -23,11 +23,11 @@ def negative_penalty(score: Scores, invoked: Invoked) -> Scores:
 
 def invocation_reward(
     score: Scores,
-    base_score: Float[np.ndarray, "*P"],
+    base_score: Float[np.ndarray, "*P #G"],
     reversed_score: Scores,
     invoked: Invoked,
     alpha: float = 0.3,
 ) -> Scores:
-    """score - base_score - alpha x (both penalties); `base_score` is that of the prompt without memory."""
+    """score - base_score - alpha x (both penalties); `base_score` is without memory, one a group or each."""
     penalties = type_penalty(score, reversed_score, invoked) + negative_penalty(score, invoked)
-    return score - base_score[..., None] - alpha * penalties
+    return score - base_score - alpha * penalties

@@ -16,7 +16,7 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
-from vlmem_jax.rl.config import check_prompted, sft_config
+from vlmem_jax.rl.config import LOSS_WEIGHTS, check_prompted, sft_config
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
 from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
@@ -47,7 +47,8 @@ class MemorySFT(NextTokenLoss):
         """Raises ValueError for what `check` refuses, and for prompts that cannot be read."""
         self.check(experiment, stage)
         super().__init__(model, experiment.loss_chunk)
-        self.config, self._data, self._mesh = sft_config(stage), experiment.data_of(stage), mesh
+        self.config, data, self._mesh = sft_config(stage), experiment.data_of(stage), mesh
+        self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[self.config.loss_mean])
         self._seeds = experiment.seed, zlib.crc32(stage.name.encode())
         self._at_once = self._data.rows // experiment.parts(stage, mesh)
         self._processor = experiment_processor(experiment, model)
@@ -140,9 +141,11 @@ class MemorySFT(NextTokenLoss):
             ids = self._processor.answer(prompt.answers[0])
         except ValueError as error:
             raise ValueError(f"{error} (sample {prompt.name})") from error
-        own = np.intersect1d(ids, self.model.speech.invoke_ids + self.model.speech.end_ids)
-        if len(own):
-            raise ValueError(f"an answer must not hold tokens of the memory, such as {own[0]} (sample {prompt.name})")
+        for token, own in self.model.special_tokens.items():
+            if own in ids:
+                raise ValueError(
+                    f"an answer must not hold tokens of the memory, but has {token} (sample {prompt.name})"
+                )
         return ids
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:

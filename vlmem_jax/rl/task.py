@@ -28,7 +28,7 @@ from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
-from vlmem_jax.rl.config import RLConfig, check_prompted, rl_config
+from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
@@ -111,8 +111,7 @@ class GRPO(GRPOLoss):
         self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._experiment, self._stage, self._mesh, self._workdir = experiment, stage, mesh, as_path(workdir)
         data = experiment.data_of(stage)
-        weights = {"sequence": "sample", "token": "token"}
-        self._data = dataclasses.replace(data, loss_weight=weights[config.loss_mean])
+        self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
         self._rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else mesh
         self._speaks = model.speech is not None and any(config.invocation.heeded())
@@ -154,10 +153,11 @@ class GRPO(GRPOLoss):
         if config.reference != "start":
             imported(config.reference, f"{where}.rl.reference")
         speech = VLM(experiment.model).speech
-        if speech is None and (config.invocation != InvocationConfig() or config.invocation_penalty is not None):
+        of_memory = config.invocation != InvocationConfig(), config.invocation_penalty is not None, config.paired_base
+        if speech is None and any(of_memory):
             raise ConfigError(
-                f"{where}.rl.invocation and invocation_penalty are for a memory that speaks, such as vismem; "
-                f"model.memory is {experiment.model.memory}"
+                f"{where}.rl.invocation, invocation_penalty and paired_base are for a memory that speaks, such as "
+                f"vismem; model.memory is {experiment.model.memory}"
             )
         try:
             longest = longest_answer(config, speech)
@@ -322,28 +322,41 @@ class GRPO(GRPOLoss):
             "memory/answers": float(invoked_PG.mean()),
             "memory/long": float(np.mean(kinds)) if kinds else 0.0,
         }
-        base_P, base, turned_over = np.zeros(P), None, None
+        base_PG, base, turned_over = np.zeros((P, 1)), None, None
         if config.base:
             with generator.context():
-                first_P1 = keys_PG[:, :1]
-            base = self._answered(generator, loaded, first_P1, InvocationConfig("never"))[1]
-        if config.invocation_penalty is not None and invoked_PG.any():
+                base_keys_PG = keys_PG if config.paired_base else keys_PG[:, :1]
+            base = self._answered(generator, loaded, base_keys_PG, InvocationConfig("never"))[1]
+        chosen_Pg = self._drawn_again(P)
+        if np.take_along_axis(invoked_PG, chosen_Pg, axis=1).any():
             # up to its first call an answer stays as it was; one without any stays so to its end
-            begun = [[_until_first_call(trajectory) for trajectory in group] for group in groups]
+            begun = [[_until_first_call(groups[n][g]) for g in row] for n, row in enumerate(chosen_Pg)]
             turned = dataclasses.replace(invocation, reverse_types=not invocation.reverse_types)
-            turned_over = self._answered(generator, loaded, keys_PG, turned, begun)[1]
+            with generator.context():
+                turned_keys_Pg = keys_PG[np.arange(P)[:, None], chosen_Pg]
+            turned_over = self._answered(generator, loaded, turned_keys_Pg, turned, begun)[1]
         scores_PG = scores.of_all.reshape(P, G)
         if base:
-            base_P = base.of_all
-            numbers |= {"score/base": float(base_P.mean()), "score/gain": float(scores_PG.mean() - base_P.mean())}
+            base_PG = base.of_all.reshape(P, -1)
+            numbers |= {"score/base": float(base_PG.mean()), "score/gain": float(scores_PG.mean() - base_PG.mean())}
         if config.invocation_penalty is None:
-            return scores_PG, numbers
-        reversed_PG = turned_over.of_all.reshape(P, G) if turned_over else scores_PG
+            return scores_PG - base_PG, numbers
+        reversed_PG = scores_PG.copy()
+        if turned_over:
+            np.put_along_axis(reversed_PG, chosen_Pg, turned_over.of_all.reshape(P, -1), axis=1)
         numbers |= {
             "penalty/type": float(type_penalty(scores_PG, reversed_PG, invoked_PG).mean()),
             "penalty/negative": float(negative_penalty(scores_PG, invoked_PG).mean()),
         }
-        return invocation_reward(scores_PG, base_P, reversed_PG, invoked_PG, config.invocation_penalty), numbers
+        return invocation_reward(scores_PG, base_PG, reversed_PG, invoked_PG, config.invocation_penalty), numbers
+
+    def _drawn_again(self, prompts: int) -> np.ndarray:
+        """Which trajectories of each group are drawn again with kinds reversed, if they have a memory; by chance."""
+        config, G = self.config, self.config.group_size
+        count = 0 if config.invocation_penalty is None else math.ceil(config.rev_fraction * G - 1e-9)
+        rng = np.random.default_rng([self._experiment.seed, zlib.crc32(self._stage.name.encode()), self._phase])
+        order_PG = rng.permuted(np.tile(np.arange(G), (prompts, 1)), axis=1)
+        return np.sort(order_PG[:, :count], axis=1)
 
     def _invocation(self, step: int) -> InvocationConfig:
         """Who calls for memories at a step."""

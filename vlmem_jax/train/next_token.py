@@ -136,7 +136,7 @@ def eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Array
 
 def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
     """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
-    tokenizer = Tokenizer.load(experiment.tokenizer)
+    tokenizer = Tokenizer.load(experiment.tokenizer, model.special_tokens)
     geometry = model.config.vision.geometry
     processor = make_processor(tokenizer, experiment.image, geometry, experiment.system, experiment.template)
     highest, vocab = max(*processor.control_ids, *processor.stop_ids), model.config.decoder.vocab
