@@ -148,7 +148,7 @@ def _places(summary: Mapping[str, Any]) -> str:
     parts = []
     for name in ("formation", "invocation"):
         positions = scores[name]["invocation"]["positions"]
-        series = {kind: [(10 * n, float(count)) for n, count in enumerate(counts)] for kind, counts in positions.items()}
+        series = {kind: [(10 * n, float(x)) for n, x in enumerate(counts)] for kind, counts in positions.items()}
         chart = charts.line_chart(series, {}, "memories", "percent of the answer")
         parts.append(half(html.escape(scores[name]["what"].capitalize()), chart))
     return (
