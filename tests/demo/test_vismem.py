@@ -53,13 +53,13 @@ def test_every_number_is_in_the_summary(summary):
     for name, score in vismem["scores"].items():
         assert score["scored"] == summary["dataset"]["heldout"]
         called = score["invocation"]["per_sample"] if name != "sft" else 0
-        assert (called > 0) or name not in ("warmup", "formation", "always", "random_75")
         assert called == 0 or name not in ("sft", "off")
     assert vismem["scores"]["short_only"]["invocation"]["ratio"]["long"] == 0
     assert vismem["scores"]["long_only"]["invocation"]["ratio"]["short"] == 0
     steps = [line["step"] for line in vismem["rewards"]]
     assert steps == sorted(steps) and len(steps) == summary["steps"]["formation"] + summary["steps"]["invocation"]
     assert all({"score/mean", "score/base", "memory/per_answer"} <= line.keys() for line in vismem["rewards"])
+    assert max(line["memory/per_answer"] for line in vismem["rewards"]) > 0
     assert vismem["parameters"]["vismem"] == vismem["parameters"]["vismem/formation"] > vismem["parameters"]["base"]
 
 
