@@ -74,7 +74,7 @@ def _head(summary: Mapping[str, Any]) -> str:
         ("after stage I", percent(accuracy["formation"])),
         ("after stage II", percent(accuracy["invocation"])),
         ("training steps", f"{summary['steps']['total']:,}"),
-        ("minutes in all", f"{summary['seconds']['total'] / 60:.1f}"),
+        ("minutes, this call", f"{summary['seconds']['total'] / 60:.1f}"),
     ]
     boxes = "".join(f'<div class="card">{name}<b>{value}</b></div>' for name, value in cards)
     return (
@@ -150,7 +150,8 @@ def _places(summary: Mapping[str, Any]) -> str:
         positions = scores[name]["invocation"]["positions"]
         series = {kind: [(10 * n, float(x)) for n, x in enumerate(counts)] for kind, counts in positions.items()}
         chart = charts.line_chart(series, {}, "memories", "percent of the answer")
-        parts.append(half(html.escape(scores[name]["what"].capitalize()), chart))
+        what = scores[name]["what"]
+        parts.append(half(html.escape(what[0].upper() + what[1:]), chart))
     return (
         "<h2>Where invocations fall</h2><p>Memories by the tenth of the answer in which they were called for.</p>"
         f'<div class="row">{"".join(parts)}</div>'
