@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # read once, when jax is first imported; commands that tests start inherit them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # eight devices on few cores: on a busy machine some come late to an exchange, which XLA takes for the end after 40 s
+    # on a busy machine some of eight devices come late to an exchange, which XLA would not bear for long
     FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
