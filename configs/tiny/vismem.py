@@ -1,23 +1,36 @@
-"""VisMem on the smallest Qwen2.5-VL and the dataset of `vlmem demo` (in runs/demo/dataset): warm-up and two stages."""
+"""VisMem on the smallest Qwen2.5-VL: warm-up and both stages, on the dataset of `vlmem demo --memory vismem`."""
 
 from ml_collections import ConfigDict
 
+DATASET = "runs/demo_vismem/dataset"
 ROLLOUTS = dict(prompts=4, group_size=8, max_new_tokens=24)
 FORMATION = ("memory/query_builder", "memory/short", "memory/long")
+
+
+def _data(name: str) -> dict:
+    return dict(train=[dict(path=f"{DATASET}/{name}.jsonl")], rows=8, pack_tokens=384, pack_tiles=320)
 
 
 def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
-            model=dict(preset="tiny_qwen2_5_vl", memory="vismem"),
-            tokenizer="runs/demo/dataset/tokenizer",
+            # the ids that the dataset's tokenizer gives to the memory's tokens and to a pause
+            model=dict(preset="tiny_qwen2_5_vl", memory="vismem", vismem=dict(token_ids=(78, 79, 80, 81), start_id=77)),
+            tokenizer=f"{DATASET}/tokenizer",
             template="qwen2-vl",
             system="",
             image=dict(kind="patches", min_pixels=256, max_pixels=4096),
-            data=dict(train=[dict(path="runs/demo/dataset/mixture.jsonl")], rows=8, pack_tokens=384, pack_tiles=320),
+            data=_data("prompts"),
             optimizer=dict(name="adamw", weight_decay=0.0),
             stages=[
-                dict(name="warmup", task="memory_sft", steps=20, learning_rate=1e-3, trainable=FORMATION),
+                dict(
+                    name="warmup",
+                    task="memory_sft",
+                    steps=20,
+                    learning_rate=1e-3,
+                    trainable=FORMATION,
+                    data=_data("worked"),
+                ),
                 dict(
                     name="formation",
                     task="grpo",

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from vlmem_jax.config import load
 from vlmem_jax.demo.steps import END, KEPT, MEMORY, PAUSE, StepsConfig, ask, final, hesitating, token_ids, write_steps
 from vlmem_jax.demo.vismem import ANSWER_TOKENS, VisMemRecipe, base_experiment
 from vlmem_jax.generate.invocation import delimiters
@@ -94,6 +95,11 @@ def test_pauses_leave_the_steps_as_they_are():
     assert all(one.answer.replace(f"{PAUSE} ", "") == question.answer for one in paused)
     assert all(one.tokens - question.tokens == one.answer.count(PAUSE) for one in paused)
     assert len({one.answer for one in paused}) > 10 and any(f"{PAUSE} Answer:" in one.answer for one in paused)
+
+
+def test_the_tiny_config_knows_the_tokens_of_the_memory():
+    model = load("configs/tiny/vismem.py").model
+    assert (model.vismem.token_ids, model.vismem.start_id) == (token_ids(*MEMORY), *token_ids(PAUSE))
 
 
 def test_the_largest_sum_is_a_token():
