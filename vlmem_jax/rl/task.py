@@ -484,13 +484,14 @@ class Scores:
     @functools.cached_property
     def _all(self) -> list[tuple[float, bool]]:
         own: dict[str, Any] = {"error": ""}
+        cause = None
         try:
             own["scores"] = {number: future.result() for number, future in self._futures.items()}
         except RewardError as error:
-            own["error"] = str(error)
+            own["error"], cause = str(error), error
         each = [json.loads(content) for content in hosts.gather(json.dumps(own).encode())]
         if errors := [host["error"] for host in each if host["error"]]:
-            raise RewardError(errors[0])
+            raise RewardError(errors[0]) from cause
         found = {int(number): tuple(score) for host in each for number, score in host["scores"].items()}
         return [found[number] for number in range(len(found))]
 
