@@ -4,6 +4,7 @@ The one place for such flags: training and the flight check compile with them. T
 to be set in the environment before JAX starts.
 """
 
+import jax
 from jax.sharding import Mesh
 
 from kernels_pallas.device import CHIPS
@@ -37,3 +38,11 @@ def options(mesh: Mesh) -> dict[str, bool | int]:
     device = mesh.devices.flat[0]
     platform = "gpu" if device.platform == "cuda" else device.platform
     return OPTIONS.get(CHIPS.get(device.device_kind, platform), {})
+
+
+def once() -> dict[str, int]:
+    """For `compiler_options` of a program that runs once, such as one that makes random parameters.
+
+    On a CPU it is compiled without optimization, which takes far longer than such a program runs.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}

@@ -20,7 +20,7 @@ def run_folder(tmp_path_factory):
     """A workdir as training leaves it, without memory blocks."""
     model = presets.resolve({"preset": "tiny", "memory": "none"})
     folder = tmp_path_factory.mktemp("run")
-    save_params(folder / "finetune" / "5", VLM(model).init(jax.random.key(0)))
+    save_params(folder / "finetune" / "5", VLM(model).fresh(jax.random.key(0)))
     about = {"model": to_dict(model), "image": {"size": 28}, "template": "internlm2-chat", "system": None}
     (folder / "model.json").write_text(json.dumps(about))
     (folder / "config.json").write_text('{"stages": [{"name": "finetune"}]}')

@@ -24,7 +24,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     vlm = VLM(resolve({"preset": "digits"}))
-    params = jax.jit(vlm.init)(jax.random.key(1))
+    params = vlm.fresh(jax.random.key(1))
     blocks = params["memory"]["blocks"]
     blocks["attn_gate"], blocks["mlp_gate"] = jnp.full((2, 1), 0.4), jnp.full((2, 1), -0.3)
     params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))

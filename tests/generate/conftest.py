@@ -17,7 +17,7 @@ def vlm():
 
 @pytest.fixture(scope="session")
 def params(vlm):
-    params = jax.jit(vlm.init)(jax.random.key(0))
+    params = vlm.fresh(jax.random.key(0))
     blocks = params["memory"]["blocks"]
     for gate in ("attn_gate", "mlp_gate"):
         blocks[gate] = jnp.full_like(blocks[gate], 0.7)

@@ -82,7 +82,7 @@ def test_theirs_to_ours_to_theirs_is_bit_equal(hf_folder, tmp_path, shard_bytes)
 def test_ours_to_theirs_to_ours_is_bit_equal(tmp_path, memory, dtype):
     """From a checkpoint as training writes it."""
     model = presets.resolve({"preset": "tiny", "memory": memory, "vision": {"qk_norm": True}})
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), VLM(model).init(jax.random.key(3)))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), VLM(model).fresh(jax.random.key(3)))
     save_params(tmp_path / "run" / "finetune" / "7", params)
     about = {"model": to_dict(model), "image": {"size": 28}, "template": "internlm2-chat", "system": None}
     (tmp_path / "run" / "model.json").write_text(json.dumps(about))
@@ -168,7 +168,7 @@ def test_a_plain_checkpoint_gets_fresh_memory_blocks(plain_folder, tmp_path):
     assert not found["memory/blocks/attn_gate"].any() and not found["memory/blocks/mlp_gate"].any()
     assert (found["memory/blocks/attn_norm/scale"] == 1).all()
     # each block drawn apart, as wide as the model's own init draws them
-    q, drawn = (x["memory/blocks/attn/q/kernel"] for x in (found, flat(VLM(model).init(jax.random.key(5)))))
+    q, drawn = (x["memory/blocks/attn/q/kernel"] for x in (found, flat(VLM(model).fresh(jax.random.key(5)))))
     assert q.shape == drawn.shape and not np.array_equal(q[0], q[1])
     assert q.std() == pytest.approx(float(drawn.std()), rel=0.1)
     # the same straight into sharded arrays

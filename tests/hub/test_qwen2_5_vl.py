@@ -112,7 +112,7 @@ def test_theirs_to_ours_to_theirs_is_bit_equal(hf_folder, tmp_path):
 def test_ours_to_theirs_to_ours_is_bit_equal(tmp_path, changes):
     """From a checkpoint as training writes it, with a tokenizer."""
     model = tiny(changes)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VLM(model).init(jax.random.key(3)))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VLM(model).fresh(jax.random.key(3)))
     run = tmp_path / "run"
     save_params(run / "finetune" / "7", params)
     image = {"kind": "patches", "max_pixels": 100352}
@@ -172,7 +172,7 @@ def test_a_fresh_memory_whose_tokens_start_from_one_of_a_released_checkpoint(hf_
 
 def test_new_rows_of_a_tied_table(tmp_path):
     model = tiny({})
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VLM(model).init(jax.random.key(3)))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), VLM(model).fresh(jax.random.key(3)))
     rules = {rule.ours: rule for rule in qwen2_5_vl.name_table(model)}
     (tmp_path / "hf").mkdir()
     stored = {}

@@ -47,7 +47,7 @@ def speech(vlm):
 @pytest.fixture(scope="module")
 def params(vlm):
     """Adapters, which start without effect, have one; embeddings and latent tokens are of one size."""
-    params = jax.jit(vlm.init)(jax.random.key(1))
+    params = vlm.fresh(jax.random.key(1))
     params["decoder"]["embed"] *= 30
     memory = params["memory"]
     for n, kind in enumerate(("short", "long")):
@@ -412,7 +412,7 @@ def seeing(vlm, params):
     """The model with that former, from the second of three layers on, where frames are more than a window."""
     config = dataclasses.replace(vlm.config.vismem, former="lora_vision", vision_layer=1)
     model = VLM(dataclasses.replace(vlm.config, vismem=config))
-    short = jax.jit(model.init)(jax.random.key(4))["memory"]["short"]
+    short = model.fresh(jax.random.key(4))["memory"]["short"]
     short["m_init"] *= 50
     for n, target in enumerate("qv"):
         short["lora"][target]["b"] = jax.random.normal(jax.random.key(n), short["lora"][target]["b"].shape)
@@ -587,7 +587,7 @@ def test_its_tokens_start_from_one_that_there_is(vlm):
     decoder = dataclasses.replace(vlm.config.decoder, tied=False)
     rescaled = dataclasses.replace(vlm.config.vismem, memory_output="rescaled")
     model = VLM(dataclasses.replace(vlm.config, decoder=decoder, vismem=rescaled))
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = model.fresh(jax.random.key(0))
     memory, start = params["memory"], rescaled.start_id
     rows = {"special_in": params["decoder"]["embed"][start], "special_out": model.head_kernel(params)[:, start]}
     for name, row in rows.items():

@@ -30,7 +30,7 @@ def vlm(request):
 
 @pytest.fixture(scope="module")
 def params(vlm):
-    params = jax.jit(vlm.init)(jax.random.key(1))
+    params = vlm.fresh(jax.random.key(1))
     # biases start at 0, where they do nothing, and all tokens near 0, where attention hardly tells them apart
     params = jax.tree.map(lambda x: x if x.any() else x + 0.1, params)
     params["decoder"]["embed"] *= 10

@@ -33,7 +33,7 @@ def model(former):
 
 def parameters(vlm):
     """Adapters have an effect; latent tokens and embeddings are of one size; calls are likely."""
-    params = jax.jit(vlm.init)(jax.random.key(1))
+    params = vlm.fresh(jax.random.key(1))
     params["decoder"]["embed"] *= 30
     params["decoder"]["norm"]["scale"] *= 0.1
     memory = params["memory"]

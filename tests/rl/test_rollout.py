@@ -50,7 +50,7 @@ def drawn(request):
         vlm = VLM(resolve({"preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}}))
         grids = [[PatchGrid(1, 2, 3)], [], [PatchGrid(2, 2, 2, 1.0)]]
         prompts = [patches_world.sample(vlm, shown, 9 + 3 * n, n) for n, shown in enumerate(grids)]
-    params = jax.jit(vlm.init)(jax.random.key(0))
+    params = vlm.fresh(jax.random.key(0))
     for gate in ("attn_gate", "mlp_gate") if vlm.config.memory == "comemo" else ():
         params["memory"]["blocks"][gate] += 0.7
     generator = Generator(vlm, params, stop_ids=STOP, banned_ids=BANNED)

@@ -123,7 +123,7 @@ def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(setting
 def test_groups_without_variance_are_dropped_and_counted(settings, mesh):
     config = settings(**{"stages.rl.rl.rewards": [{"name": "tests.rl.own:first_prompt_alone"}]},
                       stages__rl__rl__prompts=6)  # fmt: skip
-    params = jax.jit(VLM(config.model).init)(jax.random.key(0))
+    params = VLM(config.model).fresh(jax.random.key(0))
     with jax.set_mesh(mesh):
         for drop, kept in ((True, 4), (False, 24)):
             task = make_task(override_rl(config, drop_zero_variance=drop), mesh)
@@ -180,7 +180,7 @@ def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh):
     config = override_rl(settings(), reference="tests.rl.own:never", kl=0.1, drop_zero_variance=False)
     task = make_task(config, mesh)
     with jax.set_mesh(mesh):
-        params = jax.jit(task.model.init)(jax.random.key(0))
+        params = task.model.fresh(jax.random.key(0))
         rows = task.work(0, params).batch
     task.close()
     allowed = config.model.decoder.vocab - len(set(task.banned_ids))
@@ -191,7 +191,7 @@ def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh):
 def test_rewards_that_fail_stop_the_run_or_score_zero(settings, mesh):
     failing = [{"name": "tests.rl.own:sometimes_nan"}]
     config = override_rl(settings(), rewards=failing)
-    params = jax.jit(VLM(config.model).init)(jax.random.key(0))
+    params = VLM(config.model).fresh(jax.random.key(0))
     with jax.set_mesh(mesh):
         task = make_task(config, mesh)
         with pytest.raises(ValueError, match=r"sometimes_nan must give a finite number, got nan \(sample .*text"):

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from vlmem_jax.compiler import once
 from vlmem_jax.decoder import Decoder
 from vlmem_jax.memory import MEMORIES, Decode, Memory, Patches, Read, Speech, TokenStart, VisualTokens
 from vlmem_jax.models.config import ModelConfig
@@ -114,8 +115,18 @@ class VLM:
         return nnx.traversals.unflatten_mapping(flat)
 
     def init(self, key: jax.Array) -> Params:
-        """Random fp32 parameters."""
+        """Random fp32 parameters, as a function to be compiled: see `fresh`."""
         return nnx.to_pure_dict(nnx.state(_Modules(self.config, rngs=nnx.Rngs(key))))
+
+    def fresh(self, key: jax.Array, held: Params | None = None) -> Params:
+        """Random parameters on the devices, in the dtypes and shardings of `held` (default: fp32, unsharded)."""
+        target = self.abstract() if held is None else held
+
+        def make(key: jax.Array) -> Params:
+            return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), self.init(key), target)
+
+        shardings = jax.tree.map(lambda t: t.sharding, target)
+        return jax.jit(make, out_shardings=shardings, compiler_options=once())(key)
 
     def rates(self) -> dict[str, np.ndarray]:
         """By what the learning rate of some parameters is multiplied, row by row: path -> factors."""

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +196,7 @@ def origin(
         step = workdir / before.name / str(before.steps)
         return (lambda target: load_params(step, target, limit)), f"the end of stage {before.name}"
     if experiment.init is None:
-        return (lambda target: _random(model, experiment.seed, target)), f"seed {experiment.seed}"
+        return (lambda target: model.fresh(jax.random.key(experiment.seed), target)), f"seed {experiment.seed}"
     step = checkpoint_of(experiment.init)
     if step is None:
         source = as_path(experiment.init)
@@ -205,21 +204,11 @@ def origin(
     return (lambda target: load_params(step, target, limit)), str(step)
 
 
-def _random(model: VLM, seed: int, target: dict) -> dict:
-    # the program runs once: on a CPU, optimising its random numbers takes longer than anything else it does
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    make = jax.jit(lambda: _cast(model.init(jax.random.key(seed)), target), out_shardings=_places(target))
-    return make.lower().compile(compiler_options=options)()
-
-
 def _released(model: VLM, source: AnyPath, seed: int, target: dict) -> dict:
-    params = load_folder(source, model, _places(target), seed=seed)
-    return jax.jit(lambda params: _cast(params, target), out_shardings=_places(target), donate_argnums=0)(params)
+    places = jax.tree.map(lambda t: t.sharding, target)
+    params = load_folder(source, model, places, seed=seed)
 
+    def cast(params: dict) -> dict:
+        return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), params, target)
 
-def _cast(params: dict, target: dict) -> dict:
-    return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), params, target)
-
-
-def _places(target: dict) -> Any:
-    return jax.tree.map(lambda t: t.sharding, target)
+    return jax.jit(cast, out_shardings=places, donate_argnums=0)(params)
