@@ -1,5 +1,6 @@
 """Questions to a checkpoint from the command line, one at a time and as a conversation."""
 
+import dataclasses
 import io
 import json
 
@@ -24,7 +25,7 @@ def checkpoint(tmp_path_factory):
     folder = world.make(tmp_path_factory.mktemp("checkpoint"))
     config = world.config(folder)
     vlm = VLM(resolve(config.model))
-    params = jax.jit(vlm.init)(jax.random.key(3))
+    params = vlm.fresh(jax.random.key(3))
     for gate in ("attn_gate", "mlp_gate"):
         params["memory"]["blocks"][gate] = jnp.full_like(params["memory"]["blocks"][gate], 0.7)
     save_params(folder / "0", params)
@@ -174,6 +175,20 @@ def test_a_chat_that_outgrows_its_cache_goes_on(model):
     for _ in range(4):
         "".join(chat.ask("word " * 60))
     assert len(chat.history) == 4
+
+
+def test_a_chat_that_outgrows_its_rotary_range_is_read_again(model):
+    """Its frequencies were those of a short prompt (dynamic NTK); a prompt read whole has others."""
+    longest = len(model.processor.prompt("a b", []).tokens_T) + GREEDY.max_new_tokens + 4
+    decoder = dataclasses.replace(model.vlm.config.decoder, ntk_factor=2.0, max_positions=longest)
+    vlm = VLM(dataclasses.replace(model.vlm.config, decoder=decoder))
+    generator = dataclasses.replace(model, vlm=vlm).generator()
+    chat = Chat(generator, model.processor, GREEDY)
+    first, session = "".join(chat.ask("a b")), chat._session
+    second = "".join(chat.ask("c d e f g h"))
+    assert chat._session is not session
+    [ids] = generator.generate([model.processor.prompt("c d e f g h", [], [("a b", first)])], GREEDY)
+    assert model.processor.tokenizer.decode(ids) == second
 
 
 def test_an_answer_broken_off_stays_in_the_history(model):

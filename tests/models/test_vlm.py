@@ -32,7 +32,7 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def params(vlm):
-    return with_open_gates(jax.jit(vlm.init)(jax.random.key(1)))
+    return with_open_gates(vlm.fresh(jax.random.key(1)))
 
 
 def row(vlm, samples, T, I, seed=0):
@@ -75,6 +75,20 @@ def test_a_packed_sample_equals_that_sample_alone(vlm, params):
         alone = logits(params, row(vlm, [(text, tiles, seed)], 48, 4))[0]
         np.testing.assert_allclose(together[start : start + length], alone[:length], atol=1e-5)
         start += length
+
+
+def test_a_neighbour_does_not_change_the_frequencies_of_dynamic_ntk(params):
+    """They follow the sample's length, not the row's: one sample is longer than the trained range, one is not."""
+    vlm = VLM(resolve({"preset": "tiny", "decoder": {"ntk_factor": 2.0, "max_positions": 16}}))
+    short, long = (12, 0, 21), (30, 0, 22)
+    logits = jax.jit(vlm.logits)
+    together = logits(params, row(vlm, [short, long], 48, 0))[0]
+    for sample, span in ((short, slice(0, 12)), (long, slice(12, 42))):
+        alone = logits(params, row(vlm, [sample], 48, 0))[0]
+        np.testing.assert_allclose(together[span], alone[: sample[0]], atol=1e-5)
+    plain = jax.jit(VLM(resolve({"preset": "tiny"})).logits)(params, row(vlm, [short, long], 48, 0))[0]
+    np.testing.assert_allclose(together[:12], plain[:12], atol=1e-5)
+    assert np.abs(together[12:42] - plain[12:42]).max() > 1e-3
 
 
 def test_padding_tiles_and_tokens_change_nothing(vlm, params):
@@ -128,7 +142,7 @@ def test_memory_is_not_causal(vlm, params):
 def test_scanned_groups_equal_a_plain_loop(layers, every):
     config = resolve({"preset": "tiny", "decoder": {"layers": layers}, "comemo": {"every": every}})
     vlm = VLM(config)
-    params = with_open_gates(jax.jit(vlm.init)(jax.random.key(2)))
+    params = with_open_gates(vlm.fresh(jax.random.key(2)))
     batch = row(vlm, [FIRST, LAST], 48, 4)
 
     @jax.jit
@@ -136,7 +150,7 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
         modules = vlm._merge(params)
         seen_by = modules.memory.attend(vlm_seen(vlm, modules, batch), batch.positions_BT, batch.segments_BT)
         x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None)[0])
-        tables = rotation(batch.positions_BT, vlm._frequencies(jnp.array([1]), 1))
+        tables = rotation(batch.positions_BT, vlm._frequencies(batch.segments_BT))
         graph, states = nnx.split(modules.decoder.layers)
 
         def core(q, k, v):

@@ -140,7 +140,7 @@ def session(model, found: list[SimpleNamespace], new_tokens: int, **options) -> 
     longest = max(len(row.tokens_T) for row in found)
     capacity = longest + generator.room(new_tokens)
     logits_BV, state = generator.prefill(model.params, batch, capacity)
-    return Session(generator, state, logits_BV, len(found), capacity - longest)
+    return Session(generator, state, logits_BV, len(found), longest, capacity)
 
 
 @dataclasses.dataclass

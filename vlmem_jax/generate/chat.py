@@ -1,7 +1,8 @@
 """A conversation: the cache is kept from turn to turn, and made anew when an image comes in.
 
 Earlier tokens attend to all images of the conversation, so a new image changes what they were: the whole conversation
-is read again. Without one, only the new question is.
+is read again. So is one that outgrows the range of its rotary positions (dynamic NTK), and one without room. Otherwise
+only the new question is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,10 +66,14 @@ class Chat:
             self.history.append((question, answer.text))
 
     def _continued(self, question: str) -> Session | None:
-        """The last turn's session with the question added, if there is one with room for it and an answer."""
+        """The last turn's session with the question added, if there is one with room for it and an answer, and if the
+        rotary frequencies that it was read under still serve."""
         ids = self.processor.follow_up(question)
         needed = len(ids) + self.generator.room(self.sampling.max_new_tokens)
-        if self._session is None or self._session.free < needed:
+        session = self._session
+        if session is None or session.free < needed:
             return None
-        self._session.append(ids)
-        return self._session
+        if self.generator.vlm.outgrown(session.read, session.length + len(ids)):
+            return None
+        session.append(ids)
+        return session

@@ -179,7 +179,7 @@ class Generator:
         with self.context():
             batch = put(batch, batch_sharding(self.mesh) if self.mesh else None)
             logits_BV, state = self.prefill(self.params, batch, capacity, copies)
-        return Session(self, state, logits_BV, len(samples) * copies, capacity - longest)
+        return Session(self, state, logits_BV, len(samples) * copies, longest, capacity)
 
     def generate(
         self,
@@ -212,13 +212,15 @@ class Invocation(NamedTuple):
 class Session:
     """Rows being decoded: their caches, and the scores of each row's next token."""
 
-    def __init__(self, generator: Generator, state, logits_BV: jax.Array, prompts: int, room: int):
+    def __init__(self, generator: Generator, state, logits_BV: jax.Array, prompts: int, read: int, capacity: int):
         self.generator = generator
         self.state = state
         self.logits_BV = logits_BV
         self.prompts = prompts
         """Rows that are not padding."""
-        self._room = room
+        self.read = read
+        """Tokens of the longest prompt, by whose length its rotary frequencies were chosen."""
+        self._capacity = capacity
         rows = logits_BV.shape[0]
         self._taken_B = np.zeros(rows, int)
         self._heard_B = np.zeros(rows, int)
@@ -226,9 +228,14 @@ class Session:
         """Of all rows, in order, if `draw` is to record them."""
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return self.read + int(self._taken_B.max())
+
+    @property
     def free(self) -> int:
         """Tokens that every row can still take."""
-        return self._room - int(self._taken_B.max())
+        return self._capacity - self.length
 
     def stream(
         self, sampling: SamplingConfig, invocation: InvocationConfig = InvocationConfig()

@@ -186,8 +186,8 @@ class VLM:
         """The decoder as a memory may call it."""
 
         def decode(x_BTD, positions_BT, segments_BT, lora):
-            frequencies_BR = self._frequencies((segments_BT > 0).sum(-1), x_BTD.shape[1])
-            x_BTD, tables = constrain(x_BTD, "batch", "tokens", None), rotation(positions_BT, frequencies_BR)
+            x_BTD = constrain(x_BTD, "batch", "tokens", None)
+            tables = rotation(positions_BT, self._frequencies(segments_BT))
             return modules.decoder(x_BTD, tables, segments_BT, lora=lora, remat_policy=self.config.remat)[0]
 
         return decode
@@ -239,16 +239,23 @@ class VLM:
         placed_BTD = jnp.take_along_axis(slots_BMD, jnp.maximum(batch.slots_BT, 0)[..., None], axis=1)
         return jnp.where((batch.slots_BT >= 0)[..., None], placed_BTD, x_BTD)
 
-    def _frequencies(self, length_B: Int32[Array, "B"], longest: int) -> Float[Array, "B R"]:
+    def _frequencies(self, segments_BT: Int32[Array, "B T"]) -> Float[Array, "B #T R"]:
+        """Rotary frequencies of each token: those of its sample's length, whatever else is in the row."""
+        c, (B, T) = self.config.decoder, segments_BT.shape
+        if not c.ntk_factor or c.max_positions >= T:
+            return jnp.broadcast_to(frequencies(c.head_dim, c.rope_theta), (B, 1, c.head_dim // 2))
+        sizes_BT = jax.vmap(lambda segments_T: jnp.bincount(segments_T, length=T + 1)[segments_T])(segments_BT)
+        lengths_BT = jnp.where(segments_BT > 0, sizes_BT, 0)
+        theta_BT = dynamic_theta(lengths_BT, c.rope_theta, c.ntk_factor, c.max_positions, c.head_dim)
+        return frequencies(c.head_dim, theta_BT)
+
+    def outgrown(self, read: int, length: int) -> bool:
+        """Whether a sample of `length` tokens needs other rotary frequencies than when its first `read` were read."""
         c = self.config.decoder
-        theta_B = jnp.full(length_B.shape, c.rope_theta, jnp.float32)
-        if c.ntk_factor and longest > c.max_positions:
-            theta_B = dynamic_theta(length_B, c.rope_theta, c.ntk_factor, c.max_positions, c.head_dim)
-        return frequencies(c.head_dim, theta_B)
+        return c.ntk_factor > 0 and length > max(read, c.max_positions)
 
     def _run(self, modules: _Modules, batch: Batch, key: jax.Array | None, cache: KVCache | None):
         """Hidden states of whole rows, and all that decoding needs afterwards."""
-        T, capacity = batch.tokens_BT.shape[1], cache.k_LBSKC.shape[2] if cache else 0
         # a batch without tile slots has no vision tower and no memory in its program
         seeing = batch.pixels_BISSc.shape[1] > 0
         features_BMD = patches = None
@@ -257,18 +264,18 @@ class VLM:
             if kept_BNE is not None:
                 patches = Patches(kept_BNE, batch.layout_BI4, batch.memory_segments_BM)
         x_BTD = self._splice(modules, batch, features_BMD, patches, key)
-        frequencies_BR = self._frequencies((batch.segments_BT > 0).sum(-1), max(T, capacity))
+        frequencies_BTR = self._frequencies(batch.segments_BT)
         between, seen = None, None
         if modules.memory and features_BMD is not None:
             seen = VisualTokens(features_BMD, batch.memory_positions_BM, batch.memory_segments_BM)
             if cache is not None:
                 seen = modules.memory.recall(seen)
             between = modules.memory.attend(seen, batch.positions_BT, batch.segments_BT)
-        tables = rotation(batch.positions_BT, frequencies_BR, self.config.decoder.rope_sections)
+        tables = rotation(batch.positions_BT, frequencies_BTR, self.config.decoder.rope_sections)
         hidden_BTD, cache = modules.decoder(
             x_BTD, tables, batch.segments_BT, between=between, cache=cache, remat_policy=self.config.remat
         )
-        return hidden_BTD, x_BTD, cache, frequencies_BR, seen, patches
+        return hidden_BTD, x_BTD, cache, frequencies_BTR[:, 0], seen, patches
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """States after the final norm, in the compute dtype; the head turns them into logits, see `head_kernel`."""
@@ -372,7 +379,7 @@ class VLM:
             x_BTD = x_BTD.at[:, :N].set(
                 jnp.where(is_latent_BN[..., None], latents_BND.astype(self.dtype), x_BTD[:, :N])
             )
-        tables = rotation(state.position_B[:, None] + offsets_T, state.frequencies_BR)
+        tables = rotation(state.position_B[:, None] + offsets_T, state.frequencies_BR[:, None])
         hidden_BTD, cache = modules.decoder(
             x_BTD, tables, segments_BT, between=between, cache=state.cache, cache_index_BT=index_BT
         )

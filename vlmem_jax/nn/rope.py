@@ -14,32 +14,31 @@ def frequencies(head_dim: int, theta: Float32[Array, "*B"] | float) -> Float32[A
 
 
 def dynamic_theta(
-    length_B: Int32[Array, "B"], theta: float, factor: float, max_positions: int, head_dim: int
-) -> Float32[Array, "B"]:
-    """Base of the rotation of rows of `length_B` tokens: raised beyond `max_positions` (dynamic NTK scaling)."""
-    stretch = factor * length_B.astype(jnp.float32) / max_positions - (factor - 1)
+    length: Int32[Array, "*B"], theta: float, factor: float, max_positions: int, head_dim: int
+) -> Float32[Array, "*B"]:
+    """Base of the rotation of samples of `length` tokens: raised beyond `max_positions` (dynamic NTK scaling)."""
+    stretch = factor * length.astype(jnp.float32) / max_positions - (factor - 1)
     return theta * jnp.maximum(stretch, 1.0) ** (head_dim / (head_dim - 2))
 
 
 def angles(
     positions: Int32[Array, "B T"] | Int32[Array, "B T A"],
-    frequencies: Float32[Array, "*B R"],
+    frequencies: Float32[Array, "*#BT R"],
     sections: tuple[int, ...] = (),
 ) -> Float32[Array, "B T R"]:
-    """Angle of every pair; frequencies may differ from row to row.
+    """Angle of every pair; frequencies may differ from row to row, [B, 1, R], or from token to token, [B, T, R].
 
     Of positions on A axes the first sections[0] pairs turn by the first, the next sections[1] by the second, and so on.
     """
-    per_row = frequencies[:, None] if frequencies.ndim == 2 else frequencies
     if positions.ndim == 3:
         spread = [jnp.repeat(positions[..., n : n + 1], pairs, axis=-1) for n, pairs in enumerate(sections)]
-        return jnp.concatenate(spread, axis=-1).astype(jnp.float32) * per_row
-    return positions[..., None].astype(jnp.float32) * per_row
+        return jnp.concatenate(spread, axis=-1).astype(jnp.float32) * frequencies
+    return positions[..., None].astype(jnp.float32) * frequencies
 
 
 def rotation(
     positions: Int32[Array, "B T"] | Int32[Array, "B T A"],
-    frequencies: Float32[Array, "*B R"],
+    frequencies: Float32[Array, "*#BT R"],
     sections: tuple[int, ...] = (),
 ) -> Rotation:
     """Tables for `rotate`, made once and shared by all layers; see `angles`."""

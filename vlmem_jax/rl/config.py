@@ -177,5 +177,6 @@ def check_prompted(experiment: Experiment, stage: StageConfig) -> None:
     if decoder.ntk_factor and data.pack_tokens > decoder.max_positions:
         raise ConfigError(
             f"{where}: data.pack_tokens {data.pack_tokens} must be at most model.decoder.max_positions "
-            f"{decoder.max_positions}: beyond it, dynamic NTK turns packed tokens otherwise than those drawn"
+            f"{decoder.max_positions}: beyond it, dynamic NTK turns the tokens of a whole sample otherwise than "
+            "when its answer was drawn, by the length of the prompt"
         )
