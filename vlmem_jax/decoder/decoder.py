@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.nn.attention import attend, causal_attention
+from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.linear import Linear, param
 from vlmem_jax.nn.lora import Adapters, LayerAdapters, Shapes, adapted
 from vlmem_jax.nn.mlp import GatedMLP
@@ -124,9 +125,7 @@ class Decoder(nnx.Module):
 
     def embeddings(self, tokens_BT: Int32[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Rows of the token table."""
-        # whole rows: where they are split, the lookup would gather its result, the activations
-        table_VD = constrain(self.embed[...].astype(dtype), "vocab", None)
-        return constrain(table_VD[tokens_BT], "batch", "tokens", None)
+        return constrain(look_up(self.embed[...], tokens_BT, dtype), "batch", "tokens", None)
 
     def tables(self) -> tuple[Float[Array, "V D"], Float[Array, "V D"]]:
         """Rows of each token as it goes in, and as it is scored."""

@@ -205,12 +205,7 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
 def _serving_params(experiment: Experiment, mesh: Mesh) -> dict:
     """Parameters as `load_model` holds them."""
     vlm = VLM(experiment.model)
-    shapes = vlm.abstract()
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, vlm.dtype, sharding=place),
-        shapes,
-        param_shardings(mesh, shapes, vlm.axes()),
-    )
+    return vlm.held(param_shardings(mesh, vlm.abstract(), vlm.axes()))
 
 
 def _placed(x: jax.ShapeDtypeStruct, place) -> jax.ShapeDtypeStruct:

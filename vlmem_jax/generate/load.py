@@ -3,7 +3,6 @@
 import dataclasses
 import os
 
-import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
@@ -50,7 +49,7 @@ def never_sampled(processor: Processor, vlm: VLM) -> tuple[int, ...]:
 
 
 def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> LoadedModel:
-    """The newest checkpoint at `path`, its parameters in the compute dtype and sharded over `mesh`.
+    """The newest checkpoint at `path`, its parameters in the dtypes they are used in and sharded over `mesh`.
 
     Raises ValueError if there is none, or it does not fit its own config.
     """
@@ -61,9 +60,5 @@ def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> Load
     tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
     processor = make_processor(tokenizer, image, geometry, described["system"], described["template"])
     devices = make_mesh(mesh)
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, vlm.dtype, sharding=sharding),
-        vlm.abstract(),
-        param_shardings(devices, vlm.abstract(), vlm.axes()),
-    )
+    target = vlm.held(param_shardings(devices, vlm.abstract(), vlm.axes()))
     return LoadedModel(vlm, store.load_params(checkpoint.step_folder, target), processor, devices)

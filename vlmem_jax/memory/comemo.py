@@ -94,8 +94,8 @@ class MemoryBlock(nnx.Module):
         """One block; `read` attends to the memory. Tokens without memory pass unchanged, attention and MLP alike."""
 
         def gated(gate: nnx.Param, residual_BTD: jax.Array) -> jax.Array:
-            residual_BTD = jnp.tanh(gate[...].astype(jnp.float32)).astype(x_BTD.dtype) * residual_BTD
-            return jnp.where(has_memory_BT[..., None], residual_BTD, 0)
+            gated_BTD = jnp.tanh(gate[...].astype(jnp.float32)) * residual_BTD.astype(jnp.float32)
+            return jnp.where(has_memory_BT[..., None], gated_BTD, 0).astype(x_BTD.dtype)
 
         x_BTD += gated(self.attn_gate, self.attn.o(read(self.attn.q(self.attn_norm(x_BTD)))))
         x_BTD = constrain(x_BTD, "batch", "tokens", None)

@@ -18,7 +18,7 @@ from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory.base import Decode, Memory, Read, Speech, TokenStart
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.encoder import Encoder, EncoderConfig
-from vlmem_jax.nn.linear import Linear, ones, param
+from vlmem_jax.nn.linear import Linear, ones, param, spread
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.sharding import constrain
@@ -134,8 +134,10 @@ class QueryBuilder(nnx.Module):
                 "vismem.max_positions"
             )
         positions_BK = lengths_B[:, None] + jnp.arange(K)
-        queries_BKD = self.q_init[...] + self.pos_emb[...][positions_BK]
-        x_BTD = jnp.concatenate([states_BLD + self.pos_emb[:L], queries_BKD.astype(states_BLD.dtype)], axis=1)
+        shape, dtype = (len(states_BLD), K, states_BLD.shape[2]), states_BLD.dtype
+        queries_BKD = spread(self.q_init[...], shape, dtype) + self.pos_emb[...][positions_BK].astype(dtype)
+        states_BLD += spread(self.pos_emb[:L], states_BLD.shape, dtype)
+        x_BTD = jnp.concatenate([states_BLD, queries_BKD], axis=1)
         is_query_T = jnp.arange(L + K) >= L
         real_BT = is_query_T | (jnp.arange(L + K) < lengths_B[:, None])
         allowed_BTS = real_BT[:, None, :] & (is_query_T[:, None] | ~is_query_T)
@@ -227,7 +229,7 @@ class VisMem(Memory):
 
     def embed(self, tokens_BT: Int32[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         match_BTN = tokens_BT[..., None] == jnp.array(self.config.token_ids)
-        rows_BTD = self.special_in[...].astype(x_BTD.dtype)[match_BTN.argmax(-1)]
+        rows_BTD = self.special_in[...][match_BTN.argmax(-1)].astype(x_BTD.dtype)
         return jnp.where(match_BTN.any(-1)[..., None], rows_BTD, x_BTD)
 
     def score(self, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
@@ -331,7 +333,7 @@ class VisMem(Memory):
         counts_A = jnp.array([len(init) for init in inits])
         slots = max(len(init) for init in inits)
         inits = [jnp.pad(init, ((0, slots - len(init)), (0, 0))) for init in inits]
-        slots_RND = jnp.stack(inits).astype(states_RLD.dtype)[index_R]
+        slots_RND = jnp.stack(inits)[index_R].astype(states_RLD.dtype)
         x_RTD = jnp.concatenate([states_RLD, queries_RKD, slots_RND], axis=1)
         real_RT = jnp.concatenate(
             [
@@ -360,8 +362,8 @@ class VisMem(Memory):
         (B, J, _, D), former = queries_BJKD.shape, self.short
         if read is None:
             return jnp.zeros((B, J, self.config.short_len, D), queries_BJKD.dtype)
-        queries_BJKE, slots_NE = former.query(queries_BJKD), former.m_init[...].astype(queries_BJKD.dtype)
-        slots_BJNE = jnp.broadcast_to(slots_NE, (B, J, *slots_NE.shape))
+        queries_BJKE, slots_NE = former.query(queries_BJKD), former.m_init[...]
+        slots_BJNE = spread(slots_NE, (B, J, *slots_NE.shape), queries_BJKE.dtype)
         key = None if key is None else jax.random.fold_in(key, 1)  # others than the decoder's
         adapters = Adapters.of(vision_lora(self.config), [former.lora], jnp.zeros(B, jnp.int32), key)
         return read(jnp.concatenate([queries_BJKE, slots_BJNE], axis=2), len(slots_NE), adapters)

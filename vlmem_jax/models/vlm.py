@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.compiler import once
@@ -24,6 +25,7 @@ from vlmem_jax.decoder import Decoder
 from vlmem_jax.memory import MEMORIES, Decode, Memory, Patches, Read, Speech, TokenStart, VisualTokens
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.attention import same_segment
+from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
 from vlmem_jax.sharding import constrain
 from vlmem_jax.types import Batch, DecodeState, Heard, KVCache, TileShape
@@ -77,8 +79,8 @@ class VLM:
         return nnx.split(nnx.eval_shape(lambda: _Modules(self.config, rngs=nnx.Rngs(0))))
 
     def _merge(self, params: Params) -> _Modules:
-        """The modules with parameters in the compute dtype."""
-        return nnx.merge(self._graph[0], jax.tree.map(lambda leaf: leaf.astype(self.dtype), params))
+        """The modules with these parameters, which each casts as it uses them."""
+        return nnx.merge(self._graph[0], params)
 
     @property
     def dtype(self):
@@ -113,6 +115,16 @@ class VLM:
         """The same tree with the meaning of each axis (see `sharding.LOGICAL_AXES`), leading stack axes left out."""
         flat = {path: leaf.get_metadata()["axes"] for path, leaf in nnx.to_flat_state(self._graph[1])}
         return nnx.traversals.unflatten_mapping(flat)
+
+    def held(self, shardings: Params) -> Params:
+        """Shapes of the parameters where nothing trains them, in the dtypes of `held_dtype`."""
+        axes = flatten_dict(self.axes(), sep="/")
+
+        def leaf(path: str, x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, held_dtype(path, axes[path], self.dtype), sharding=sharding)
+
+        shapes, places = (flatten_dict(tree, sep="/") for tree in (self.abstract(), shardings))
+        return unflatten_dict({path: leaf(path, x, places[path]) for path, x in shapes.items()}, sep="/")
 
     def init(self, key: jax.Array) -> Params:
         """Random fp32 parameters, as a function to be compiled: see `fresh`."""

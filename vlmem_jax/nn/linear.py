@@ -16,6 +16,12 @@ def param(init, shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs) -
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
+def held_dtype(path: str, axes: tuple[str, ...], compute_dtype) -> jnp.dtype:
+    """Dtype of a parameter that nothing trains: matrices and tables are held as they are used, while what is applied
+    in fp32 (scales, biases, gates), which takes next to no memory, is fp32."""
+    return jnp.dtype(jnp.float32 if len(axes) < 2 or path.endswith("bias") else compute_dtype)
+
+
 def zeros(key, shape, dtype):
     del key
     return jnp.zeros(shape, dtype)
@@ -32,8 +38,18 @@ def fan_in_uniform(fan_in: int | float):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def spread(x: Float[Array, "..."], shape: tuple[int, ...], dtype) -> Float[Array, "..."]:
+    """A parameter broadcast to `shape` and only then cast, so that its gradient is summed in the parameter's dtype."""
+    return jnp.broadcast_to(x, shape).astype(dtype)
+
+
+def biased(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """y + bias in fp32, cast back: so the gradient of the bias, a sum over tokens, is summed in fp32, too."""
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
 class Linear(nnx.Module):
-    """Contracts the last axes of x, `inputs`, into `outputs`. The kernel is cast to the dtype of x."""
+    """Contracts the last axes of x, `inputs`, into `outputs`. The kernel is cast to the dtype of x, a bias is not."""
 
     def __init__(
         self,
@@ -62,12 +78,12 @@ class Linear(nnx.Module):
         matrix = kernel.reshape(math.prod(kernel.shape[:n]), -1)
         y = x.reshape(*x.shape[: x.ndim - n], -1) @ matrix
         y = y.reshape(*y.shape[:-1], *kernel.shape[n:])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else biased(y, self.bias[...])
 
     def part(self, x: Float[Array, "... D"], n: int) -> Float[Array, "... E"]:
         """Entry n of the first output axis, such as q of {"qkv": 3, "heads": H, "head_dim": C}: heads side by side.
 
         Of a single product for all entries the result could not stay split over the heads.
         """
-        kernel, bias = (leaf[...].astype(x.dtype) for leaf in (self.kernel[:, n], self.bias[n]))
-        return x @ kernel.reshape(len(kernel), -1) + bias.reshape(-1)
+        kernel = self.kernel[:, n].astype(x.dtype)
+        return biased(x @ kernel.reshape(len(kernel), -1), self.bias[n].reshape(-1))

@@ -9,7 +9,7 @@ from vlmem_jax.nn.linear import ones, param, zeros
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x), cast back to the dtype of x, times `scale`."""
+    """x / rms(x) times `scale`, in fp32, cast back to the dtype of x."""
 
     def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
         self.eps = eps
@@ -18,7 +18,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return (normed * self.scale[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -149,10 +149,11 @@ def trainer_generator(
 ) -> Generator:
     """Samples with the arrays of a trainer on `mesh`; those of another dtype, or all if `moved` is another mesh, are
     laid out anew, once."""
-    flat = flatten(params)
-    flat |= {path: x.astype(vlm.dtype) for path, x in flat.items() if x.dtype != vlm.dtype}
+    places = param_shardings(moved or mesh, vlm.abstract(), vlm.axes())
+    held, flat = flatten(vlm.held(places)), flatten(params)
+    flat = {path: x.astype(held[path].dtype) for path, x in flat.items()}
     if moved:
-        places = flatten(param_shardings(moved, vlm.abstract(), vlm.axes()))
+        places = flatten(places)
         flat = jax.device_put(flat, {path: places[path] for path in flat})
     return Generator(
         vlm,

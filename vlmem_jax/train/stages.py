@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.train.config import Experiment, StageConfig
 
 Flat = dict[str, Any]
@@ -63,13 +64,11 @@ def changed(experiment: Experiment, stage: StageConfig, paths: list[str]) -> fro
 def storage(split: Split, abstract: Flat, axes: Flat, shardings: Flat, compute_dtype: Any) -> Flat:
     """Shape, dtype and sharding in which a stage holds each parameter.
 
-    Trained ones are fp32. Frozen matrices are in the dtype they are used in; frozen vectors and scalars (norms, biases,
-    gates) cost nothing and stay fp32.
+    Trained ones are fp32, for frozen ones see `held_dtype`.
     """
 
     def held(path: str) -> jax.ShapeDtypeStruct:
-        exact = path in split.trainable or len(axes[path]) < 2
-        dtype = jnp.float32 if exact else compute_dtype
+        dtype = jnp.float32 if path in split.trainable else held_dtype(path, axes[path], compute_dtype)
         return jax.ShapeDtypeStruct(abstract[path].shape, dtype, sharding=shardings[path])
 
     return {path: held(path) for path in abstract}

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlmem_jax.nn.attention import AttentionConfig, full_attention, kernel_length
-from vlmem_jax.nn.linear import Linear, param, zeros
+from vlmem_jax.nn.linear import Linear, param, spread, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
@@ -127,7 +127,7 @@ class VisionLayer(nnx.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         attn = functools.partial(self.attn, slots=T, length=length)
         for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, attn), (self.ls2, self.norm2, self.mlp))):
-            residual = scale[...].astype(dtype) * block(norm(x_ND))
+            residual = (scale[...] * block(norm(x_ND)).astype(jnp.float32)).astype(dtype)
             x_ND += residual if keep_2B is None else residual * jnp.repeat(keep_2B[n], T)[:, None].astype(dtype)
             x_ND = constrain(x_ND, "parts", None)
         return x_ND.reshape(x_BTD.shape)
@@ -167,9 +167,9 @@ class InternViT(nnx.Module):
         config, dtype = self.config, pixels_BSSc.dtype
         B, grid, p = pixels_BSSc.shape[0], config.grid, config.patch_size
         patches = pixels_BSSc.reshape(B, grid, p, grid, p, 3).swapaxes(2, 3).reshape(B, grid * grid, p, p, 3)
-        class_token = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (B, 1, config.width))
+        class_token = spread(self.class_embedding[...], (B, 1, config.width), dtype)
         x_BTD = jnp.concatenate([class_token, self.patch(patches)], axis=1)
-        x_BTD += resample_positions(self.position_embedding[...], grid).astype(dtype)
+        x_BTD += spread(resample_positions(self.position_embedding[...], grid), x_BTD.shape, dtype)
         Q = x_BTD.shape[1]
         x_BTD = jnp.pad(x_BTD, ((0, 0), (0, self._slots(Q) - Q), (0, 0)))
         x_BTD = constrain(x_BTD, "parts", None, None)
