@@ -1,5 +1,6 @@
 """Opening, tiling and resizing images, good and bad."""
 
+import pathlib
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import vlmem_jax
 from vlmem_jax.processing.images import (
     ImageConfig,
     image_size,
@@ -163,6 +165,13 @@ def test_a_damaged_header_is_said_to_be_one(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     with pytest.raises(ValueError, match=r"a\.png is PNG, but damaged"):
         open_image(tmp_path / "a.png")
+
+
+def test_there_is_one_place_that_opens_images_and_one_for_videos():
+    root = pathlib.Path(vlmem_jax.__file__).parent
+    for call, place in (("Image.open(", "images.py"), ("av.open(", "video.py")):
+        files = [path for path in root.rglob("*.py") if call in path.read_text()]
+        assert files == [root / "processing" / place]
 
 
 def test_a_folder(tmp_path):
