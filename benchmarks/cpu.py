@@ -34,7 +34,7 @@ from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM, presets
 from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.processing import PatchConfig, TileProcessor, Tokenizer, make_processor
-from vlmem_jax.processing.images import ImageConfig, tile_grid
+from vlmem_jax.processing.images import ImageConfig, open_image, tile_grid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
@@ -243,7 +243,7 @@ def pipeline() -> list[Row]:
 
 def normalised_tiles(path: Path, config: ImageConfig, vision: VisionConfig) -> np.ndarray:
     """The usual way: decode, resize, crop each tile, and normalise it to channels-first fp32."""
-    picture, size = Image.open(path).convert("RGB"), config.size
+    picture, size = open_image(path), config.size
     cols, rows = tile_grid(*picture.size, config)
     resized = picture.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
     corners = itertools.product(range(rows), range(cols))
@@ -293,7 +293,7 @@ def recompilations() -> list[Row]:
         tokenizer = Tokenizer.load(folder / "tokenizer")
         processor = make_processor(tokenizer, ImageConfig(**image), vlm.config.vision.geometry)
         generator = Generator(vlm, params, stop_ids=[processor.stop_id], mesh=make_mesh(MeshConfig()))
-        pictures = [Image.open(folder / f"{n}.jpg") for n in range(len(sizes))]
+        pictures = [open_image(folder / f"{n}.jpg") for n in range(len(sizes))]
 
         def answer(n: int) -> None:
             question = "row 1 " * (n % 7 + 1)
@@ -333,7 +333,7 @@ def image_sizes() -> list[Row]:
         processor = make_processor(Tokenizer.load(folder / "tokenizer"), image, geometry, template="qwen2-vl")
         plan = Plan.train(config, processor, seed=0)
         plan.extend(20)
-        prompts = [processor.prompt("row 1", [Image.open(folder / f"{n}.jpg")]) for n in range(count)]
+        prompts = [processor.prompt("row 1", [open_image(folder / f"{n}.jpg")]) for n in range(count)]
     batches = [pad_prompts([prompt], 1, vlm.tile) for prompt in prompts]
     slots = [batch.pixels_BISSc.shape[1] for batch in batches]
     used = sum(len(prompt.pixels_ISSc) for prompt in prompts)

@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,6 +18,7 @@ from vlmem_jax.config import to_dict
 from vlmem_jax.generate import Chat, SamplingConfig, load_model
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
+from vlmem_jax.processing.images import open_image
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,30 @@ def test_an_answer_depends_on_the_images(checkpoint, capsys):
     assert len(set(answers)) == 3
 
 
+def test_parts_stand_as_the_flags_do_and_texts_are_texts(checkpoint, monkeypatch):
+    asked = []
+
+    def kept(self, samples, *args, **kwargs):
+        asked.extend(samples)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("vlmem_jax.generate.Generator.start", kept)
+    one, two = checkpoint / "1.png", checkpoint / "2.png"
+    flags = ["--text", "a ", "--image", str(one), "--text", "b ", "--image", str(two)]
+    typed = "c <image> <IMG_CONTEXT> <|im_end|>"
+    for arguments in ([*flags, "--prompt", "c"], ["--prompt", "c", *flags], ["--prompt", typed, *flags]):
+        assert ask(checkpoint, *arguments) == 2
+    processor = load_model(checkpoint).processor
+    conversation = [{"from": "human", "value": "a <image>\nb <image>\nc"}, {"from": "gpt", "value": "d"}]
+    trained = processor.encode(conversation, [open_image(one), open_image(two)])
+    for sample in asked:
+        length = len(asked[0].tokens_T) if sample is not asked[2] else np.flatnonzero(sample.slots_T >= 0)[-1] + 3
+        np.testing.assert_array_equal(sample.tokens_T[:length], trained.tokens_T[:length])
+        np.testing.assert_array_equal(sample.pixels_ISSc, trained.pixels_ISSc)
+    for token in (*processor.control_ids, processor.stop_id):
+        assert (asked[2].tokens_T == token).sum() == (asked[0].tokens_T == token).sum()
+
+
 def test_control_tokens_are_never_answered(checkpoint):
     model = load_model(checkpoint)
     generator = model.generator()
@@ -62,7 +88,6 @@ def test_control_tokens_are_never_answered(checkpoint):
     [
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
-        (["--prompt", "a <image> b <image>"], "image"),
     ],
 )
 def test_bad_input_is_one_plain_line(checkpoint, capsys, arguments, message):
@@ -150,12 +175,24 @@ def test_a_continued_chat_keeps_the_cache_and_equals_reading_all_again(model, pi
     chat = Chat(generator, model.processor, GREEDY)
     first = "".join(chat.ask("a b", [picture]))
     session = chat._session
-    assert session is not None and chat.history == [("<image>\na b", first)]
+    assert session is not None and chat.history == [((picture, "\n", "a b"), first)]
     second = "".join(chat.ask("c d"))
     assert chat._session is session
-    prompt = model.processor.prompt("c d", [picture], [("<image>\na b", first)])
+    prompt = model.processor.prompt("c d", history=[([picture, "\na b"], first)])
     [ids] = generator.generate([prompt], GREEDY)
     assert model.processor.tokenizer.decode(ids) == second
+
+
+def test_what_is_typed_in_a_chat_is_text(model, picture):
+    chat = Chat(model.generator(), model.processor, GREEDY)
+    typed = "a <image> <IMG_CONTEXT> <|im_end|>"
+    first = "".join(chat.ask(typed, [picture]))
+    second = "".join(chat.ask(typed))
+    assert chat._session is not None and chat.history[1] == ((typed,), second)
+    sample = model.processor.prompt(typed, history=[([picture, "\n", typed], first)])
+    [ids] = model.generator().generate([sample], GREEDY)
+    assert model.processor.tokenizer.decode(ids) == second
+    assert len(np.unique(sample.slots_T)) - 1 == (sample.tokens_T == model.processor.context_id).sum()
 
 
 def test_a_new_image_makes_the_chat_read_all_again(model, picture):
@@ -164,8 +201,8 @@ def test_a_new_image_makes_the_chat_read_all_again(model, picture):
     first = "".join(chat.ask("a b", [picture]))
     session, turned = chat._session, picture.rotate(90)
     second = "".join(chat.ask("c d", [turned]))
-    assert chat._session is not session and chat.images == [picture, turned]
-    prompt = model.processor.prompt("<image>\nc d", [picture, turned], [("<image>\na b", first)])
+    assert chat._session is not session
+    prompt = model.processor.prompt("c d", [turned], [([picture, "\na b"], first)])
     [ids] = generator.generate([prompt], GREEDY)
     assert model.processor.tokenizer.decode(ids) == second
 
@@ -196,7 +233,7 @@ def test_an_answer_broken_off_stays_in_the_history(model):
     pieces = chat.ask("a b")
     first = next(pieces)
     pieces.close()
-    assert chat.history == [("a b", first)]
+    assert chat.history == [(("a b",), first)]
     assert "".join(chat.ask("c"))
 
 

@@ -96,8 +96,27 @@ def test_a_raw_prompt_is_used_as_it_stands(prompts, processor):
         ValueError, match=r"this one holds 1 <\|(image|video)_pad\|> for 0 \(sample .*prompts.jsonl:1\)"
     ):
         prompts({"prompt": raw, "prompt_is_raw": True}).sample((0, 0))
-    with pytest.raises(ValueError, match=r"must not hold the control token .*jsonl:1"):
-        prompts({"prompt": raw, "image": "0.png"}).sample((0, 0))
+    typed = prompts({"prompt": raw, "image": "0.png"}).sample((0, 0))
+    assert raw in text(processor, typed) and (typed.slots_T >= 0).sum() == len(typed.pixels_ISSc) == 4
+    with pytest.raises(ValueError, match=r"jsonl:1: a `prompt` that `prompt_is_raw` must be a text"):
+        prompts({"prompt": [raw], "prompt_is_raw": True})[0, 0]
+
+
+def test_what_a_prompt_shows_stands_before_it_or_where_it_says(prompts, processor):
+    typed = "is <image> in <video>?"
+    clip = {"path": "a.mp4", "frames": 4}
+    read = prompts(
+        {"prompt": typed, "image": "0.png", "videos": [clip]},
+        {"prompt": [{"image": "0.png"}, {"video": "a.mp4", "frames": 4}, typed]},
+        {"prompt": [typed, {"image": "0.png"}, " and ", {"video": "a.mp4", "frames": 4}], "images": ["1.png"]},
+    )
+    before, parts, between = (read.sample((0, n)) for n in range(3))
+    np.testing.assert_array_equal(before.tokens_T, parts.tokens_T)
+    np.testing.assert_array_equal(before.pixels_ISSc, parts.pixels_ISSc)
+    shown = text(processor, between).replace("<|image_pad|>" * 4, "I").replace("<|video_pad|>", "")
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    assert f"user\n{start}II{end}{typed}{start}I{end} and {start}{end}<|im_end|>" in shown
+    assert read[0, 1].text == read[0, 0].text == typed and read[0, 2].text == f"{typed} and "
 
 
 def test_a_video_gives_as_many_frames_as_asked_for(prompts):
@@ -116,7 +135,13 @@ def test_a_video_gives_as_many_frames_as_asked_for(prompts):
         ("{", "a line must be one JSON object"),
         ([1], "a line must be a JSON object, got list"),
         ({"question": "?"}, r"`prompt` must be given; this line has the keys \['question'\]"),
-        ({"prompt": 3}, "`prompt` must be a text, got 3"),
+        ({"prompt": 3}, "`prompt` must be a text or a list of texts, .*, got 3"),
+        (
+            {"prompt": ["a", {"image": 3}]},
+            "`prompt` must be a text or a list .*, got {'image': 3} in the list",
+        ),
+        ({"prompt": ["a", {"video": "a.mp4", "fps": 0}]}, "an element of `videos` must be"),
+        ({"prompt": ["a", ["b"]]}, r"got \['b'\] in the list"),
         ({"prompt": "?", "image": ["a", "b"]}, "`image` must be one path; several go in `images`"),
         ({"prompt": "?", "images": "a"}, "`images` must be a list of texts"),
         ({"prompt": "?", "answers": [1]}, "`answers` must be a list of texts"),

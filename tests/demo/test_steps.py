@@ -80,8 +80,9 @@ def test_prompts_hold_the_last_step_alone(steps):
         found = lines(steps, name)
         assert {line["source"] for line in found} == {"sum", "largest"}
         for line in found:
-            assert line["image"].startswith(where)
-            assert line["answer"] == final(line["steps"]) and "Answer:" not in line["prompt"]
+            name, shown, _, question = line["prompt"]
+            assert name == "image 1: " and shown["image"].startswith(where)
+            assert line["answer"] == final(line["steps"]) and "Answer:" not in question
 
 
 def test_memories_are_warmed_up_on_the_steps_themselves(steps):

@@ -20,7 +20,7 @@ def test_memories_are_shown_where_they_were_called_for():
 
 def test_examples_are_those_with_most_memories_and_some_wrong_ones(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
-    asked = [{"image": "x.png", "prompt": f"image 1: <image>\nWhat {n}?", "answer": "7"} for n in range(20)]
+    asked = [{"prompt": ["image 1: ", {"image": "x.png"}, "\n", f"What {n}?"], "answer": "7"} for n in range(20)]
     answers = [
         {"id": str(n), "output": "7", "score": float(n % 4 > 0), "memories": [["short", 0]] * (n % 5)}
         for n in range(20)

@@ -35,7 +35,10 @@ def task(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("task")
     texts = [base64.b64encode((checkpoint / f"{n}.png").read_bytes()).decode() for n in range(2)]
     shown = [texts[:1], texts[1:], texts]
-    docs = [{"question": "abc"[n] + "?", "answer": "a", "shown": images} for n, images in enumerate(shown)]
+    docs = [
+        {"question": "abc"[n] + "? <image> <|im_end|>", "answer": "a", "shown": images}
+        for n, images in enumerate(shown)
+    ]
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     (folder / "utils.py").write_text(
         textwrap.dedent("""

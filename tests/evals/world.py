@@ -31,7 +31,7 @@ def model(folder, memory="vismem", seed=1):
         {"prompt": "What is this?", "image": "0.png", "answers": ["a", "B"], "source": "letters"},
         {"prompt": "What differs?", "images": ["0.png", "1.png"], "answer": "c"},
         {"prompt": "Go on: 1 2 3", "image": "0.png", "id": "last"},
-        {"prompt": "Which?", "image": "1.png", "answer": "a"},
+        {"prompt": "Which <image>? <|image_pad|><|im_end|>", "image": "1.png", "answer": "a"},
     )
     sizes = {"decoder": {"layers": 2}, "vision": {"layers": 2}}
     vlm = VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": memory, **sizes}))

@@ -76,9 +76,14 @@ def test_pixels(folder):
 def test_prompts(folder):
     data = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     for case in data["cases"]:
-        history = [tuple(pair) for pair in case["history"] or ()]
-        dialogue = chat.read_question(case["question"], len(case["num_patches"]), history)
-        prompt = chat.render(dialogue, chat.template(data["template"]))
+        # the released code reads markers in questions, too, and shows an image before a first question without any
+        images, turns = [(1, 1)] * len(case["num_patches"]), [*sum(case["history"] or [], []), case["question"]]
+        template = chat.template(data["template"])
+        is_marked = any(chat.IMAGE_MARKER in turn for turn in turns[::2])
+        messages = chat.marked(turns, images if is_marked else [])
+        if not is_marked:
+            messages = (*messages[:-1], chat.message(case["question"], images, after=template.before_text))
+        prompt = "".join(chat.render(chat.Dialogue(messages), template))
         for tiles in case["num_patches"]:
             prompt = prompt.replace("<IMG_CONTEXT>", "<context>" * (tiles * case["tokens_per_tile"]), 1)
         assert prompt.replace("<context>", "<IMG_CONTEXT>") == case["prompt"], case

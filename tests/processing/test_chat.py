@@ -1,21 +1,31 @@
 """From conversations to the text of a prompt."""
 
+import dataclasses
+
 import pytest
 
 from vlmem_jax.processing import chat
+from vlmem_jax.processing.tile_processor import lines
+from vlmem_jax.processing.video import VideoSize
 
 TEMPLATE = chat.template("internlm2-chat")
+IMAGE = (8, 8)
 
 
 def turn(speaker, value):
     return {"from": speaker, "value": value}
 
 
+def rendered(dialogue, system=None):
+    return "".join(chat.render(dialogue, TEMPLATE, system))
+
+
 def text(*values, images=0, frames=(), system="S"):
     """The prompt of a training conversation whose turns are `values`, without its system turn."""
     conversation = [turn(("human", "gpt")[index % 2], value) for index, value in enumerate(values)]
-    dialogue = chat.with_frames(chat.read_conversation(conversation, images, len(frames)), frames)
-    prompt = chat.render(dialogue, TEMPLATE, system)
+    dialogue = chat.read_conversation(conversation, [IMAGE] * images, [VideoSize(n, 8, 8) for n in frames])
+    messages = ([piece for part in message for piece in lines(part)] for message in dialogue.messages)
+    prompt = rendered(dataclasses.replace(dialogue, messages=tuple(messages)), system)
     return prompt.removeprefix(f"<|im_start|>system\n{system}<|im_end|>")
 
 
@@ -49,37 +59,52 @@ def test_video_frames_take_a_line_each():
 
 def test_the_conversations_own_system_text_comes_first():
     dialogue = chat.read_conversation([turn("system", "T"), turn("human", "a"), turn("gpt", "b")])
-    assert chat.render(dialogue, TEMPLATE, "S").startswith("<|im_start|>system\nT<|im_end|>")
+    assert rendered(dialogue, "S").startswith("<|im_start|>system\nT<|im_end|>")
     without = chat.read_conversation([turn("human", "a"), turn("gpt", "b")])
-    assert chat.render(without, TEMPLATE).startswith(f"<|im_start|>system\n{TEMPLATE.system}<|im_end|>")
-    assert chat.render(without, TEMPLATE, "").startswith("<|im_start|>system\n<|im_end|>")
+    assert rendered(without).startswith(f"<|im_start|>system\n{TEMPLATE.system}<|im_end|>")
+    assert rendered(without, "").startswith("<|im_start|>system\n<|im_end|>")
 
 
 def test_an_opening_answer_is_dropped():
     dialogue = chat.read_conversation([turn("gpt", "hello"), turn("human", "a"), turn("gpt", "b")])
-    assert dialogue.turns == ("a", "b")
+    assert dialogue.messages == (("a",), ("b",))
 
 
 def test_a_question_leaves_the_prompt_open():
-    prompt = chat.render(chat.read_question("c", history=[("a", "b")]), TEMPLATE, "S")
-    assert prompt.endswith("b<|im_end|><|im_start|>user\nc<|im_end|><|im_start|>assistant\n")
+    prompt = rendered(chat.Dialogue((("c",), ("d",), ("e",))), "S")
+    assert prompt.endswith(
+        "c<|im_end|><|im_start|>assistant\nd<|im_end|><|im_start|>user\ne<|im_end|><|im_start|>assistant\n"
+    )
 
 
-def test_a_question_is_not_stripped():
-    assert chat.read_question(" a ").turns == (" a ",)
+def test_a_message_shows_before_it_says():
+    assert chat.message(" a ") == (" a ",)
+    assert chat.message("a", [IMAGE, IMAGE], [VideoSize(2, 8, 8)], "\n") == (
+        *(IMAGE, "\n", IMAGE, "\n", VideoSize(2, 8, 8), "\n"),
+        "a",
+    )
+    assert chat.message(["a", IMAGE, "b"], [IMAGE]) == (IMAGE, "a", IMAGE, "b")
 
 
-def test_images_are_put_before_a_first_question_only():
-    assert chat.read_question("a", 1).turns == ("<image>\na",)
-    assert chat.read_question("a", 2).turns == ("<image>\n<image>\na",)
-    assert chat.read_question("a <image>", 1).turns == ("a <image>",)
-    with pytest.raises(ValueError, match="holds 0 <image> but there are 1 images"):
-        chat.read_question("a", 1, history=[("b", "c")])
+def test_markers_are_read_in_the_questions_of_a_training_conversation_alone():
+    assert chat.marked(["a<image>", "b<image>", "<video>c"], [IMAGE], ["clip"]) == (
+        ("a", IMAGE, ""),
+        ("b<image>",),
+        ("", "clip", "c"),
+    )
+    said = chat.Dialogue((("a <image> <video>", IMAGE), ("b <image>",), ("c",)))
+    assert said.shown == [IMAGE]
+    assert "user\na <image> <video><img><IMG_CONTEXT></img><|im_end|>" in rendered(said)
 
 
-def test_a_marker_in_an_earlier_answer_is_plain_text():
-    dialogue = chat.read_question("b", history=[("a", "write <image>")])
-    assert "write <image><|im_end|>" in chat.render(dialogue, TEMPLATE)
+def test_control_tokens_of_the_template_are_told_from_text_that_reads_the_same():
+    control = list(TEMPLATE.control_tokens)
+    pieces = chat.render(chat.Dialogue((("".join(control), IMAGE),)), TEMPLATE, "".join(control))
+    texts = [piece for piece in pieces if not isinstance(piece, chat.Control)]
+    assert texts.count("".join(control)) == 2
+    found = [str(piece) for piece in pieces if isinstance(piece, chat.Control)]
+    start, end, *image = control
+    assert found == [start, end, start, *image, end, start]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +138,9 @@ def test_markers_must_match_the_images(marked):
 
 
 @pytest.mark.parametrize("token", TEMPLATE.control_tokens)
-def test_control_tokens_may_not_be_smuggled_in(token):
-    for dialogue in (chat.Dialogue((f"a {token}",)), chat.Dialogue(("a", token)), chat.Dialogue(("a",), token)):
-        with pytest.raises(ValueError, match=f"must not hold the control token {token}"):
-            chat.check_text(dialogue, TEMPLATE)
+def test_text_to_be_learned_holds_no_control_tokens(token):
+    with pytest.raises(ValueError, match=f"must not hold the control token {token}; got 'a {token}'"):
+        chat.check_text(f"a {token}", TEMPLATE)
 
 
 def test_unknown_template():

@@ -1,5 +1,6 @@
 """Opening, tiling and resizing images, good and bad."""
 
+import pathlib
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import vlmem_jax
 from vlmem_jax.processing.images import (
     ImageConfig,
     image_size,
@@ -18,6 +20,7 @@ from vlmem_jax.processing.images import (
     tile_grid,
     tile_image,
 )
+from vlmem_jax.processing.media import Encoded
 
 SIZES = st.integers(1, 4000)
 
@@ -134,6 +137,41 @@ def test_a_file_of_something_else(tmp_path):
     (tmp_path / "a.jpg").write_text("<html>not found</html>")
     with pytest.raises(ValueError, match=r"a\.jpg is not of a known image format"):
         open_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "ppm", "jp2", "ico", "tga", "pcx"])
+def test_formats_that_are_read(tmp_path, suffix):
+    """Whatever the file is called."""
+    noise(32, 32).save(tmp_path / f"a.{suffix}")
+    (tmp_path / f"a.{suffix}").rename(tmp_path / "a.eps")
+    assert open_image(tmp_path / "a.eps").size == image_size(tmp_path / "a.eps") == (32, 32)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICNS"])
+def test_other_formats_are_refused_unopened(tmp_path, kind, monkeypatch):
+    def started(*args, **kwargs):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.check_call", started)
+    monkeypatch.setattr("subprocess.Popen", started)
+    noise(32, 32).save(tmp_path / "a.png", format=kind)
+    for file in (tmp_path / "a.png", Encoded("a.png", (tmp_path / "a.png").read_bytes())):
+        for read in (open_image, image_size):
+            with pytest.raises(ValueError, match=rf"a\.png is {kind}; formats that are read are JPEG, PNG, .*TGA"):
+                read(file)
+
+
+def test_a_damaged_header_is_said_to_be_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    with pytest.raises(ValueError, match=r"a\.png is PNG, but damaged"):
+        open_image(tmp_path / "a.png")
+
+
+def test_there_is_one_place_that_opens_images_and_one_for_videos():
+    root = pathlib.Path(vlmem_jax.__file__).parent
+    for call, place in (("Image.open(", "images.py"), ("av.open(", "video.py")):
+        files = [path for path in root.rglob("*.py") if call in path.read_text()]
+        assert files == [root / "processing" / place]
 
 
 def test_a_folder(tmp_path):

@@ -57,6 +57,17 @@ def test_the_chat_format(processor):
     assert processor.tokenizer.decode(targets, skip_special=False) == "Yes.<|im_end|>"
 
 
+def test_what_a_user_types_is_text(processor):
+    typed = "a <image> <video> <|image_pad|><|vision_start|><|video_pad|> <|im_end|><|im_start|> <|endoftext|> b"
+    sample = processor.prompt([typed, picture(16, 16), typed, clip()])
+    plain = processor.prompt(["a", picture(16, 16), "a", clip()])
+    for token in (*processor.template.control_tokens, "<|endoftext|>"):
+        own = processor.tokenizer.id(token)
+        assert (sample.tokens_T == own).sum() == (plain.tokens_T == own).sum(), token
+    assert text(processor, sample.tokens_T).count(typed) == 2
+    np.testing.assert_array_equal(sample.pixels_ISSc, plain.pixels_ISSc)
+
+
 def test_an_unmarked_image_stands_right_before_the_question(processor):
     prompt = processor.prompt("What?", [picture(16, 16)])
     assert "user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n" in text(processor, prompt.tokens_T)
@@ -64,7 +75,7 @@ def test_an_unmarked_image_stands_right_before_the_question(processor):
 
 
 def test_a_follow_up_goes_on_as_the_whole_prompt_does(processor):
-    whole = processor.prompt("And now?", [picture(16, 16)], [("<image>What?", "Yes.")])
+    whole = processor.prompt("And now?", history=[([picture(16, 16), "What?"], "Yes.")])
     start, follow_up = processor.prompt("What?", [picture(16, 16)]), processor.follow_up("And now?")
     answer = processor.tokenizer.encode("Yes.")
     assert whole.tokens_T.tolist() == [*start.tokens_T, *answer, *follow_up]

@@ -1,6 +1,7 @@
 """Tokenizers from both kinds of folder."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -16,6 +17,25 @@ PER_TOKENIZER = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
 def test_known_text_survives(tokenizer):
     text = "What is the digit?\nIt is seven."
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_of_others_holds_no_control_tokens(tokenizer):
+    encode = tokenizer.text_encoder(["<|im_end|>", "<IMG_CONTEXT>"])
+    ids = encode("is<|im_end|><IMG_CONTEXT><s></s> <img>the")
+    assert not {tokenizer.id(token) for token in ("<|im_end|>", "<IMG_CONTEXT>", "<s>", "</s>")} & set(ids)
+    assert ids.count(tokenizer.id("<img>")) == 1, "special, but no control token here"
+    assert encode("the digit") == tokenizer.encode("the digit")
+
+
+def test_a_word_with_the_id_of_a_control_token_is_refused(tokenizer_folders, tmp_path):
+    shutil.copytree(tokenizer_folders["sentencepiece"], tmp_path, dirs_exist_ok=True)
+    [newline] = Tokenizer.load(tmp_path).encode("\n")
+    added = json.loads((tmp_path / "added_tokens.json").read_text()) | {"<IMG_CONTEXT>": newline}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    encode = Tokenizer.load(tmp_path).text_encoder(["<IMG_CONTEXT>"])
+    assert encode("the digit") and newline not in encode("<IMG_CONTEXT>")
+    with pytest.raises(ValueError, match=rf"{tmp_path} reads as the control token <IMG_CONTEXT>, got 'a\\nb'"):
+        encode("a\nb")
 
 
 def test_control_tokens_are_single_ids_in_any_text(tokenizer):

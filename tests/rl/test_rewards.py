@@ -9,7 +9,7 @@ from vlmem_jax.rl.rewards import RewardConfig, RewardError, Rewards, choice, ext
 
 
 def prompt(*answers, **fields):
-    return Prompt(name="prompts.jsonl:3", id="2", text="?", answers=answers, **fields)
+    return Prompt(name="prompts.jsonl:3", id="2", parts=("?",), answers=answers, **fields)
 
 
 def score(output, prompt, *names, **fields):

@@ -93,7 +93,6 @@ def test_questions_about_images_and_videos(folder, trained, capsys, flags):
     "flags, message",
     [
         (["--video", "1.png"], "1.png"),
-        (["--prompt", "a <video>"], "the text holds 1 <video> but there are 0 videos (sample --prompt)"),
         (["--rope-dhr", "off"], "rope_dhr is for images cut into tiles"),
     ],
 )

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from typing import Any
 
 from vlmem_jax.cli import answering
 from vlmem_jax.processing.images import open_image
 
 EXAMPLE = """vlmem generate --checkpoint runs/comemo --image a.jpg --image b.jpg --prompt "What differs?"
+  vlmem generate --checkpoint runs/comemo --text "image 1: " --image a.jpg --prompt "What is in image 1?"
   vlmem generate --checkpoint runs/qwen --video a.mp4 --prompt "What happens?"
   vlmem generate --checkpoint runs/comemo --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1
   vlmem generate --checkpoint runs/vismem --image a.jpg --prompt "What differs?" --show-memory --disable-long"""
@@ -14,23 +16,30 @@ EXAMPLE = """vlmem generate --checkpoint runs/comemo --image a.jpg --image b.jpg
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     answering.add_arguments(parser)
-    parser.add_argument("--prompt", required=True, help="the question; <image> in it marks where the images belong")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, marked by <video>")
+    parser.add_argument("--prompt", required=True, help="the question, after all that is shown")
+    for kind, metavar, what in (
+        ("image", "FILE", "an image; may be repeated"),
+        ("video", "FILE", "a video; may be repeated"),
+        ("text", "TEXT", "stands before the next image or video, such as its name; may be repeated"),
+    ):
+        parser.add_argument(
+            f"--{kind}", dest="shown", action="append", default=[], type=lambda value, kind=kind: (kind, value),
+            metavar=metavar, help=what,
+        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     sampling, invocation = answering.sampling(args), answering.invocation(args)
-    images = [open_image(path) for path in args.image]
+    shown = [(kind, open_image(value) if kind == "image" else value) for kind, value in args.shown]
     model = answering.load(args)
-    videos = []
-    for path in args.video:
-        video, chosen = model.processor.open_video(path)
-        print(f"{path}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)
-        videos.append(video)
-    sample = model.processor.prompt(
-        args.prompt, images, videos=videos, rope_dhr=answering.rope_dhr(args), name="--prompt"
-    )
+    parts: list[Any] = []
+    for kind, value in shown:
+        if kind == "video":
+            video, chosen = model.processor.open_video(value)
+            print(f"{value}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)
+            value = video
+        parts += [value] if kind == "text" else model.processor.message((), [value])
+    sample = model.processor.prompt([*parts, args.prompt], rope_dhr=answering.rope_dhr(args), name="--prompt")
     answer = answering.transcript(args, model)
     session = model.generator().start([sample], sampling.max_new_tokens)
     for tokens_B in session.stream(sampling, invocation):

@@ -17,7 +17,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from vlmem_jax.data.records import open_shard, shard_name, shards, split
-from vlmem_jax.processing import video
+from vlmem_jax.processing import images, video
+from vlmem_jax.processing.media import Encoded
 
 FORMAT = "vlmem frames 1"
 
@@ -87,7 +88,7 @@ class Frames:
         """`video`, `frame` and `seconds` of a frame, and its picture."""
         reader, place = self._frames[index]
         line, _, content = reader.read([place])[0].partition(b"\n")
-        return json.loads(line), Image.open(io.BytesIO(content))
+        return json.loads(line), images.open_image(Encoded(f"frame {index}", content))
 
 
 def _write(name: str, file: Path, facts: dict, stop: threading.Event) -> int | ValueError:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from vlmem_jax.processing.images import Encoded
+from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
 
 T = TypeVar("T")

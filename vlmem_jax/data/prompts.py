@@ -1,7 +1,9 @@
 """Questions with their accepted answers, from JSONL files: what reinforcement learning and evaluation ask.
 
 A line holds `prompt` and perhaps `id`, `image` or `images`, `videos` ({path, fps?, frames?}), `system`, `answer`,
-`answers`, `answer_type`, `choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in `meta`.
+`answers`, `answer_type`, `choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in `meta`. Images and
+videos stand before the prompt; where they stand in its midst, `prompt` is a list of texts, {image: path} and
+{video: path, fps?, frames?}. A text is never searched for markers.
 """
 
 import dataclasses
@@ -9,14 +11,23 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from vlmem_jax.data.config import SourceConfig
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.data.samples import Key, naming
-from vlmem_jax.processing import Processor, images
+from vlmem_jax.processing import Processor, Video, images
 from vlmem_jax.types import Sample
 
 ANSWER_TYPES = ("choice", "number", "text", "judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """An image file."""
+
+    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +49,10 @@ class Prompt:
     """`file:line`, counted from 1."""
     id: str
     """Of the line, else its number among those that are not blank, from 0."""
-    text: str
+    parts: tuple[str | ImageSource | VideoSource, ...]
+    """What it says, and shows in between."""
     images: tuple[str, ...] = ()
+    """Paths of what stands before."""
     videos: tuple[VideoSource, ...] = ()
     answers: tuple[str, ...] = ()
     """All that are accepted; none where the line gives none."""
@@ -52,8 +65,13 @@ class Prompt:
     source: str = ""
     split: str = ""
     is_raw: bool = False
-    """Whether `text` is the whole prompt, its placeholders included, and no template is applied."""
+    """Whether its text is the whole prompt, its placeholders included, and no template is applied."""
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """All that it says."""
+        return "".join(part for part in self.parts if isinstance(part, str))
 
 
 class Prompts:
@@ -89,16 +107,20 @@ class Prompts:
         """
         prompt, processor = self[key], self.processor
 
-        def path(relative: str) -> os.PathLike:
-            return images.resolve(self.roots[key[0]], relative)
+        def opened(source: ImageSource | VideoSource) -> Image.Image | Video:
+            path = images.resolve(self.roots[key[0]], source.path)
+            if isinstance(source, ImageSource):
+                return images.open_image(path, processor.open_limit)
+            return processor.open_video(path, fps=source.fps, frames=source.frames)[0]
 
         with naming(prompt.name):
-            pictures = [images.open_image(path(name), processor.open_limit) for name in prompt.images]
-            videos = [processor.open_video(path(v.path), fps=v.fps, frames=v.frames)[0] for v in prompt.videos]
+            pictures = [opened(ImageSource(path)) for path in prompt.images]
+            videos = [opened(source) for source in prompt.videos]
+            question = [part if isinstance(part, str) else opened(part) for part in prompt.parts]
         if prompt.is_raw:
             return processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
         return processor.prompt(
-            prompt.text, pictures, videos=videos, rope_dhr=rope_dhr, system=prompt.system, name=prompt.name
+            question, pictures, videos=videos, rope_dhr=rope_dhr, system=prompt.system, name=prompt.name
         )
 
 
@@ -108,7 +130,7 @@ def as_prompt(name: str, fields: Any, number: str) -> Prompt:
         raise ValueError(f"a line must be a JSON object, got {type(fields).__name__}")
     left = dict(fields)
 
-    def take(key: str, kind: type, default: Any, rule: str) -> Any:
+    def take(key: str, kind: type | tuple[type, ...], default: Any, rule: str) -> Any:
         value = left.pop(key, None)
         if value is None:
             return default
@@ -122,9 +144,12 @@ def as_prompt(name: str, fields: Any, number: str) -> Prompt:
             raise ValueError(f"`{key}` must be a list of texts, got {values!r:.200}")
         return values
 
-    text = take("prompt", str, None, "a text")
-    if text is None:
+    prompt = take("prompt", (str, list), None, f"a text or {_PARTS}")
+    if prompt is None:
         raise ValueError(f"`prompt` must be given; this line has the keys {sorted(fields)}")
+    is_raw = take("prompt_is_raw", bool, False, "true or false")
+    if is_raw and not isinstance(prompt, str):
+        raise ValueError(f"a `prompt` that `prompt_is_raw` must be a text, got {prompt!r:.200}")
     image = take("image", str, None, "one path; several go in `images`")
     answer = take("answer", str, None, "a text")
     answers = dict.fromkeys(([] if answer is None else [answer]) + texts("answers"))
@@ -135,7 +160,7 @@ def as_prompt(name: str, fields: Any, number: str) -> Prompt:
     return Prompt(
         name=name,
         id=str(take("id", object, number, "anything")),
-        text=text,
+        parts=(prompt,) if isinstance(prompt, str) else tuple(map(_part, prompt)),
         images=tuple(([image] if image else []) + texts("images")),
         videos=tuple(map(_video, take("videos", list, [], "a list of objects with `path`"))),
         answers=tuple(answers),
@@ -144,9 +169,22 @@ def as_prompt(name: str, fields: Any, number: str) -> Prompt:
         system=take("system", str, None, "a text"),
         source=take("source", str, "", "a text"),
         split=take("split", str, "", "a text"),
-        is_raw=take("prompt_is_raw", bool, False, "true or false"),
+        is_raw=is_raw,
         meta=left,
     )
+
+
+_PARTS = "a list of texts, {image: path} and {video: path, fps?, frames?}"
+
+
+def _part(value: Any) -> str | ImageSource | VideoSource:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and value.keys() == {"image"} and isinstance(value["image"], str):
+        return ImageSource(value["image"])
+    if isinstance(value, dict) and "video" in value and "path" not in value:
+        return _video({"path" if key == "video" else key: held for key, held in value.items()})
+    raise ValueError(f"`prompt` must be a text or {_PARTS}, got {value!r:.200} in the list")
 
 
 def _video(fields: Any) -> VideoSource:

@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from vlmem_jax.data.jsonl import JsonLines, Record, as_record
 from vlmem_jax.processing import images, video
-from vlmem_jax.processing.images import Encoded
+from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
 
 SUFFIX = ".array_record"

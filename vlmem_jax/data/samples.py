@@ -15,7 +15,7 @@ from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.jsonl import JsonLines, Record
 from vlmem_jax.data.records import SUFFIX, PackedLines
 from vlmem_jax.processing import Processor, images, video
-from vlmem_jax.processing.images import Encoded
+from vlmem_jax.processing.media import Encoded
 from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]

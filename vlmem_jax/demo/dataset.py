@@ -76,7 +76,6 @@ class Asked:
     row: int
     column: int
     question: str
-    """With `<image>` for each image."""
     answer: str
 
     @property
@@ -173,6 +172,7 @@ def _ask(rng: np.random.Generator, album: Album, images: int, grid: Grid, count:
 
 def _asked(line: dict[str, Any]) -> Asked:
     question, answer = (turn["value"] for turn in line["conversations"])
+    question = question.splitlines()[-1]  # the lines before show the images
     return Asked(tuple(line["image"]), tuple(line["grid"]), **line["asked"], question=question, answer=answer)
 
 

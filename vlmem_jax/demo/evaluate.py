@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmem_jax.demo.dataset import GRIDS, UNTRAINED, Asked, grid_name
+from vlmem_jax.demo.questions import opening
 from vlmem_jax.generate import LoadedModel, SamplingConfig
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.types import Sample
@@ -32,7 +33,7 @@ class Answered:
 
 def prompt(model: LoadedModel, dataset: Path, asked: Asked) -> Sample:
     """The question as the model reads it."""
-    return model.processor.prompt(asked.question, [open_image(dataset / path) for path in asked.images])
+    return model.processor.prompt([*opening([open_image(dataset / path) for path in asked.images]), asked.question])
 
 
 def answer(model: LoadedModel, samples: Sequence[Sample]) -> list[str]:

@@ -138,6 +138,6 @@ class Demo(Workdir):
         asked = ask("cell", 0, mosaic.digits_RC, row, column)
         path = self.workdir / "question.png"
         mosaic.image.save(path)
-        sample = model.processor.prompt(opening(1) + asked.text, [open_image(path)])
+        sample = model.processor.prompt([*opening([open_image(path)]), asked.text])
         said = answer(model, [sample])[0]
         return {"image": path.name, "question": asked.text, "expected": asked.answer, "answer": said}

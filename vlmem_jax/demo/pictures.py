@@ -64,9 +64,9 @@ def examples(trained: Trained, dataset: Path) -> list[Example]:
     chosen += [one for one in trained.answered if not one.right and one not in chosen][:WRONG_SHOWN]
     return [
         Example(
-            [Image.open(dataset / path) for path in one.asked.images],
+            [open_image(dataset / path) for path in one.asked.images],
             (one.asked.image, one.asked.row, one.asked.column),
-            one.asked.question.splitlines()[-1],
+            one.asked.question,
             one.asked.answer,
             one.answer,
         )
@@ -77,7 +77,7 @@ def examples(trained: Trained, dataset: Path) -> list[Example]:
 def looking(model: LoadedModel, folder: Path, question: dict[str, Any]) -> Looking:
     """Where the last token of a question about one picture looks."""
     picture = open_image(folder / question["image"])
-    sample = model.processor.prompt(opening(1) + question["question"], [picture])
+    sample = model.processor.prompt([*opening([picture]), question["question"]])
     weights = attention.last_token(model, sample)
     side = model.processor.tokens_per_side
     every = model.vlm.config.comemo.every

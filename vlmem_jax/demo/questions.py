@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from vlmem_jax.demo.mosaics import Mosaic
+from vlmem_jax.processing.chat import IMAGE_MARKER
 
 Kind = Literal["cell", "row", "column", "all"]
 TURN_TOKENS = 4
@@ -43,16 +44,16 @@ def ask(kind: Kind, image: int, digits_RC: Int[np.ndarray, "R C"], row: int, col
     return Question(f"In image {image + 1}, {text}", answer, TURN_TOKENS + words + len(digits))
 
 
-def opening(images: int) -> str:
-    """What stands before the first question: the images, each under its name."""
-    return "".join(f"image {n + 1}: <image>\n" for n in range(images))
+def opening(images: Sequence[Any]) -> list[Any]:
+    """The parts of a message that stand before the first question: the images, each under its name."""
+    return [part for n, image in enumerate(images) for part in (f"image {n + 1}: ", image, "\n")]
 
 
 def conversation(images: int, questions: Sequence[Question]) -> list[dict[str, str]]:
     """The `conversations` of a JSONL line about this many images."""
     turns = []
     for question in questions:
-        text = question.text if turns else opening(images) + question.text
+        text = question.text if turns else "".join(opening([IMAGE_MARKER] * images)) + question.text
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": question.answer}]
     return turns
 

@@ -65,8 +65,8 @@ def closing_words(summary: dict[str, Any], workdir: Path) -> str:
             "",
             f"A new picture, {workdir / question['image']}: {question['question']}",
             f"  answered {question['answer']}, and it is {question['expected']}. Ask it another:",
-            f"  vlmem generate --checkpoint {workdir / 'comemo'} --image {workdir / question['image']} \\",
-            f'    --prompt "image 1: <image> {question["question"]}"',
+            f"  vlmem generate --checkpoint {workdir / 'comemo'} --text 'image 1: ' \\",
+            f'    --image {workdir / question["image"]} --prompt "{question["question"]}"',
             "",
             f"{summary['seconds']['total'] / 60:.1f} minutes. Pictures and curves: {workdir / 'report.html'}, "
             f"every number: {workdir / 'summary.json'}",

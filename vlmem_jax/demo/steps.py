@@ -132,8 +132,7 @@ def _prompt(rng: np.random.Generator, album: Album) -> dict[str, Any]:
     questions = _all(mosaic.digits_RC)
     kind, question = questions[rng.integers(len(questions))]
     return {
-        "image": path,
-        "prompt": opening(1) + question.text,
+        "prompt": [*opening([{"image": path}]), question.text],
         "answer": final(question.answer),
         "answer_type": "number",
         "source": kind,

@@ -12,6 +12,7 @@ from vlmem_jax.demo.charts import Bar
 from vlmem_jax.demo.evaluate import interval
 from vlmem_jax.demo.report import half, page, percent, verdict
 from vlmem_jax.demo.steps import KINDS, final
+from vlmem_jax.processing.images import open_image
 
 EXAMPLES = 8
 WRONG_SHOWN = 3
@@ -35,8 +36,8 @@ def examples(dataset: Path, asked: Sequence[Mapping[str, Any]], answers: Sequenc
     by_id = {str(answer["id"]): answer for answer in answers}
     found = [
         Example(
-            Image.open(dataset / line["image"]),
-            line["prompt"].splitlines()[-1],
+            *(open_image(dataset / part["image"]) for part in line["prompt"] if isinstance(part, dict)),
+            line["prompt"][-1],
             line["answer"],
             by_id[str(n)]["output"],
             [(kind, place) for kind, place in by_id[str(n)].get("memories", ())],

@@ -21,7 +21,6 @@ from vlmem_jax.evals.answers import answer, random_keys
 from vlmem_jax.evals.run import WINDOW
 from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
 from vlmem_jax.generate.prompts import like_sized
-from vlmem_jax.processing.chat import IMAGE_MARKER, VIDEO_MARKER
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.types import Sample
 
@@ -110,31 +109,30 @@ class LmmsModel(lmms):
         name = f"{task}/{split}/{doc_id}"
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
         processor = self.loaded.processor
-        images, videos, texts = [], [], []
+        said = []
         for message in messages:
-            text = ""
+            parts = []
             for part in message.content:
-                if part.type == "text":  # what is shown has parts of its own
-                    text += part.text.replace(IMAGE_MARKER, "").replace(VIDEO_MARKER, "")
+                if part.type == "text":
+                    parts.append(part.text)
                 elif part.type == "image":
                     shown = part.url
-                    images.append(shown.convert("RGB") if isinstance(shown, Image.Image) else open_image(shown))
-                    text += f"{IMAGE_MARKER}{processor.template.before_text}"
+                    shown = shown.convert("RGB") if isinstance(shown, Image.Image) else open_image(shown)
+                    parts += processor.message((), [shown])
                 elif part.type == "video" and (part.start_time, part.end_time) == (None, None):
-                    videos.append(processor.open_video(part.url)[0])
-                    text += f"{VIDEO_MARKER}{processor.template.before_text}"
+                    parts += processor.message((), videos=[processor.open_video(part.url)[0]])
                 else:
                     raise ValueError(f"texts, images and whole videos can be asked about, got {part.type} ({name})")
-            texts.append(text)
+            if message.role != "user" and not all(isinstance(part, str) for part in parts):
+                raise ValueError(f"only the user may show images and videos, got one of {message.role} ({name})")
+            said.append(parts if message.role == "user" else "".join(parts))
         roles = [message.role for message in messages]
-        system = texts.pop(0) if roles[:1] == ["system"] else None
+        system = said.pop(0) if roles[:1] == ["system"] else None
         turns = roles[system is not None :]
         if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
             raise ValueError(f"a conversation must alternate user, assistant and end with user, got {roles} ({name})")
-        history = list(zip(texts[:-1:2], texts[1::2], strict=True))
-        return processor.prompt(
-            texts[-1], images, history, videos=videos, rope_dhr=self.rope_dhr, system=system, name=name
-        )
+        history = list(zip(said[:-1:2], said[1::2], strict=True))
+        return processor.prompt(said[-1], history=history, rope_dhr=self.rope_dhr, system=system, name=name)
 
 
 def sampling_of(settings: dict[str, Any]) -> SamplingConfig:

@@ -13,7 +13,7 @@ from vlmem_jax.generate.invocation import InvocationConfig
 from vlmem_jax.generate.loop import Generator, Session
 from vlmem_jax.generate.sampling import SamplingConfig
 from vlmem_jax.generate.transcript import Transcript
-from vlmem_jax.processing.chat import IMAGE_MARKER
+from vlmem_jax.processing.chat import Message
 from vlmem_jax.processing.processor import Processor
 
 ROOM = 512
@@ -39,23 +39,18 @@ class Chat:
         self.rope_dhr = rope_dhr
         self.invocation = invocation
         self.show_memory = show_memory
-        self.history: list[tuple[str, str]] = []
-        self.images: list[Image.Image] = []
+        self.history: list[tuple[Message, str]] = []
         self._session: Session | None = None
 
     def ask(self, question: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
-        """Pieces of the answer as they come. New images stand before the question unless it marks them `<image>`."""
-        missing = len(images) - question.count(IMAGE_MARKER)
-        if missing > 0:
-            question = f"{IMAGE_MARKER}{self.processor.template.before_text}" * missing + question
-        every_image = [*self.images, *images]
+        """Pieces of the answer as they come. New images stand before the question."""
+        asked = self.processor.message(question, images)
         session = None if images else self._continued(question)
         if session is None:
-            sample = self.processor.prompt(question, every_image, self.history, rope_dhr=self.rope_dhr, name="chat")
+            sample = self.processor.prompt(asked, history=self.history, rope_dhr=self.rope_dhr, name="chat")
             session = self.generator.start([sample], self.sampling.max_new_tokens + ROOM)
         # broken off before its end, an answer leaves a cache that does not match the history
         self._session = None
-        self.images = every_image
         answer = Transcript(self.processor.tokenizer, self.generator.vlm.speech, self.show_memory)
         try:
             for tokens_B in session.stream(self.sampling, self.invocation):
@@ -63,7 +58,7 @@ class Chat:
             yield answer.flush()
             self._session = session
         finally:
-            self.history.append((question, answer.text))
+            self.history.append((asked, answer.text))
 
     def _continued(self, question: str) -> Session | None:
         """The last turn's session with the question added, if there is one with room for it and an answer, and if the

@@ -1,16 +1,23 @@
-"""From a conversation to the text of a prompt: the chat template and the places of images in it."""
+"""From a conversation to the pieces of a prompt: the chat template and the places of images in it."""
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmem_jax.processing.video import Video, VideoSize
+
 IMAGE_MARKER = "<image>"
-"""Stands in a conversation for an image."""
+"""Stands in the text of a training conversation for an image; in any other text it is text."""
 VIDEO_MARKER = "<video>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 """Control tokens round the visual tokens of an image, and the placeholder of one visual token."""
-_MARKERS = re.compile(f"{IMAGE_MARKER}|{VIDEO_MARKER}")
+_MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
+
+Part = Any
+"""Of a message: a text, or what it shows, an image or a `Video` (or their sizes, to plan with)."""
+Message = Sequence[Part]
+"""What one speaker says and shows, in order. Its texts are never searched for markers or control tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +43,18 @@ class Template:
     """Tokens that end an answer besides `end`."""
 
     @property
-    def answer_start(self) -> str:
-        """What stands before an answer."""
-        return f"{self.start}{self.assistant}\n"
+    def answer_start(self) -> list[str]:
+        """What stands before an answer, in pieces."""
+        return [Control(self.start), f"{self.assistant}\n"]
+
+    def turn(self, speaker: str, parts: Message) -> list[str]:
+        """The pieces of a whole turn."""
+        said = [piece for part in parts for piece in ([part] if isinstance(part, str) else self._shown(part))]
+        return [Control(self.start), f"{speaker}\n", *said, Control(self.end), self.after_turn]
+
+    def _shown(self, part: Part) -> list[str]:
+        tokens = self.video if isinstance(part, Video | VideoSize) else self.image
+        return [Control(token) for token in tokens]
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -70,17 +86,21 @@ TEMPLATES = {
 }
 
 
+class Control(str):
+    """A control token of a template; a text that reads the same is no such thing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """A conversation whose turns alternate user, assistant, user, ...; user turns mark images and videos."""
+    """Messages that alternate user, assistant, user, ...; those of the assistant are texts."""
 
-    turns: tuple[str, ...]
+    messages: tuple[Message, ...]
     system: str | None = None
 
     @property
-    def markers(self) -> list[str]:
-        """IMAGE_MARKER and VIDEO_MARKER, as they follow each other."""
-        return [marker for turn in self.turns[::2] for marker in _MARKERS.findall(turn)]
+    def shown(self) -> list[Any]:
+        """All images and videos, in order."""
+        return [part for message in self.messages for part in message if not isinstance(part, str)]
 
 
 def template(name: str) -> Template:
@@ -90,90 +110,81 @@ def template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def with_frames(dialogue: Dialogue, frames: Sequence[int]) -> Dialogue:
-    """`dialogue` with `Frame1:<image>` to `FrameN:<image>`, a line each, for each video of `frames` frames."""
-    counts = iter(frames)
-
-    def lines(_: re.Match) -> str:
-        return "\n".join(f"Frame{index}:{IMAGE_MARKER}" for index in range(1, next(counts) + 1))
-
-    turns = [turn if n % 2 else re.sub(VIDEO_MARKER, lines, turn) for n, turn in enumerate(dialogue.turns)]
-    return dataclasses.replace(dialogue, turns=tuple(turns))
+def message(text: str | Message, images: Sequence[Any] = (), videos: Sequence[Any] = (), after: str = "") -> Message:
+    """The parts of a message that shows images and videos before its text, `after` behind each."""
+    gap = (after,) if after else ()
+    shown = [part for one in (*images, *videos) for part in (one, *gap)]
+    return (*shown, *([text] if isinstance(text, str) else text))
 
 
-def read_conversation(conversations: Any, images: int = 0, videos: int = 0, before_text: str = "\n") -> Dialogue:
+def read_conversation(
+    conversations: Any, images: Sequence[Any] = (), videos: Sequence[Any] = (), before_text: str = "\n"
+) -> Dialogue:
     """A training conversation, ready for the template: a list of {`from`: human | gpt, `value`: text} as JSON gives it.
 
-    The first message may be from system. Texts are stripped. Where no turn marks the `images` (or `videos`), they stand
-    before the first question, `before_text` after each; `<image>` may mark the only video, too. A conversation that
-    starts with gpt loses that turn. Raises ValueError for any other order, and for an empty answer.
+    The first message may be from system. Texts are stripped. `<image>` and `<video>` in a question mark where `images`
+    and `videos` stand; where no turn marks them, that is before the first question, `before_text` after each; `<image>`
+    may mark the only video, too. A conversation that starts with gpt loses that turn. Raises ValueError for any other
+    order, for an empty answer, and where markers and what is shown differ in number.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise ValueError(f"conversations must be a list of messages, got {repr(conversations)[:200]}")
-    messages = [_message(index, entry) for index, entry in enumerate(conversations)]
+    entries = [_entry(index, entry) for index, entry in enumerate(conversations)]
     system = None
-    if messages and messages[0][0] == "system":
-        system = messages.pop(0)[1]
-    if messages and messages[0][0] == "gpt":
-        messages.pop(0)
-    speakers = [speaker for speaker, _ in messages]
-    if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
+    if entries and entries[0][0] == "system":
+        system = entries.pop(0)[1]
+    if entries and entries[0][0] == "gpt":
+        entries.pop(0)
+    speakers = [speaker for speaker, _ in entries]
+    if not entries or speakers != ["human", "gpt"] * (len(entries) // 2):
         raise ValueError(f"turns must alternate human, gpt and end with gpt; got {', '.join(speakers) or 'none'}")
-    turns = [value for _, value in messages]
-    turns[0] = _place(turns, images, videos, before_text)
+    turns = [value for _, value in entries]
+    turns[0] = _place(turns, len(images), len(videos), before_text)
     turns = [turn.strip() for turn in turns]
     if "" in turns[1::2]:
         raise ValueError(f"an answer must not be empty, but answer {turns[1::2].index('') + 1} is")
     if any(IMAGE_MARKER in turn for turn in turns[1::2]):
         raise ValueError(f"{IMAGE_MARKER} may stand in a question only, but an answer holds it")
-    return _checked(Dialogue(tuple(turns), system), images, videos)
+    return Dialogue(marked(turns, images, videos), system)
 
 
-def read_question(
-    question: str,
-    images: int = 0,
-    history: Sequence[tuple[str, str]] = (),
-    videos: int = 0,
-    before_text: str = "\n",
-) -> Dialogue:
-    """A question after a `history` of (question, answer) pairs, ready for the template; texts stay as they are.
+def marked(turns: Sequence[str], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> tuple[Message, ...]:
+    """Turns as messages, in whose questions (the first turn, the third, ...) `<image>` and `<video>` are markers.
 
-    Without history, images and videos that the question does not mark stand before it.
+    Only formats that define the markers are read like this. Raises ValueError where their numbers are not those of
+    `images` and `videos`.
     """
-    turns = [text for pair in history for text in pair] + [question]
-    if not history:
-        turns[0] = _place(turns, images, videos, before_text)
-    return _checked(Dialogue(tuple(turns)), images, videos)
+    pieces = [[turn] if n % 2 else _MARKERS.split(turn) for n, turn in enumerate(turns)]
+    for marker, shown, what in ((IMAGE_MARKER, images, "images"), (VIDEO_MARKER, videos, "videos")):
+        count = sum(one[1::2].count(marker) for one in pieces)
+        if count != len(shown):
+            raise ValueError(f"the text holds {count} {marker} but there are {len(shown)} {what}")
+    left = {IMAGE_MARKER: iter(images), VIDEO_MARKER: iter(videos)}
+    return tuple(tuple(next(left[piece]) if n % 2 else piece for n, piece in enumerate(one)) for one in pieces)
 
 
-def render(dialogue: Dialogue, chat: Template, system: str | None = None) -> str:
-    """The prompt, with the template's tokens (one placeholder) for each image; open for an answer if none ends it.
+def render(dialogue: Dialogue, chat: Template, system: str | None = None) -> list[str]:
+    """The pieces of the prompt: texts, and the template's tokens as `Control`, one placeholder for what is shown.
 
-    `system` replaces the template's system text; the dialogue's own comes first.
+    It is open for an answer if none ends it. `system` replaces the template's system text; the dialogue's own comes
+    first.
     """
     system = chat.system if system is None else system
     system = system if dialogue.system is None else dialogue.system
-    parts = [f"{chat.start}system\n{system}{chat.end}{chat.after_turn}"]
-    for index, turn in enumerate(dialogue.turns):
-        if index % 2 == 0:
-            turn = turn.replace(IMAGE_MARKER, "".join(chat.image))
-            turn = turn.replace(VIDEO_MARKER, "".join(chat.video)) if chat.video else turn
-        speaker = chat.assistant if index % 2 else chat.user
-        parts.append(f"{chat.start}{speaker}\n{turn}{chat.end}{chat.after_turn}")
-    if len(dialogue.turns) % 2:
-        parts.append(chat.answer_start)
-    return "".join(parts)
+    pieces = chat.turn("system", (system,))
+    for index, parts in enumerate(dialogue.messages):
+        pieces += chat.turn(chat.assistant if index % 2 else chat.user, parts)
+    return pieces + chat.answer_start if len(dialogue.messages) % 2 else pieces
 
 
-def check_text(dialogue: Dialogue, chat: Template) -> None:
-    """Raises ValueError if a text holds a control token of the template: it would be taken for the real one."""
-    for text in (*dialogue.turns, dialogue.system or ""):
-        for token in chat.control_tokens:
-            if token in text:
-                raise ValueError(f"a text must not hold the control token {token}; got {_around(text, token)!r}")
+def check_text(text: str, chat: Template) -> None:
+    """Raises ValueError if a text to be learned holds a control token of the template: it was rendered already."""
+    for token in chat.control_tokens:
+        if token in text:
+            raise ValueError(f"a text must not hold the control token {token}; got {_around(text, token)!r}")
 
 
-def _message(index: int, entry: Any) -> tuple[str, str]:
+def _entry(index: int, entry: Any) -> tuple[str, str]:
     speaker, value = (entry.get("from"), entry.get("value")) if isinstance(entry, Mapping) else (None, None)
     allowed = ("system", "human", "gpt") if index == 0 else ("human", "gpt")
     if speaker not in allowed or not isinstance(value, str):
@@ -195,14 +206,6 @@ def _place(turns: Sequence[str], images: int, videos: int, before_text: str) -> 
     if images and not any(IMAGE_MARKER in turn for turn in turns):
         first = f"{IMAGE_MARKER}{before_text}" * images + first
     return first
-
-
-def _checked(dialogue: Dialogue, images: int, videos: int) -> Dialogue:
-    markers = dialogue.markers
-    for marker, count, what in ((IMAGE_MARKER, images, "images"), (VIDEO_MARKER, videos, "videos")):
-        if markers.count(marker) != count:
-            raise ValueError(f"the text holds {markers.count(marker)} {marker} but there are {count} {what}")
-    return dialogue
 
 
 def _around(text: str, token: str) -> str:

@@ -5,27 +5,22 @@ import functools
 import io
 import os
 import pathlib
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from vlmem_jax import positions
+from vlmem_jax.processing.media import Encoded, described
 
 PILLOW_PIXEL_LIMIT = 178_956_970
 """Pillow itself refuses to open anything larger."""
-
-
-class Encoded(NamedTuple):
-    """An image or video file that was read already."""
-
-    name: str
-    """What it was called."""
-    data: bytes
-
-    def __str__(self) -> str:
-        return self.name
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM"),
+    *("JPEG2000", "AVIF", "ICO", "PCX", "SGI", "QOI", "TGA"),
+)
+"""That are read, by Pillow's names: pictures that hold all their pixels, and start no other program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +91,24 @@ def check_pixels(path: str | os.PathLike | Encoded, size: tuple[int, int], max_p
         )
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _open(path: str | os.PathLike | Encoded, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(path.data) if isinstance(path, Encoded) else path)
+        image = Image.open(io.BytesIO(path.data) if isinstance(path, Encoded) else path, formats=_formats())
     except FileNotFoundError as error:
         raise ValueError(f"image {path} does not exist") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"image {path} must have at most image.max_pixels={max_pixels} pixels: {error}") from error
     except UnidentifiedImageError as error:
-        size = len(path.data) if isinstance(path, Encoded) else os.path.getsize(path)
-        what = "is empty (0 bytes)" if size == 0 else "is not of a known image format"
-        raise ValueError(f"image {path} {what}") from error
+        what = described(path) or "is not of a known image format"
+        damaged = ", but damaged" if what.removeprefix("is ") in FORMATS else ""
+        raise ValueError(f"image {path} {what}{damaged}; formats that are read are {', '.join(_formats())}") from error
     except Exception as error:  # damaged headers: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"image {path} cannot be opened: {error}") from error
     try:
@@ -136,7 +138,7 @@ def jpeg_round_trip(image: Image.Image, quality: int) -> Image.Image:
     """The image after JPEG compression of `quality` 1 ... 100: an augmentation."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer, formats=["JPEG"]).convert("RGB")
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlmem_jax import positions
 from vlmem_jax.positions import PatchGrid
-from vlmem_jax.processing import chat, patches
+from vlmem_jax.processing import patches
 from vlmem_jax.processing.images import PILLOW_PIXEL_LIMIT
 from vlmem_jax.processing.patches import PatchConfig
 from vlmem_jax.processing.processor import Placed, Processor
@@ -48,10 +48,6 @@ class PatchProcessor(Processor):
 
     def frames_at(self, clip: Clip, fps: float) -> list[int]:
         return patches.choose_frames(clip, dataclasses.replace(self.image, fps=fps), self.geometry)
-
-    def _shown(self, dialogue: chat.Dialogue, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list]:
-        queues = {chat.IMAGE_MARKER: iter(images), chat.VIDEO_MARKER: iter(videos)}
-        return dialogue, [next(queues[marker]) for marker in dialogue.markers]
 
     def _grids(self, shown: Sequence, training: bool) -> list[PatchGrid]:
         sizes = [item if isinstance(item, tuple) else item.size for item in shown]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -68,7 +69,16 @@ class Processor:
         inputs = {tokenizer.pad_id, *ids.values()} - {self._start_id, *self.stop_ids}
         self.control_ids = tuple(sorted(inputs))
         """Ids that a model must never generate: they have a meaning as input only."""
-        self._answer_start = tokenizer.encode(self.template.answer_start)
+        self._control = ids
+        self._encode_text = tokenizer.text_encoder((*ids, *self.template.stops))
+        self._answer_start = self._encode(self.template.answer_start)
+        probe = [chat.Control(self.template.start), " a ", chat.Control(self.template.end)]
+        if (whole := tokenizer.encode("".join(probe))) != self._encode(probe):
+            raise ValueError(
+                f"text between control tokens must be tokenised as if alone, but the tokenizer in {tokenizer.folder} "
+                f"makes {whole} of {''.join(probe)!r}, not {self._encode(probe)}; set lstrip and rstrip of its added "
+                "tokens to false, and let it put a prefix before each such text or before none"
+            )
         if self.template.bos and tokenizer.bos_id is None:
             raise ValueError(
                 f"the template {template} begins with a start token, but the tokenizer in {tokenizer.folder} has none; "
@@ -86,7 +96,8 @@ class Processor:
     ) -> Plan:
         """Sizes of what `encode` gives for images and videos of these sizes; raises what `encode` raises."""
         with _naming(name):
-            dialogue, shown = self._read(conversations, image_sizes, video_sizes)
+            dialogue = self._read(conversations, image_sizes, video_sizes)
+            shown = dialogue.shown
             ids, targets = self._training_text(dialogue)
             tiles = sum(map(self._tiles, self._grids(shown, training=True)))
             blank = not shown and not mask_text_only
@@ -108,18 +119,25 @@ class Processor:
         Raises ValueError for a conversation or images that do not fit.
         """
         with _naming(name):
-            dialogue, shown = self._read(conversations, images, videos)
+            dialogue = self._read(conversations, images, videos)
+            shown = dialogue.shown
             ids, targets = self._training_text(dialogue)
             sample = self._sample(ids, targets, shown, self._grids(shown, training=True), None, name)
         if shown or mask_text_only:
             return sample
         return dataclasses.replace(sample, **blank_tiles(1, self.tile))
 
+    def message(
+        self, text: str | chat.Message, images: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
+    ) -> chat.Message:
+        """A message that shows images and videos before its text, set apart as the template does it."""
+        return chat.message(text, images, videos, self.template.before_text)
+
     def prompt(
         self,
-        question: str,
+        question: str | chat.Message,
         images: Sequence[Image.Image] = (),
-        history: Sequence[tuple[str, str]] = (),
+        history: Sequence[tuple[str | chat.Message, str]] = (),
         *,
         videos: Sequence[Video] = (),
         rope_dhr: bool | None = None,
@@ -128,18 +146,17 @@ class Processor:
     ) -> Sample:
         """A prompt to be answered, after a `history` of (question, answer) pairs; no token is a target.
 
-        `images` and `videos` are those of all turns in order; where there is no history, those that the question does
-        not mark stand before it. `rope_dhr` and `system` replace the config's here. Without images there are no tiles.
-        Raises ValueError for texts or images that do not fit (CoMemo sec. 3).
+        A question is a text, or a list of texts, images and videos in the order in which they stand; `images` and
+        `videos` stand before the last one. Whatever a text holds, it is text. `rope_dhr` and `system` replace the
+        config's here. Without images there are no tiles. Raises ValueError for images that do not fit (CoMemo sec. 3).
         """
         with _naming(name):
-            before = self.template.before_text
-            dialogue = chat.read_question(question, len(images), history, len(videos), before)
-            dialogue = dataclasses.replace(dialogue, system=system)
-            dialogue, shown = self._shown(dialogue, images, videos)
+            turns = [said for asked, answer in history for said in (chat.message(asked), (answer,))]
+            dialogue = chat.Dialogue((*turns, self.message(question, images, videos)), system)
+            dialogue = self._laid_out(dialogue)
             ids = self._ids(dialogue)
-            grids = self._grids(shown, training=False)
-            return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
+            grids = self._grids(dialogue.shown, training=False)
+            return self._sample(ids, np.zeros(len(ids), bool), dialogue.shown, grids, rope_dhr, name)
 
     def raw_prompt(
         self,
@@ -158,36 +175,30 @@ class Processor:
             ids = np.array(self.tokenizer.encode(text), np.int32)
             if self.video_id == self.context_id and videos:
                 raise ValueError("a raw prompt for this model cannot show videos; leave prompt_is_raw out")
-            markers = {self.video_id: chat.VIDEO_MARKER, self.context_id: chat.IMAGE_MARKER}
-            for placeholder, marker in markers.items():
-                held, given = int((ids == placeholder).sum()), videos if marker == chat.VIDEO_MARKER else images
+            given_of = {self.video_id: videos, self.context_id: images}
+            for placeholder, given in given_of.items():
+                held = int((ids == placeholder).sum())
                 if held != len(given):
                     token = self.tokenizer.decode([placeholder], skip_special=False)
                     raise ValueError(
                         f"a raw prompt must hold a placeholder for each image or video, but this one holds {held} "
                         f"{token} for {len(given)}"
                     )
-            marked = chat.Dialogue(("".join(markers[i] for i in ids.tolist() if i in markers),))
-            _, shown = self._shown(marked, images, videos)
+            left = {placeholder: iter(given) for placeholder, given in given_of.items()}
+            shown = [next(left[i]) for i in ids.tolist() if i in left]
             grids = self._grids(shown, training=False)
             return self._sample(ids, np.zeros(len(ids), bool), shown, grids, rope_dhr, name)
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer and the token that closes it. Raises ValueError if it holds a control token."""
-        chat.check_text(chat.Dialogue((text,)), self.template)
-        return [*self.tokenizer.encode(text), self.stop_id]
+        """Ids of an answer to learn and the token that closes it. Raises ValueError if it holds a control token."""
+        chat.check_text(text, self.template)
+        return [*self._encode([text]), self.stop_id]
 
     def follow_up(self, question: str) -> list[int]:
-        """Ids that go on from an answer without its closing token to the start of the next answer.
-
-        Raises ValueError if the question holds a control token or an image marker.
-        """
+        """Ids that go on from an answer without its closing token to the start of the next answer."""
         template = self.template
-        with _naming("follow-up question"):
-            dialogue = chat.read_question(question)
-            chat.check_text(dialogue, template)
-            turn = f"{template.start}{template.user}\n{question}{template.end}{template.after_turn}"
-            return [self.stop_id, *self.tokenizer.encode(f"{template.after_turn}{turn}{template.answer_start}")]
+        turn = template.turn(template.user, (question,))
+        return self._encode([chat.Control(template.end), template.after_turn, *turn, *template.answer_start])
 
     def choose_frames(
         self, clip: Clip, minimum: int = 4, maximum: int = 24, rng: np.random.Generator | None = None
@@ -222,9 +233,9 @@ class Processor:
 
     # what the families do in their own ways
 
-    def _shown(self, dialogue: chat.Dialogue, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list]:
-        """The dialogue as it is written out, and what each placeholder in it shows, in order: pictures or sizes."""
-        raise NotImplementedError
+    def _laid_out(self, dialogue: chat.Dialogue) -> chat.Dialogue:
+        """The dialogue as it is written out: each part that it shows is one placeholder."""
+        return dialogue
 
     def _grids(self, shown: Sequence, training: bool) -> list:
         """How each of `shown` is cut."""
@@ -244,14 +255,24 @@ class Processor:
 
     # what they share
 
-    def _read(self, conversations: Conversation, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list[Any]]:
-        before = self.template.before_text
-        return self._shown(chat.read_conversation(conversations, len(images), len(videos), before), images, videos)
+    def _read(self, conversations: Conversation, images: Sequence, videos: Sequence) -> chat.Dialogue:
+        dialogue = chat.read_conversation(conversations, images, videos, self.template.before_text)
+        for text in (dialogue.system or "", *(part for one in dialogue.messages for part in one)):
+            if isinstance(text, str):
+                chat.check_text(text, self.template)
+        return self._laid_out(dialogue)
+
+    def _encode(self, pieces: Sequence[str]) -> list[int]:
+        """Ids of pieces of a prompt. Texts between control tokens are tokenised together, and never become one."""
+        ids: list[int] = []
+        for is_control, run in itertools.groupby(pieces, lambda piece: isinstance(piece, chat.Control)):
+            together = list(run)
+            ids += [self._control[token] for token in together] if is_control else self._encode_text("".join(together))
+        return ids
 
     def _ids(self, dialogue: chat.Dialogue) -> np.ndarray:
-        """Ids of the prompt with one placeholder for each image. The text is tokenised once and whole."""
-        chat.check_text(dialogue, self.template)
-        ids = self.tokenizer.encode(chat.render(dialogue, self.template, self.system))
+        """Ids of the prompt with one placeholder for all that it shows."""
+        ids = self._encode(chat.render(dialogue, self.template, self.system))
         return np.array([self.tokenizer.bos_id, *ids] if self.template.bos else ids, np.int32)
 
     def _training_text(self, dialogue: chat.Dialogue) -> tuple[np.ndarray, np.ndarray]:
@@ -262,8 +283,9 @@ class Processor:
         for start, end in zip(starts[2::2], ends[2::2], strict=True):  # turns: system, user, assistant, user, ...
             answer = start + len(self._answer_start)
             if ids[start:answer].tolist() != self._answer_start:
+                opening = "".join(self.template.answer_start)
                 raise ValueError(
-                    f"the tokenizer joins the start of an answer to the text before it ({self.template.answer_start!r} "
+                    f"the tokenizer joins the start of an answer to the text before it ({opening!r} "
                     f"should be ids {self._answer_start}, got {ids[start:answer].tolist()}), so its targets are unknown"
                 )
             targets[answer : end + 1] = True

@@ -1,7 +1,8 @@
 """Samples of models that see an image as square tiles and a thumbnail, and a video as images: InternVL, CoMemo."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,12 +18,12 @@ Grid = tuple[int, int]
 """Columns and rows of tiles."""
 
 
-class Shown(NamedTuple):
-    """An image, or a frame of a video."""
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A frame of a video."""
 
     picture: Any
     """The image or its (width, height), pixels."""
-    is_frame: bool
 
 
 class TileProcessor(Processor):
@@ -48,22 +49,19 @@ class TileProcessor(Processor):
         """See `video.choose_frames`."""
         return video.choose_frames(clip.frames, minimum, maximum, rng)
 
-    def _shown(self, dialogue: chat.Dialogue, images: Sequence, videos: Sequence) -> tuple[chat.Dialogue, list[Shown]]:
-        frames = [[item[1:3]] * item.frames if isinstance(item, video.VideoSize) else item.frames for item in videos]
-        next_image, next_frames = iter(images), iter(frames)
-        shown: list[Shown] = []
-        for marker in dialogue.markers:
-            is_video = marker == chat.VIDEO_MARKER
-            shown += [Shown(picture, is_video) for picture in (next(next_frames) if is_video else [next(next_image)])]
-        return chat.with_frames(dialogue, [len(one) for one in frames]), shown
+    def _laid_out(self, dialogue: chat.Dialogue) -> chat.Dialogue:
+        """With `Frame1:` and the first frame to `FrameN:` and the last, a line each, for each video."""
+        messages = (tuple(piece for part in one for piece in lines(part)) for one in dialogue.messages)
+        return dataclasses.replace(dialogue, messages=tuple(messages))
 
-    def _grids(self, shown: Sequence[Shown], training: bool) -> list[Grid]:
+    def _grids(self, shown: Sequence, training: bool) -> list[Grid]:
         """In training the images of a sample share `image.max_tiles`; in a prompt each may take all."""
         most = self.image.max_tiles // max(len(shown), 1) if training else self.image.max_tiles
-        sizes = [picture if isinstance(picture, tuple) else picture.size for picture, _ in shown]
+        pictures = [one.picture if isinstance(one, Frame) else one for one in shown]
+        sizes = [picture if isinstance(picture, tuple) else picture.size for picture in pictures]
         return [
-            tile_grid(width, height, self.image, 1 if is_frame else most)
-            for (width, height), (_, is_frame) in zip(sizes, shown, strict=True)
+            tile_grid(width, height, self.image, 1 if isinstance(one, Frame) else most)
+            for (width, height), one in zip(sizes, shown, strict=True)
         ]
 
     def _tiles(self, grid: Grid) -> int:
@@ -82,6 +80,17 @@ class TileProcessor(Processor):
         )
         return Placed(positions_T, np.arange(len(memory_positions_M), dtype=np.int32), memory_positions_M)
 
-    def _cut(self, picture: Shown, grid: Grid, out_ISSc: np.ndarray) -> None:
-        image: Image.Image = picture.picture
-        write_tiles(image, grid, out_ISSc)
+    def _cut(self, picture: Image.Image | Frame, grid: Grid, out_ISSc: np.ndarray) -> None:
+        write_tiles(picture.picture if isinstance(picture, Frame) else picture, grid, out_ISSc)
+
+
+def lines(part: chat.Part) -> list[chat.Part]:
+    """A part as it is, but the frames of a video as images, a line each."""
+    if not isinstance(part, video.Video | video.VideoSize):
+        return [part]
+    pictures = [part[1:3]] * part.frames if isinstance(part, video.VideoSize) else part.frames
+    return [
+        piece
+        for n, picture in enumerate(pictures, 1)
+        for piece in (f"Frame{n}:" if n == 1 else f"\nFrame{n}:", Frame(picture))
+    ]

@@ -3,11 +3,12 @@
 Only data files are read; code that a checkpoint brings along is never run.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import SupportsIndex
 
 import sentencepiece
@@ -24,9 +25,12 @@ Files = Mapping[str, bytes]
 
 
 class Tokenizer:
-    """Encodes and decodes text; special tokens are recognised in it. Safe to share between threads."""
+    """Encodes and decodes text. Safe to share between threads."""
 
-    def __init__(self, files: Files, backend: "_FastTokenizer | _SentencePiece", folder: AnyPath):
+    def __init__(
+        self, files: Files, backend: "_FastTokenizer | _SentencePiece", folder: AnyPath, special: Iterable[str] = ()
+    ):
+        """`special`: tokens that `text_encoder` takes for text, besides those that start, end and pad."""
         self._backend, self.folder = backend, folder
         content = b"".join(part for name in _FILES if name in files for part in (name.encode(), files[name]))
         self._digest = hashlib.sha256(content).hexdigest()[:32]
@@ -34,6 +38,9 @@ class Tokenizer:
         self.bos_id = backend.id(settings.get("bos_token") or "<s>")
         """Start token; None if there is none."""
         self.pad_id = self.id(settings.get("pad_token") or settings.get("eos_token") or "</s>")
+        ends = ("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "</s>")
+        self._literal = {*special, *(settings.get(key) or default for key, default in ends)}
+        self._special = tuple(special)
         self.vocab_size: int = backend.vocab_size
         """Ids are smaller than this."""
         self.unused: tuple[int, ...] = backend.unused
@@ -48,15 +55,36 @@ class Tokenizer:
         """
         folder = as_path(folder)
         files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-        return cls(*_with_special(files, special, folder), folder)
+        return cls(*_with_special(files, special, folder), folder, special)
 
     def digest(self) -> str:
         """Of the files that ids depend on: another tokenizer, another text."""
         return self._digest
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with no start token added."""
+        """Ids of `text`, in which special tokens are recognised; no start token is added."""
         return self._backend.encode(text)
+
+    def text_encoder(self, control: Iterable[str]) -> Callable[[str], list[int]]:
+        """A function like `encode` for text that anyone may have written: no part of it becomes a `control` token.
+
+        Nor one that starts, ends, pads or is a memory's; such tokens are text there. Others (`<ref>`, say) are
+        recognised. The function raises ValueError where the vocabulary has a word for the id of a control token.
+        """
+        control = (*control, *self._special)
+        encode = self._backend.text_encoder(self._literal.union(control))
+        taken = {self._backend.id(token): token for token in control}
+
+        def encode_text(text: str) -> list[int]:
+            ids = encode(text)
+            if found := taken.keys() & set(ids):
+                raise ValueError(
+                    f"a text must hold nothing that the tokenizer in {self.folder} reads as the control token "
+                    f"{taken[min(found)]}, got {text!r:.200}"
+                )
+            return ids
+
+        return encode_text
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         """Text of `ids`; special tokens are left out or written as they are. Bytes of no character become U+FFFD."""
@@ -110,16 +138,22 @@ class TextStream:
 class _FastTokenizer:
     def __init__(self, content: bytes, path: AnyPath):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer = _read(content)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is no tokenizer: {error}") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._content = content
         self.vocab_size, self.unused = _count(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
-        # of a batch, since `encode` keeps the interpreter lock while it works: threads would tokenise one at a time
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return _encode(self._tokenizer, text)
+
+    def text_encoder(self, literal: Collection[str]) -> Callable[[str], list[int]]:
+        content = json.loads(self._content)
+        for token in content.get("added_tokens", []):
+            token["special"] = token["content"] in literal
+        tokenizer = _read(json.dumps(content).encode())
+        tokenizer.encode_special_tokens = True  # as the text that they are
+        return functools.partial(_encode, tokenizer)
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
@@ -129,6 +163,18 @@ class _FastTokenizer:
 
     def text(self, token: int) -> str | None:
         return self._tokenizer.id_to_token(token)
+
+
+def _read(content: bytes) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    # of a batch, since `encode` keeps the interpreter lock while it works: threads would tokenise one at a time
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 class _SentencePiece:
@@ -147,17 +193,23 @@ class _SentencePiece:
         self._special = control | added
         self._text_of = {i: token for token, i in control.items()} | {i: token for token, i in added.items()}
         self.vocab_size, self.unused = _count([*range(size), *self._special.values()])
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self.encode = self.text_encoder(())
 
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        for part in self._split.split(text):
-            if part in self._special:
-                ids.append(self._special[part])
-            elif part:
-                ids.extend(self._model.encode(part))
-        return ids
+    def text_encoder(self, literal: Collection[str]) -> Callable[[str], list[int]]:
+        special = {token: i for token, i in self._special.items() if token not in literal}
+        longest_first = sorted(special, key=len, reverse=True)
+        split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+        def encode(text: str) -> list[int]:
+            ids = []
+            for part in split.split(text):
+                if part in special:
+                    ids.append(special[part])
+                elif part:
+                    ids.extend(self._model.encode(part))
+            return ids
+
+        return encode
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         text, run = [], []

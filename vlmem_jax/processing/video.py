@@ -12,8 +12,29 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlmem_jax.processing.images import Encoded, ImageConfig
+from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.processing.media import Encoded, described
 
+FORMATS = {
+    "MP4, MOV, 3GP": "mov",
+    "MKV, WEBM": "matroska",
+    "AVI": "avi",
+    "MPEG": "mpeg,mpegvideo,m4v,mpegts",
+    "FLV": "flv",
+    "WMV": "asf",
+    "OGG": "ogg",
+    "GIF": "gif",
+    "APNG": "apng",
+    "MXF": "mxf",
+    "NUT": "nut",
+    "IVF": "ivf",
+    "RM": "rm",
+    "DV": "dv",
+    "Y4M": "yuv4mpegpipe",
+    "H.264, H.265, H.266, AV1, MJPEG streams": "h264,hevc,vvc,obu,av1,mjpeg",
+}
+"""Containers that are read, and FFmpeg's names of their demuxers: none of them opens other files."""
+_OPTIONS = {"format_whitelist": ",".join(FORMATS.values()), "protocol_whitelist": "file"}
 DEFAULT_FPS = 25
 """Of a file that does not say."""
 
@@ -94,11 +115,7 @@ def read_frames(
 
     Raises ValueError naming the file if it is missing, damaged, shorter than its header says, or too large.
     """
-    with _open(path) as (container, stream):
-        if stream.width * stream.height > max_pixels:
-            raise ValueError(
-                f"video {path} has frames of {stream.width}x{stream.height} pixels but image.max_pixels is {max_pixels}"
-            )
+    with _open(path, max_pixels) as (container, stream):
         stream.thread_type = "AUTO"
         packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
         if max(indices) >= len(packets):
@@ -107,7 +124,7 @@ def read_frames(
         if timed:
             times, keys = sorted(time for time, _ in packets), sorted(time for time, is_key in packets if is_key)
             images = _seek_frames(container, stream, {i: times[i] for i in wanted}, keys)
-    if not timed:  # a raw stream can neither seek nor rewind
+    if not timed or len(images) < len(wanted):  # a raw stream can neither seek nor rewind, others do not always
         with _open(path) as (container, stream):
             frames = enumerate(itertools.islice(container.decode(stream), wanted[-1] + 1))
             images = {i: frame.to_image() for i, frame in frames if i in wanted}
@@ -116,12 +133,15 @@ def read_frames(
     return [images[i] for i in indices]
 
 
-def sampled_frames(path: str | os.PathLike, fps: float) -> Iterator[tuple[int, float, Image.Image]]:
+def sampled_frames(
+    path: str | os.PathLike, fps: float, max_pixels: int = ImageConfig.max_pixels
+) -> Iterator[tuple[int, float, Image.Image]]:
     """(number of the frame, seconds since the first, picture) of the first frame at or after each 1 / `fps` seconds.
 
-    A video of fewer frames a second gives each once. Raises ValueError naming the file if it is missing or damaged.
+    A video of fewer frames a second gives each once. Raises ValueError naming the file if it is missing, damaged or too
+    large.
     """
-    with _open(path) as (container, stream):
+    with _open(path, max_pixels) as (container, stream):
         stream.thread_type = "AUTO"
         rate, first, wanted = float(stream.average_rate or DEFAULT_FPS), None, 0
         for number, frame in enumerate(container.decode(stream)):
@@ -133,7 +153,7 @@ def sampled_frames(path: str | os.PathLike, fps: float) -> Iterator[tuple[int, f
 
 
 def _seek_frames(container, stream, times: dict[int, int], keys: list[int]) -> dict[int, Image.Image]:
-    """Images by index for presentation `times` in ascending order."""
+    """Images by index for presentation `times` in ascending order; none where seeking went past one."""
     images, frames, position = {}, iter(()), None
     for index, time in times.items():
         key = keys[max(bisect.bisect_right(keys, time) - 1, 0)] if keys else 0
@@ -143,22 +163,37 @@ def _seek_frames(container, stream, times: dict[int, int], keys: list[int]) -> d
         for frame in frames:
             position = frame.pts
             if position is not None and position >= time:
-                images[index] = frame.to_image()
+                if position == time:
+                    images[index] = frame.to_image()
                 break
     return images
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike | Encoded) -> Iterator:
+def _open(path: str | os.PathLike | Encoded, max_pixels: int | None = None) -> Iterator:
+    """Container and video stream of a file whose frames have at most `max_pixels`, if that is given."""
     try:
         import av
     except ImportError as error:
         raise ValueError(f"reading video {path} needs PyAV; install vlmem_jax[video]") from error
+    if not isinstance(path, Encoded) and not os.path.exists(path):  # nor may it be a pattern of names or an address
+        raise ValueError(f"video {path} does not exist")
     try:
-        with av.open(io.BytesIO(path.data) if isinstance(path, Encoded) else str(path)) as container:
+        file = io.BytesIO(path.data) if isinstance(path, Encoded) else f"file:{path}"
+        with av.open(file, options=_OPTIONS) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video stream")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if max_pixels is not None and stream.width * stream.height > max_pixels:
+                raise ValueError(
+                    f"video {path} has frames of {stream.width}x{stream.height} pixels but image.max_pixels is "
+                    f"{max_pixels}; raise image.max_pixels or shrink the video"
+                )
+            yield container, stream
+    except (av.error.ArgumentError, av.error.InvalidDataError) as error:  # not one of FORMATS, or damaged
+        raise ValueError(
+            f"video {path} cannot be read: it {described(path) or 'is not of a known format'} ({error.strerror}); "
+            f"formats that are read are {', '.join(FORMATS)}"
+        ) from error
     except av.error.FFmpegError as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise ValueError(f"video {path} {what}") from error
+        raise ValueError(f"video {path} cannot be read: {error}") from error

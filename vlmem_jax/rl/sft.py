@@ -141,8 +141,8 @@ class MemorySFT(NextTokenLoss):
             ids = self._processor.answer(prompt.answers[0])
         except ValueError as error:
             raise ValueError(f"{error} (sample {prompt.name})") from error
-        for token, own in self.model.special_tokens.items():
-            if own in ids:
+        for token in self.model.special_tokens:
+            if token in prompt.answers[0]:
                 raise ValueError(
                     f"an answer must not hold tokens of the memory, but has {token} (sample {prompt.name})"
                 )
