@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
 
     def embeddings(self, tokens_BT: Int32[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         """Rows of the token table."""
-        return constrain(look_up(self.embed[...], tokens_BT, dtype), "batch", "tokens", None)
+        return look_up(self.embed[...], tokens_BT, dtype)
 
     def tables(self) -> tuple[Float[Array, "V D"], Float[Array, "V D"]]:
         """Rows of each token as it goes in, and as it is scored."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory.base import Decode, Memory, Read, Speech, TokenStart
 from vlmem_jax.nn.attention import AttentionConfig
+from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.encoder import Encoder, EncoderConfig
 from vlmem_jax.nn.linear import Linear, ones, param, spread
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
@@ -229,7 +230,7 @@ class VisMem(Memory):
 
     def embed(self, tokens_BT: Int32[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         match_BTN = tokens_BT[..., None] == jnp.array(self.config.token_ids)
-        rows_BTD = self.special_in[...][match_BTN.argmax(-1)].astype(x_BTD.dtype)
+        rows_BTD = look_up(self.special_in[...], match_BTN.argmax(-1), x_BTD.dtype, "slots")
         return jnp.where(match_BTN.any(-1)[..., None], rows_BTD, x_BTD)
 
     def score(self, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
