@@ -183,7 +183,11 @@ class GRPO(GRPOLoss):
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
     def work(self, step: int, params: dict) -> Work:
-        """The rows of `step`; where a phase begins, after its rollouts by `params`."""
+        """The rows of `step`; where a phase begins, after its rollouts by `params`.
+
+        The step has weight if one of its trajectories has an advantage, or is held to the reference. So one whose
+        groups all tie has none where drop_zero_variance leaves them out, KL or not, and with them kept, where kl is 0.
+        """
         phase, place = divmod(step, self.config.steps)
         part = place % self.config.minibatches
         with jax.transfer_guard("allow"):
@@ -204,8 +208,9 @@ class GRPO(GRPOLoss):
             "slots": int(np.prod(rows.advantage_BT.shape)),
         }
         denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
+        teaches = self.config.kl > 0 or any(lesson.advantage for lesson in lessons)
         names = list(dict.fromkeys(t.prompt.name for t in trajectories))
-        return Work(rows, float(max(denominator, 1)), names, counts, self._numbers)
+        return Work(rows, float(teaches * denominator), names, counts, self._numbers)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""

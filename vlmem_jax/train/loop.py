@@ -48,7 +48,8 @@ class Work:
     batch: Any
     """Global arrays, each with leading axes [accumulation, rows]. Each set of shapes is compiled once."""
     denominator: float
-    """What the sum of losses is divided by: the weights of the whole step."""
+    """What the sum of losses is divided by: the weights of the whole step, the same on all hosts. A step of 0 has
+    nothing to learn, and changes nothing."""
     sample_ids: list[str]
     """Where the samples come from, for error messages."""
     counts: dict[str, int]

@@ -73,6 +73,7 @@ class Recorder:
         self._window: list[dict[str, int]] = []
         self._clock, self._trained = clock, 0.0
         self._seen_first = False
+        self._skipped = 0
         self._writes = jax.process_index() == 0
         if self._writes:
             file = workdir / "metrics.jsonl"
@@ -82,7 +83,11 @@ class Recorder:
             self._terminal = Terminal(stage.name, stage.steps, done)
 
     def step(self, step: int, values: dict[str, float], counts: dict[str, int]) -> None:
-        """Numbers of the step that makes `step` steps done. `counts`: tokens, images, tiles, slots of its batch."""
+        """Numbers of the step that makes `step` steps done. `counts`: see `loop.Work`.
+
+        Of `skipped`, whether the step had nothing to learn and changed nothing, a record has the number since the last.
+        """
+        self._skipped += values.get("skipped", False)
         seconds = self._clock.seconds()
         trained = seconds["step"] + seconds["input_wait"]
         if self._seen_first:
@@ -91,11 +96,11 @@ class Recorder:
             self._seen_first, self._trained = True, trained
         if step % self._log_every and step != self._steps:
             return
-        record = {**values, **self._rates(trained - self._trained)}
+        record = {**values, "skipped": self._skipped, **self._rates(trained - self._trained)}
         if counts.get("slots"):
             record["fill"] = counts["tokens"] / counts["slots"]
         record["goodput"] = seconds["step"] / sum(seconds.values())
-        self._window, self._trained = [], trained
+        self._window, self._trained, self._skipped = [], trained, 0
         self.write(step, record | {f"seconds/{kind}": round(spent, 3) for kind, spent in seconds.items()})
 
     def _rates(self, seconds: float) -> dict[str, float]:

@@ -146,6 +146,11 @@ def matrix_axes(path: str, axes: tuple[str, ...]) -> MuonDimensionNumbers | None
     )
 
 
+def updates_done(state: Any) -> Int32[Array, ""]:
+    """Updates that an optimizer has made, which is where its schedule stands; every part of its state counts them."""
+    return optax.tree_utils.tree_get_all_with_path(state, "count")[0][1]
+
+
 def global_norm(tree: dict[str, jax.Array]) -> jax.Array:
     """Root of the sum of all squares, in fp32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
