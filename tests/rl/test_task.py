@@ -85,7 +85,7 @@ def records(workdir):
     return [line for line in lines if "loss" in line]
 
 
-TIMES = ("seconds", "per_s", "goodput")
+TIMES = ("seconds", "per_s", "goodput", "mfu", "utilisation")
 
 
 def numbers(workdir):
@@ -102,6 +102,7 @@ def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
     assert abs(lines[0]["loss"]) < 1e-5 and math.isclose(lines[0]["ratio"], 1, rel_tol=1e-5)
     assert lines[0]["kl"] < 1e-6 < lines[-1]["kl"]
     assert {"rollout/tokens", "rollout/tokens_per_s", "rollout/cut_off", "tokens_per_s"} <= lines[-1].keys()
+    assert 0 < lines[-1]["mfu"] < lines[-1]["utilisation"], "rows are padded, and hold several answers"
 
 
 def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(settings, mesh, tmp_path):

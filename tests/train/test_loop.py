@@ -64,7 +64,8 @@ def test_the_loss_goes_down_and_everything_is_recorded(tmp_path):
     assert done == 60 and list(values) == list(range(1, 61))
     assert values[60] < values[1] / 3
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
-    assert last.keys() >= {"loss", "absolute", "grad_norm", "learning_rate", "gate/first", "tokens_per_s", "mfu"}
+    assert last.keys() >= {"loss", "absolute", "grad_norm", "learning_rate", "gate/first", "tokens_per_s"}
+    assert last["utilisation"] == pytest.approx(1.25 * last["mfu"]) and last["mfu"] > 0
     assert last["fill"] == 0.75
     assert 0 < last["goodput"] < 1 and last["seconds/compile"] > 0 and last["seconds/evaluation"] > 0
     assert task.evaluations == 15 and task.closed

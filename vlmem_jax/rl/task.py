@@ -33,7 +33,7 @@ from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
 from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts, trainer_generator
-from vlmem_jax.rl.rows import Rows, pack_trajectories
+from vlmem_jax.rl.rows import Rows, flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -206,9 +206,10 @@ class GRPO(GRPOLoss):
             "tokens": sum(sizes),
             "tiles": sum(len(t.prompt.pixels_ISSc) for t in trajectories),
             "slots": int(np.prod(rows.advantage_BT.shape)),
+            **flops_of(trajectories, rows.batch, self.model, self._split.trainable),
         }
-        denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
         teaches = self.config.kl > 0 or any(lesson.advantage for lesson in lessons)
+        denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
         names = list(dict.fromkeys(t.prompt.name for t in trajectories))
         return Work(rows, float(teaches * denominator), names, counts, self._numbers)
 
@@ -225,10 +226,6 @@ class GRPO(GRPOLoss):
             return {}
         score = float(np.concatenate(scores).mean())
         return {"loss": -score, "score": score}
-
-    def flops(self, trained: frozenset[str]) -> int:
-        """0, for unknown: it depends on the length of what is drawn."""
-        return 0
 
     def state(self) -> dict:
         """Where the prompts are, beta, and, in the midst of a phase, its trajectories."""
