@@ -38,6 +38,7 @@ def test_a_step_is_what_the_plan_says(folder, processor):
     assert host.batch.tokens_BT.shape == (1, 2, 300) and host.batch.pixels_BISSc.shape == (1, 2, 8, 8, 8, 3)
     assert host.batch.pixels_BISSc.dtype == np.uint8
     assert host.tokens == (host.batch.segments_BT > 0).sum()
+    assert [sum(of) for of in zip(*host.sizes, strict=True)] == [host.tokens, host.tiles] and len(host.sizes) > 2
     assert host.tiles * processor.tokens_per_side**2 == (host.batch.memory_segments_BM > 0).sum()
     assert host.images == sum(int(name.rpartition(":")[2]) % 3 != 1 for name in names)  # see `lines`
     np.testing.assert_allclose(host.denominator, host.batch.weights_BT.sum(dtype=np.float64), rtol=1e-6)

@@ -30,7 +30,7 @@ def test_forward_flops_are_those_that_xla_counts(memory):
     )
     counted = jax.jit(model.logits).lower(model.abstract(), batch).compile().cost_analysis()["flops"]
     causal = flops.decoder_flops(settings, TOKENS)[1]  # XLA computes the half of the pairs that is not used, too
-    assert 1.0 < counted / (flops.train_flops(settings, ROWS, TOKENS, TILES, ()) + ROWS * causal) < 1.15
+    assert 1.0 < counted / (flops.train_flops(settings, [(TOKENS, TILES)] * ROWS, ()) + ROWS * causal) < 1.15
 
 
 @pytest.mark.parametrize("former", ["lora_llm", "tiny_transformer"])
@@ -58,7 +58,7 @@ def test_a_backward_pass_costs_what_is_trained():
     paths = ["vision/layers/k", "projector/k", "memory/blocks/k", "decoder/layers/k", "decoder/head/kernel"]
 
     def cost(*trained):
-        return flops.train_flops(settings, 1, TOKENS, TILES, trained)
+        return flops.train_flops(settings, [(TOKENS, TILES)], trained)
 
     forward = cost()
     assert cost(*paths) == 3 * forward
@@ -72,4 +72,28 @@ def test_flops_grow_with_what_they_are_for():
     settings = config()
     wide = dataclasses.replace(settings, decoder=dataclasses.replace(settings.decoder, layers=2))
     assert flops.decoder_flops(wide, 8)[0] == 2 * flops.decoder_flops(settings, 8)[0]
-    assert flops.train_flops(settings, 4, 8, 2, ()) == 4 * flops.train_flops(settings, 1, 8, 2, ())
+
+
+SAMPLES = (64, 3), (16, 0), (1, 1), (200, 7)
+
+
+@pytest.mark.parametrize("trained", [(), ("memory/blocks/k", "decoder/layers/k")])
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_a_pack_costs_what_its_samples_cost_alone(preset, trained):
+    settings = presets.resolve({"preset": preset})
+    alone = [flops.train_flops(settings, [sample], trained) for sample in SAMPLES]
+    assert flops.train_flops(settings, SAMPLES, trained) == sum(alone) > 0 == flops.train_flops(settings, (), trained)
+    whole = flops.train_flops(settings, [tuple(map(sum, zip(*SAMPLES, strict=True)))], trained)
+    assert sum(alone) < whole, "pairs of different samples"
+
+
+def test_sizes_of_a_large_model_are_counted_exactly():
+    settings = presets.resolve({"preset": "comemo_9b"})
+    one = flops.train_flops(settings, [(16384, 48)], ("decoder/layers/k",))
+    assert flops.train_flops(settings, [(16384, 48)] * 10_000, ("decoder/layers/k",)) == 10_000 * one > 2**63
+
+
+def test_text_alone_does_not_pass_the_memory():
+    with_memory, without = (config(memory=memory) for memory in ("comemo", "none"))
+    assert flops.train_flops(with_memory, [(64, 0)], ()) == flops.train_flops(without, [(64, 0)], ())
+    assert flops.decode_flops(with_memory, 2, 64, 0) == flops.decode_flops(without, 2, 64, 0)

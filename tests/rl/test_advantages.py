@@ -11,6 +11,13 @@ def test_advantages_are_normalised_in_their_group():
         group_advantages(SCORES[[0, 2]], eps=0.0), [[1, -1, -1, 1], np.array([3, -1, -1, -1]) / 3**0.5]
     )
     np.testing.assert_allclose(group_advantages(SCORES, std=False)[2], [1.5, -0.5, -0.5, -0.5])
+
+
+def test_groups_that_tie_have_no_advantage_whatever_rounding_does():
+    ties = np.full((1, 3), 0.1)
+    assert ties.mean() != 0.1
+    for std in (True, False):
+        np.testing.assert_array_equal(group_advantages(ties, std, eps=0.0), 0)
     np.testing.assert_array_equal(group_advantages(SCORES, eps=1e-4)[1], 0)
 
 

@@ -130,7 +130,7 @@ def run(config, folder):
 
 def records(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = ("seconds", "per_s", "goodput")
+    times = ("seconds", "per_s", "goodput", "mfu", "utilisation")
     return [{key: x for key, x in line.items() if not any(word in key for word in times)} for line in lines]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.rl import world
 from vlmem_jax import rl, sharding
-from vlmem_jax.checkpoint import Store
+from vlmem_jax.checkpoint import Store, load_params
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
@@ -85,7 +85,7 @@ def records(workdir):
     return [line for line in lines if "loss" in line]
 
 
-TIMES = ("seconds", "per_s", "goodput")
+TIMES = ("seconds", "per_s", "goodput", "mfu", "utilisation")
 
 
 def numbers(workdir):
@@ -102,6 +102,7 @@ def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
     assert abs(lines[0]["loss"]) < 1e-5 and math.isclose(lines[0]["ratio"], 1, rel_tol=1e-5)
     assert lines[0]["kl"] < 1e-6 < lines[-1]["kl"]
     assert {"rollout/tokens", "rollout/tokens_per_s", "rollout/cut_off", "tokens_per_s"} <= lines[-1].keys()
+    assert 0 < lines[-1]["mfu"] < lines[-1]["utilisation"], "rows are padded, and hold several answers"
 
 
 def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(settings, mesh, tmp_path):
@@ -140,12 +141,27 @@ def override_rl(config, **keys):
     return dataclasses.replace(config, stages=(dataclasses.replace(stage, rl={**stage.rl, **keys}),))
 
 
-def test_steps_with_nothing_to_learn_change_nothing(settings, mesh, tmp_path):
-    config = override_rl(settings(stages__rl__steps=2), rewards=[{"name": "regex", "pattern": "no such text"}])
+@pytest.mark.parametrize("keys", [{"kl": 0.1, "minibatches": 2}, {"kl": 0.0, "drop_zero_variance": False}])
+def test_steps_with_nothing_to_learn_change_nothing(settings, mesh, tmp_path, keys):
+    config = override_rl(settings(stages__rl__steps=2), rewards=[{"name": "regex", "pattern": "no such text"}], **keys)
     task = train(config, tmp_path, mesh)
-    start, _ = runs.origin(config, config.stages[0], task.model, tmp_path)
     lines = records(tmp_path)
     assert [line["grad_norm"] for line in lines] == [0, 0] and lines[0]["rollout/zero_variance_groups"] == 2
+    assert [line["skipped"] for line in lines] == [1, 1]
+    before = runs.origin(config, config.stages[0], task.model, tmp_path)[0](task.model.abstract())
+    after = load_params(tmp_path / "rl" / "2", task.model.abstract())
+    for one, other in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_groups_that_tie_are_held_to_the_reference_where_they_are_kept(settings, mesh):
+    tied = override_rl(
+        settings(), rewards=[{"name": "regex", "pattern": "no such text"}], kl=0.1, drop_zero_variance=False
+    )
+    task = make_task(tied, mesh)
+    with jax.set_mesh(mesh):
+        assert task.work(0, jax.jit(task.model.init)(jax.random.key(0))).denominator == 8
+    task.close()
 
 
 def test_sampling_uses_the_arrays_of_training(settings, mesh):

@@ -48,10 +48,14 @@ class Model:
 
 
 class Task:
-    """`poison`: the step whose targets hold a NaN. `noise` in the loss depends on the key, as drop path does."""
+    """`poison`: the step whose targets hold a NaN; `weightless`: steps with nothing to learn.
 
-    def __init__(self, experiment, stage, model, mesh, poison=None, noise=0.01):
+    `noise` in the loss depends on the key, as drop path does.
+    """
+
+    def __init__(self, experiment, stage, model, mesh, poison=None, noise=0.01, weightless=()):
         self.model, self.stage, self.mesh, self.poison, self.noise = Model(), stage, mesh, poison, noise
+        self.weightless = weightless
         self.score = jax.jit(lambda params, rows: self.loss(params, rows, None)[0])
         self.seen, self.evaluations, self.closed = [], 0, False
 
@@ -62,9 +66,12 @@ class Task:
         if step == self.poison:
             y[0, 3, 0] = np.nan
         self.seen.append(step)
+        if step in self.weightless:
+            x, y = np.zeros_like(x), np.zeros_like(y)
         batch = jax.device_put({"x": x, "y": y}, sharding.batch_sharding(self.mesh, leading=1))
         ids = [f"numbers.jsonl:{step * ROWS + row}" for row in range(ROWS)]
-        return Work(batch, float(ROWS), ids, {"tokens": 30, "images": 3, "tiles": 5, "slots": 40})
+        counts = {"tokens": 30, "images": 3, "tiles": 5, "slots": 40, "flops": 1_000_000, "shape_flops": 1_250_000}
+        return Work(batch, 0.0 if step in self.weightless else float(ROWS), ids, counts)
 
     def loss(self, params, rows, key):
         hidden = jnp.einsum("bd,dhc->bhc", rows["x"], params["first"]["kernel"]) + params["first"]["bias"]
@@ -79,9 +86,6 @@ class Task:
         batch = jax.tree.map(lambda x: x[0], self.work(10_000, params).batch)
         self.seen.pop()
         return {"loss": float(self.score(params, batch)) / ROWS}
-
-    def flops(self, trained):
-        return 1_000_000
 
     def state(self):
         return {"worked": len(self.seen)}

@@ -14,7 +14,7 @@ from vlmem_jax.train.config import OptimizerConfig
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import NonFiniteError, fit, interruption
 from vlmem_jax.train.profile import ProfileConfig
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.train.stages import flatten, unflatten
 
 
 def mesh_of(data, fsdp, tensor):
@@ -64,7 +64,8 @@ def test_the_loss_goes_down_and_everything_is_recorded(tmp_path):
     assert done == 60 and list(values) == list(range(1, 61))
     assert values[60] < values[1] / 3
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
-    assert last.keys() >= {"loss", "absolute", "grad_norm", "learning_rate", "gate/first", "tokens_per_s", "mfu"}
+    assert last.keys() >= {"loss", "absolute", "grad_norm", "learning_rate", "gate/first", "tokens_per_s"}
+    assert last["utilisation"] == pytest.approx(1.25 * last["mfu"]) and last["mfu"] > 0
     assert last["fill"] == 0.75
     assert 0 < last["goodput"] < 1 and last["seconds/compile"] > 0 and last["seconds/evaluation"] > 0
     assert task.evaluations == 15 and task.closed
@@ -116,6 +117,46 @@ def test_a_step_that_is_not_finite_stops_and_saves_nothing(tmp_path, poison, sav
     assert f"numbers.jsonl:{poison * standin.ROWS + 3}" in str(error.value)
     assert Store(tmp_path / "only").latest() == saved
     assert task.closed
+
+
+@pytest.mark.parametrize(
+    "optimizer, parts, shape",
+    [(OptimizerConfig(), 1, (1, 1, 1)), (OptimizerConfig("muon", state_dtype="bfloat16"), 4, (2, 1, 2))],
+)
+def test_a_step_without_weight_changes_nothing_bit_for_bit(optimizer, parts, shape):
+    experiment, mesh = standin.experiment(optimizer=optimizer, accumulation=parts, warmup_fraction=1.0), mesh_of(*shape)
+    task = standin.Task(experiment, experiment.stages[0], None, mesh)
+    program = loop.Program(task, experiment, experiment.stages[0], mesh)
+    places = jax.tree.map(lambda t: t.sharding, program.held)
+    start = jax.jit(lambda: flatten(task.model.init(jax.random.key(0))), out_shardings=places)
+    state, frozen = program.begin(lambda _: unflatten(start()))
+    seen = []
+    with jax.set_mesh(mesh):
+        for step, weight in enumerate((8.0, 0.0, 0.0, 8.0)):
+            state, metrics = program.step(state, frozen, task.work(step, None).batch, weight)
+            seen.append(jax.device_get((state.params, state.optimizer, metrics)))
+            assert int(state.step) == step + 1 and metrics["finite"] and metrics["skipped"] == (weight == 0)
+    changes = [
+        any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one[:2], other[:2])), strict=True))
+        for one, other in zip(seen, seen[1:], strict=False)
+    ]
+    assert changes == [False, False, True]
+    rates = [float(metrics["learning_rate"]) for *_, metrics in seen]
+    assert rates[1] == rates[2] == rates[3] != rates[0], "that of the next update"
+
+
+def test_steps_without_weight_are_recorded_and_do_not_disturb_going_on(tmp_path):
+    experiment = standin.experiment(steps=8, log_every=2)
+
+    def task():
+        return standin.Task(experiment, experiment.stages[0], None, mesh_of(1, 1, 1), weightless=(2, 3, 4))
+
+    train(tmp_path / "whole", experiment, task())
+    train(tmp_path / "parts", experiment, task(), until=3)
+    train(tmp_path / "parts", experiment, task())
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines if "loss" in line] == [0, 2, 1, 0]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

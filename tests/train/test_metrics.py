@@ -13,7 +13,7 @@ from vlmem_jax.train.config import StageConfig
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.metrics import Recorder, Terminal
 
-COUNTS = {"tokens": 60, "images": 3, "tiles": 5, "slots": 80}
+COUNTS = {"tokens": 60, "images": 3, "tiles": 5, "slots": 80, "flops": 200, "shape_flops": 250}
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def clock(monkeypatch):
     return now
 
 
-def recorder_of(folder, steps=10, log_every=1, done=0, flops=0, before=1):
+def recorder_of(folder, steps=10, log_every=1, done=0, before=1):
     """The recorder of stage `s`, and its clock."""
     stages = StageConfig("earlier", before, 0.1), StageConfig("s", steps, 0.1)
     experiment = dataclasses.replace(standin.experiment(log_every=log_every), stages=stages)
     clock = Goodput()
-    return Recorder(folder, experiment, stages[1], done, flops, clock), clock
+    return Recorder(folder, experiment, stages[1], done, clock), clock
 
 
 def records(folder):
@@ -38,7 +38,7 @@ def records(folder):
 
 
 def test_rates_are_those_of_the_steps_since_the_last_record(tmp_path, clock):
-    recorder, spending = recorder_of(tmp_path, log_every=2, flops=200)
+    recorder, spending = recorder_of(tmp_path, log_every=2)
     for step in range(1, 7):
         with spending.spent("step"):
             clock[0] += 0.5
@@ -52,6 +52,7 @@ def test_rates_are_those_of_the_steps_since_the_last_record(tmp_path, clock):
     for record in (first, *others):  # the first step, which compiles, counts nowhere; nor does the pause
         assert record["tokens_per_s"] == 120 and record["images_per_s"] == 6 and record["tiles_per_s"] == 10
         assert record["mfu"] == pytest.approx(200 * 2 / 1000)
+        assert record["utilisation"] == pytest.approx(250 * 2 / 1000) and "flops_per_s" not in record
         assert record["fill"] == 0.75
     assert others[-1]["seconds/step"] == 3 and others[-1]["seconds/evaluation"] == 30
     assert others[-1]["goodput"] == pytest.approx(3 / 33)
@@ -76,9 +77,10 @@ def test_going_on_forgets_what_was_not_saved(tmp_path):
 def test_plain_lines_where_there_is_no_terminal():
     text = io.StringIO()
     terminal = Terminal("finetune", 100, 0, Console(file=text, width=40, soft_wrap=True))
-    terminal.show(25, {"loss": 1.23456, "tokens_per_s": 12_345.0, "mfu": 0.314, "steps_per_s": 0.01})
+    values = {"loss": 1.23456, "tokens_per_s": 12_345.0, "mfu": 0.314, "utilisation": 0.4, "steps_per_s": 0.01}
+    terminal.show(25, values)
     terminal.close()
-    assert text.getvalue() == "finetune 25/100  loss 1.2346  tokens/s 12.3k  MFU 31.4%  ETA 2:05:00\n"
+    assert text.getvalue() == "finetune 25/100  loss 1.2346  tokens/s 12.3k  MFU 31.4%  of shapes 40.0%  ETA 2:05:00\n"
 
 
 def test_a_bar_in_a_terminal():

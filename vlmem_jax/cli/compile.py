@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--stage", help="stage whose step to compile (default: the last)")
     training.add_argument("--packs", type=int, help="packs a chip in each step, in place of data.rows")
     training.add_argument(
+        "--samples", type=int, default=1, help="samples of a pack, all alike, by which useful FLOPs count (default: 1)"
+    )
+    training.add_argument(
         "--no-remedies", action="store_true", help="do not compile again with other settings if it does not fit"
     )
     serving = parser.add_argument_group("rl, prefill and decode")
@@ -69,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     devices = tpu_devices(topology)
     mesh = make_mesh(settings.mesh, devices)
     config = args.experiment
+    if args.samples < 1:
+        raise ConfigError(f"--samples must be at least 1, got {args.samples}")
     if args.packs is not None:
         if args.packs < 1:
             raise ConfigError(f"--packs must be at least 1, got {args.packs}")
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     def check(settings: Experiment) -> Report:
         mesh = make_mesh(settings.mesh, devices)
         if args.what == "train":
-            return check_training(settings, _stage(settings, args.stage), topology, mesh)
+            return check_training(settings, _stage(settings, args.stage), topology, mesh, args.samples)
         if args.what == "rl":
             learning = Learning(args.tokens, args.tiles, args.memories)
             return check_learning(settings, _stage(settings, args.stage), learning, topology, mesh)
@@ -158,7 +163,8 @@ def lines(report: Report) -> list[str]:
         f"  compiler's estimate {report.cycles_seconds:.3f} s, attention kernels {report.kernel_seconds:.3f} s, "
         f"links {report.exchange_seconds:.3f} s",
         f"  a step takes {_step(report)} with exchanges hidden, {report.exposed_step_seconds:.3f} s without",
-        f"  MFU {report.predicted_mfu:.1%}, {report.exposed_mfu:.1%} without (causal attention halved, recomputation "
-        "left out)",
+        f"  MFU {report.predicted_mfu:.1%}, {report.exposed_mfu:.1%} without, samples a pack: {report.samples} (causal "
+        "attention halved, recomputation left out)",
+        f"  utilisation of the shapes {report.predicted_utilisation:.1%}, which is the MFU at one sample a pack",
     ]
     return said

@@ -40,6 +40,8 @@ class HostBatch:
     """Image tiles over all hosts, padding not counted."""
     images: int
     """Images and video frames over all hosts."""
+    sizes: list[tuple[int, int]]
+    """Tokens and tiles of each sample over all hosts."""
     sample_ids: list[str]
     """`file:line` of this host's samples, in the order of the batch."""
 
@@ -192,6 +194,7 @@ class PackedData:
             tokens=sum(size.tokens for size in sizes),
             tiles=sum(size.tiles for size in sizes),
             images=sum(size.images for size in sizes),
+            sizes=[(size.tokens, size.tiles) for size in sizes],
             sample_ids=[name for _, _, names in rows for name in names],
         )
 

@@ -1,25 +1,18 @@
 """The folder of an evaluation: a line for each prompt, and what the lines depend on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from vlmem_jax.config import to_dict
 from vlmem_jax.data import Prompts
 from vlmem_jax.evals.config import EvalConfig
+from vlmem_jax.evals.digest import digest
 from vlmem_jax.evals.summary import Line
 from vlmem_jax.generate import LoadedModel
-from vlmem_jax.models.vlm import Params
 from vlmem_jax.paths import write_whole
-
-SMALL = 2**16
-"""Values of the largest arrays that a model is told from another by."""
 
 
 class Lines:
@@ -60,7 +53,7 @@ def settings(model: LoadedModel, config: EvalConfig, prompts: Prompts) -> dict[s
         "rope_dhr": config.rope_dhr,
         **{f"content of {lines.path}": lines.digest for lines in prompts.files},
         **{f"root of {source.path}": source.root for source in config.data if source.root},
-        "parameters of the checkpoint": fingerprint(model.params),
+        "parameters of the checkpoint": digest(model.params),
     }
 
 
@@ -74,12 +67,3 @@ def check_settings(file: Path, settings: dict[str, Any], output: str | os.PathLi
     if names:
         changes = "; ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in names)
         raise ValueError(f"{output} holds answers that came about otherwise: {changes}; give another --output")
-
-
-def fingerprint(params: Params) -> str:
-    """Of the values of all arrays that are small."""
-    content = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(params):
-        if leaf.size <= SMALL:
-            content.update(np.asarray(leaf).tobytes())
-    return content.hexdigest()

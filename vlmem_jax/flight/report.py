@@ -73,19 +73,31 @@ class Report:
     """If none of it is."""
     flops: int
     """Useful FLOPs of the whole step, see `models.flops`."""
+    samples: int
+    """Of a pack, all alike: attention between them is not useful."""
     predicted_mfu: float
     exposed_mfu: float
+    predicted_utilisation: float
+    """Of the shapes: what the MFU would be of packs of one sample."""
     collectives: list[Collective]
     activation_gathers: list[Collective]
     """Exchanges over fsdp of something that is no parameter: the sharding is at fault."""
 
 
-def check_training(experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh) -> Report:
-    """Compiles a stage's step for `mesh`, which is of that topology, and reads what came out."""
+def check_training(
+    experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh, samples: int = 1
+) -> Report:
+    """Compiles a stage's step for `mesh`, which is of that topology, and reads what came out.
+
+    Useful are FLOPs of full packs of so many `samples`.
+    """
     data = experiment.data_of(stage)
     trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
-    flops = train_flops(experiment.model, data.rows, data.pack_tokens, data.pack_tiles, trained)
-    return _report(train_job(experiment, stage, mesh), f"train: {stage.name}", flops, experiment.model, topology, mesh)
+    shapes, model = [(data.pack_tokens, data.pack_tiles)] * data.rows, experiment.model
+    alike = [(tokens // samples, tiles // samples) for tokens, tiles in shapes] * samples
+    flops, shape_flops = train_flops(model, alike, trained), train_flops(model, shapes, trained)
+    job = train_job(experiment, stage, mesh)
+    return _report(job, f"train: {stage.name}", shape_flops, model, topology, mesh, samples, flops / shape_flops)
 
 
 def check_learning(
@@ -96,7 +108,7 @@ def check_learning(
     T, I, J, L = learning.slots(experiment, stage, mesh)
     rows = learning.rows(experiment, stage, mesh).beta_B.size
     trained = Split.of(stage, list(flatten(VLM(model).abstract()))).trainable
-    flops = train_flops(model, rows, T, I, trained)
+    flops = train_flops(model, [(T, I)] * rows, trained)
     if VLM(model).speech:
         flops += rows * J * formation_flops(model, L, trained)
     return _report(job, f"rl: {stage.name}", flops, model, topology, mesh)
@@ -109,7 +121,17 @@ def check_serving(experiment: Experiment, what: str, serving: Serving, topology:
     return _report(make(experiment, serving, mesh), what, flops, experiment.model, topology, mesh)
 
 
-def _report(job: Job, what: str, flops: int, model: ModelConfig, topology: Topology, mesh: Mesh) -> Report:
+def _report(
+    job: Job,
+    what: str,
+    flops: int,
+    model: ModelConfig,
+    topology: Topology,
+    mesh: Mesh,
+    samples: int = 1,
+    useful: float = 1.0,
+) -> Report:
+    """`flops` are of the shapes; the part `useful` of them are of packs of so many `samples`."""
     done, chip = compile_job(job, options(mesh)), topology.chip
     collectives = sorted(done.program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
     cycles, kernels = done.program.cycles() / chip.clock, kernel_seconds(done.program, topology)
@@ -135,9 +157,11 @@ def _report(job: Job, what: str, flops: int, model: ModelConfig, topology: Topol
         exchange_seconds=exchange,
         predicted_step_seconds=hidden,
         exposed_step_seconds=exposed,
-        flops=flops,
-        predicted_mfu=flops / (peak_flops * hidden),
-        exposed_mfu=flops / (peak_flops * exposed),
+        flops=round(useful * flops),
+        samples=samples,
+        predicted_mfu=useful * flops / (peak_flops * hidden),
+        exposed_mfu=useful * flops / (peak_flops * exposed),
+        predicted_utilisation=flops / (peak_flops * hidden),
         collectives=collectives,
         activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
     )

@@ -1,53 +1,59 @@
-"""How many floating-point operations a model needs, counted from its sizes."""
+"""How many floating-point operations a model needs, counted from its sizes.
 
-from collections.abc import Collection
+A sample is given by its tokens and tiles; both may be arrays, of many samples.
+"""
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+from jaxtyping import Int64
 
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.vision import QwenViTConfig
 
+Count = int | Int64[np.ndarray, "samples"]
 
-def train_flops(config: ModelConfig, rows: int, tokens: int, tiles: int, trained: Collection[str]) -> int:
-    """FLOPs of one training step on `rows` rows of `tokens` token and `tiles` tile slots, padding included.
+
+def train_flops(config: ModelConfig, samples: Iterable[tuple[int, int]], trained: Collection[str]) -> int:
+    """FLOPs of one training step on samples of (tokens, tiles): a pack costs what its samples cost alone, and padding
+    nothing. With whole rows as samples, it is what their shapes have room for.
 
     Counts what the step needs, not what it recomputes: 2 per multiply-add of matrix products alone; causal attention at
-    half of all pairs, attention of memory and vision tower at all of them. The backward pass costs a part as much again
-    for the gradient of its input, where something before it (or in it) is trained, and as much again for that of its
-    weights, where they are. `trained` are parameter paths.
+    half of the pairs of a sample, attention of its tokens to its memory, and within a tile, at all of them. The
+    backward pass costs a part as much again for the gradient of its input, where something before it (or in it) is
+    trained, and as much again for that of its weights, where they are. `trained` are parameter paths.
     """
+    tokens, tiles = np.array(list(samples), np.int64).reshape(-1, 2).T
     trains = {part: any(path.startswith(part) for path in trained) for part in ("vision", "projector", "memory")}
     scores = "decoder/embed" if config.decoder.tied else "decoder/head/kernel"
     head = scores in trained
     body = any(path.startswith("decoder") and path != scores for path in trained)
     reaches_text = body or any(trains.values())
 
-    def step(weights: int, attention: int, weights_trained: bool, input_gradient: bool) -> int:
+    def step(weights: Count, attention: Count, weights_trained: bool, input_gradient: bool) -> Count:
         return weights * (1 + weights_trained + input_gradient) + attention * (1 + 2 * input_gradient)
 
-    per_row = step(*decoder_flops(config, tokens), body, reaches_text)
-    per_row += step(2 * tokens * config.decoder.width * config.decoder.vocab, 0, head, reaches_text)
-    if tiles:
-        reaches_projector = trains["projector"] or trains["vision"]
-        per_row += tiles * step(*vision_flops(config), trains["vision"], trains["vision"])
-        per_row += tiles * step(projector_flops(config), 0, trains["projector"], reaches_projector)
-        per_row += step(*memory_flops(config, tokens, tiles), trains["memory"], reaches_text)
-    return rows * per_row
+    each = step(*decoder_flops(config, tokens), body, reaches_text)
+    each += step(2 * tokens * config.decoder.width * config.decoder.vocab, 0, head, reaches_text)
+    each += tiles * step(*vision_flops(config), trains["vision"], trains["vision"])
+    each += tiles * step(projector_flops(config), 0, trains["projector"], trains["projector"] or trains["vision"])
+    each += step(*memory_flops(config, tokens, tiles), trains["memory"], reaches_text)
+    return sum(each.tolist())
 
 
 def prefill_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int:
     """FLOPs of reading `rows` prompts, padding included; scores of the last token alone are computed."""
     unread = 2 * (tokens - 1) * config.decoder.width * config.decoder.vocab
-    return train_flops(config, rows, tokens, tiles, ()) - rows * unread
+    return rows * (train_flops(config, [(tokens, tiles)], ()) - unread)
 
 
 def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int:
     """FLOPs of one more token for each of `rows` rows that hold `tokens` tokens and `tiles` tiles."""
     c = config.decoder
     per_row = decoder_flops(config, 1)[0] + 4 * c.layers * tokens * c.heads * c.head_dim + 2 * c.width * c.vocab
-    if tiles:
-        whole, without = (sum(memory_flops(config, n, tiles)) for n in (1, 0))
-        per_row += whole - without  # keys and values of the memory are computed once a prompt
-    return rows * per_row
+    whole, without = (sum(memory_flops(config, n, tiles)) for n in (1, 0))
+    return rows * (per_row + whole - without)  # keys and values of the memory are computed once a prompt
 
 
 def vision_flops(config: ModelConfig) -> tuple[int, int]:
@@ -75,17 +81,17 @@ def projector_flops(config: ModelConfig) -> int:
     return 2 * c.tile.tokens * (4 * c.width * width + width * width)
 
 
-def decoder_flops(config: ModelConfig, tokens: int) -> tuple[int, int]:
-    """Forward FLOPs of the decoder's layers for one row: in their weights, and in attention. The head is apart."""
+def decoder_flops(config: ModelConfig, tokens: Count) -> tuple[Count, Count]:
+    """Forward FLOPs of the decoder's layers for a sample: in their weights, and in attention. The head is apart."""
     c = config.decoder
     weights = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp_width
     return c.layers * 2 * tokens * weights, c.layers * 2 * tokens**2 * c.heads * c.head_dim
 
 
-def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int]:
-    """Forward FLOPs of the memory blocks for one row: in their weights, and in attention.
+def memory_flops(config: ModelConfig, tokens: Count, tiles: Count) -> tuple[Count, Count]:
+    """Forward FLOPs of the memory blocks for a sample: in their weights, and in attention.
 
-    A memory that speaks works between tokens: see `formation_flops`.
+    Tokens without tiles pass them unchanged. A memory that speaks works between tokens: see `formation_flops`.
     """
     if config.memory != "comemo":
         return 0, 0
@@ -95,6 +101,7 @@ def memory_flops(config: ModelConfig, tokens: int, tiles: int) -> tuple[int, int
         tiles * config.vision.tile.tokens,
         c.heads * c.head_dim,
     )
+    tokens = tokens * (tiles > 0)
     weights = 2 * width * (2 * inner * (tokens + slots) + 3 * c.mlp_width * tokens)
     return blocks * weights, blocks * 4 * tokens * slots * inner
 

@@ -7,10 +7,13 @@ from jaxtyping import Bool, Float
 def group_advantages(scores_PG: Float[np.ndarray, "P G"], std: bool = True, eps: float = 1e-4) -> np.ndarray:
     """Advantages [P, G] of the G trajectories of each of P prompts: score - mean, over std + eps where `std`.
 
-    The standard deviation is that of the population (GRPO, arXiv 2402.03300; without `std`, arXiv 2503.20783).
+    The standard deviation is that of the population (GRPO, arXiv 2402.03300; without `std`, arXiv 2503.20783). Where
+    all are equal, advantages are 0, whatever rounding makes of their mean, or eps = 0 of the quotient.
     """
-    centred_PG = scores_PG - scores_PG.mean(axis=-1, keepdims=True)
-    return centred_PG / (scores_PG.std(axis=-1, keepdims=True) + eps) if std else centred_PG
+    differs_P1 = varied(scores_PG)[:, None]
+    centred_PG = np.where(differs_P1, scores_PG - scores_PG.mean(axis=-1, keepdims=True), 0.0)
+    spread_PG = np.where(differs_P1, scores_PG.std(axis=-1, keepdims=True) + eps, 1.0)
+    return centred_PG / spread_PG if std else centred_PG
 
 
 def varied(scores_PG: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:

@@ -1,7 +1,8 @@
 """Trajectories as packed rows: what one step of GRPO computes on."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import InvocationConfig
 from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.models import VLM
+from vlmem_jax.models.flops import formation_flops, train_flops
 from vlmem_jax.rl.rollout import Spoken, Trajectory
 from vlmem_jax.types import Batch, Heard
 
@@ -95,6 +97,21 @@ def pack_trajectories(
     return jax.tree.map(
         lambda *leaves: np.stack(leaves).reshape(count // at_once, at_once, *np.shape(leaves[0])), *packed
     )
+
+
+def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained: Collection[str]) -> dict[str, int]:
+    """`flops` of trajectories and `shape_flops` of the `batch` that they were packed into, for `Work.counts`."""
+    config = vlm.config
+    sizes = [(len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1, len(t.prompt.pixels_ISSc)) for t in trajectories]
+    states = [len(memory.states_LD) for t in trajectories for memory in t.spoken]
+    (*leading, T), I = batch.tokens_BT.shape, batch.pixels_BISSc.shape[-4]
+    rows = math.prod(leading)
+    useful = train_flops(config, sizes, trained) + sum(formation_flops(config, L, trained) for L in states)
+    shapes = train_flops(config, [(T, I)] * rows, trained)
+    if batch.heard is not None:
+        J, L = batch.heard.states_BJLD.shape[-3:-1]
+        shapes += rows * J * formation_flops(config, L, trained)
+    return {"flops": useful, "shape_flops": shapes}
 
 
 def row_slots(tokens: int, tiles: int, data: DataConfig, split: int = 1) -> tuple[int, int]:

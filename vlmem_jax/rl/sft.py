@@ -18,12 +18,13 @@ from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.rl.config import LOSS_WEIGHTS, check_prompted, sft_config
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
-from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.rl.rows import flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.next_token import NextTokenLoss, eval_loss, experiment_processor
+from vlmem_jax.train.stages import Split, flatten
 from vlmem_jax.types import Batch, Sample
 
 ONE_CALL = InvocationConfig(max_invocations=1)
@@ -50,6 +51,7 @@ class MemorySFT(NextTokenLoss):
         self.config, data, self._mesh = sft_config(stage), experiment.data_of(stage), mesh
         self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[self.config.loss_mean])
         self._seeds = experiment.seed, zlib.crc32(stage.name.encode())
+        self._trained = Split.of(stage, list(flatten(model.abstract()))).trainable
         self._at_once = self._data.rows // experiment.parts(stage, mesh)
         self._processor = experiment_processor(experiment, model)
         self._stream = PromptStream(
@@ -82,12 +84,14 @@ class MemorySFT(NextTokenLoss):
         with jax.transfer_guard("allow"):
             loaded = self._stream.take_same(self.config.prompts)
             kinds = np.random.default_rng([*self._seeds, step]).integers(2, size=len(loaded))
-            batch = self._rows(params, loaded, kinds)
+            trajectories = self._answers(params, loaded, kinds)
+            batch = self._rows(trajectories)
             placed = put(batch, batch_sharding(self._mesh, leading=1))
         counts = {
             "tokens": int((batch.segments_BT > 0).sum()),
             "tiles": sum(len(one.sample.pixels_ISSc) for one in loaded),
             "slots": batch.tokens_BT.size,
+            **flops_of(trajectories, batch, self.model, self._trained),
         }
         numbers = {"memory/long": float(kinds.mean()), "prompts/skipped": float(len(self._stream.skipped))}
         return Work(placed, float(batch.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers)
@@ -97,17 +101,13 @@ class MemorySFT(NextTokenLoss):
         losses, weight = [], 0.0
         with jax.transfer_guard("allow"):
             for loaded in self._stream.held_out(self.config.rollout_rows):
-                batch = self._rows(params, loaded, np.arange(len(loaded)) % 2)
+                batch = self._rows(self._answers(params, loaded, np.arange(len(loaded)) % 2))
                 weight += float(batch.weights_BT.sum())
                 for n in range(len(batch.tokens_BT)):
                     part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
                     part = put(part, batch_sharding(self._mesh, leading=1))
                     losses.append(eval_loss(self.model, params, part, self.chunk))
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)} if losses else {}
-
-    def flops(self, trained: frozenset[str]) -> int:
-        """0, for unknown: rows are as long as prompts and answers happen to be."""
-        return 0
 
     def state(self) -> dict:
         """Where the prompts are."""
@@ -123,16 +123,19 @@ class MemorySFT(NextTokenLoss):
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
-    def _rows(self, params: dict, loaded: Sequence[Loaded], kinds: np.ndarray) -> Batch:
-        """Numpy arrays [parts, rows, ...] of prompts and their answers, after a memory each of the kind given."""
+    def _answers(self, params: dict, loaded: Sequence[Loaded], kinds: np.ndarray) -> list[Trajectory]:
+        """The answers to prompts, after a memory each of the kind given."""
         generator = trainer_generator(self.model, params, self._processor, self._mesh)
         calls = [[[self.model.speech.invoke_ids[kind]]] for kind in kinds]
         samples, rows = [one.sample for one in loaded], self.config.rollout_rows
         with generator.context():
             keys_P1 = rollout_keys(*self._seeds, 0, len(loaded), 1)  # of tokens that nobody draws
             called = dict(rollouts(generator, samples, SamplingConfig(1), keys_P1, rows, ONE_CALL, calls, record=True))
-        trajectories = [_answered(called[n][0], self._target(one.prompt)) for n, one in enumerate(loaded)]
-        ones, split = [1.0] * len(loaded), shards("tokens", self._mesh)
+        return [_answered(called[n][0], self._target(one.prompt)) for n, one in enumerate(loaded)]
+
+    def _rows(self, trajectories: Sequence[Trajectory]) -> Batch:
+        """Numpy arrays [parts, rows, ...]."""
+        ones, split = [1.0] * len(trajectories), shards("tokens", self._mesh)
         return pack_trajectories(trajectories, ones, self._data, self.model, self._at_once, split=split).batch
 
     def _target(self, prompt: Prompt) -> list[int]:

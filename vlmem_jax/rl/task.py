@@ -33,7 +33,7 @@ from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
 from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts, trainer_generator
-from vlmem_jax.rl.rows import Rows, pack_trajectories
+from vlmem_jax.rl.rows import Rows, flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -183,7 +183,11 @@ class GRPO(GRPOLoss):
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
     def work(self, step: int, params: dict) -> Work:
-        """The rows of `step`; where a phase begins, after its rollouts by `params`."""
+        """The rows of `step`; where a phase begins, after its rollouts by `params`.
+
+        The step has weight if one of its trajectories has an advantage, or is held to the reference. So one whose
+        groups all tie has none where drop_zero_variance leaves them out, KL or not, and with them kept, where kl is 0.
+        """
         phase, place = divmod(step, self.config.steps)
         part = place % self.config.minibatches
         with jax.transfer_guard("allow"):
@@ -202,10 +206,12 @@ class GRPO(GRPOLoss):
             "tokens": sum(sizes),
             "tiles": sum(len(t.prompt.pixels_ISSc) for t in trajectories),
             "slots": int(np.prod(rows.advantage_BT.shape)),
+            **flops_of(trajectories, rows.batch, self.model, self._split.trainable),
         }
+        teaches = self.config.kl > 0 or any(lesson.advantage for lesson in lessons)
         denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
         names = list(dict.fromkeys(t.prompt.name for t in trajectories))
-        return Work(rows, float(max(denominator, 1)), names, counts, self._numbers)
+        return Work(rows, float(teaches * denominator), names, counts, self._numbers)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
@@ -220,10 +226,6 @@ class GRPO(GRPOLoss):
             return {}
         score = float(np.concatenate(scores).mean())
         return {"loss": -score, "score": score}
-
-    def flops(self, trained: frozenset[str]) -> int:
-        """0, for unknown: it depends on the length of what is drawn."""
-        return 0
 
     def state(self) -> dict:
         """Where the prompts are, beta, and, in the midst of a phase, its trajectories."""

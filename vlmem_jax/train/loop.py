@@ -48,11 +48,13 @@ class Work:
     batch: Any
     """Global arrays, each with leading axes [accumulation, rows]. Each set of shapes is compiled once."""
     denominator: float
-    """What the sum of losses is divided by: the weights of the whole step."""
+    """What the sum of losses is divided by: the weights of the whole step, the same on all hosts. A step of 0 has
+    nothing to learn, and changes nothing."""
     sample_ids: list[str]
     """Where the samples come from, for error messages."""
     counts: dict[str, int]
-    """Tokens, images, tiles (of all hosts, padding not counted) and token slots of the step."""
+    """Tokens, images, tiles (of all hosts, padding not counted) and token slots of the step; `flops` of its samples,
+    and `shape_flops`, which its rows would take if each were one sample, see `models.flops`."""
     numbers: dict[str, float] = dataclasses.field(default_factory=dict)
     """More to record of the step."""
 
@@ -76,9 +78,6 @@ class Task(Objective, Protocol):
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Numbers on held-out data; `loss` decides which checkpoint is best. Empty where there is no such data."""
-
-    def flops(self, trained: frozenset[str]) -> int:
-        """Useful FLOPs of one step when the parameters at these paths are trained."""
 
     def state(self) -> dict:
         """What a checkpoint needs to hold of the task, ready for JSON."""
@@ -119,7 +118,7 @@ def fit(
         closing.callback(task.close)
         step = store.latest() or 0
         files = closing.enter_context(Mirror(workdir, ["metrics.jsonl", f"samples/{jax.process_index()}.jsonl"]))
-        records = Recorder(files.local, experiment, stage, step, task.flops(program.split.trainable), clock)
+        records = Recorder(files.local, experiment, stage, step, clock)
         closing.callback(records.close)
         profile = Profile(experiment.profile, files.local / "profile" / stage.name, records.say)
         closing.callback(profile.close)

@@ -1,8 +1,10 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress bar (plain lines where there is no terminal), its samples.
 
-MFU is useful FLOPs a second over the peak of all devices: `models.flops.train_flops`, that is forward and backward pass
-of the padded program without recomputation, and for frozen parts no weight gradients. Rates count the seconds of steps
-and of waiting for data, not those of compiling, evaluation and saving.
+MFU is useful FLOPs a second over the peak of all devices: `models.flops.train_flops` of the samples, that is forward
+and backward pass without recomputation, for frozen parts without weight gradients, and neither padding nor pairs of
+different samples. `utilisation` is the same of the shapes: of rows that are one sample each. Rates count the seconds of
+steps and of waiting for data, such as rollouts, whose own FLOPs do not count; not those of compiling, evaluation and
+saving.
 """
 
 import contextlib
@@ -60,19 +62,18 @@ class Recorder:
     """Takes the numbers of each step of one stage, and writes those of every `log_every`-th, with the clock's.
 
     `done`: steps of this stage that are behind us; records of later ones, left by a run that was killed, are dropped.
-    `flops`: of a step. On hosts other than the first nothing is written.
+    On hosts other than the first nothing is written.
     """
 
-    def __init__(
-        self, workdir: Path, experiment: Experiment, stage: StageConfig, done: int, flops: int, clock: Goodput
-    ):
-        self._stage, self._steps, self._log_every, self._flops = stage.name, stage.steps, experiment.log_every, flops
+    def __init__(self, workdir: Path, experiment: Experiment, stage: StageConfig, done: int, clock: Goodput):
+        self._stage, self._steps, self._log_every = stage.name, stage.steps, experiment.log_every
         # curves of the stages join in TensorBoard
         self._before = sum(other.steps for other in experiment.stages[: experiment.stages.index(stage)])
-        self._peak = peak_flops() if flops else None
+        self._peak = peak_flops()
         self._window: list[dict[str, int]] = []
         self._clock, self._trained = clock, 0.0
         self._seen_first = False
+        self._skipped = 0
         self._writes = jax.process_index() == 0
         if self._writes:
             file = workdir / "metrics.jsonl"
@@ -82,7 +83,11 @@ class Recorder:
             self._terminal = Terminal(stage.name, stage.steps, done)
 
     def step(self, step: int, values: dict[str, float], counts: dict[str, int]) -> None:
-        """Numbers of the step that makes `step` steps done. `counts`: tokens, images, tiles, slots of its batch."""
+        """Numbers of the step that makes `step` steps done. `counts`: see `loop.Work`.
+
+        Of `skipped`, whether the step had nothing to learn and changed nothing, a record has the number since the last.
+        """
+        self._skipped += values.get("skipped", False)
         seconds = self._clock.seconds()
         trained = seconds["step"] + seconds["input_wait"]
         if self._seen_first:
@@ -91,21 +96,22 @@ class Recorder:
             self._seen_first, self._trained = True, trained
         if step % self._log_every and step != self._steps:
             return
-        record = {**values, **self._rates(trained - self._trained)}
+        record = {**values, "skipped": self._skipped, **self._rates(trained - self._trained)}
         if counts.get("slots"):
             record["fill"] = counts["tokens"] / counts["slots"]
         record["goodput"] = seconds["step"] / sum(seconds.values())
-        self._window, self._trained = [], trained
+        self._window, self._trained, self._skipped = [], trained, 0
         self.write(step, record | {f"seconds/{kind}": round(spent, 3) for kind, spent in seconds.items()})
 
     def _rates(self, seconds: float) -> dict[str, float]:
         if not self._window or seconds <= 0:
             return {}
         totals = {key: sum(counts[key] for counts in self._window) for key in self._window[0] if key != "slots"}
+        shares = {name: totals.pop(key) / seconds for key, name in _SHARES.items() if key in totals}
         rates = {f"{key}_per_s": total / seconds for key, total in totals.items()}
         rates["steps_per_s"] = len(self._window) / seconds
         if self._peak:
-            rates["mfu"] = self._flops * rates["steps_per_s"] / self._peak
+            rates |= {name: share / self._peak for name, share in shares.items()}
         return rates
 
     def write(self, step: int, record: dict[str, float]) -> None:
@@ -234,6 +240,8 @@ def _quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+_SHARES = {"flops": "mfu", "shape_flops": "utilisation"}
+"""What counts of FLOPs are recorded as: their rate, over the peak."""
 _SHOWN = (
     ("eval/loss", "eval loss", "{:.4f}".format),
     ("loss", "loss", "{:.4f}".format),
@@ -241,6 +249,7 @@ _SHOWN = (
     ("tokens_per_s", "tokens/s", _quantity),
     ("images_per_s", "images/s", _quantity),
     ("mfu", "MFU", "{:.1%}".format),
+    ("utilisation", "of shapes", "{:.1%}".format),
 )
 
 

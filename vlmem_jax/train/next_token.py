@@ -20,6 +20,7 @@ from vlmem_jax.processing import Processor, Tokenizer, make_processor
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import cross_entropy, log_probs
+from vlmem_jax.train.stages import Split, flatten
 from vlmem_jax.types import Batch
 
 
@@ -64,6 +65,7 @@ class NextToken(NextTokenLoss):
         parts = experiment.parts(stage, mesh)
         self._data = TrainData(plan, stage.steps, accumulation=parts, mesh=mesh, first_step=first)
         self.report = "; ".join([plan.report(), *kept])
+        self._trained = Split.of(stage, list(flatten(model.abstract()))).trainable
         self._eval = None if held_out is None else EvalData(held_out, mesh=mesh)
         self._batches: Iterator[HostBatch] | None = None
         self._next = -1
@@ -81,8 +83,10 @@ class NextToken(NextTokenLoss):
             self._batches = self._data.on_devices(self._mesh, step)
         host = next(self._batches)
         self._next = step + 1
-        slots = self._config.rows * self._config.pack_tokens
-        counts = {"tokens": host.tokens, "images": host.images, "tiles": host.tiles, "slots": slots}
+        c, model = self._config, self.model.config
+        counts = {"tokens": host.tokens, "images": host.images, "tiles": host.tiles, "slots": c.rows * c.pack_tokens}
+        counts["flops"] = train_flops(model, host.sizes, self._trained)
+        counts["shape_flops"] = train_flops(model, [(c.pack_tokens, c.pack_tiles)] * c.rows, self._trained)
         return Work(host.batch, host.denominator, host.sample_ids, counts)
 
     def evaluate(self, params: dict) -> dict[str, float]:
@@ -95,11 +99,6 @@ class NextToken(NextTokenLoss):
                 losses.append(eval_loss(self.model, params, host.batch, self.chunk))
                 weight += host.denominator
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
-
-    def flops(self, trained: frozenset[str]) -> int:
-        """Of one step, see `models.flops`."""
-        c = self._config
-        return train_flops(self.model.config, c.rows, c.pack_tokens, c.pack_tiles, trained)
 
     def state(self) -> dict:
         """Empty: the data depend on the step alone."""

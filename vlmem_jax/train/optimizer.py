@@ -118,12 +118,12 @@ def round_by_chance(x: Float32[Array, "..."], seed: Int32[Array, ""]) -> BFloat1
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    chance = _hash(position ^ _hash(seed.astype(jnp.uint32))) >> 16
+    chance = scramble(position ^ scramble(seed.astype(jnp.uint32))) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + chance
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
-def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def scramble(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """A permutation of 32 bits without order in it (the finaliser of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -144,6 +144,11 @@ def matrix_axes(path: str, axes: tuple[str, ...]) -> MuonDimensionNumbers | None
     return MuonDimensionNumbers(
         reduction_axis=tuple(map(from_the_end, range(inputs))), output_axis=tuple(map(from_the_end, outputs))
     )
+
+
+def updates_done(state: Any) -> Int32[Array, ""]:
+    """Updates that an optimizer has made, which is where its schedule stands; every part of its state counts them."""
+    return optax.tree_utils.tree_get_all_with_path(state, "count")[0][1]
 
 
 def global_norm(tree: dict[str, jax.Array]) -> jax.Array:

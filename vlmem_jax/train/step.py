@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.train.optimizer import clip, global_norm
+from vlmem_jax.train.optimizer import clip, global_norm, updates_done
 from vlmem_jax.train.stages import Flat, unflatten
 
 
@@ -19,7 +19,7 @@ class TrainState:
     """What a step changes. It is donated: the arrays of the old state are gone once the step has been started."""
 
     step: Int32[Array, ""]
-    """Steps of the stage done so far."""
+    """Steps of the stage done so far, those without weight, which change nothing else, among them."""
     params: Flat
     """Trained parameters, fp32."""
     optimizer: Any
@@ -28,7 +28,8 @@ class TrainState:
 Loss = Callable[[dict, Any, Array], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 """`loss(params, rows, key) -> (sum, others)`: a sum over the batch, and more such sums by name.
 
-All are divided by the step's denominator. `params` is the nested dict of the whole model; `key` is for dropping.
+All are divided by the step's denominator, where that is not 0. `params` is the nested dict of the whole model; `key`
+is for dropping.
 """
 
 Step = Callable[[TrainState, Flat, Any, Array], tuple[TrainState, dict[str, Array]]]
@@ -53,14 +54,19 @@ def make_step(
     Every leaf of `batch` has a leading axis of parts, worked on one after the other; their gradients add up. `key()` is
     the stage's key, made inside the program; each step and part folds its number in. `gauges(params)` are scalars to
     report. Where the loss or the gradient is not finite, the state comes back as it was and `finite` is False.
+
+    A step of denominator 0 has no weight: nothing to learn. It is `skipped`: parameters and the optimizer's state stay
+    bit for bit, where momentum and weight decay would move them, and the schedule, which counts updates, stands still.
     """
 
     def step(state: TrainState, frozen: Flat, batch: Any, denominator: Array):
         step_key = jax.random.fold_in(key(), state.step)
+        weighted = denominator > 0
+        divisor = jnp.where(weighted, denominator, 1.0)
 
         def part(params: Flat, rows: Any, index: Array):
             total, others = loss(unflatten({**frozen, **params}), rows, jax.random.fold_in(step_key, index))
-            return total / denominator, jax.tree.map(lambda x: x / denominator, others)
+            return total / divisor, jax.tree.map(lambda x: x / divisor, others)
 
         value_and_grad = jax.value_and_grad(part, has_aux=True)
 
@@ -78,13 +84,16 @@ def make_step(
         norm = global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, optimizer_state = optimizer.update(clip(grads, norm, clip_norm), state.optimizer, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        changed = optax.apply_updates(state.params, updates), optimizer_state
+        kept = state.params, state.optimizer
+        kept = jax.tree.map(lambda new, old: jnp.where(finite & weighted, new, old), changed, kept)
+        new = TrainState(jnp.where(finite, state.step + 1, state.step), *kept)
         metrics = {
             "loss": value,
             "grad_norm": norm,
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(updates_done(state.optimizer)),
             "finite": finite,
+            "skipped": ~weighted,
             **others,
             **gauges(unflatten({**frozen, **state.params})),
         }
