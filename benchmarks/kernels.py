@@ -25,11 +25,9 @@ import numpy as np
 
 from benchmarks.measure import RUNS, in_turns
 from benchmarks.tpu_kernels import Case
-from kernels_pallas import memory_attention, rotary_tables
+from kernels_pallas import device, memory_attention, rotary_tables
 from kernels_pallas.memory_attention import blocks as block_sizes
 
-PEAK = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-"""bf16 matmul operations and HBM bytes a second."""
 SMALL = {"queries": 64, "slots": [128], "heads": 2, "head_dim": 64, "dtype": "float32", "repeat": 1}
 LARGE = {"queries": 2048, "slots": [4096], "heads": 16, "head_dim": 128, "dtype": "bfloat16", "repeat": 20}
 
@@ -63,8 +61,8 @@ class Timing:
     def markdown(self) -> str:
         c, low, high = self.case, min(self.seconds), max(self.seconds)
         flops, moved = c.flops / self.median, c.minimum_bytes / self.median
-        peak = next((p for name, p in PEAK.items() if name in jax.devices()[0].device_kind), None)
-        share = "-" if peak is None else f"{100 * max(flops / peak[0], moved / peak[1]):.0f}"
+        peak = device.peak(jax.devices()[0].device_kind)
+        share = "-" if peak is None else f"{100 * max(flops / peak.flops, moved / peak.hbm):.0f}"
         cells = [c.direction, f"{c.queries} x {c.slots}", f"{c.heads} / {c.kv_heads} x {c.head_dim} {c.dtype}"]
         cells += [self.implementation + (f" {self.blocks}" if self.blocks else ""), f"{1e3 * self.median:.3g}"]
         cells += [f"{1e3 * low:.3g} to {1e3 * high:.3g}", f"{flops / 1e12:.3g}", f"{moved / 1e9:.3g}", share]

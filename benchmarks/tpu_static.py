@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.tpu_dump import UNITS, read
 from benchmarks.tpu_kernels import Case, build, flash_case, runs, splash_case
+from kernels_pallas.device import PEAKS
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 MXU_FLOPS = {"v5e": 4 * 128 * 128 * 2, "v5p": 4 * 128 * 128 * 2, "v6e": 2 * 256 * 256 * 2 * 2}
@@ -29,7 +30,6 @@ MXU_FLOPS = {"v5e": 4 * 128 * 128 * 2, "v5p": 4 * 128 * 128 * 2, "v6e": 2 * 256 
 MATMUL_CYCLES = {"v5e": 16, "v5p": 16, "v6e": 8}
 """That 16 rows of bf16, or 8 of fp32 in half the time, hold a matrix unit."""
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
-HBM = {"v5e": 810e9, "v5p": 2800e9, "v6e": 1600e9}
 _BUSY = "libtpu multi-process lockfile"
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +51,7 @@ class Row:
     @property
     def hbm_cycles(self) -> float:
         """That the memory needs for each of q, k, v, o once; a kernel with fewer bundles waits for it."""
-        return self.case.minimum_bytes / HBM[self.case.chip] * CLOCK[self.case.chip]
+        return self.case.minimum_bytes / PEAKS[self.case.chip].hbm * CLOCK[self.case.chip]
 
     @property
     def raw(self) -> float:

@@ -1,4 +1,6 @@
-"""The device that a program is traced for."""
+"""The device that a program is traced for, and what such devices can do."""
+
+import dataclasses
 
 import jax
 
@@ -11,6 +13,32 @@ CHIPS = {
     "TPU v6e": "v6e",
 }
 """Names that JAX gives to TPUs -> the usual ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What a chip can do in a second at most, all cores together, as published."""
+
+    flops: float
+    """Dense bf16 multiply-adds, times two."""
+    hbm: float
+    """Bytes read from its memory."""
+
+
+PEAKS = {
+    "v5e": Peak(197e12, 810e9),
+    "v5p": Peak(459e12, 2765e9),
+    "v6e": Peak(918e12, 1640e9),
+    "H100": Peak(989e12, 3.35e12),
+    "H200": Peak(989e12, 4.8e12),
+}
+"""The one table of them: usual name of a TPU, or a word in the name that JAX gives to a GPU -> peak."""
+
+
+def peak(kind: str) -> Peak | None:
+    """Of a device with that name, as JAX gives it; None where it is not known."""
+    name = CHIPS.get(kind) or next((name for name in PEAKS if name in kind), None)
+    return PEAKS.get(name)
 
 
 def platform() -> str:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels_pallas.device import PEAKS
 from tests.train import world
 from vlmem_jax.flight.chips import CHIPS, Topology
 from vlmem_jax.flight.memory import buffers, temporary_bytes
@@ -111,12 +112,15 @@ def test_kernels_count_their_products():
     causal = 4 * 256 * 256 / 2
     expected = 0.0
     for products, share, count in ((2, 0.95, pairs), (5, 0.97, 2 * pairs), (2, 0.88, causal)):
-        expected += 2 * 128 * products * count / (CHIPS["v5p"].flops * share)
-    fast = dataclasses.replace(CHIPS["v5p"], hbm=1e18)  # reading takes no time
+        expected += 2 * 128 * products * count / (PEAKS["v5p"].flops * share)
+
+    def reading(bytes_a_second):
+        return dataclasses.replace(CHIPS["v5p"], peak=dataclasses.replace(PEAKS["v5p"], hbm=bytes_a_second))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CHIPS, "v5p", fast)
+        patch.setitem(CHIPS, "v5p", reading(1e18))  # in no time
         assert kernel_seconds(HloProgram(KERNELS), Topology("v5p:2x2x1")) == pytest.approx(expected)
-        patch.setitem(CHIPS, "v5p", dataclasses.replace(fast, hbm=1e6))
+        patch.setitem(CHIPS, "v5p", reading(1e6))
         assert kernel_seconds(HloProgram(KERNELS), Topology("v5p:2x2x1")) > 100 * expected
 
 

@@ -2,12 +2,14 @@ import dataclasses
 import io
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from tests.train import standin
+from vlmem_jax.flight.chips import CHIPS
 from vlmem_jax.train import metrics
 from vlmem_jax.train.config import StageConfig
 from vlmem_jax.train.goodput import Goodput
@@ -111,3 +113,10 @@ def test_tensorboard_gets_every_number(tmp_path):
 def test_the_peak_of_this_machine_is_measured():
     metrics.peak_flops.cache_clear()
     assert 1e8 < metrics.peak_flops() < 1e14
+
+
+@pytest.mark.parametrize("kind, chip", [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e")])
+def test_training_and_the_flight_check_count_with_one_peak(monkeypatch, kind, chip):
+    monkeypatch.setattr(metrics.jax, "devices", lambda: [SimpleNamespace(platform="tpu", device_kind=kind)])
+    monkeypatch.setattr(metrics.jax, "device_count", lambda: 8)
+    assert metrics.peak_flops.__wrapped__() == 8 * CHIPS[chip].peak.flops

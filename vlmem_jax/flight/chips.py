@@ -1,19 +1,19 @@
-"""What a TPU chip can do, for predictions. Peaks as published; link speeds one way."""
+"""TPU chips and the slices that they form, for predictions. Figures as published; link speeds one way."""
 
 import dataclasses
 import math
 from collections.abc import Collection
 
+from kernels_pallas.device import PEAKS, Peak
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip; all cores together. Bytes, FLOPs and cycles a second."""
+    """One chip. Bytes and cycles a second."""
 
+    peak: Peak
     hbm_bytes: int
-    flops: float
-    """bf16 multiply-adds, times two."""
     clock: float
-    hbm: float
     link: float
     """Of one link to a neighbour; a chip has two links along each axis of its torus."""
     network: float
@@ -26,9 +26,9 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 
 CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 1.5e9, 810e9, 45e9, 3.1e9, _FLAT),
-    "v5p": Chip(95 * 2**30, 459e12, 1.75e9, 2765e9, 90e9, 6.2e9, _SOLID),
-    "v6e": Chip(32 * 2**30, 918e12, 1.75e9, 1640e9, 90e9, 12.5e9, _FLAT),
+    "v5e": Chip(PEAKS["v5e"], 16 * 2**30, 1.5e9, 45e9, 3.1e9, _FLAT),
+    "v5p": Chip(PEAKS["v5p"], 95 * 2**30, 1.75e9, 90e9, 6.2e9, _SOLID),
+    "v6e": Chip(PEAKS["v6e"], 32 * 2**30, 1.75e9, 90e9, 12.5e9, _FLAT),
 }
 
 _PASSES = {"all-reduce": 2, "collective-permute": 0.5}

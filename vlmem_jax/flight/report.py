@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from jax.sharding import Mesh
 
+from kernels_pallas.device import Peak
 from kernels_pallas.memory_attention.blocks import LANES, up
 from vlmem_jax.compiler import options
-from vlmem_jax.flight.chips import Chip, Topology
+from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.compile import (
     Job,
     Learning,
@@ -137,7 +138,7 @@ def _report(
     cycles, kernels = done.program.cycles() / chip.clock, kernel_seconds(done.program, topology)
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
     hidden, exposed = max(cycles + kernels, exchange), cycles + kernels + exchange
-    peak_flops = topology.chips * chip.flops
+    peak_flops = topology.chips * chip.peak.flops
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
     return Report(
         topology=topology.name,
@@ -197,7 +198,7 @@ def activation_gathers(
 
 def kernel_seconds(program: HloProgram, topology: Topology) -> float:
     """Of attention kernels on one chip: matmuls, causal ones at half, or reading the operands, whichever is longer."""
-    total, name = 0.0, topology.name.partition(":")[0]
+    total, name, peak = 0.0, topology.name.partition(":")[0], topology.chip.peak
     for instruction, times in program:
         found = re.search(r"(memory_attention|splash)\w*", instruction.rest)
         if 'custom_call_target="tpu_custom_call"' not in instruction.rest or found is None:
@@ -206,7 +207,7 @@ def kernel_seconds(program: HloProgram, topology: Topology) -> float:
         shapes = [tuple(int(size) for size in sizes.split(",")) for sizes in arrays]
         direction = "backward" if "backward" in instruction.rest or "dkv" in instruction.rest else "forward"
         flops = _attention_flops(found[1], shapes, direction)
-        total += times * _attention_seconds(topology.chip, flops, shapes, KERNEL_UTILISATION[found[1], direction][name])
+        total += times * _attention_seconds(peak, flops, shapes, KERNEL_UTILISATION[found[1], direction][name])
     return total
 
 
@@ -220,6 +221,6 @@ def _attention_flops(name: str, shapes: list[tuple[int, ...]], direction: str) -
     return 2 * products * math.prod(lse) * k[1] * LANES
 
 
-def _attention_seconds(chip: Chip, flops: int, shapes: list[tuple[int, ...]], utilisation: float) -> float:
+def _attention_seconds(peak: Peak, flops: int, shapes: list[tuple[int, ...]], utilisation: float) -> float:
     read = 2 * sum(math.prod(shape) for shape in shapes[:3])  # q, k and v in bf16
-    return max(flops / (chip.flops * utilisation), read / chip.hbm)
+    return max(flops / (peak.flops * utilisation), read / peak.hbm)

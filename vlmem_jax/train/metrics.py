@@ -25,18 +25,9 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from kernels_pallas.device import peak
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.goodput import Goodput
-
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 920e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
-"""Dense bf16 FLOPs a second by the start of, or a word in, a device's kind; the first that fits counts."""
 
 
 @functools.cache
@@ -45,7 +36,8 @@ def peak_flops() -> float | None:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measured_peak()
-    return next((peak * jax.device_count() for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+    known = peak(device.device_kind)
+    return known and known.flops * jax.device_count()
 
 
 def _measured_peak(size: int = 1024, tries: int = 5) -> float:
