@@ -8,4 +8,4 @@ prepare test
 ruff check .
 ruff format --check .
 lint-imports
-pytest -n 2 --dist loadgroup "$@"
+pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -1,5 +1,7 @@
 """What every test runs under: eight CPU devices, a compilation cache, and checked array shapes."""
 
+import collections
+import itertools
 import os
 import re
 from pathlib import Path
@@ -54,10 +56,22 @@ def bucket(gcs, request):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the names of the tests
 def pytest_collection_modifyitems(items):
-    """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`)."""
+    """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`).
+
+    Groups with most slow tests begin first: a long one that began last would be waited for.
+    """
+    groups = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+        marker = item.get_closest_marker("xdist_group")
+        name = marker.args[0] if marker else item.nodeid.split("::")[0]
+        if marker is None:
+            item.add_marker(pytest.mark.xdist_group(name))
+        groups[name].append(item)
+
+    def size(group):
+        return sum(item.get_closest_marker("slow") is not None for item in group), len(group)
+
+    items[:] = itertools.chain.from_iterable(sorted(groups.values(), key=size, reverse=True))
 
 
 @pytest.fixture(autouse=True, scope="module")
