@@ -4,8 +4,10 @@ import collections
 import itertools
 import os
 import re
+import time
 from pathlib import Path
 
+START = time.monotonic()
 ROOT = Path(__file__).parent.parent
 
 # read once, when jax is first imported; commands that tests start inherit them
@@ -54,8 +56,12 @@ def bucket(gcs, request):
     return f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, help="skip tests whose turn comes later than this; keep the order given")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the names of the tests
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`).
 
     Groups with most slow tests begin first: a long one that began last would be waited for.
@@ -67,11 +73,20 @@ def pytest_collection_modifyitems(items):
         if marker is None:
             item.add_marker(pytest.mark.xdist_group(name))
         groups[name].append(item)
+    if config.getoption("seconds") is None:
 
-    def size(group):
-        return sum(item.get_closest_marker("slow") is not None for item in group), len(group)
+        def size(group):
+            return sum(item.get_closest_marker("slow") is not None for item in group), len(group)
 
-    items[:] = itertools.chain.from_iterable(sorted(groups.values(), key=size, reverse=True))
+        items[:] = itertools.chain.from_iterable(sorted(groups.values(), key=size, reverse=True))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips what comes too late."""
+    limit = item.config.getoption("seconds")
+    if limit is not None and time.monotonic() - START > limit:
+        pytest.skip(f"{limit:g} seconds are over")
 
 
 @pytest.fixture(autouse=True, scope="module")
