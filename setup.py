@@ -55,7 +55,7 @@ setup(
             # the TPU compiler, which runs without a TPU; jax names the release that fits it
             "jax[tpu]>=0.10,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pytest>=8.3,<9.2",  # in 9.2 pytest-xdist 3.8 no longer groups tests (pytest-xdist issue 1386)
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.9",
             "safetensors>=0.5",
             "scikit-learn>=1.5",

@@ -1,9 +1,13 @@
 """What every test runs under: eight CPU devices, a compilation cache, and checked array shapes."""
 
+import collections
+import itertools
 import os
 import re
+import time
 from pathlib import Path
 
+START = time.monotonic()
 ROOT = Path(__file__).parent.parent
 
 # read once, when jax is first imported; commands that tests start inherit them
@@ -52,12 +56,37 @@ def bucket(gcs, request):
     return f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, help="skip tests whose turn comes later than this; keep the order given")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist writes the groups into the names of the tests
-def pytest_collection_modifyitems(items):
-    """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`)."""
+def pytest_collection_modifyitems(config, items):
+    """A file's tests share a worker, and with it compiled programs and fixtures (under `--dist loadgroup`).
+
+    Groups with most slow tests begin first: a long one that began last would be waited for.
+    """
+    groups = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+        marker = item.get_closest_marker("xdist_group")
+        name = marker.args[0] if marker else item.nodeid.split("::")[0]
+        if marker is None:
+            item.add_marker(pytest.mark.xdist_group(name))
+        groups[name].append(item)
+    if config.getoption("seconds") is None:
+
+        def size(group):
+            return sum(item.get_closest_marker("slow") is not None for item in group), len(group)
+
+        items[:] = itertools.chain.from_iterable(sorted(groups.values(), key=size, reverse=True))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips what comes too late."""
+    limit = item.config.getoption("seconds")
+    if limit is not None and time.monotonic() - START > limit:
+        pytest.skip(f"{limit:g} seconds are over")
 
 
 @pytest.fixture(autouse=True, scope="module")
