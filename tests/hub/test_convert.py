@@ -77,23 +77,6 @@ def test_theirs_to_ours_to_theirs_is_bit_equal(hf_folder, tmp_path, shard_bytes)
     assert (tmp_path / "back" / "tokenizer_config.json").read_text() == '{"pad_token": "</s>"}'
 
 
-@pytest.mark.parametrize("memory", ["comemo", "none"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_ours_to_theirs_to_ours_is_bit_equal(tmp_path, memory, dtype):
-    """From a checkpoint as training writes it."""
-    model = presets.resolve({"preset": "tiny", "memory": memory, "vision": {"qk_norm": True}})
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), VLM(model).fresh(jax.random.key(3)))
-    save_params(tmp_path / "run" / "finetune" / "7", params)
-    about = {"model": to_dict(model), "image": {"size": 28}, "template": "internlm2-chat", "system": None}
-    (tmp_path / "run" / "model.json").write_text(json.dumps(about))
-    (tmp_path / "run" / "config.json").write_text('{"stages": [{"name": "finetune"}]}')
-    export_folder(tmp_path / "run", tmp_path / "hf")
-    import_folder(tmp_path / "hf", tmp_path / "back")
-    back = parameters(tmp_path / "back")
-    for path, leaf in flat(params).items():
-        assert back[path].dtype == dtype and back[path].tobytes() == np.asarray(leaf).tobytes(), path
-
-
 def test_a_checkpoint_of_what_was_trained_is_exported_with_its_base(hf_folder, tmp_path):
     import_folder(hf_folder, tmp_path / "ours")
     run, whole = tmp_path / "run", parameters(tmp_path / "ours")

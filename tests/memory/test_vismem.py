@@ -17,6 +17,7 @@ from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory.vismem import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
+from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.config import StageConfig
@@ -611,6 +612,17 @@ def test_rescaled_memories_have_the_size_of_the_gain(vlm, params, prompts):
     sizes = jnp.sqrt((latents**2).mean(-1))
     np.testing.assert_allclose(sizes[0, : config.short_len], 0.5, rtol=1e-3)
     np.testing.assert_allclose(sizes[1], 2.0, rtol=1e-3)
+
+
+def test_small_formers_have_sizes_of_their_own(vlm):
+    builder, tiny = EncoderConfig(layers=1, heads=4, ff_mult=2), EncoderConfig(layers=3, heads=2, ff_mult=5)
+    config = dataclasses.replace(vlm.config.vismem, former="tiny_transformer", query_builder=builder, tiny=tiny)
+    memory = VLM(dataclasses.replace(vlm.config, vismem=config)).abstract()["memory"]
+    width = vlm.config.decoder.width
+    for part, sizes in (("query_builder", builder), ("short", tiny), ("long", tiny)):
+        layers = memory[part]["encoder"]["layers"]
+        assert layers["attn"]["q"]["kernel"].shape == (sizes.layers, width, sizes.heads, width // sizes.heads)
+        assert layers["mlp"]["fc1"]["kernel"].shape == (sizes.layers, width, sizes.ff_mult * width)
 
 
 @pytest.mark.parametrize(

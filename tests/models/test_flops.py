@@ -36,7 +36,8 @@ def test_forward_flops_are_those_that_xla_counts(memory):
 @pytest.mark.parametrize("former", ["lora_llm", "tiny_transformer"])
 def test_flops_of_forming_memories_are_those_that_xla_counts(former):
     one = {"decoder": {"layers": 1}, "vision": {"layers": 1, "full_layers": (0,)}}
-    own = {"former": former, "max_visual_hidden": 0, "lora": {"rank": 1}, "query_builder": {"layers": 1}}
+    encoders = {"query_builder": {"layers": 1}, "tiny": {"layers": 1, "ff_mult": 1}}
+    own = {"former": former, "max_visual_hidden": 0, "lora": {"rank": 1}, **encoders}
     settings = presets.resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": own, **one})
     model, states = VLM(settings), settings.vismem.max_prompt_hidden
     params = model.abstract()

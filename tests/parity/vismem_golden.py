@@ -48,11 +48,8 @@ def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "v
         short_len=len(tiny["short.m_init"]),
         long_len=len(tiny["long.m_init"]),
         former=former,
-        query_builder=EncoderConfig(
-            layers=sum(name.endswith("norm1.weight") for name in builder),
-            heads=int(files["query_builder"]["num_heads"]),
-            ff_mult=builder["encoder.layers.0.linear1.weight"].shape[0] // builder["q_init"].shape[1],
-        ),
+        query_builder=sizes(builder, files["query_builder"]["num_heads"]),
+        tiny=sizes(part(tiny, "short."), tiny["num_heads"]),
         lora=LoRAConfig(int(lora["r"]), float(lora["alpha"]), 0.0, tuple(targets)),
         visual_states=visual_states,
         max_visual_hidden=longest // 2,
@@ -78,7 +75,7 @@ def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "v
             memory[kind] = {"m_init": lora[f"m_init_{kind}"][0], "lora": adapters(part(lora, f"{kind}."))}
         else:
             own = part(tiny, f"{kind}.")
-            memory[kind] = {"m_init": own["m_init"], "encoder": encoder(own, config.query_builder)}
+            memory[kind] = {"m_init": own["m_init"], "encoder": encoder(own, config.tiny)}
     vlm = VLM(dataclasses.replace(base.vlm.config, memory="vismem", vismem=config))
     params = jax.tree.map(jnp.asarray, params | {"memory": memory})
     shapes = jax.tree.map(lambda x: x.shape, params)
@@ -89,6 +86,12 @@ def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "v
 def part(arrays: dict, start: str) -> dict:
     """Those whose names begin so, without that beginning."""
     return {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
+
+
+def sizes(arrays: dict, heads: np.ndarray) -> EncoderConfig:
+    """Those of an encoder by the shapes of its parameters, and its heads, which they do not tell."""
+    hidden, width = arrays["encoder.layers.0.linear1.weight"].shape
+    return EncoderConfig(sum(name.endswith("norm1.weight") for name in arrays), int(heads), hidden // width)
 
 
 def encoder(arrays: dict, config: EncoderConfig) -> dict:

@@ -41,8 +41,12 @@ def rules(config: ModelConfig, layer: str) -> list[Rule]:
     return section("memory/blocks/", layer + LAYER, sizes | {"g": 1, "kv": 2}, rows, layers)
 
 
-def read(mixin: Mapping | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """Our keys; None for a checkpoint without memory blocks. `shapes` of tensors fill in what `mixin` leaves out."""
+def read(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Our keys; None for a checkpoint without memory blocks. `shapes` of tensors fill in what config.json leaves out.
+
+    Raises ValueError naming what neither tells.
+    """
+    mixin = content.get("mixin_config")
     blocks = {name: shape for name, shape in shapes.items() if f".{LAYER}" in name}
     if not mixin and not blocks:
         return None
@@ -60,8 +64,6 @@ def read(mixin: Mapping | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """{"mixin_config": ...} of a model with memory blocks, {} of one without."""
-    if model.memory != "comemo":
-        return {}
+    """What config.json tells of a model with memory blocks."""
     width = {"language_dim": model.decoder.width, "vision_dim": model.decoder.width}
     return {"mixin_config": settings.theirs(KEYS, model.comemo) | width}

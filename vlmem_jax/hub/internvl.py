@@ -1,17 +1,17 @@
-"""Tensor names of InternVL2 with an InternLM2 decoder, and of CoMemo on top of it."""
+"""Tensor names of InternVL2 with an InternLM2 decoder."""
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from vlmem_jax.hub import comemo
+from vlmem_jax.hub import memories
 from vlmem_jax.hub.fit import assemble
 from vlmem_jax.hub.rules import Rule, section
 from vlmem_jax.models import ModelConfig
 
 LAYER = "language_model.model.layers.{}."
 NESTED = "decoder_layer."
-"""CoMemo wraps every decoder layer, those without a memory block too; a plain InternVL2 checkpoint does not."""
+"""CoMemo's release wraps every decoder layer, those without a memory block too; InternVL2's does not."""
 EMBEDDING = "language_model.model.tok_embeddings.weight"
 HEAD = "language_model.output.weight"
 
@@ -24,12 +24,12 @@ def is_wrapped(names: Iterable[str]) -> bool:
 def name_table(config: ModelConfig, wrapped: bool | None = None, vocab: int | None = None) -> list[Rule]:
     """Every leaf of the model's parameters and the tensor(s) it comes from; linear weights there are [out, in].
 
-    wrapped: decoder layers have the extra level NESTED (default: exactly when the model has memory blocks).
+    wrapped: decoder layers have the extra level NESTED (default: exactly with CoMemo's memory).
     vocab: rows of the checkpoint's embedding, if not the model's.
     """
-    wrapped = config.memory != "none" if wrapped is None else wrapped
+    wrapped = config.memory == "comemo" if wrapped is None else wrapped
     rules = _vision(config.vision) + _projector(config) + _decoder(config.decoder, NESTED * wrapped, vocab)
-    return rules + (comemo.rules(config, LAYER) if config.memory == "comemo" else [])
+    return rules + memories.rules(config, LAYER)
 
 
 def _vision(vision) -> list[Rule]:

@@ -1,10 +1,10 @@
-"""config.json of InternVL2 (with an InternLM2 decoder) and of CoMemo <-> our model and image configs."""
+"""config.json of InternVL2 (with an InternLM2 decoder), with any memory <-> our model and image configs."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vlmem_jax.config import build
-from vlmem_jax.hub import comemo
+from vlmem_jax.hub import memories
 from vlmem_jax.hub.settings import Released, check_fixed, check_needed, ours, theirs
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing.chat import TEMPLATES
@@ -55,7 +55,7 @@ FIXED = {
 
 
 def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Released:
-    """From a parsed config.json; `shapes` of the checkpoint's tensors fill in what mixin_config leaves out.
+    """From a parsed config.json; `shapes` of the checkpoint's tensors fill in what it leaves out.
 
     Raises ValueError naming the key that is missing, or has a value that is not supported.
     """
@@ -82,9 +82,7 @@ def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     known = [name for name, chat in TEMPLATES.items() if chat.video is None]
     if template not in known:
         raise ValueError(f"template of config.json must be one of {', '.join(known)}; got {template!r}")
-    blocks = comemo.read(content.get("mixin_config"), shapes)
-    model = {"vision": vision, "decoder": decoder, "memory": "comemo" if blocks else "none"}
-    model |= {"comemo": blocks} if blocks else {}
+    model = {"vision": vision, "decoder": decoder} | memories.read(content, shapes)
     model |= {"projector": {"shuffle": content["ps_version"]}} if "ps_version" in content else {}
     model |= {"compute_dtype": "float32"} if content.get("torch_dtype") == "float32" else {}
     return Released(build(ModelConfig, model, "config.json"), build(ImageConfig, image, "config.json"), template)
@@ -105,7 +103,7 @@ def write_config(model: ModelConfig, image: ImageConfig, template: str, dtype: s
         "ps_version": model.projector.shuffle,
         "dynamic_image_size": image.max_tiles > 1,
     }
-    content |= theirs(IMAGE, image) | comemo.write(model)
+    content |= theirs(IMAGE, image) | memories.write(model)
     for key, value in FIXED.items():
         *section, name = key.split(".")
         (content[section[0]] if section else content)[name] = value

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from vlmem_jax.hub import comemo, vismem
+from vlmem_jax.hub import memories
 from vlmem_jax.hub.fit import assemble
 from vlmem_jax.hub.rules import Rule, section
 from vlmem_jax.models import ModelConfig
@@ -25,9 +25,7 @@ def name_table(config: ModelConfig, nested: bool | None = None, vocab: int | Non
     """
     tower, text = ("model.visual.", "model.language_model.") if nested else ("visual.", "model.")
     rules = _vision(config, tower) + _decoder(config.decoder, text, vocab)
-    if config.memory == "vismem":
-        rules += vismem.rules(config)
-    return rules + (comemo.rules(config, f"{text}layers.{{}}.") if config.memory == "comemo" else [])
+    return rules + memories.rules(config, f"{text}layers.{{}}.")
 
 
 def _vision(config: ModelConfig, prefix: str) -> list[Rule]:

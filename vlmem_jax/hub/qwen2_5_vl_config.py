@@ -1,10 +1,10 @@
-"""config.json and preprocessor_config.json of Qwen2.5-VL <-> our model and image configs."""
+"""config.json and preprocessor_config.json of Qwen2.5-VL, with any memory <-> our model and image configs."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vlmem_jax.config import build
-from vlmem_jax.hub import comemo, vismem
+from vlmem_jax.hub import memories
 from vlmem_jax.hub.qwen2_5_vl import HEAD
 from vlmem_jax.hub.settings import Released, check_fixed, check_needed, ours, theirs
 from vlmem_jax.models import ModelConfig
@@ -84,9 +84,7 @@ def read_config(
         vision["full_layers"] = [layer for layer in vision["full_layers"] if layer < vision["layers"]]
     if "tokens_per_second" in vision:
         vision["tokens_per_second"] = float(vision["tokens_per_second"])
-    blocks = comemo.read(content.get("mixin_config"), shapes)
-    model = {"vision": vision, "decoder": decoder, "memory": "comemo" if blocks else "none"}
-    model |= ({"comemo": blocks} if blocks else {}) | vismem.read(content)
+    model = {"vision": vision, "decoder": decoder} | memories.read(content, shapes)
     dtype = content.get("torch_dtype", content.get("dtype"))
     model |= {"compute_dtype": "float32"} if dtype == "float32" else {}
     size = about_pixels.get("size") or {}
@@ -118,7 +116,7 @@ def write_config(model: ModelConfig, dtype: str, tokenizer: Tokenizer | None = N
         "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": list(decoder.rope_sections)},
     }
-    content |= theirs(DECODER, decoder) | comemo.write(model) | vismem.write(model)
+    content |= theirs(DECODER, decoder) | memories.write(model)
     if tokenizer is not None:
         content |= {key: tokenizer.id(token) for key, token in TOKENS.items()}
     return content

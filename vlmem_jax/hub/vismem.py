@@ -10,8 +10,8 @@ from vlmem_jax.models import VLM, ModelConfig
 KEY = "vismem_config"
 
 
-def rules(config: ModelConfig) -> list[Rule]:
-    """The memory's part of a name table: a tensor a leaf, layers stacked."""
+def rules(config: ModelConfig, layer: str) -> list[Rule]:
+    """The memory's part of a name table: a tensor a leaf, layers stacked. None stand in the decoder's `layer`."""
     found = []
     for path, leaf in flat(VLM(config).abstract()["memory"]).items():
         axes = "abcde"[: len(leaf.shape)]
@@ -20,11 +20,11 @@ def rules(config: ModelConfig) -> list[Rule]:
     return found
 
 
-def read(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of the model that config.json tells."""
-    return {"memory": "vismem", "vismem": content[KEY]} if KEY in content else {}
+def read(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Our keys; None for a checkpoint without this memory."""
+    return content.get(KEY)
 
 
 def write(model: ModelConfig) -> dict[str, Any]:
-    """What config.json tells of a model."""
-    return {KEY: to_dict(model.vismem)} if model.memory == "vismem" else {}
+    """What config.json tells of a model with this memory."""
+    return {KEY: to_dict(model.vismem)}

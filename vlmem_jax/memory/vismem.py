@@ -48,7 +48,8 @@ class VisMemConfig:
     vision_layer: int = 24
     """The first of those layers of the tower."""
     query_builder: EncoderConfig = EncoderConfig()
-    """Its layers; those of a tiny_transformer are as many and as wide."""
+    tiny: EncoderConfig = EncoderConfig()
+    """Of each kind's encoder under tiny_transformer."""
     lora: LoRAConfig = LoRAConfig()
     visual_states: Literal["vision_encoder", "llm_hidden_first_span"] = "vision_encoder"
     """What is kept of images: their tokens as the decoder sees them, or the decoder's last states of the first of them,
@@ -152,7 +153,7 @@ class Former(nnx.Module):
         self.m_init = param(nnx.initializers.normal(0.02), (slots, decoder.width), ("slots", "embed"), rngs)
         self.gain = param(ones, (1,), ("scalar",), rngs) if config.memory_output == "rescaled" else None
         if config.former == "tiny_transformer":
-            self.encoder = Encoder(config.query_builder, decoder.width, rngs=rngs)
+            self.encoder = Encoder(config.tiny, decoder.width, rngs=rngs)
         else:
             shapes = decoder.adapter_shapes
             self.lora = stack(lambda rngs: LoRA(config.lora, shapes, rngs=rngs), decoder.layers, rngs)

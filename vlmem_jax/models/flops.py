@@ -117,7 +117,7 @@ def formation_flops(config: ModelConfig, states: int, trained: Collection[str]) 
     T = queried + max(c.lengths)
     encoders = [encoder_flops(c.query_builder, width, queried)]
     if c.former == "tiny_transformer":
-        encoders += [encoder_flops(c.query_builder, width, T)] * len(c.lengths)
+        encoders += [encoder_flops(c.tiny, width, T)] * len(c.lengths)
         decoder = 0, 0
     else:
         decoder = decoder_flops(config, T)

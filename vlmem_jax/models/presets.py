@@ -66,7 +66,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         memory="none",
         vismem=dict(
             query_len=4, short_len=2, long_len=4, query_builder=dict(layers=1, heads=4, ff_mult=2),
-            lora=dict(rank=8, alpha=16.0, dropout=0.0), max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
+            tiny=dict(layers=1, heads=4, ff_mult=2), lora=dict(rank=8, alpha=16.0, dropout=0.0),
+            max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
             max_invocations=4, token_ids=(124, 125, 126, 127),
         ),
         compute_dtype="float32",
@@ -90,7 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
         vismem=dict(
             query_len=4, short_len=3, long_len=5, query_builder=dict(layers=1, heads=4, ff_mult=2),
-            lora=dict(rank=4, alpha=8.0), max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
+            tiny=dict(layers=2, heads=2, ff_mult=3), lora=dict(rank=4, alpha=8.0),
+            max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
             max_invocations=3, token_ids=(156, 157, 158, 159), span_ids=(154, 155), start_id=8,
         ),
         compute_dtype="float32",

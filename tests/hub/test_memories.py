@@ -1,0 +1,105 @@
+"""Every memory on every family: each parameter has its place in a checkpoint, which goes out and comes back."""
+
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmem_jax.checkpoint import save_params
+from vlmem_jax.config import to_dict
+from vlmem_jax.hub import families, memories
+from vlmem_jax.hub.convert import export_folder, import_folder, released
+from vlmem_jax.hub.orbax_io import read_leaves
+from vlmem_jax.hub.rules import flat
+from vlmem_jax.hub.safetensors_io import Tensors
+from vlmem_jax.memory import MEMORIES
+from vlmem_jax.models import VLM
+from vlmem_jax.models.presets import PRESETS, resolve
+
+FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl"}
+OTHERS = {
+    "internvl_chat": [
+        dict(memory="none", vision=dict(norm="rms_norm", qk_norm=True, position_grid=6)),
+        dict(memory="comemo", comemo=dict(every=3, heads=2, head_dim=20), decoder=dict(layers=4)),
+    ],
+    "qwen2_5_vl": [
+        dict(memory="comemo", decoder=dict(tied=False)),
+        dict(memory="vismem", vismem=dict(former="lora_vision", vision_layer=1)),
+        dict(memory="vismem", vismem=dict(former="tiny_transformer", memory_output="rescaled")),
+    ],
+}
+"""Settings that change which parameters there are."""
+EVERYTHING = [(family, {"memory": memory}) for family in FAMILIES for memory in ("none", *MEMORIES)]
+EVERYTHING += [(family, settings) for family, others in OTHERS.items() for settings in others]
+
+
+def tiny(family, settings):
+    """A model of two layers, with settings of its memory whichever it is."""
+    speaks = dict(PRESETS["tiny_qwen2_5_vl"]["vismem"], token_ids=(124, 125, 126, 127))
+    base = resolve({"preset": FAMILIES[family], "decoder": {"layers": 2}, "vismem": speaks})
+    parts = {k: dataclasses.replace(getattr(base, k), **keys) for k, keys in settings.items() if k != "memory"}
+    return dataclasses.replace(base, memory=settings["memory"], **parts)
+
+
+@pytest.fixture(scope="module", params=EVERYTHING, ids=str)
+def there(request, tmp_path_factory):
+    """A model, and its parameters as a run keeps them, as they go out, and as they come back."""
+    (family, settings), folder = request.param, tmp_path_factory.mktemp("model")
+    model, rng = tiny(family, settings), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16), VLM(model).abstract())
+    save_params(folder / "run" / "finetune" / "7", params)
+    image = {"size": 28} if family == "internvl_chat" else {"kind": "patches", "max_pixels": 100352}
+    template = "internlm2-chat" if family == "internvl_chat" else "qwen2-vl"
+    about = {"model": to_dict(model), "image": image, "template": template, "system": None}
+    (folder / "run" / "model.json").write_text(json.dumps(about))
+    (folder / "run" / "config.json").write_text('{"stages": [{"name": "finetune"}]}')
+    export_folder(folder / "run", folder / "hf")
+    import_folder(folder / "hf", folder / "back")
+    return SimpleNamespace(family=family, model=model, params=params, folder=folder)
+
+
+def test_every_parameter_has_its_shape_and_every_element_a_place(there):
+    """Writing all leaves into empty tensors fills them: nothing is left out, nothing is written twice."""
+    rules = families.of_model(there.model).name_table(there.model, None, None)
+    assert {rule.ours: rule.our_shape for rule in rules} == {path: x.shape for path, x in flat(there.params).items()}
+    counts = {name: np.zeros(rule.shape, np.int8) for rule in rules for name in rule.names}
+    for rule in rules:
+        for name in rule.names:
+            rule.view(counts[name])[...] += 1
+    assert all((count == 1).all() for count in counts.values())
+
+
+def test_a_memory_stands_beside_the_tensors_of_the_family(there):
+    """They have their names whatever the memory, but where CoMemo is published: InternVL's decoder layers there."""
+    plain = families.of_model(there.model).name_table(dataclasses.replace(there.model, memory="none"), None, None)
+    wanted = {name for rule in plain for name in rule.names}
+    if (there.family, there.model.memory) == ("internvl_chat", "comemo"):
+        wanted = {re.sub(r"(language_model\.model\.layers\.\d+\.)", r"\1decoder_layer.", name) for name in wanted}
+    own = {"none": "nothing", "comemo": ".gated_cross_attn_layer.", "vismem": "vismem."}[there.model.memory]
+    found = set(Tensors(there.folder / "hf"))
+    assert {name for name in found if own not in name} == wanted
+    assert (found == wanted) == (there.model.memory == "none")
+
+
+def test_there_and_back_is_bit_equal(there):
+    back = {path: leaf.read(()) for path, leaf in read_leaves(there.folder / "back" / "0" / "params").items()}
+    before = flat(there.params)
+    assert back.keys() == before.keys()
+    for path, leaf in before.items():
+        assert back[path].dtype == jnp.bfloat16 and back[path].tobytes() == np.asarray(leaf).tobytes(), path
+
+
+def test_the_memory_comes_back_with_its_settings(there):
+    imported = json.loads((there.folder / "back" / "model.json").read_text())["model"]
+    for found in (released(there.folder / "hf").model, resolve(imported)):
+        unused = {name: getattr(found, name) for name in MEMORIES if name != there.model.memory}
+        assert found == dataclasses.replace(there.model, compute_dtype="bfloat16", **unused)
+
+
+def test_every_memory_has_rules():
+    assert memories.MEMORIES.keys() == MEMORIES.keys()
