@@ -11,6 +11,7 @@ from vlmem_jax.flight.program import HloProgram
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import Session, laid_out
 from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import serving_mesh
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.stages import flatten
@@ -96,6 +97,7 @@ def test_rows_are_decoded_each_where_it_lies(name):
 @pytest.mark.parametrize("name", ["comemo", "vismem"])
 def test_heads_apart_are_summed_twice_a_layer(name):
     programs = Programs(name, data=4, tensor=2)
+    assert programs.mesh == make_mesh(serving_mesh(MODELS[name], jax.devices())), "what answering takes by default"
     c = programs.generator.vlm.config
     found = [x for x in programs.step() if not (is_read(x) and x.axes == ("data",))]
     assert {x.axes for x in found} == {("tensor",)}
