@@ -64,12 +64,14 @@ def test_eight_devices_answer_as_one_and_hold_weights_where_they_are_read(checkp
     assert many.generator().generate(prompts, greedy) == one.generator().generate(prompts, greedy)
 
 
-def test_a_mesh_can_be_asked_for(checkpoint, capsys):
+def test_a_mesh_can_be_asked_for_and_says_what_its_heads_cost(checkpoint, capsys):
     answers = []
     for flags in ([], ["--mesh.tensor=4", "--mesh.fsdp=2"]):
         assert ask(checkpoint, "--prompt", "Say a word.", *flags) == 0
-        answers.append(capsys.readouterr().out)
-    assert answers[0] == answers[1]
+        answers.append(capsys.readouterr())
+    assert answers[0].out == answers[1].out
+    line = "mesh.tensor=4 does not divide the 2 kv_heads of model.decoder"
+    assert line in answers[1].err and "does not divide" not in answers[0].err
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 import typing
 
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
-from vlmem_jax.models.placement import asked_mesh
+from vlmem_jax.models.placement import asked_mesh, whole_heads
 from vlmem_jax.sharding import MESH_AXES, MeshConfig
 
 MODES = typing.get_args(typing.get_type_hints(InvocationConfig)["mode"])
@@ -118,6 +118,8 @@ def load(args: argparse.Namespace) -> LoadedModel:
     wanted = invocation(args)
     print(f"loading {args.checkpoint}", file=sys.stderr)
     model = load_model(args.checkpoint, mesh(args))
+    for line in whole_heads(model.vlm, model.mesh, model.vlm.dtype.itemsize, cache=True):
+        print(line, file=sys.stderr)
     if speech := model.vlm.speech:
         wanted.budget(speech)
     elif wanted != InvocationConfig() or args.invocation or getattr(args, "show_memory", False):

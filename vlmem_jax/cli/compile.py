@@ -24,7 +24,7 @@ from vlmem_jax.flight import (
     tpu_devices,
 )
 from vlmem_jax.models import VLM
-from vlmem_jax.models.placement import serving_mesh
+from vlmem_jax.models.placement import serving_mesh, whole_heads
 from vlmem_jax.sharding import batch_shards, make_mesh
 from vlmem_jax.train.config import Experiment, StageConfig, experiment
 
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
     name = f"stage {stage.name}" if args.what in ("train", "rl") else args.what
     print(f"compiling {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)
+    for words in whole_heads(vlm, mesh, vlm.dtype.itemsize if answers else 4, cache=answers):
+        print(words, flush=True)
     start = time.perf_counter()
     report = check(settings)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)

@@ -1,6 +1,7 @@
-"""How a model lies over devices: what answering takes by default."""
+"""How a model lies over devices: what answering takes by default, and what it costs where heads do not go round."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.models.vlm import VLM
-from vlmem_jax.sharding import MeshConfig, slices
+from vlmem_jax.sharding import MeshConfig, param_shardings, shards, slices
 
 HEADS = ("heads", "kv_heads")
 
@@ -39,6 +40,28 @@ def check_heads(config: ModelConfig, mesh: Mesh) -> None:
     parts, heads = mesh.shape["tensor"] * mesh.shape["context"], config.decoder.heads
     if heads % parts:
         raise ConfigError(f"mesh.tensor x mesh.context = {parts} must divide model.decoder.heads {heads}")
+
+
+def whole_heads(vlm: VLM, mesh: Mesh, itemsize: int, cache: bool) -> list[str]:
+    """A line for each kind of heads that `mesh.tensor` does not divide, with the bytes that a device holds of them.
+
+    `itemsize`: bytes of a number of the parameters; `cache`: whether answers are written, with caches of such heads.
+    """
+    tensor, found = shards("kv_heads", mesh), defaultdict(int)
+    places = param_shardings(mesh, vlm.abstract(), vlm.axes())
+    for part, name, count, shape, place in _heads(vlm, places):
+        if count % tensor:
+            found[part, name, count] += math.prod(place.shard_shape(shape)) * itemsize
+    said, c = [], vlm.config.decoder
+    for (part, name, count), size in found.items():
+        cost = f"{size:,} bytes of parameters, not {size // tensor:,}"
+        if cache and (part, name) == ("decoder", "kv_heads"):
+            token = 2 * c.layers * c.kv_heads * c.head_dim * vlm.dtype.itemsize
+            cost += f", and {token:,} bytes of cache for each token of its rows, not {token // tensor:,}"
+        said.append(
+            f"mesh.tensor={tensor} does not divide the {count} {name} of model.{part}: a device holds all, {cost}"
+        )
+    return said
 
 
 def _heads(vlm: VLM, places: dict | None = None) -> list[tuple]:

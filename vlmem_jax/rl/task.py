@@ -26,6 +26,7 @@ from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.hub.convert import released
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
@@ -139,7 +140,8 @@ class GRPO(GRPOLoss):
         )
         prompts = sum(self._stream.prompts.counts)
         phase = f"a phase samples {config.group_size} answers to each of {config.prompts} and learns from them in"
-        self.report = f"{prompts} prompts; {phase} {config.steps} steps"
+        heads = whole_heads(model, self._rollout_mesh, model.dtype.itemsize, cache=True)
+        self.report = "\n".join([f"{prompts} prompts; {phase} {config.steps} steps", *heads])
 
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
