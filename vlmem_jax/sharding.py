@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,16 +76,21 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
         raise ValueError(f"the mesh must use all {len(devices)} devices, but {wanted} do not multiply to that number")
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    count = slices(devices)
+    if count == 1:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
-    if sizes[0] % slices:
+    if sizes[0] % count:
         raise ValueError(
-            f"mesh.data must be a multiple of the {slices} slices, whose links are too slow for other axes; got "
-            f"{sizes[0]}; set mesh.data={slices}"
+            f"mesh.data must be a multiple of the {count} slices, whose links are too slow for other axes; got "
+            f"{sizes[0]}; set mesh.data={count}"
         )
-    inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+    inside, between = (sizes[0] // count, *sizes[1:]), (count, 1, 1, 1)
     return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), MESH_AXES, axis_types=axis_types)
+
+
+def slices(devices: Sequence[jax.Device]) -> int:
+    """Slices that the devices belong to; 1 where there is no such thing."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def spec(*axes: str | None) -> PartitionSpec:

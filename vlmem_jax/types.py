@@ -159,12 +159,22 @@ class KVCache:
     def write(self, layer, k_BTKC, v_BTKC, index_BT=None) -> "KVCache":
         """Puts T tokens into one layer: at slots `index_BT` (those beyond the capacity are dropped), or from slot 0."""
 
+        # each row by itself: a scatter whose indices name rows, too, gathers the tokens of all devices; jax.vmap would
+        # turn the cache round
+        by_row = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3),
+            inserted_window_dims=(0, 2),
+            scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        )
+
         def put(cache_LBSKC, new_BTKC):
             new_BTKC = new_BTKC.astype(cache_LBSKC.dtype)
             if index_BT is None:
                 return jax.lax.dynamic_update_slice(cache_LBSKC, new_BTKC[None], (layer, 0, 0, 0, 0))
-            rows = jnp.arange(index_BT.shape[0])[:, None]
-            return cache_LBSKC.at[layer, rows, index_BT].set(new_BTKC, mode="drop", unique_indices=True)
+            place_BT2 = jnp.stack([jnp.full_like(index_BT, layer), index_BT], axis=-1)
+            return jax.lax.scatter(cache_LBSKC, place_BT2, new_BTKC, by_row, unique_indices=True, mode="drop")
 
         return KVCache(put(self.k_LBSKC, k_BTKC), put(self.v_LBSKC, v_BTKC))
 

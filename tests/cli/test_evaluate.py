@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from tests.evals import world
@@ -34,6 +35,16 @@ def test_a_table_is_printed_and_the_same_command_goes_on(checkpoint, tmp_path, c
     assert run(checkpoint, tmp_path, "--metric", "substr") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "invocation.max_invocations was 1, now None; invocation.disable_long was True, now False" in error
+
+
+def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
+    devices, written = jax.devices(), []
+    for count in (8, 1):
+        monkeypatch.setattr("jax.devices", lambda count=count: devices[:count])
+        assert run(checkpoint, tmp_path / str(count), "--metric", "substr") == 0
+        lines = map(json.loads, (tmp_path / str(count) / "samples.jsonl").read_text().splitlines())
+        written.append({line["name"]: (line["output"], line["score"]) for line in lines})
+    assert written[0] == written[1] and len(written[0]) == 5
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,30 @@ def test_control_tokens_are_never_answered(checkpoint):
     assert max(answer) < model.processor.tokenizer.vocab_size < model.vlm.config.decoder.vocab
 
 
+def test_eight_devices_answer_as_one_and_hold_weights_where_they_are_read(checkpoint):
+    many, one = load_model(checkpoint), load_model(checkpoint, devices=jax.devices()[:1])
+    assert dict(many.mesh.shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2} and one.mesh.size == 1
+    prompts = [one.processor.prompt("word " * n, []) for n in (1, 2, 3)]  # a row of the batch is padding
+    greedy = SamplingConfig(max_new_tokens=6)
+    assert many.generator().generate(prompts, greedy) == one.generator().generate(prompts, greedy)
+
+
+def test_a_mesh_can_be_asked_for_and_says_what_its_heads_cost(checkpoint, capsys):
+    answers = []
+    for flags in ([], ["--mesh.tensor=4", "--mesh.fsdp=2"]):
+        assert ask(checkpoint, "--prompt", "Say a word.", *flags) == 0
+        answers.append(capsys.readouterr())
+    assert answers[0].out == answers[1].out
+    line = "mesh.tensor=4 does not divide the 2 kv_heads of model.decoder"
+    assert line in answers[1].err and "does not divide" not in answers[0].err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--mesh.data=3"], "the mesh must use all 8 devices, but mesh.data=3, mesh.fsdp=1"),
+        (["--mesh.tensor=8"], "mesh.tensor x mesh.context = 8 must divide model.decoder.heads 4"),
+        (["--mesh.fsdp=0"], "mesh sizes must be positive"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
     ],

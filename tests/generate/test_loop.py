@@ -149,10 +149,10 @@ def test_nothing_compiles_after_warm_up(generator, make_prompt):
 
 
 def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):
-    session = generator.start([make_prompt(9, 1)], 3000)  # large, so that the cache outweighs the parameters
+    session = generator.start([make_prompt(9, 1)] * 2, 3000)  # large, so that the cache outweighs the parameters
     extend = jax.jit(vlm.extend, donate_argnums=1)
-    one = jnp.ones((1, 1), jnp.int32)
-    compiled = extend.lower(params, session.state, one, jnp.ones(1, jnp.int32)).compile()
+    one = jnp.ones((2, 1), jnp.int32)
+    compiled = extend.lower(params, session.state, one, jnp.ones(2, jnp.int32)).compile()
     shape = ",".join(map(str, session.state.cache.k_LBSKC.shape))
     assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
     cache_bytes = 2 * session.state.cache.k_LBSKC.nbytes

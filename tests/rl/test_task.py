@@ -175,21 +175,27 @@ def test_sampling_uses_the_arrays_of_training(settings, mesh):
     task.close()
 
 
-def test_a_mesh_of_their_own_gives_the_same_rollouts(settings):
-    config = override_rl(settings(mesh__fsdp=8), rollout_mesh=dict(data=4, fsdp=1, tensor=2), drop_zero_variance=False)
-    mesh = sharding.make_mesh(config.mesh)
+def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh):
+    """Of their own by default, where training splits weights; that of training, if it is asked for; one device."""
+    config, trained_on = settings(mesh__fsdp=8), sharding.make_mesh(sharding.MeshConfig(fsdp=8))
     drawn = []
-    for one in (config, override_rl(config, rollout_mesh=None)):
-        task = make_task(one, mesh)
-        with jax.set_mesh(mesh):
-            places = sharding.param_shardings(mesh, task.model.abstract(), task.model.axes())
+    for where, asked, own in (
+        (trained_on, None, dict(data=4, fsdp=1, context=1, tensor=2)),
+        (trained_on, dict(fsdp=8), dict(trained_on.shape)),
+        (mesh, None, dict(mesh.shape)),
+    ):
+        task = make_task(override_rl(config, rollout_mesh=asked, drop_zero_variance=False), where)
+        assert dict(task._rollout_mesh.shape) == own
+        with jax.set_mesh(where):
+            places = sharding.param_shardings(where, task.model.abstract(), task.model.axes())
             task.work(0, jax.jit(task.model.init, out_shardings=places)(jax.random.key(0)))
         task.close()
         drawn.append([lesson.trajectory for lesson in task._lessons])
-    assert drawn[0] and len(drawn[0]) == len(drawn[1])
-    for a, b in zip(*drawn, strict=True):
-        np.testing.assert_array_equal(a.tokens_T, b.tokens_T)
-        np.testing.assert_allclose(a.logp_T, b.logp_T, atol=1e-5)
+    assert drawn[0] and len(drawn[0]) == len(drawn[1]) == len(drawn[2])
+    for a, *others in zip(*drawn, strict=True):
+        for b in others:
+            np.testing.assert_array_equal(a.tokens_T, b.tokens_T)
+            np.testing.assert_allclose(a.logp_T, b.logp_T, atol=1e-5)
 
 
 def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh):

@@ -5,6 +5,8 @@ import sys
 import typing
 
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
+from vlmem_jax.models.placement import asked_mesh, whole_heads
+from vlmem_jax.sharding import MESH_AXES, MeshConfig
 
 MODES = typing.get_args(typing.get_type_hints(InvocationConfig)["mode"])
 
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         choices=("on", "off"),
         help="positions of tiled images: compressed or not (default: as trained; off helps reading text in images)",
     )
+    add_mesh(parser)
     group = parser.add_argument_group("latent memory", "for models whose memory speaks while they answer (VisMem)")
     group.add_argument(
         "--invocation",
@@ -52,6 +55,31 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
     group.add_argument("--reverse-types", action="store_true", help="a call for one kind is answered by the other")
     if streams:
         group.add_argument("--show-memory", action="store_true", help="show where a memory was inserted, and how long")
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """How devices share the work of answering."""
+    group = parser.add_argument_group(
+        "devices",
+        "By default heads go over as many devices as share them evenly, and rows over the rest. Of sizes given, data "
+        "takes what is left.",
+    )
+    shared = {
+        "data": "rows; each part holds all weights",
+        "fsdp": "rows and weights, which are gathered for every token: for models too large otherwise",
+        "context": "tokens and tiles of prompts",
+        "tensor": "heads, MLPs and the vocabulary",
+    }
+    for axis in MESH_AXES:
+        group.add_argument(
+            f"--mesh.{axis}", type=int, metavar="N", dest=f"mesh_{axis}", help=f"devices that share {shared[axis]}"
+        )
+
+
+def mesh(args: argparse.Namespace) -> MeshConfig | None:
+    """The flags of devices; None: as the model has it by default. Raises ValueError for sizes out of range."""
+    sizes = {axis: getattr(args, f"mesh_{axis}") for axis in MESH_AXES}
+    return asked_mesh({axis: size for axis, size in sizes.items() if size is not None}, "--mesh")
 
 
 def sampling(args: argparse.Namespace) -> SamplingConfig:
@@ -89,7 +117,9 @@ def load(args: argparse.Namespace) -> LoadedModel:
     """
     wanted = invocation(args)
     print(f"loading {args.checkpoint}", file=sys.stderr)
-    model = load_model(args.checkpoint)
+    model = load_model(args.checkpoint, mesh(args))
+    for line in whole_heads(model.vlm, model.mesh, model.vlm.dtype.itemsize, cache=True):
+        print(line, file=sys.stderr)
     if speech := model.vlm.speech:
         wanted.budget(speech)
     elif wanted != InvocationConfig() or args.invocation or getattr(args, "show_memory", False):

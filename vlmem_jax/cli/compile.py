@@ -23,6 +23,8 @@ from vlmem_jax.flight import (
     remedies,
     tpu_devices,
 )
+from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import serving_mesh, whole_heads
 from vlmem_jax.sharding import batch_shards, make_mesh
 from vlmem_jax.train.config import Experiment, StageConfig, experiment
 
@@ -50,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--no-remedies", action="store_true", help="do not compile again with other settings if it does not fit"
     )
-    serving = parser.add_argument_group("rl, prefill and decode")
+    serving = parser.add_argument_group(
+        "rl, prefill and decode", "Prefill and decode are laid out as by `vlmem generate`, or by --config.mesh.AXIS=N."
+    )
     serving.add_argument("--rows", type=int, help="prompts in a batch (default: one for each part of the mesh's rows)")
     serving.add_argument("--tokens", type=int, default=4096, help="token slots of a prompt (default: 4096)")
     serving.add_argument("--tiles", type=int, default=13, help="image tiles of a prompt (default: 13)")
@@ -70,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         hint = f"compile it with --what {wanted}" if wanted else "name a stage of next_token or grpo with --stage"
         raise ConfigError(f"the task of stage {stage.name} is {stage.task}: {hint}")
     devices = tpu_devices(topology)
+    vlm, answers = VLM(settings.model), args.what in ("prefill", "decode")
+    if answers and not any(key.partition(".")[0] == "mesh" for key in args.overrides):
+        settings = dataclasses.replace(settings, mesh=serving_mesh(vlm, devices))
     mesh = make_mesh(settings.mesh, devices)
     config = args.experiment
     if args.samples < 1:
@@ -93,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
     name = f"stage {stage.name}" if args.what in ("train", "rl") else args.what
     print(f"compiling {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)
+    for words in whole_heads(vlm, mesh, vlm.dtype.itemsize if answers else 4, cache=answers):
+        print(words, flush=True)
     start = time.perf_counter()
     report = check(settings)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)

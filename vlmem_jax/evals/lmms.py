@@ -21,7 +21,9 @@ from vlmem_jax.evals.answers import answer, random_keys
 from vlmem_jax.evals.run import WINDOW
 from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
 from vlmem_jax.generate.prompts import like_sized
+from vlmem_jax.models.placement import asked_mesh
 from vlmem_jax.processing.images import open_image
+from vlmem_jax.sharding import MESH_AXES
 from vlmem_jax.types import Sample
 
 
@@ -38,20 +40,22 @@ class LmmsModel(lmms):
         rope_dhr: bool | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
-        **invocation: Any,
+        **settings: Any,
     ):
-        """`invocation`: keys of `InvocationConfig`, such as mode=never, for models whose memory speaks.
+        """`settings`: keys of `InvocationConfig`, such as mode=never, for models whose memory speaks, and sizes of
+        `MeshConfig`, such as tensor=4 and data=2.
 
         `device` and `max_batch_size` come from the harness and are not used: JAX takes all devices that it has.
         """
         super().__init__()
-        self.loaded = load_model(checkpoint)
+        sizes = {axis: settings.pop(axis) for axis in MESH_AXES if axis in settings}
+        self.loaded = load_model(checkpoint, asked_mesh(sizes, "model_args"))
         self.generator = self.loaded.generator()
         self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
-        self.invocation = build(InvocationConfig, invocation, "model_args")
-        if invocation and self.loaded.vlm.speech is None:
+        self.invocation = build(InvocationConfig, settings, "model_args")
+        if settings and self.loaded.vlm.speech is None:
             raise ValueError(
-                f"model_args {', '.join(invocation)} are for models whose memory speaks while they answer, but "
+                f"model_args {', '.join(settings)} are for models whose memory speaks while they answer, but "
                 f"model.memory of {checkpoint} is {self.loaded.vlm.config.memory}; leave them out"
             )
 

@@ -196,7 +196,7 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     choice = jax.tree.map(lambda x: _placed(x, everywhere), choice)
-    finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=everywhere)
+    finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         lowered = step.lower(params, state, logits_BV, finished_B, choice, True)
     return Job(lowered, held(params), held(state), held((logits_BV, choice)))

@@ -268,23 +268,38 @@ def _groups(rest: str, devices: int) -> list[Group]:
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
     if pairs:
         return [frozenset(map(int, re.findall(r"\d+", pair))) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs[1])]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    iota = re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", rest)
     if iota:
-        shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose(order) if order else ids
-        return [frozenset(row) for row in ids.reshape(shape).tolist()]
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+        shape = _sizes(iota[1])
+        return [frozenset(row) for row in _iota(*iota.groups()[1:]).reshape(shape).tolist()]
+    named = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))?\s*\{{([^}}]*)\}}", rest)
     if named:
-        return _named_groups(*named.groups())
+        mesh, dims, order, chosen = named.groups()
+        return _named_groups(mesh, _iota(dims, order) if dims else None, chosen)
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if listed:
         return [frozenset(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     return [frozenset(range(devices))]
 
 
-def _named_groups(mesh: str, chosen: str) -> list[Group]:
-    """Groups along `chosen` axes, such as `'a'`, or `'a':(2)4` for the 4 parts of it that follow the outermost 2."""
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+"""Devices in an order such as [4,2]T(1,0): counted in that shape, then turned."""
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_sizes(dims))).reshape(_sizes(dims))
+    return ids.transpose(_sizes(order)) if order else ids
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _named_groups(mesh: str, devices: np.ndarray | None, chosen: str) -> list[Group]:
+    """Groups along `chosen` axes, such as `'a'`, or `'a':(2)4` for the 4 parts of it that follow the outermost 2.
+
+    `devices`: in the order in which the mesh holds them; None: as counted.
+    """
     sizes = {name: [int(size)] for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     along = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
@@ -293,8 +308,8 @@ def _named_groups(mesh: str, chosen: str) -> list[Group]:
             sizes[name] = [int(before), int(size), whole // int(before) // int(size)]
         along.append((name, 1 if size else 0))
     places = [(name, n) for name, parts in sizes.items() for n in range(len(parts))]
-    ids = np.arange(math.prod(size for parts in sizes.values() for size in parts))
-    ids = ids.reshape([size for parts in sizes.values() for size in parts])
+    shape = [size for parts in sizes.values() for size in parts]
+    ids = (np.arange(math.prod(shape)) if devices is None else devices).reshape(shape)
     moved = np.moveaxis(ids, [places.index(place) for place in along], range(-len(along), 0))
     count = math.prod(sizes[name][n] for name, n in along)
     return [frozenset(row) for row in moved.reshape(-1, count).tolist()]

@@ -2,13 +2,16 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
+import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor, Tokenizer, image_config, make_processor
@@ -48,10 +51,13 @@ def never_sampled(processor: Processor, vlm: VLM) -> tuple[int, ...]:
     return tuple(token for token in banned if token not in calls)
 
 
-def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> LoadedModel:
-    """The newest checkpoint at `path`, its parameters in the dtypes they are used in and sharded over `mesh`.
+def load_model(
+    path: str | os.PathLike, mesh: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> LoadedModel:
+    """The newest checkpoint at `path`, its parameters as `VLM.held`, sharded over `devices` (default: all).
 
-    Raises ValueError if there is none, or it does not fit its own config.
+    `mesh`: None for that of `serving_mesh`. Raises ValueError if there is no checkpoint, if it does not fit its own
+    config, or the model cannot be split so.
     """
     checkpoint = folder.find(path)
     described = checkpoint.model
@@ -59,6 +65,8 @@ def load_model(path: str | os.PathLike, mesh: MeshConfig = MeshConfig()) -> Load
     image = image_config(described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
     tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
     processor = make_processor(tokenizer, image, geometry, described["system"], described["template"])
-    devices = make_mesh(mesh)
-    target = vlm.held(param_shardings(devices, vlm.abstract(), vlm.axes()))
-    return LoadedModel(vlm, store.load_params(checkpoint.step_folder, target), processor, devices)
+    devices = jax.devices() if devices is None else devices
+    over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
+    check_heads(vlm.config, over)
+    target = vlm.held(param_shardings(over, vlm.abstract(), vlm.axes()))
+    return LoadedModel(vlm, store.load_params(checkpoint.step_folder, target), processor, over)

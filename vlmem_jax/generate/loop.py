@@ -71,7 +71,9 @@ def compiled(vlm: VLM):
         logits_BV, state = extend(params, state, tokens_B[:, None], counts_B)
         if calls is not None:
             calls = calls.take(rule, speech, tokens_B, counts_B)
-        return state, logits_BV, *replicate((finished_B, tokens_B, logp_B, calls))
+        finished_B, tokens_B, logp_B = (constrain(x, "batch") for x in (finished_B, tokens_B, logp_B))
+        # every host reads the tokens; the rest stays with its rows
+        return state, logits_BV, finished_B, *replicate((tokens_B, logp_B)), by_name(calls)
 
     return (
         jax.jit(prefill, static_argnums=(2, 3)),
@@ -82,11 +84,16 @@ def compiled(vlm: VLM):
 
 def laid_out(logits_BV: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
     """Each over the ambient mesh as its name says, whatever made it: what reads it is compiled once."""
+    return constrain(logits_BV, "batch", "vocab"), by_name(state)
 
-    def by_name(path: tuple, x: jax.Array) -> jax.Array:
+
+def by_name(tree: Any) -> Any:
+    """The arrays of a dataclass over the ambient mesh, as the letters in the names of its fields say."""
+
+    def place(path: tuple, x: jax.Array) -> jax.Array:
         return constrain(x, *(AXES.get(axis) for axis in path[-1].name.rpartition("_")[2]))
 
-    return constrain(logits_BV, "batch", "vocab"), jax.tree.map_with_path(by_name, state)
+    return jax.tree.map_with_path(place, tree)
 
 
 def repeat_rows(logits_BV: jax.Array, state: DecodeState, copies: int) -> tuple[jax.Array, DecodeState]:
@@ -123,7 +130,7 @@ def compiled_speech(vlm: VLM):
         after_BV, state = vlm.extend(params, state, tokens_BT, counts_B, latents_BND, lengths_B)
         logits_BV = jnp.where(called_B[:, None], after_BV, logits_BV)
         logits_BV, state = laid_out(logits_BV, state)
-        return state, logits_BV, replicate(calls.answered(ends_B, called_B))
+        return state, logits_BV, by_name(calls.answered(ends_B, called_B))
 
     return jax.jit(form, static_argnums=5, donate_argnums=2), jax.jit(insert, donate_argnums=(1, 2, 3))
 
@@ -158,9 +165,11 @@ class Generator:
         """Makes the mesh, if any, the ambient one."""
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
-    def put(self, tree: Any) -> Any:
-        """Arrays of the host on every device."""
-        return put(tree, NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None)
+    def put(self, tree: Any, rows: bool = False) -> Any:
+        """Arrays of the host on every device, or, if their first axis is that of `rows`, each with its own."""
+        if self.mesh is None:
+            return put(tree, None)
+        return put(tree, batch_sharding(self.mesh) if rows else NamedSharding(self.mesh, PartitionSpec()))
 
     def room(self, new_tokens: int) -> int:
         """Cache slots for `new_tokens` chosen ones and all memories that may come between."""
@@ -177,7 +186,7 @@ class Generator:
         longest = max(len(sample.tokens_T) for sample in samples)
         capacity = max(bucket(longest + self.room(new_tokens), 64), batch.tokens_BT.shape[1])
         with self.context():
-            batch = put(batch, batch_sharding(self.mesh) if self.mesh else None)
+            batch = self.put(batch, rows=True)
             logits_BV, state = self.prefill(self.params, batch, capacity, copies)
         return Session(self, state, logits_BV, len(samples) * copies, longest, capacity)
 
@@ -274,7 +283,7 @@ class Session:
             banned_ids += invocation.banned_ids(speech)
             budget = invocation.budget(speech)
             room += budget * (speech.slots + 1)
-            calls = generator.put(Calls.none(rows, budget))
+            calls = generator.put(Calls.none(rows, budget), rows=True)
             rule = Rule.make(invocation, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
             rule = generator.put(rule)
             answer = _Answer(self, invocation, budget, record)
@@ -289,7 +298,7 @@ class Session:
         with generator.context():
             choice = Choice.make(sampling, rows, vocab, banned_ids, generator.stop_ids, keys_B)
         choice = generator.put(choice._replace(keys_B=None))._replace(keys_B=choice.keys_B)
-        finished_B = generator.put(np.arange(rows) >= self.prompts)
+        finished_B = generator.put(np.arange(rows) >= self.prompts, rows=True)
         greedy = sampling.temperature == 0
         late = None
         # waiting takes steps, too: how many it will be is not known where a memory speaks

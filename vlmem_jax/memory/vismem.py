@@ -275,15 +275,15 @@ class VisMem(Memory):
         if anew:
             return dataclasses.replace(listening, count_B=jnp.where(moved_B, 0, listening.count_B), last_BD=last_BD)
         slot_B = jnp.where(moved_B, listening.count_B % Z, Z)
-        text_BZD = listening.text_BZD.at[jnp.arange(len(slot_B)), slot_B].set(listening.last_BD, mode="drop")
+        text_BZD = put_states(listening.text_BZD, slot_B, listening.last_BD)
         return dataclasses.replace(listening, text_BZD=text_BZD, count_B=listening.count_B + moved_B, last_BD=last_BD)
 
     def heard(self, listening: Listening, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int) -> Heard:
         """The newest token, which made the call, is part of what was heard."""
         chosen = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), listening)
-        R, Z, Y = *chosen.text_BZD.shape[:2], chosen.visual_BYD.shape[1]
+        Z, Y = chosen.text_BZD.shape[1], chosen.visual_BYD.shape[1]
         size = min(size, Z)
-        text_RZD = chosen.text_BZD.at[jnp.arange(R), chosen.count_B % Z].set(chosen.last_BD)
+        text_RZD = put_states(chosen.text_BZD, chosen.count_B % Z, chosen.last_BD)
         total_R1, visual_R1 = chosen.count_B[:, None] + 1, chosen.visual_length_B[:, None]
         texts_R1 = jnp.minimum(total_R1, size)
         index_L = jnp.arange(Y + size)
@@ -379,17 +379,23 @@ class VisMem(Memory):
         return decode(x_RTD, positions_RT, segments_RT, adapters)
 
 
+@jax.vmap  # a scatter whose indices name rows would gather the states of all devices
+def put_states(ring_ZD: Float[Array, "Z D"], slot: Int32[Array, ""], state_D: Float[Array, "D"]) -> Float[Array, "Z D"]:
+    """The ring with a state in its slot; slot Z: nowhere."""
+    return ring_ZD.at[slot].set(state_D, mode="drop")
+
+
 def kept(x_BTD: Float[Array, "B T D"], chosen_BT: Array, most: int) -> tuple[Float[Array, "B Y D"], Int32[Array, "B"]]:
     """The chosen rows of x from slot 0 on, Y = `most` slots, and how many there are.
 
     Where they are more, means of as few consecutive ones as it takes.
     """
-    rows_B1 = jnp.arange(len(x_BTD))[:, None]
     number_B1 = chosen_BT.sum(-1, keepdims=True, dtype=jnp.int32)
     group_B1 = jnp.maximum(-(-number_B1 // max(most, 1)), 1)
     slot_BT = jnp.where(chosen_BT, (jnp.cumsum(chosen_BT, axis=-1, dtype=jnp.int32) - 1) // group_B1, most)
-    sums_BYD = jnp.zeros((len(x_BTD), most, x_BTD.shape[2]), jnp.float32)
-    sums_BYD = sums_BYD.at[rows_B1, slot_BT].add(x_BTD.astype(jnp.float32), mode="drop")
+    empty_YD = jnp.zeros((most, x_BTD.shape[2]), jnp.float32)
+    add = jax.vmap(lambda slot_T, x_TD: empty_YD.at[slot_T].add(x_TD, mode="drop"))
+    sums_BYD = add(slot_BT, x_BTD.astype(jnp.float32))
     sizes_BY = jnp.clip(number_B1 - jnp.arange(most) * group_B1, 1, group_B1)
     length_B = (-(-number_B1 // group_B1))[:, 0] if most else jnp.zeros(len(x_BTD), jnp.int32)
     return (sums_BYD / sizes_BY[..., None]).astype(x_BTD.dtype), length_B

@@ -41,7 +41,8 @@ class RLConfig:
     """Trajectories that are sampled at the same time, but always whole groups, and one for each part of the mesh's
     rows."""
     rollout_mesh: MeshConfig | None = None
-    """Mesh of the rollouts, where parameters are laid out anew once a phase; None: they are used where they lie."""
+    """Mesh of the rollouts, where parameters are laid out anew once a phase. None: that of `vlmem generate`, or, where
+    training splits rows and heads alone, its own. On training's own mesh parameters are used where they lie."""
 
     max_new_tokens: int = 512
     temperature: float = 1.0

@@ -13,9 +13,10 @@ from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, neve
 from vlmem_jax.generate.loop import FINISHED, Invocation
 from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor
-from vlmem_jax.sharding import batch_shards, param_shardings
+from vlmem_jax.sharding import MeshConfig, batch_shards, make_mesh, param_shardings
 from vlmem_jax.train.stages import flatten, unflatten
 from vlmem_jax.types import IGNORED, Sample
 
@@ -139,20 +140,33 @@ def _trajectory(
     return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, spoken)
 
 
+def rollout_mesh(config: MeshConfig | None, vlm: VLM, mesh: Mesh) -> Mesh:
+    """Where a trainer on `mesh` samples; `mesh` itself where that splits no more than rows and heads.
+
+    Raises ValueError for a mesh that does not fit the devices or the model.
+    """
+    devices = list(mesh.devices.flat)
+    if config is None and mesh.shape["fsdp"] * mesh.shape["context"] == 1:
+        return mesh
+    own = make_mesh(config or serving_mesh(vlm, devices), devices)
+    check_heads(vlm.config, own)
+    return own
+
+
 def trainer_generator(
     vlm: VLM,
     params: Params,
     processor: Processor,
     mesh: Mesh,
-    moved: Mesh | None = None,
+    drawn_on: Mesh | None = None,
     delimiter_ids: Sequence[int] = (),
 ) -> Generator:
-    """Samples with the arrays of a trainer on `mesh`; those of another dtype, or all if `moved` is another mesh, are
+    """Samples with the arrays of a trainer on `mesh`; those of another dtype, or all if `drawn_on` is another mesh, are
     laid out anew, once."""
-    places = param_shardings(moved or mesh, vlm.abstract(), vlm.axes())
+    places = param_shardings(drawn_on or mesh, vlm.abstract(), vlm.axes())
     held, flat = flatten(vlm.held(places)), flatten(params)
     flat = {path: x.astype(held[path].dtype) for path, x in flat.items()}
-    if moved:
+    if drawn_on not in (None, mesh):
         places = flatten(places)
         flat = jax.device_put(flat, {path: places[path] for path in flat})
     return Generator(
@@ -161,7 +175,7 @@ def trainer_generator(
         stop_ids=processor.stop_ids,
         banned_ids=never_sampled(processor, vlm),
         delimiter_ids=delimiter_ids,
-        mesh=moved or mesh,
+        mesh=drawn_on or mesh,
     )
 
 

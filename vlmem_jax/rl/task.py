@@ -26,16 +26,17 @@ from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.hub.convert import released
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.rl.rewards import RewardError, Rewards, imported
-from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollouts, trainer_generator
+from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollout_mesh, rollouts, trainer_generator
 from vlmem_jax.rl.rows import Rows, flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
-from vlmem_jax.sharding import batch_sharding, make_mesh, param_shardings, put, shards
+from vlmem_jax.sharding import batch_sharding, param_shardings, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import log_probs
@@ -113,7 +114,7 @@ class GRPO(GRPOLoss):
         data = experiment.data_of(stage)
         self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
-        self._rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else mesh
+        self._rollout_mesh = rollout_mesh(config.rollout_mesh, model, mesh)
         self._speaks = model.speech is not None and any(config.invocation.heeded())
         self._rewards = Rewards(config.rewards)
         self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
@@ -138,10 +139,9 @@ class GRPO(GRPOLoss):
             lambda params, batch: jax.lax.map(lambda part: self.log_probs(params, part), batch)
         )
         prompts = sum(self._stream.prompts.counts)
-        self.report = (
-            f"{prompts} prompts; a phase samples {config.group_size} answers to each of {config.prompts} and learns "
-            f"from them in {config.steps} steps"
-        )
+        phase = f"a phase samples {config.group_size} answers to each of {config.prompts} and learns from them in"
+        heads = whole_heads(model, self._rollout_mesh, model.dtype.itemsize, cache=True)
+        self.report = "\n".join([f"{prompts} prompts; {phase} {config.steps} steps", *heads])
 
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
@@ -405,8 +405,8 @@ class GRPO(GRPOLoss):
 
     def _generator(self, params: dict) -> Generator:
         """Samples with the trainer's own arrays, as far as they lie on the mesh of the rollouts."""
-        moved = None if self._rollout_mesh is self._mesh else self._rollout_mesh
-        return trainer_generator(self.model, params, self._processor, self._mesh, moved, self._delimiter_ids)
+        on = self._mesh, self._rollout_mesh
+        return trainer_generator(self.model, params, self._processor, *on, self._delimiter_ids)
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
         knob = f"stages.{self._stage.name}.rl.max_new_tokens"

@@ -11,6 +11,7 @@ from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.config import ConfigError, build, to_dict
 from vlmem_jax.data.config import DataConfig
 from vlmem_jax.models import ModelConfig, presets
+from vlmem_jax.models.placement import check_heads
 from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.sharding import MeshConfig, batch_shards
 from vlmem_jax.train.profile import ProfileConfig
@@ -136,11 +137,8 @@ class Experiment:
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ConfigError, naming the keys, where rows, tokens, tiles or heads cannot be split over `mesh`."""
         shape, rows_split = mesh.shape, batch_shards(mesh)
-        context, heads_split = shape["context"], shape["tensor"] * shape["context"]
-        if self.model.decoder.heads % heads_split:
-            raise ConfigError(
-                f"mesh.tensor x mesh.context = {heads_split} must divide model.decoder.heads {self.model.decoder.heads}"
-            )
+        context = shape["context"]
+        check_heads(self.model, mesh)
         for stage in self.stages:
             data = self.data_of(stage)
             at_once = data.rows // self.parts(stage, mesh)

@@ -19,6 +19,7 @@ from vlmem_jax.config import ConfigError, to_dict
 from vlmem_jax.data import hosts
 from vlmem_jax.hub.convert import load_folder
 from vlmem_jax.models import VLM
+from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.paths import AnyPath, as_path, is_remote
 from vlmem_jax.sharding import make_mesh
 from vlmem_jax.train import workdir as folder
@@ -62,6 +63,8 @@ def run(
             check(experiment, stage)
     mesh, model = make_mesh(experiment.mesh), VLM(experiment.model)
     experiment.check_mesh(mesh)
+    for line in whole_heads(model, mesh, jnp.dtype(jnp.float32).itemsize, cache=False):
+        say(line)
     hosts.on_first(lambda: folder.prepare(workdir, experiment))
     _check_shared(experiment, workdir)
     for stage in [stages[only]] if only else experiment.stages:
