@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import limits
 
 from vlmem_jax import sharding
 from vlmem_jax.checkpoint import CheckpointError, Store, find, load_params, save_params
+from vlmem_jax.evals.measure import compilations
 
 
 def tree(value=1.0, shape=(8, 4)):
@@ -36,6 +38,17 @@ def test_restores_what_was_saved(tmp_path):
     assert params["gate"].dtype == jnp.bfloat16
     assert int(train["count"]) == 3 and meta == {"step": 3}
     store.close()
+
+
+def test_small_arrays_that_lie_on_all_devices_are_not_cut_into_parts(tmp_path):
+    everywhere = NamedSharding(sharding.make_mesh(sharding.MeshConfig()), PartitionSpec())
+    params, train = jax.device_put((tree(3.0, shape=(16, 8)), {"count": jnp.int32(3)}), everywhere)
+    with compilations() as programs:
+        store = Store(tmp_path)
+        store.save(3, params, train, {})
+        store.close()
+    assert programs == []
+    np.testing.assert_array_equal(load_params(tmp_path / "3", target(params))["a"]["kernel"], np.full((16, 8), 3.0))
 
 
 def test_keeps_the_newest_and_the_best_together(tmp_path):

@@ -24,6 +24,10 @@ from vlmem_jax.paths import AnyPath, as_path, is_remote
 
 Tree = Mapping[str, Any]
 RESTORE_CONCURRENT_GB = 96.0
+REPLICA_BYTES = 2**20
+"""Where each replica writes a part of an array, it is at least so large; cutting it out takes a program of its own."""
+# set on orbax's own handler, of which nothing else is to change; it has no public way to do so
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = REPLICA_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
