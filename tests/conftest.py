@@ -106,3 +106,13 @@ def compile_fast():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Meshes of one device, in this process and in those that tests start, as on a laptop."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+        yield

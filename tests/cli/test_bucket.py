@@ -1,6 +1,7 @@
 """Commands on a bucket: a server in this process stands for Google Cloud Storage."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,12 +22,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, gcs):
-    """The same run of one stage, on one device, in a bucket and on a disk."""
-    places = "gs://bucket/run", folder / "run"
-    file = world.config_file(folder, **ONE_STAGE)
-    for process in [start(file, place) for place in places]:
-        assert process.wait() == 0, process.stderr.read()
+def runs(folder, gcs, compile_fast):
+    """The same run of one stage, on eight devices, in a bucket and on a disk."""
+    places = "gs://bucket/run", str(folder / "run")
+    file = world.config_file(folder, **ONE_STAGE, mesh=dict(data=2, fsdp=2, tensor=2))
+    for place in places:
+        assert main(["train", "--config", str(file), "--workdir", place]) == 0
     return places
 
 
@@ -47,7 +48,7 @@ def assert_equal(one, other):
 
 
 def test_a_bucket_holds_what_a_disk_would(runs, gcs):
-    run, disk = runs
+    run, disk = runs[0], Path(runs[1])
     assert_equal(params(run), params(disk))
     assert world.losses(as_path(run)) == world.losses(disk)
     assert find(run).model == find(disk).model
@@ -77,17 +78,15 @@ KILLED_IN_STEP_7 = """
 """
 
 
-def test_a_run_in_a_bucket_that_is_killed_goes_on_bit_for_bit(run, folder):
-    file = folder / "config.py"
-    killed = start(file, "gs://bucket/killed", script=KILLED_IN_STEP_7)
+def test_a_run_in_a_bucket_that_is_killed_goes_on_bit_for_bit(run, folder, capsys):
+    file, there = folder / "config.py", "gs://bucket/killed"
+    killed = start(file, there, devices=8, script=KILLED_IN_STEP_7)
     assert killed.wait() == -9, killed.stderr.read()
-    assert find("gs://bucket/killed").step_folder.name == "4"
-    last = start(file, "gs://bucket/killed")
-    out, err = last.communicate()
-    assert last.returncode == 0, err
-    assert "from its checkpoint of step 4" in out
-    assert world.losses(as_path("gs://bucket/killed")) == world.losses(as_path(run))
-    assert_equal(params("gs://bucket/killed"), params(run))
+    assert find(there).step_folder.name == "4"
+    assert main(["train", "--config", str(file), "--workdir", there]) == 0
+    assert "from its checkpoint of step 4" in capsys.readouterr().out
+    assert world.losses(as_path(there)) == world.losses(as_path(run))
+    assert_equal(params(there), params(run))
 
 
 def test_a_run_starts_from_a_bucket_and_answers_from_it(run, folder, tmp_path, capsys):

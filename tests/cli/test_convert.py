@@ -1,8 +1,6 @@
 """`vlmem convert` as a user runs it, on the smallest model."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -83,11 +81,6 @@ def test_an_error_is_one_plain_line(run_folder, tmp_path, capsys, words, message
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
-
-
-def test_help_has_examples():
-    done = subprocess.run([sys.executable, "-m", "vlmem_jax", "convert", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "vlmem convert CoMemo-2B checkpoints/comemo-2b" in done.stdout
 
 
 @pytest.mark.parametrize(("text", "size"), [("500MB", 5 * 10**8), ("5gb", 5 * 10**9), ("1.5 K", 1500), ("7", 7)])

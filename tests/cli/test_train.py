@@ -14,6 +14,9 @@ from tests.train import world
 from vlmem_jax.checkpoint import find
 from vlmem_jax.cli.main import main
 from vlmem_jax.hub.convert import export_folder
+from vlmem_jax.train.metrics import Recorder
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 ONE_STAGE = dict(
     stages=[dict(name="all", steps=9, learning_rate=1e-2, warmup_fraction=0.5, schedule="cosine")],
@@ -143,88 +146,93 @@ def test_the_limit_of_what_is_read_at_once_reaches_the_reading(finished, folder,
     assert "checkpoint.restore_concurrent_gb=1e-07 allows" in text and "raise it" in text
 
 
-def start(file, workdir, devices=1, script="", **options):
+def start(file, workdir, devices=1, script=""):
     """A process that runs `vlmem train`, after `script`."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     command = (
         f"import sys\nfrom vlmem_jax.cli.main import main\n{textwrap.dedent(script)}\nsys.exit(main(sys.argv[1:]))"
     )
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"] if devices == 8 else []
     return subprocess.Popen(
-        [sys.executable, "-c", command, "train", "--config", str(file), "--workdir", str(workdir), *mesh],
+        [sys.executable, "-c", command, "train", "--config", str(file), "--workdir", str(workdir)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "XLA_FLAGS": flags},
-        **options,
     )
 
 
-def killed_in_step(step, once_there_is):
-    """Ends the process as `kill -9` does, when the numbers of `step` are written and a folder is there."""
-    return f"""
-        import os, time
-        from vlmem_jax.train.metrics import Recorder
-        record = Recorder.step
-        def step(self, n, *numbers):
-            record(self, n, *numbers)
-            if n == {step}:
-                while not os.path.exists({str(once_there_is)!r}):
-                    time.sleep(0.05)
-                os.kill(os.getpid(), 9)
-        Recorder.step = step
-    """
+KILLED_IN_STEP_3 = """
+    import os
+    from vlmem_jax.train.metrics import Recorder
+    record = Recorder.step
+    def step(self, n, *numbers):
+        record(self, n, *numbers)
+        if n == 3:
+            os.kill(os.getpid(), 9)
+    Recorder.step = step
+"""
+DISK_FULL_IN_STEP_8 = """
+    import resource
+    from vlmem_jax.checkpoint import Store
+    save = Store.save
+    def limited(self, step, *rest):
+        if step == 8:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        save(self, step, *rest)
+    Store.save = limited
+"""
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_goes_on_bit_for_bit(folder, tmp_path, devices):
-    file = world.config_file(folder, **ONE_STAGE)
-    whole = start(file, tmp_path / "whole", devices)
-    parts = tmp_path / "parts"
-    killed = start(file, parts, devices, killed_in_step(3, once_there_is=parts))
+def test_a_run_that_is_killed_and_then_finds_the_disk_full_goes_on_bit_for_bit(folder, tmp_path):
+    file, run = world.config_file(folder, **ONE_STAGE), tmp_path / "run"
+    whole = start(file, tmp_path / "whole")
+    killed = start(file, run, script=KILLED_IN_STEP_3)
     assert whole.wait() == 0, whole.stderr.read()
     assert killed.wait() == -9
-    killed = start(file, parts, devices, killed_in_step(7, once_there_is=parts / "all" / "4"))
-    assert killed.wait() == -9
-    assert list(world.losses(parts)) == [("all", n) for n in range(1, 8)]
-    last = start(file, parts, devices)
+    full = start(file, run, script=DISK_FULL_IN_STEP_8)
+    _, err = full.communicate()
+    assert full.returncode == 2
+    assert "error: the checkpoint of step 8 could not be written" in err
+    assert "the checkpoint of step 4 is whole" in err
+    assert find(run / "all").step_folder.name == "4"
+    assert list(world.losses(run))[:8] == [("all", n) for n in range(1, 9)]
+    last = start(file, run)
     out, err = last.communicate()
     assert last.returncode == 0, err
     assert "from its checkpoint of step 4" in out
-    assert world.losses(parts) == world.losses(tmp_path / "whole")
+    assert world.losses(run) == world.losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_exits_with_0(folder, tmp_path, number):
-    endless = dict(ONE_STAGE, stages=[dict(name="all", steps=5_000, learning_rate=1e-3)])
-    process = start(world.config_file(folder, **endless), tmp_path / "run")
+ENDLESS = dict(ONE_STAGE, stages=[dict(name="all", steps=5_000, learning_rate=1e-3)])
+
+
+def assert_saved(run, out):
+    assert "which is saved; the same command goes on from there" in out
+    step = max(int(step.name) for step in (run / "all").iterdir())
+    assert max(world.losses(run)) == ("all", step)
+
+
+def test_asked_to_stop_it_saves_and_exits_with_0(folder, tmp_path):
+    process = start(world.config_file(folder, **ENDLESS), tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "which is saved; the same command goes on from there" in out
-    step = max(int(step.name) for step in (tmp_path / "run" / "all").iterdir())
-    assert max(world.losses(tmp_path / "run")) == ("all", step)
+    assert_saved(tmp_path / "run", out)
 
 
-def test_a_full_disk_stops_with_one_line_and_the_last_checkpoint_is_good(folder, tmp_path):
-    file = world.config_file(folder, **ONE_STAGE)
-    full = """
-        import resource
-        from vlmem_jax.checkpoint import Store
-        save = Store.save
-        def limited(self, step, *rest):
-            if step == 8:
-                self.wait()
-                resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-            save(self, step, *rest)
-        Store.save = limited
-    """
-    process = start(file, tmp_path / "run", script=full)
-    out, err = process.communicate()
-    assert process.returncode == 2
-    assert "error: the checkpoint of step 8 could not be written" in err
-    assert "the checkpoint of step 4 is whole" in err
-    assert find(tmp_path / "run" / "all").step_folder.name == "4"
+def test_ctrl_c_saves_too(folder, tmp_path, capsys, monkeypatch):
+    record = Recorder.step
+
+    def step(self, n, *numbers):
+        record(self, n, *numbers)
+        if n == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Recorder, "step", step)
+    file = world.config_file(folder, **ENDLESS)
+    assert main(["train", "--config", str(file), "--workdir", str(tmp_path / "run")]) == 0
+    assert_saved(tmp_path / "run", capsys.readouterr().out)
