@@ -12,7 +12,8 @@ def start(line, processes=2, last=(), script="", devices=8):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices // processes}"
+    # the last of two values counts
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // processes}"
     command = "import sys\nfrom vlmem_jax.cli.main import main\n{}\nsys.exit(main(sys.argv[1:]))"
     hosts = []
     for number in range(processes):
@@ -25,7 +26,8 @@ def start(line, processes=2, last=(), script="", devices=8):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "XLA_FLAGS": flags},
+                # one compiles what all run
+                env={**os.environ, "XLA_FLAGS": flags, "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"},
             )
         )
     return hosts

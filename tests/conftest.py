@@ -12,8 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 # read once, when jax is first imported; commands that tests start inherit them
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+XLA_FLAGS = {
+    "xla_force_host_platform_device_count": 8,
+    "xla_cpu_use_fusion_emitters": "false",  # they set up MLIR anew for each fusion: most of what a tiny program costs
+}
+for flag, value in XLA_FLAGS.items():
+    if flag not in (given := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{given} --{flag}={value}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
