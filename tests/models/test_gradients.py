@@ -15,7 +15,7 @@ from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.train.stages import flatten
 from vlmem_jax.types import Batch, Heard
 
-ROWS, TOKENS, TILES, TIMES = 8, 512, 8, 2
+ROWS, TOKENS, TILES, TIMES = 8, 256, 8, 2
 COMMON = 7
 """The token that nearly all of them are."""
 SMALL = 1e-3
@@ -110,7 +110,7 @@ def differences(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> t
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def world(request):
+def world(request, compile_fast):
     vlm = VLM(resolve(MODELS[request.param] | {"compute_dtype": "bfloat16"}))
     params, rows = random_params(vlm), batch(vlm)
     exact = VLM(dataclasses.replace(vlm.config, compute_dtype="float32"))
