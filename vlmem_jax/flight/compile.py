@@ -171,7 +171,7 @@ def rl_job(experiment: Experiment, stage: StageConfig, learning: Learning, mesh:
 def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     """Reading a batch of prompts, as `vlmem generate` does."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    prefill, _, _ = compiled(vlm)
+    prefill, _, _ = compiled(vlm, mesh)
     with jax.set_mesh(mesh):
         batch = _prompts(vlm, serving, mesh)
         lowered = prefill.lower(params, batch, serving.tokens + serving.new_tokens)
@@ -184,7 +184,7 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     Raises ValueError where that does not fit.
     """
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    _, _, step = compiled(vlm)
+    _, _, step = compiled(vlm, mesh)
     prefill = prefill_job(experiment, serving, mesh).lowered
     try:
         places = prefill.compile().output_shardings
