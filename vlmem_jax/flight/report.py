@@ -4,12 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 
 from jax.sharding import Mesh
 
 from kernels_pallas.device import Peak
 from kernels_pallas.memory_attention.blocks import LANES, up
-from vlmem_jax.compiler import options
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.compile import (
     Job,
@@ -81,8 +81,13 @@ class Report:
     """Exchanges over fsdp of something that is no parameter: the sharding is at fault."""
 
 
-def check_training(experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh) -> Report:
-    """Compiles a stage's step for `mesh`, which is of that topology, and reads what came out."""
+def check_training(
+    experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh
+) -> tuple[Report, Future[bool]]:
+    """What the compiler makes of a stage's step for `mesh`, which is of that topology.
+
+    The future is of the machine code, which is still being written, see `compile_job`.
+    """
     data = experiment.data_of(stage)
     trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
     flops = train_flops(experiment.model, data.rows, data.pack_tokens, data.pack_tiles, trained)
@@ -91,8 +96,8 @@ def check_training(experiment: Experiment, stage: StageConfig, topology: Topolog
 
 def check_learning(
     experiment: Experiment, stage: StageConfig, learning: Learning, topology: Topology, mesh: Mesh
-) -> Report:
-    """Compiles the step of a `grpo` stage, and reads what came out."""
+) -> tuple[Report, Future[bool]]:
+    """As `check_training`, of the step of a `grpo` stage."""
     job, model = rl_job(experiment, stage, learning, mesh), experiment.model
     T, I, J, L = learning.slots(experiment, stage, mesh)
     rows = learning.rows(experiment, stage, mesh).beta_B.size
@@ -103,22 +108,26 @@ def check_learning(
     return _report(job, f"rl: {stage.name}", flops, model, topology, mesh)
 
 
-def check_serving(experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh) -> Report:
-    """Compiles `what`, prefill or decode, of these shapes, and reads what came out."""
+def check_serving(
+    experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh
+) -> tuple[Report, Future[bool]]:
+    """As `check_training`, of `what`, prefill or decode, of these shapes."""
     make, count = {"prefill": (prefill_job, prefill_flops), "decode": (decode_job, decode_flops)}[what]
     flops = count(experiment.model, serving.rows, serving.tokens, serving.tiles)
     return _report(make(experiment, serving, mesh), what, flops, experiment.model, topology, mesh)
 
 
-def _report(job: Job, what: str, flops: int, model: ModelConfig, topology: Topology, mesh: Mesh) -> Report:
-    done, chip = compile_job(job, options(mesh)), topology.chip
+def _report(
+    job: Job, what: str, flops: int, model: ModelConfig, topology: Topology, mesh: Mesh
+) -> tuple[Report, Future[bool]]:
+    (done, code), chip = compile_job(job), topology.chip
     collectives = sorted(done.program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
     cycles, kernels = done.program.cycles() / chip.clock, kernel_seconds(done.program, topology)
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
     hidden, exposed = max(cycles + kernels, exchange), cycles + kernels + exchange
     peak_flops = topology.chips * chip.peak.flops
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
-    return Report(
+    report = Report(
         topology=topology.name,
         slices=topology.slices,
         what=what,
@@ -142,6 +151,7 @@ def _report(job: Job, what: str, flops: int, model: ModelConfig, topology: Topol
         collectives=collectives,
         activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
     )
+    return report, code
 
 
 def _shapes(model: VLM) -> set[tuple[int, ...]]:
