@@ -420,7 +420,7 @@ def forming() -> list[Row]:
     index = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], (rows, tokens, 3))
     batch = dataclasses.replace(empty, segments_BT=np.ones_like(empty.segments_BT), positions_BT=np.array(index))
     generator, state, logits_BV, finished_B, choice = start(vlm, params, batch, 1024)
-    form, insert = compiled_speech(vlm)
+    form, insert = compiled_speech(vlm, generator.mesh)
     longest = speech.slots + 1
     latents_BND = jnp.zeros((rows, speech.slots, 256), vlm.dtype)
     kinds_B = np.ones(rows, np.int32)

@@ -1,7 +1,8 @@
 """What the compiler is told, chip by chip, about collectives and what may run beside them.
 
-The one place for such flags: training and the flight check compile with them. They go with each program, so nothing has
-to be set in the environment before JAX starts.
+The one place for such flags: steps of training and the programs of generation carry them, and the flight check compiles
+those very programs. They go with each program, so nothing has to be set in the environment before JAX starts. Serving
+needs no others: there, too, weights are spread over devices, and prefill runs the kernels of training.
 """
 
 import jax
@@ -33,9 +34,9 @@ OPTIONS: dict[str, dict[str, bool | int]] = {
 }
 
 
-def options(mesh: Mesh) -> dict[str, bool | int]:
-    """For `compiler_options` of a program on that mesh."""
-    device = mesh.devices.flat[0]
+def options(mesh: Mesh | None) -> dict[str, bool | int]:
+    """For `compiler_options` of a program on that mesh; None: on the default device."""
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     platform = "gpu" if device.platform == "cuda" else device.platform
     return OPTIONS.get(CHIPS.get(device.device_kind, platform), {})
 

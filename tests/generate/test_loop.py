@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmem_jax.compiler import OPTIONS
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled
 from vlmem_jax.generate.prompts import pad_prompts
@@ -140,12 +141,28 @@ def test_eight_devices_give_the_scores_and_tokens_of_one(vlm, params, generator,
     assert many.generate(prompts, GREEDY) == generator.generate(prompts, GREEDY)
 
 
+def test_each_program_is_compiled_with_the_options_of_its_device(vlm, params, generator, prompts, monkeypatch):
+    session = generator.start(prompts, GREEDY.max_new_tokens)
+    monkeypatch.setitem(OPTIONS, "cpu", {"xla_no_such_option": True})
+    compiled.cache_clear()
+    session.generator = Generator(vlm, params, stop_ids=[1])
+    compiled.cache_clear()
+    programs = {
+        "prefill": lambda: session.generator.start(prompts, GREEDY.max_new_tokens),
+        "extend": lambda: session.append([5]),
+        "step": lambda: next(session.stream(GREEDY)),
+    }
+    for run in programs.values():
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            run()
+
+
 def test_nothing_compiles_after_warm_up(generator, make_prompt):
     generator.generate([make_prompt(10, 1)], GREEDY)
-    before = [function._cache_size() for function in compiled(generator.vlm)]
+    before = [function._cache_size() for function in compiled(generator.vlm, None)]
     for length in range(20, 30):
         generator.generate([make_prompt(length, 1, seed=length)], GREEDY)
-    assert [function._cache_size() for function in compiled(generator.vlm)] == before
+    assert [function._cache_size() for function in compiled(generator.vlm, None)] == before
 
 
 def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):

@@ -245,7 +245,7 @@ def test_without_a_call_the_model_is_the_plain_one(answers, vlm, params, plain, 
 def test_nothing_compiles_as_calls_come(answers, vlm, prompts, speech, forced):
     answers(prompts, GREEDY, RULE, forced)
     answers(prompts, GREEDY, InvocationConfig("always"))
-    programs = [*compiled(vlm), *compiled_speech(vlm)]
+    programs = [*compiled(vlm, None), *compiled_speech(vlm, None)]
     before = [program._cache_size() for program in programs]
     for n in range(3):
         again = [calls(speech, (n, n % 2), (n + 2, 1)), [], calls(speech, (n + 1, 0)), calls(speech, (3, 1))]

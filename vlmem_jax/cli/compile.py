@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -43,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--what", choices=("train", "rl", "prefill", "decode"), default="train", help="which program (default: train)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument(
+        "--no-code",
+        action="store_true",
+        help="stop at the answer: the machine code, most of the work, shows only whether each kernel compiles",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--stage", help="stage whose step to compile (default: the last)")
     training.add_argument("--packs", type=int, help="packs a chip in each step, in place of data.rows")
@@ -67,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when it fits the chips, 1 when it does not."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to look for a TPU
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no file of the compiler stays behind
     settings, topology = experiment(args.experiment), Topology(args.topology, args.slices)
     stage = _stage(settings, args.stage)
     wanted = {"next_token": "train", "grpo": "rl"}.get(stage.task)
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         settings = experiment(config)
         stage = _stage(settings, args.stage)
 
-    def check(settings: Experiment) -> Report:
+    def check(settings: Experiment) -> tuple[Report, Future[bool]]:
         mesh = make_mesh(settings.mesh, devices)
         if args.what == "train":
             return check_training(settings, _stage(settings, args.stage), topology, mesh, args.samples)
@@ -103,11 +111,15 @@ def run(args: argparse.Namespace) -> int:
     for words in whole_heads(vlm, mesh, vlm.dtype.itemsize if answers else 4, cache=answers):
         print(words, flush=True)
     start = time.perf_counter()
-    report = check(settings)
-    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    report, code = check(settings)
+    print(f"answer after {time.perf_counter() - start:.0f} s", flush=True)
     print("\n".join(lines(report)), flush=True)
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    if report.fits and not args.no_code:
+        print("\nwriting machine code, which changes nothing of this ...", flush=True)
+        code.result()
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     if not report.fits and args.what == "train" and not args.no_remedies:
         for words in _try_remedies(config, settings, stage, mesh, report, check):
             print(words, flush=True)
@@ -128,7 +140,7 @@ def _try_remedies(config: ConfigDict, settings: Experiment, stage, mesh, report:
     for changes in tried:
         words = " ".join(f"--config.{key}={value}" for key, value in changes.items())
         try:
-            other = check(experiment(override(config, changes)))
+            other, _ = check(experiment(override(config, changes)))
         except ValueError as error:
             yield f"  {words}: {str(error).splitlines()[0]}"
             continue

@@ -4,12 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 
 from jax.sharding import Mesh
 
 from kernels_pallas.device import Peak
 from kernels_pallas.memory_attention.blocks import LANES, up
-from vlmem_jax.compiler import options
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.compile import (
     Job,
@@ -87,10 +87,11 @@ class Report:
 
 def check_training(
     experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh, samples: int = 1
-) -> Report:
-    """Compiles a stage's step for `mesh`, which is of that topology, and reads what came out.
+) -> tuple[Report, Future[bool]]:
+    """What the compiler makes of a stage's step for `mesh`, which is of that topology.
 
-    Useful are FLOPs of full packs of so many `samples`.
+    Useful are FLOPs of full packs of so many `samples`. The future is of the machine code, which is still being
+    written, see `compile_job`.
     """
     data = experiment.data_of(stage)
     trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
@@ -103,8 +104,8 @@ def check_training(
 
 def check_learning(
     experiment: Experiment, stage: StageConfig, learning: Learning, topology: Topology, mesh: Mesh
-) -> Report:
-    """Compiles the step of a `grpo` stage, and reads what came out."""
+) -> tuple[Report, Future[bool]]:
+    """As `check_training`, of the step of a `grpo` stage."""
     job, model = rl_job(experiment, stage, learning, mesh), experiment.model
     T, I, J, L = learning.slots(experiment, stage, mesh)
     rows = learning.rows(experiment, stage, mesh).beta_B.size
@@ -115,8 +116,10 @@ def check_learning(
     return _report(job, f"rl: {stage.name}", flops, model, topology, mesh)
 
 
-def check_serving(experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh) -> Report:
-    """Compiles `what`, prefill or decode, of these shapes, and reads what came out."""
+def check_serving(
+    experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh
+) -> tuple[Report, Future[bool]]:
+    """As `check_training`, of `what`, prefill or decode, of these shapes."""
     make, count = {"prefill": (prefill_job, prefill_flops), "decode": (decode_job, decode_flops)}[what]
     flops = count(experiment.model, serving.rows, serving.tokens, serving.tiles)
     return _report(make(experiment, serving, mesh), what, flops, experiment.model, topology, mesh)
@@ -131,16 +134,16 @@ def _report(
     mesh: Mesh,
     samples: int = 1,
     useful: float = 1.0,
-) -> Report:
+) -> tuple[Report, Future[bool]]:
     """`flops` are of the shapes; the part `useful` of them are of packs of so many `samples`."""
-    done, chip = compile_job(job, options(mesh)), topology.chip
+    (done, code), chip = compile_job(job), topology.chip
     collectives = sorted(done.program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
     cycles, kernels = done.program.cycles() / chip.clock, kernel_seconds(done.program, topology)
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
     hidden, exposed = max(cycles + kernels, exchange), cycles + kernels + exchange
     peak_flops = topology.chips * chip.peak.flops
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
-    return Report(
+    report = Report(
         topology=topology.name,
         slices=topology.slices,
         what=what,
@@ -166,6 +169,7 @@ def _report(
         collectives=collectives,
         activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
     )
+    return report, code
 
 
 def _shapes(model: VLM) -> set[tuple[int, ...]]:

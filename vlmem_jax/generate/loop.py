@@ -7,7 +7,7 @@ that wait, and put behind their tokens with the token that ends it. To the other
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlmem_jax.compiler import options
 from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule
 from vlmem_jax.generate.prompts import bucket, like_sized, pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
@@ -44,8 +45,8 @@ AXES = {"B": "batch", "K": "kv_heads", "H": "heads"}
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(vlm: VLM):
-    """prefill, extend and step of one model, each compiled at its first call."""
+def compiled(vlm: VLM, mesh: Mesh | None):
+    """prefill, extend and step of one model on one mesh, each compiled at its first call."""
     speech = vlm.speech
 
     def prefill(params, batch, capacity, copies=1):
@@ -76,9 +77,9 @@ def compiled(vlm: VLM):
         return state, logits_BV, finished_B, *replicate((tokens_B, logp_B)), by_name(calls)
 
     return (
-        jax.jit(prefill, static_argnums=(2, 3)),
-        jax.jit(extend, donate_argnums=1),
-        jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6)),
+        jax.jit(prefill, static_argnums=(2, 3), compiler_options=options(mesh)),
+        jax.jit(extend, donate_argnums=1, compiler_options=options(mesh)),
+        jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6), compiler_options=options(mesh)),
     )
 
 
@@ -87,13 +88,13 @@ def laid_out(logits_BV: jax.Array, state: DecodeState) -> tuple[jax.Array, Decod
     return constrain(logits_BV, "batch", "vocab"), by_name(state)
 
 
-def by_name(tree: Any) -> Any:
-    """The arrays of a dataclass over the ambient mesh, as the letters in the names of its fields say."""
+def by_name(tree: Any, place: Callable = constrain) -> Any:
+    """`place(x, *meanings of its axes)` of each array of a dataclass, as the letters in the names of its fields say."""
 
-    def place(path: tuple, x: jax.Array) -> jax.Array:
-        return constrain(x, *(AXES.get(axis) for axis in path[-1].name.rpartition("_")[2]))
+    def named(path: tuple, x: Any) -> Any:
+        return place(x, *(AXES.get(axis) for axis in path[-1].name.rpartition("_")[2]))
 
-    return jax.tree.map_with_path(place, tree)
+    return jax.tree.map_with_path(named, tree)
 
 
 def repeat_rows(logits_BV: jax.Array, state: DecodeState, copies: int) -> tuple[jax.Array, DecodeState]:
@@ -111,8 +112,8 @@ def repeat_rows(logits_BV: jax.Array, state: DecodeState, copies: int) -> tuple[
 
 
 @functools.lru_cache(maxsize=8)
-def compiled_speech(vlm: VLM):
-    """form and insert of a model with a memory that speaks."""
+def compiled_speech(vlm: VLM, mesh: Mesh | None):
+    """form and insert of a model with a memory that speaks, on one mesh."""
     speech = vlm.speech
 
     def form(params, state, latents_BND, rows_R, kinds_R, size):
@@ -132,7 +133,10 @@ def compiled_speech(vlm: VLM):
         logits_BV, state = laid_out(logits_BV, state)
         return state, logits_BV, by_name(calls.answered(ends_B, called_B))
 
-    return jax.jit(form, static_argnums=5, donate_argnums=2), jax.jit(insert, donate_argnums=(1, 2, 3))
+    return (
+        jax.jit(form, static_argnums=5, donate_argnums=2, compiler_options=options(mesh)),
+        jax.jit(insert, donate_argnums=(1, 2, 3), compiler_options=options(mesh)),
+    )
 
 
 class Generator:
@@ -159,7 +163,7 @@ class Generator:
         self.banned_ids = tuple(banned_ids)
         self.delimiter_ids = tuple(delimiter_ids)
         self.mesh = mesh
-        self.prefill, self.extend, self.step = compiled(vlm)
+        self.prefill, self.extend, self.step = compiled(vlm, mesh)
 
     def context(self):
         """Makes the mesh, if any, the ambient one."""
@@ -358,7 +362,7 @@ class _Answer:
         self._left_B = np.full(rows, budget)
         self._latents_BND: jax.Array | None = None
         self._formed: list[tuple[np.ndarray, np.ndarray, Heard]] = []
-        self._form, self._insert = compiled_speech(session.generator.vlm)
+        self._form, self._insert = compiled_speech(session.generator.vlm, session.generator.mesh)
 
     def called(self, tokens_B: np.ndarray) -> np.ndarray | None:
         """The kind of memory that each row of the batch gets, -1 for none; None if no row gets any."""
