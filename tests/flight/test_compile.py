@@ -1,19 +1,36 @@
 """The step that is compiled ahead is the one that training runs."""
 
 import dataclasses
+import tempfile
+from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import pytest
 
 from tests.train import world
 from vlmem_jax import sharding
-from vlmem_jax.flight.compile import batch_shapes, train_job
+from vlmem_jax.compiler import OPTIONS
+from vlmem_jax.flight import compile as compile_module
+from vlmem_jax.flight.compile import (
+    LAST_WRITTEN,
+    Job,
+    Serving,
+    batch_shapes,
+    compile_job,
+    decode_job,
+    prefill_job,
+    read_shapes,
+    train_job,
+)
 from vlmem_jax.flight.program import KINDS, HloProgram
+from vlmem_jax.generate.loop import compiled
 from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 
 PARTS = ("vision", "decoder")
+SERVING = Serving(rows=8, tokens=64, tiles=2, new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +55,23 @@ def test_the_step_compiles_without_data(settings):
     assert step.memory_analysis().alias_size_in_bytes > 0  # the state is donated
 
 
+def test_serving_is_compiled_as_generation_compiles_it(settings, monkeypatch):
+    monkeypatch.setitem(OPTIONS, "cpu", {"xla_no_such_option": True})
+    mesh = sharding.make_mesh(settings.mesh)
+    compiled.cache_clear()
+    for make in (prefill_job, decode_job):
+        with pytest.raises(ValueError, match="xla_no_such_option"):
+            compile_job(make(settings, SERVING, mesh))
+    compiled.cache_clear()
+
+
+def test_decoding_starts_from_where_prefill_leaves_its_state(settings):
+    mesh = sharding.make_mesh(settings.mesh)
+    left = prefill_job(settings, SERVING, mesh).lowered.compile().output_shardings
+    for x, place in zip(jax.tree.leaves(read_shapes(settings, SERVING, mesh)), jax.tree.leaves(left), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
 def test_collectives_do_not_grow_with_depth(settings):
     mesh, stage = sharding.make_mesh(settings.mesh), settings.stages[-1]
 
@@ -49,3 +83,70 @@ def test_collectives_do_not_grow_with_depth(settings):
         return sum(i.opcode.removesuffix("-start") in KINDS for i, _ in program)
 
     assert collectives(8) == collectives(4) > 0
+
+
+class Compiling(jax.stages.Lowered):
+    """A program whose compiler describes it, then writes machine code until it is told how that ends."""
+
+    def __init__(self, *described):
+        self.described = described
+        self.end = Future()
+
+    def compile(self, compiler_options):
+        for kind in self.described:
+            Path(compiler_options["xla_dump_to"], f"module.{kind}").write_text(TEXTS.get(kind, ""))
+        return self.end.result(60)
+
+
+TEXTS = {
+    "after_optimizations.txt": "HloModule m\n\nENTRY %main (x: s8[8]) -> s8[8] {\n  ROOT %x = s8[8] parameter(0)\n}\n",
+    "buffer-assignment.txt": "allocation 0: size 8, parameter 0\nallocation 1: size 24, preallocated-temp:\n",
+}
+
+
+class Written:
+    """A program with its machine code."""
+
+    def as_text(self):
+        return TEXTS["after_optimizations.txt"].replace("parameter(0)", 'parameter(0), x={"estimated_cycles":"5"}')
+
+
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+
+
+def test_the_answer_does_not_wait_for_machine_code():
+    program = Compiling(*TEXTS, LAST_WRITTEN)
+    answer, code = compile_job(Job(program, parameters=8, state=0, inputs=0))
+    assert not code.done() and answer.fits
+    assert (answer.temporary, answer.peak) == (24, 32)
+    program.end.set_result(Written())
+    assert code.result(60).cycles() == 5
+
+
+def test_a_kernel_without_machine_code_is_refused():
+    program = Compiling(*TEXTS, LAST_WRITTEN)
+    _, code = compile_job(Job(program, 8, 0, 0))
+    program.end.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: in memory space vmem"))
+    with pytest.raises(ValueError, match="the compiler refuses the program: .*vmem"):
+        code.result(60)
+
+
+def test_what_does_not_fit_is_described():
+    program = Compiling(*TEXTS)
+    program.end.set_exception(FULL)
+    answer, code = compile_job(Job(program, 8, 0, 0))
+    assert not answer.fits and answer.peak == 32 and code.result() is None
+
+
+def test_an_interrupted_compile_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupt(_):
+        assert list(tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compile_module.time, "sleep", interrupt)
+    program = Compiling()
+    with pytest.raises(KeyboardInterrupt):
+        compile_job(Job(program, 8, 0, 0))
+    program.end.set_exception(FULL)
+    assert not list(tmp_path.iterdir())

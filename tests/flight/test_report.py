@@ -51,8 +51,10 @@ allocation 1: size 384, preallocated-temp:
  value: <3 next @0> (size=64,offset=256): bf16[8,4]{1,0}
  value: <4 unknown @0> (size=64,offset=320): bf16[8,4]{1,0}
  value: <5 last @0> (size=64,offset=64): bf16[8,4]{1,0}
+allocation 2: size 128, color 1, preallocated-temp:
+ value: <6 fast @0> (size=128,offset=0): bf16[8,8]{1,0:T(8,128)(2,1)S(1)}
 
-Total bytes used: 448
+Total bytes used: 576
 """
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.flight import (
+    Finish,
     Learning,
     Report,
     Serving,
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--what", choices=("train", "rl", "prefill", "decode"), default="train", help="which program (default: train)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument(
+        "--no-code",
+        action="store_true",
+        help="stop at memory and exchanges: machine code, most of the work, tells the time and whether kernels compile",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--stage", help="stage whose step to compile (default: the last)")
     training.add_argument("--packs", type=int, help="packs a chip in each step, in place of data.rows")
@@ -60,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when it fits the chips, 1 when it does not."""
     jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile, not to look for a TPU
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no file of the compiler stays behind
     settings, topology = experiment(args.experiment), Topology(args.topology, args.slices)
     stage = _stage(settings, args.stage)
     wanted = {"next_token": "train", "grpo": "rl"}.get(stage.task)
@@ -76,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         settings = experiment(config)
         stage = _stage(settings, args.stage)
 
-    def check(settings: Experiment) -> Report:
+    def check(settings: Experiment) -> tuple[Report, Finish]:
         mesh = make_mesh(settings.mesh, devices)
         if args.what == "train":
             return check_training(settings, _stage(settings, args.stage), topology, mesh)
@@ -89,11 +97,20 @@ def run(args: argparse.Namespace) -> int:
     name = f"stage {stage.name}" if args.what in ("train", "rl") else args.what
     print(f"compiling {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)
     start = time.perf_counter()
-    report = check(settings)
-    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    print("\n".join(lines(report)), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+    def say(report: Report, text: list[str]) -> None:
+        print("\n".join(text), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+    report, finish = check(settings)
+    print(f"memory is laid out after {time.perf_counter() - start:.0f} s", flush=True)
+    say(report, lines(report))
+    if report.fits and not args.no_code:
+        print("\nwriting machine code, which tells the time ...", flush=True)
+        report = finish()
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        say(report, times(report))
     if not report.fits and args.what == "train" and not args.no_remedies:
         for words in _try_remedies(config, settings, stage, mesh, report, check):
             print(words, flush=True)
@@ -114,7 +131,8 @@ def _try_remedies(config: ConfigDict, settings: Experiment, stage, mesh, report:
     for changes in tried:
         words = " ".join(f"--config.{key}={value}" for key, value in changes.items())
         try:
-            other = check(experiment(override(config, changes)))
+            other, finish = check(experiment(override(config, changes)))
+            other = finish()
         except ValueError as error:
             yield f"  {words}: {str(error).splitlines()[0]}"
             continue
@@ -150,9 +168,12 @@ def lines(report: Report) -> list[str]:
         said.append(f"  and {len(report.collectives) - SHOWN} more kinds, all of fewer bytes")
     for c in report.activation_gathers:
         said.append(f"  ACTIVATIONS over fsdp: {c.kind} of {list(c.shape)}, {c.times} times, from {c.source}")
-    if not report.fits:
-        return said
-    said += [
+    return said
+
+
+def times(report: Report) -> list[str]:
+    """The predictions as text."""
+    return [
         "",
         "predicted, not measured",
         f"  compiler's estimate {report.cycles_seconds:.3f} s, attention kernels {report.kernel_seconds:.3f} s, "
@@ -161,4 +182,3 @@ def lines(report: Report) -> list[str]:
         f"  MFU {report.predicted_mfu:.1%}, {report.exposed_mfu:.1%} without (causal attention halved, recomputation "
         "left out)",
     ]
-    return said

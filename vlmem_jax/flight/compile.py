@@ -5,6 +5,9 @@ import math
 import os
 import re
 import tempfile
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
 from vlmem_jax.flight.program import HloProgram
-from vlmem_jax.generate.loop import compiled
+from vlmem_jax.generate.loop import by_name, compiled
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
 from vlmem_jax.rl.rows import Rows, memory_slots, row_slots
-from vlmem_jax.sharding import batch_sharding, batch_shards, param_shardings, shards
+from vlmem_jax.sharding import batch_sharding, batch_shards, even_spec, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
@@ -32,8 +35,14 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""Keeps libtpu from asking a cloud host what it runs on."""
+"""Keeps libtpu from asking a cloud host what it runs on, and from waiting for others: no chip is needed to compile."""
+
+LAST_WRITTEN = "after_buffer_assignment.txt"
+"""End of the name of the file that describes a program whose memory is laid out; machine code comes after it."""
+
+POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +134,7 @@ class Learning:
 def tpu_devices(topology: Topology) -> list[jax.Device]:
     """The chips of one or more slices, to compile for.
 
-    Needs the package libtpu (extra `tpu`), which one process at a time can use. Raises ValueError for a slice that does
-    not exist.
+    Needs the package libtpu (extra `tpu`). Raises ValueError for a slice that does not exist.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -135,8 +143,6 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
             platform="tpu", topology_name=topology.name, num_slices=topology.slices
         )
     except jax.errors.JaxRuntimeError as error:
-        if "lockfile" in str(error):
-            raise ValueError("another process is compiling for TPUs; libtpu serves one at a time, try again") from error
         raise topology.missing() from error
     return list(described.devices)
 
@@ -179,27 +185,32 @@ def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
 
 
 def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
-    """One token for each row of a batch whose prompts have been read. Compiles prefill, too: where does its state lie?
-
-    Raises ValueError where that does not fit.
-    """
+    """One token for each row of a batch whose prompts have been read."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
     _, _, step = compiled(vlm, mesh)
-    prefill = prefill_job(experiment, serving, mesh).lowered
-    try:
-        places = prefill.compile().output_shardings
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError("reading the prompts does not fit; --what prefill says what fills memory") from error
-    logits_BV, state = jax.tree.map(_placed, prefill.out_info, places)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     choice = jax.eval_shape(
         lambda: Choice.make(SamplingConfig(), serving.rows, vlm.config.decoder.vocab, banned_ids=(), stop_ids=())
     )
-    everywhere = NamedSharding(mesh, PartitionSpec())
     choice = jax.tree.map(lambda x: _placed(x, everywhere), choice)
     finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=everywhere)
+    logits_BV, state = read_shapes(experiment, serving, mesh)
     with jax.set_mesh(mesh):
         lowered = step.lower(params, state, logits_BV, finished_B, choice, True)
     return Job(lowered, held(params), held(state), held((logits_BV, choice)))
+
+
+def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, Any]:
+    """Scores of the next token, and the decoding state, as prefill leaves them."""
+    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+    prefill, _, _ = compiled(vlm, mesh)
+
+    def place(x: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
+        return _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes)))
+
+    with jax.set_mesh(mesh):
+        batch = _prompts(vlm, serving, mesh)
+        return by_name(place, *prefill.eval_shape(params, batch, serving.tokens + serving.new_tokens))
 
 
 def _serving_params(experiment: Experiment, mesh: Mesh) -> dict:
@@ -217,27 +228,47 @@ def _placed(x: jax.ShapeDtypeStruct, place) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def compile_job(job: Job, chip_options: dict | None = None) -> Compilation:
-    """Compiles; a program that does not fit the chip's memory is described all the same.
+def compile_job(job: Job) -> tuple[Compilation, Future[HloProgram | None]]:
+    """Compiles a job with the options of its own program, and waits for what a first answer needs.
 
-    Raises ValueError for what the compiler refuses otherwise.
+    The compiler decides first what runs when and where each array lies, then writes machine code, which takes most of
+    its time. The future is of the program with the estimates of cycles that come of the latter; it raises ValueError
+    for a kernel that the compiler refuses. The thread behind it does not keep the process alive. A program that does
+    not fit the chip's memory gets no machine code (None), but is described all the same. Raises ValueError for what is
+    refused at once.
     """
-    with tempfile.TemporaryDirectory(prefix="vlmem_compile_") as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_.*"}
-        arguments = job.parameters + job.state + job.inputs
-        try:
-            done = job.lowered.compile(compiler_options={**(chip_options or {}), **dump})
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or re.search(r"space[ =][vs]mem", str(error)):
-                raise ValueError(f"the compiler refuses the program: {str(error)[:2000]}") from error
-            done = None
+    with tempfile.TemporaryDirectory(prefix="vlmem_compile_", ignore_cleanup_errors=True) as folder:
+        code = _compiled_in(folder, job.lowered)
+        while not code.done() and not any(Path(folder).glob(f"*{LAST_WRITTEN}")):
+            time.sleep(POLL_SECONDS)
+        fits = not code.done() or code.result() is not None
         written = {kind: _read(folder, kind) for kind in ("after_optimizations.txt", "buffer-assignment.txt")}
-        program = HloProgram(done.as_text() if done else written["after_optimizations.txt"])
-        assignment = written["buffer-assignment.txt"]
-        memory = done.memory_analysis() if done else None
-        temporary = memory.temp_size_in_bytes if memory else temporary_bytes(assignment)
-        peak = memory.peak_memory_in_bytes if memory else arguments + temporary
-        return Compilation(program, done is not None, temporary, peak, buffers(assignment, program))
+    program, assignment = HloProgram(written["after_optimizations.txt"]), written["buffer-assignment.txt"]
+    temporary = temporary_bytes(assignment)
+    peak = job.parameters + job.state + job.inputs + temporary
+    return Compilation(program, fits, temporary, peak, buffers(assignment, program)), code
+
+
+def _compiled_in(folder: str, lowered: jax.stages.Lowered) -> Future[HloProgram | None]:
+    """Compiles in a thread, and has the compiler describe the program in files of `folder`."""
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_.*"}
+    code: Future[HloProgram | None] = Future()
+
+    def work() -> None:
+        try:
+            code.set_result(HloProgram(lowered.compile(compiler_options=dump).as_text()))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error) and not re.search(r"space[ =][vs]mem", str(error)):
+                code.set_result(None)
+                return
+            refused = ValueError(f"the compiler refuses the program: {str(error)[:2000]}")
+            refused.__cause__ = error
+            code.set_exception(refused)
+        except BaseException as error:
+            code.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return code
 
 
 def held(tree) -> int:

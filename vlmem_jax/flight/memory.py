@@ -6,7 +6,8 @@ import re
 from vlmem_jax.flight.program import HloProgram
 
 _VALUE = re.compile(r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\): (\S+?)(?:\{|$)")
-_TEMPORARY = re.compile(r"^allocation \d+: size (\d+), .*preallocated-temp")
+_TEMPORARY = re.compile(r"^allocation \d+: size (\d+), preallocated-temp", re.M)
+"""That of the chip's large memory; arrays kept in another, such as VMEM, have a colour before the last word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def buffers(assignment: str, program: HloProgram) -> list[Buffer]:
 
 def temporary_bytes(assignment: str) -> int:
     """Of the memory that the program needs beside its arguments and results."""
-    return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), .*preallocated-temp", assignment, re.M))
+    return sum(int(size) for size in _TEMPORARY.findall(assignment))
 
 
 def _kept(operation: str) -> bool:
