@@ -102,6 +102,15 @@ TEXTS = {
     "after_optimizations.txt": "HloModule m\n\nENTRY %main (x: s8[8]) -> s8[8] {\n  ROOT %x = s8[8] parameter(0)\n}\n",
     "buffer-assignment.txt": "allocation 0: size 8, parameter 0\nallocation 1: size 24, preallocated-temp:\n",
 }
+
+
+class Written:
+    """A program with its machine code."""
+
+    def as_text(self):
+        return TEXTS["after_optimizations.txt"].replace("parameter(0)", 'parameter(0), x={"estimated_cycles":"5"}')
+
+
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
 
 
@@ -110,8 +119,8 @@ def test_the_answer_does_not_wait_for_machine_code():
     answer, code = compile_job(Job(program, parameters=8, state=0, inputs=0))
     assert not code.done() and answer.fits
     assert (answer.temporary, answer.peak) == (24, 32)
-    program.end.set_result(None)
-    assert code.result(60)
+    program.end.set_result(Written())
+    assert code.result(60).cycles() == 5
 
 
 def test_a_kernel_without_machine_code_is_refused():
@@ -126,7 +135,7 @@ def test_what_does_not_fit_is_described():
     program = Compiling(*TEXTS)
     program.end.set_exception(FULL)
     answer, code = compile_job(Job(program, 8, 0, 0))
-    assert not answer.fits and answer.peak == 32 and code.result() is False
+    assert not answer.fits and answer.peak == 32 and code.result() is None
 
 
 def test_an_interrupted_compile_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.flight import (
+    Finish,
     Learning,
     Report,
     Serving,
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-code",
         action="store_true",
-        help="stop at the answer: the machine code, most of the work, shows only whether each kernel compiles",
+        help="stop at memory and exchanges: machine code, most of the work, tells the time and whether kernels compile",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--stage", help="stage whose step to compile (default: the last)")
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         settings = experiment(config)
         stage = _stage(settings, args.stage)
 
-    def check(settings: Experiment) -> tuple[Report, Future[bool]]:
+    def check(settings: Experiment) -> tuple[Report, Finish]:
         mesh = make_mesh(settings.mesh, devices)
         if args.what == "train":
             return check_training(settings, _stage(settings, args.stage), topology, mesh, args.samples)
@@ -111,15 +111,20 @@ def run(args: argparse.Namespace) -> int:
     for words in whole_heads(vlm, mesh, vlm.dtype.itemsize if answers else 4, cache=answers):
         print(words, flush=True)
     start = time.perf_counter()
-    report, code = check(settings)
-    print(f"answer after {time.perf_counter() - start:.0f} s", flush=True)
-    print("\n".join(lines(report)), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+    def say(report: Report, text: list[str]) -> None:
+        print("\n".join(text), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+    report, finish = check(settings)
+    print(f"memory is laid out after {time.perf_counter() - start:.0f} s", flush=True)
+    say(report, lines(report))
     if report.fits and not args.no_code:
-        print("\nwriting machine code, which changes nothing of this ...", flush=True)
-        code.result()
+        print("\nwriting machine code, which tells the time ...", flush=True)
+        report = finish()
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        say(report, times(report))
     if not report.fits and args.what == "train" and not args.no_remedies:
         for words in _try_remedies(config, settings, stage, mesh, report, check):
             print(words, flush=True)
@@ -140,7 +145,8 @@ def _try_remedies(config: ConfigDict, settings: Experiment, stage, mesh, report:
     for changes in tried:
         words = " ".join(f"--config.{key}={value}" for key, value in changes.items())
         try:
-            other, _ = check(experiment(override(config, changes)))
+            other, finish = check(experiment(override(config, changes)))
+            other = finish()
         except ValueError as error:
             yield f"  {words}: {str(error).splitlines()[0]}"
             continue
@@ -176,9 +182,12 @@ def lines(report: Report) -> list[str]:
         said.append(f"  and {len(report.collectives) - SHOWN} more kinds, all of fewer bytes")
     for c in report.activation_gathers:
         said.append(f"  ACTIVATIONS over fsdp: {c.kind} of {list(c.shape)}, {c.times} times, from {c.source}")
-    if not report.fits:
-        return said
-    said += [
+    return said
+
+
+def times(report: Report) -> list[str]:
+    """The predictions as text."""
+    return [
         "",
         "predicted, not measured",
         f"  compiler's estimate {report.cycles_seconds:.3f} s, attention kernels {report.kernel_seconds:.3f} s, "
@@ -188,4 +197,3 @@ def lines(report: Report) -> list[str]:
         "attention halved, recomputation left out)",
         f"  utilisation of the shapes {report.predicted_utilisation:.1%}, which is the MFU at one sample a pack",
     ]
-    return said

@@ -224,47 +224,47 @@ def _placed(x: jax.ShapeDtypeStruct, place) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def compile_job(job: Job) -> tuple[Compilation, Future[bool]]:
+def compile_job(job: Job) -> tuple[Compilation, Future[HloProgram | None]]:
     """Compiles a job with the options of its own program, and waits for what a first answer needs.
 
-    The compiler decides first what runs when and where each array lies, then writes machine code: that takes most of
-    its time and changes nothing of the former. The future is of the machine code, and raises ValueError for a kernel
-    that the compiler refuses; the thread behind it does not keep the process alive. A program that does not fit the
-    chip's memory gets none, but is described all the same. Raises ValueError for what is refused at once.
+    The compiler decides first what runs when and where each array lies, then writes machine code, which takes most of
+    its time. The future is of the program with the estimates of cycles that come of the latter; it raises ValueError
+    for a kernel that the compiler refuses. The thread behind it does not keep the process alive. A program that does
+    not fit the chip's memory gets no machine code (None), but is described all the same. Raises ValueError for what is
+    refused at once.
     """
     with tempfile.TemporaryDirectory(prefix="vlmem_compile_", ignore_cleanup_errors=True) as folder:
-        done = _compiled_in(folder, job.lowered)
-        while not done.done() and not any(Path(folder).glob(f"*{LAST_WRITTEN}")):
+        code = _compiled_in(folder, job.lowered)
+        while not code.done() and not any(Path(folder).glob(f"*{LAST_WRITTEN}")):
             time.sleep(POLL_SECONDS)
-        fits = not done.done() or done.result()
+        fits = not code.done() or code.result() is not None
         written = {kind: _read(folder, kind) for kind in ("after_optimizations.txt", "buffer-assignment.txt")}
     program, assignment = HloProgram(written["after_optimizations.txt"]), written["buffer-assignment.txt"]
     temporary = temporary_bytes(assignment)
     peak = job.parameters + job.state + job.inputs + temporary
-    return Compilation(program, fits, temporary, peak, buffers(assignment, program)), done
+    return Compilation(program, fits, temporary, peak, buffers(assignment, program)), code
 
 
-def _compiled_in(folder: str, lowered: jax.stages.Lowered) -> Future[bool]:
-    """Compiles in a thread, and has the compiler describe the program in files of `folder`. False: it does not fit."""
+def _compiled_in(folder: str, lowered: jax.stages.Lowered) -> Future[HloProgram | None]:
+    """Compiles in a thread, and has the compiler describe the program in files of `folder`."""
     dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_.*"}
-    done: Future[bool] = Future()
+    code: Future[HloProgram | None] = Future()
 
     def work() -> None:
         try:
-            lowered.compile(compiler_options=dump)
-            done.set_result(True)
+            code.set_result(HloProgram(lowered.compile(compiler_options=dump).as_text()))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error) and not re.search(r"space[ =][vs]mem", str(error)):
-                done.set_result(False)
+                code.set_result(None)
                 return
             refused = ValueError(f"the compiler refuses the program: {str(error)[:2000]}")
             refused.__cause__ = error
-            done.set_exception(refused)
+            code.set_exception(refused)
         except BaseException as error:
-            done.set_exception(error)
+            code.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return done
+    return code
 
 
 def held(tree) -> int:

@@ -1,9 +1,10 @@
 """The flight check: does a program fit, what does it exchange, and how fast should it be."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 
 from jax.sharding import Mesh
@@ -43,7 +44,7 @@ KERNEL_UTILISATION = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Numbers of one compiled program, for one chip. Times are predictions."""
+    """Numbers of one compiled program, for one chip. Times are predictions; None before there is machine code."""
 
     topology: str
     slices: int
@@ -62,36 +63,42 @@ class Report:
     hbm_share: float
     buffers: list[Buffer]
     """The largest of activations and temporaries."""
-    cycles_seconds: float
+    cycles_seconds: float | None
     """The compiler's estimate, without kernels and communication."""
     kernel_seconds: float
     """Attention kernels at KERNEL_UTILISATION, or at the speed of memory where that is slower."""
     exchange_seconds: float
     """All collectives one after the other at full link speed."""
-    predicted_step_seconds: float
+    predicted_step_seconds: float | None
     """If communication is hidden as far as can be."""
-    exposed_step_seconds: float
+    exposed_step_seconds: float | None
     """If none of it is."""
     flops: int
     """Useful FLOPs of the whole step, see `models.flops`."""
     samples: int
     """Of a pack, all alike: attention between them is not useful."""
-    predicted_mfu: float
-    exposed_mfu: float
-    predicted_utilisation: float
+    shape_flops: int
+    """Of the shapes, as if each pack were one sample."""
+    predicted_mfu: float | None
+    exposed_mfu: float | None
+    predicted_utilisation: float | None
     """Of the shapes: what the MFU would be of packs of one sample."""
     collectives: list[Collective]
     activation_gathers: list[Collective]
     """Exchanges over fsdp of something that is no parameter: the sharding is at fault."""
 
 
+Finish = Callable[[], Report]
+"""Waits for the machine code; raises ValueError where there can be none, see `compile_job`."""
+
+
 def check_training(
     experiment: Experiment, stage: StageConfig, topology: Topology, mesh: Mesh, samples: int = 1
-) -> tuple[Report, Future[bool]]:
+) -> tuple[Report, Finish]:
     """What the compiler makes of a stage's step for `mesh`, which is of that topology.
 
-    Useful are FLOPs of full packs of so many `samples`. The future is of the machine code, which is still being
-    written, see `compile_job`.
+    Useful are FLOPs of full packs of so many `samples`. The times of the report are None; the function waits for the
+    machine code, and gives a report that has them.
     """
     data = experiment.data_of(stage)
     trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
@@ -104,7 +111,7 @@ def check_training(
 
 def check_learning(
     experiment: Experiment, stage: StageConfig, learning: Learning, topology: Topology, mesh: Mesh
-) -> tuple[Report, Future[bool]]:
+) -> tuple[Report, Finish]:
     """As `check_training`, of the step of a `grpo` stage."""
     job, model = rl_job(experiment, stage, learning, mesh), experiment.model
     T, I, J, L = learning.slots(experiment, stage, mesh)
@@ -118,7 +125,7 @@ def check_learning(
 
 def check_serving(
     experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh
-) -> tuple[Report, Future[bool]]:
+) -> tuple[Report, Finish]:
     """As `check_training`, of `what`, prefill or decode, of these shapes."""
     make, count = {"prefill": (prefill_job, prefill_flops), "decode": (decode_job, decode_flops)}[what]
     flops = count(experiment.model, serving.rows, serving.tokens, serving.tiles)
@@ -134,14 +141,12 @@ def _report(
     mesh: Mesh,
     samples: int = 1,
     useful: float = 1.0,
-) -> tuple[Report, Future[bool]]:
+) -> tuple[Report, Finish]:
     """`flops` are of the shapes; the part `useful` of them are of packs of so many `samples`."""
     (done, code), chip = compile_job(job), topology.chip
     collectives = sorted(done.program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
-    cycles, kernels = done.program.cycles() / chip.clock, kernel_seconds(done.program, topology)
+    kernels = kernel_seconds(done.program, topology)
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
-    hidden, exposed = max(cycles + kernels, exchange), cycles + kernels + exchange
-    peak_flops = topology.chips * chip.peak.flops
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
     report = Report(
         topology=topology.name,
@@ -156,20 +161,41 @@ def _report(
         peak_bytes=done.peak,
         hbm_share=done.peak / chip.hbm_bytes,
         buffers=done.buffers[:SHOWN_BUFFERS],
-        cycles_seconds=cycles,
+        cycles_seconds=None,
         kernel_seconds=kernels,
         exchange_seconds=exchange,
-        predicted_step_seconds=hidden,
-        exposed_step_seconds=exposed,
+        predicted_step_seconds=None,
+        exposed_step_seconds=None,
         flops=round(useful * flops),
         samples=samples,
-        predicted_mfu=useful * flops / (peak_flops * hidden),
-        exposed_mfu=useful * flops / (peak_flops * exposed),
-        predicted_utilisation=flops / (peak_flops * hidden),
+        shape_flops=flops,
+        predicted_mfu=None,
+        exposed_mfu=None,
+        predicted_utilisation=None,
         collectives=collectives,
         activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
     )
-    return report, code
+    return report, functools.partial(_timed, report, code, topology)
+
+
+def _timed(report: Report, code: Future[HloProgram | None], topology: Topology) -> Report:
+    """With what the compiler's estimates of cycles say; a program that does not fit has none."""
+    program = code.result()
+    if program is None:
+        return report
+    cycles, exchange = program.cycles() / topology.chip.clock, report.exchange_seconds
+    inside = cycles + report.kernel_seconds
+    hidden, exposed = max(inside, exchange), inside + exchange
+    peak_flops = topology.chips * topology.chip.peak.flops
+    return dataclasses.replace(
+        report,
+        cycles_seconds=cycles,
+        predicted_step_seconds=hidden,
+        exposed_step_seconds=exposed,
+        predicted_mfu=report.flops / (peak_flops * hidden),
+        exposed_mfu=report.flops / (peak_flops * exposed),
+        predicted_utilisation=report.shape_flops / (peak_flops * hidden),
+    )
 
 
 def _shapes(model: VLM) -> set[tuple[int, ...]]:
