@@ -21,6 +21,7 @@ for flag, value in XLA_FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{given} --{flag}={value}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # workers that compile for TPUs hold none
 
 import jax  # noqa: E402 - the environment comes first
 import pytest  # noqa: E402

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,6 @@ print(json.dumps(said))
 
 @pytest.mark.tpu_aot
 @pytest.mark.slow
-@pytest.mark.xdist_group("libtpu")
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_kernels_compile_and_keep_no_scores_in_hbm(chip):
     environment = os.environ | {
@@ -79,13 +77,8 @@ def test_kernels_compile_and_keep_no_scores_in_hbm(chip):
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    deadline = time.time() + 600
-    while True:
-        command = [sys.executable, "-c", PROGRAM, chip]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if "libtpu multi-process lockfile" not in done.stdout + done.stderr or time.time() > deadline:
-            break
-        time.sleep(3)  # another process compiles
+    command = [sys.executable, "-c", PROGRAM, chip]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     temporary = json.loads(done.stdout.splitlines()[-1])
     failed = {name: said for name, said in temporary.items() if isinstance(said, str)}
