@@ -11,11 +11,10 @@ from tests.train import world
 from vlmem_jax.cli.main import main
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """`vlmem train` of a stage that trains what forms memories, up to its workdir."""
-    folder = tmp_path_factory.mktemp("world")
-    config = memory_world.config(folder)
+@pytest.fixture
+def line(tmp_path):
+    """`vlmem train` of a warm-up and a stage that trains what forms memories, up to its workdir."""
+    config = memory_world.config(tmp_path)
     formation = config.stages[0]
     formation["rl"] |= dict(
         rewards=[dict(name="tests.rl.own:length")], adaptive_kl=True, rollout_mesh=dict(data=1, fsdp=4, tensor=2)
@@ -23,12 +22,8 @@ def command(tmp_path_factory):
     warmup = {key: formation[key] for key in ("steps", "learning_rate", "trainable")}
     warmup |= dict(name="warmup", task="memory_sft", rl=dict(prompts=6, rollout_rows=4))
     config.mesh, config.data.rows, config.data.eval = dict(data=2, fsdp=4), 8, config.data.train
-
-    def line(stage):
-        config.stages = [{"warmup": warmup, "formation": formation}[stage]]
-        return ["train", "--config", str(world.save_config(folder, config)), "--workdir"]
-
-    return line
+    config.stages = [warmup, formation]
+    return ["train", "--config", str(world.save_config(tmp_path, config)), "--workdir"]
 
 
 def records(workdir):
@@ -55,15 +50,14 @@ def same(expected, found):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_fast")
-@pytest.mark.parametrize("stage", ["formation", "warmup"])
-def test_two_processes_draw_and_learn_what_one_does(command, tmp_path, stage):
-    line = command(stage)
+def test_two_processes_draw_and_learn_what_one_does(line, tmp_path):
     (out, _), (silent, _) = finish(start([*line, str(tmp_path / "two")]), [0, 0])
-    assert f"stage {stage} is done" in out and "stage" not in silent
+    assert "stage warmup is done" in out and "stage formation is done" in out and "stage" not in silent
     assert main([*line, str(tmp_path / "one")]) == 0
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     same(one, two)
-    steps, [evaluated] = one[:2], one[2:]
-    assert all(line["grad_norm"] > 0 for line in steps) and evaluated["eval/loss"]
-    if stage == "formation":
-        assert steps[0]["memory/per_answer"] > 0.5 and steps[1]["kl"] > 0 and "beta" in steps[0]
+    assert [line["stage"] for line in one] == 3 * ["warmup"] + 3 * ["formation"]
+    assert all(line["grad_norm"] > 0 for line in one if "loss" in line)
+    assert all(line["eval/loss"] for line in one if "eval/loss" in line)
+    first, second = one[3:5]
+    assert first["memory/per_answer"] > 0.5 and second["kl"] > 0 and "beta" in first

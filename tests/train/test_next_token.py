@@ -16,9 +16,18 @@ from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextToken
-from vlmem_jax.train.run import run
+from vlmem_jax.train.run import origin, run
 
 GATES = {"memory/blocks/attn_gate", "memory/blocks/mlp_gate"}
+ALL = dict(name="all", steps=4, learning_rate=1e-2)
+"""A stage that trains everything."""
+MIXED = (2, 2, 1, 2)
+"""Sizes of a mesh, in the order of its axes: data, fsdp, context, tensor."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast(compile_fast):
+    """Collectives and memory are those of any program; nothing here is timed."""
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +35,17 @@ def folder(tmp_path_factory):
     return world.make(tmp_path_factory.mktemp("world"))
 
 
+def settings(folder, shape, *stages):
+    mesh = dict(zip(sharding.MESH_AXES, shape, strict=True))
+    return experiment(world.config(folder, stages=[ALL, *stages], mesh=mesh))
+
+
 @pytest.fixture(scope="module")
 def trained(folder):
-    """The workdir of all three stages on one row of eight devices."""
-    assert run(experiment(world.config(folder)), folder / "run")
+    """The workdir of two stages: one of everything, and one of what is new without its gates."""
+    new = dict(trainable=["projector/", "memory/"], frozen=["memory/blocks/.*_gate"])
+    stages = dict(name="gates_frozen", steps=2, learning_rate=1e-2, **new)
+    assert run(settings(folder, MIXED, stages), folder / "run")
     return folder / "run"
 
 
@@ -43,80 +59,80 @@ def changed(before, after):
 
 
 def test_each_stage_changes_what_it_trains_and_nothing_else(folder, trained):
-    early, late = params(folder, "pretrain", 2), params(folder, "pretrain", 4)
+    early, late = params(folder, "all", 2), params(folder, "all", 4)
+    assert changed(early, late) == set(early)
     new = {path for path in early if path.startswith(("projector/", "memory/"))}
-    assert changed(early, late) == new
-    assert changed(late, params(folder, "gates_frozen", 3)) == new - GATES
-    assert changed(params(folder, "gates_frozen", 3), params(folder, "finetune", 5)) == set(early)
+    assert changed(late, params(folder, "gates_frozen", 2)) == new - GATES
 
 
-def test_frozen_parameters_have_no_optimizer_state(folder, trained):
-    stored = (trained / "gates_frozen" / "3" / "train" / "_METADATA").read_text()
+def test_frozen_parameters_have_no_optimizer_state(trained):
+    stored = (trained / "gates_frozen" / "2" / "train" / "_METADATA").read_text()
     assert "memory" in stored and "projector" in stored
     assert not any(name in stored for name in ("_gate", "decoder", "vision"))
 
 
 def test_gates_and_fill_are_recorded(trained):
-    last = [line for line in (trained / "metrics.jsonl").read_text().splitlines() if '"finetune", "step": 5' in line]
+    last = [line for line in (trained / "metrics.jsonl").read_text().splitlines() if '"all", "step": 4' in line]
     assert '"gate/attn/1": ' in last[0] and '"fill": ' in last[0]
     assert '"eval/loss": ' in last[1]
 
 
 @pytest.fixture(scope="module")
-def losses_on(folder):
-    """`losses_on(data, fsdp, context, tensor)`: of four steps in which everything is trained, on that mesh."""
+def start(folder):
+    """Gives the parameters of the first step where a program wants them; they are drawn once."""
+    one = settings(folder, (1, 1, 1, 1))
+    model = VLM(one.model)
+    begin, _ = origin(one, one.stages[0], model, folder / "none")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    drawn = begin(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model.abstract()))
+    return lambda target: jax.tree.map(lambda x, t: jax.device_put(np.asarray(x), t.sharding), drawn, target)
+
+
+@pytest.fixture(scope="module")
+def steps_on(folder, start):
+    """`steps_on(data, fsdp, context, tensor)`: the program of `ALL` on that mesh, its step, the losses of all steps."""
 
     def train(*sizes):
-        stage = dict(name="all", steps=4, learning_rate=1e-2)
-        mesh = dict(zip(sharding.MESH_AXES, sizes, strict=True))
-        settings = experiment(override(world.config(folder, stages=[stage], mesh=mesh), {"data.eval": []}))
-        devices = jax.devices()[: math.prod(sizes)]
-        workdir = folder / "x".join(map(str, sizes))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vlmem_jax.train.run.make_mesh", lambda mesh: sharding.make_mesh(mesh, devices))
-            assert run(settings, workdir)
-        return list(world.losses(workdir).values())
+        whole = settings(folder, sizes)
+        stage, mesh = whole.stages[0], sharding.make_mesh(whole.mesh, jax.devices()[: math.prod(sizes)])
+        with jax.set_mesh(mesh):
+            task = NextToken(whole, stage, VLM(whole.model), mesh)
+            program = Program(task, whole, stage, mesh)
+            work = [task.work(step, {}) for step in range(stage.steps)]
+            task.close()
+            state, frozen = program.begin(start)
+            step = program.step.lower(state, frozen, work[0].batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+            losses = []
+            for part in work:
+                state, metrics = step(state, frozen, part.batch, np.float32(part.denominator))
+                losses.append(float(metrics["loss"]))
+        return program, step, losses
 
     return train
 
 
 @pytest.fixture(scope="module")
-def one_device(losses_on):
-    return losses_on(1, 1, 1, 1)
+def one_device(steps_on):
+    return steps_on(1, 1, 1, 1)[2]
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 1, 2, 2),
-        pytest.param((2, 2, 1, 2), marks=pytest.mark.slow),
-        pytest.param((1, 4, 2, 1), marks=pytest.mark.slow),
-        pytest.param((8, 1, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1, 1), marks=pytest.mark.slow),
-    ],
-)
-def test_every_mesh_gives_the_losses_of_one_device(losses_on, one_device, shape):
+@pytest.fixture(scope="module", params=[(1, 8, 1, 1), MIXED, (1, 2, 2, 2)], ids=["fsdp", "mixed", "context"])
+def compiled(request, steps_on):
+    return steps_on(*request.param)
+
+
+def test_every_mesh_gives_the_losses_of_one_device(compiled, one_device):
     assert one_device[-1] < one_device[0]
-    np.testing.assert_allclose(losses_on(*shape), one_device, rtol=1e-5)
+    np.testing.assert_allclose(compiled[2], one_device, rtol=1e-5)
 
 
-@pytest.fixture(scope="module", params=[(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)], ids=["fsdp", "mixed", "context"])
-def compiled(request, folder):
-    """The step of the last stage, and the program it came from."""
-    config = world.config(folder, mesh=dict(zip(sharding.MESH_AXES, request.param, strict=True)))
-    settings = experiment(config)
-    stage, mesh = settings.stages[-1], sharding.make_mesh(settings.mesh)
-    with jax.set_mesh(mesh):
-        task = NextToken(settings, stage, VLM(settings.model), mesh)
-        program = Program(task, settings, stage, mesh)
-        batch = task.work(0, {}).batch
-        task.close()
-        frozen = program.split.part(program.held)[1]
-        return program, program.step.lower(program.state, frozen, batch, jax.ShapeDtypeStruct((), np.float32)).compile()
+def test_the_loop_gives_them_too(trained, one_device):
+    found = [loss for (stage, _), loss in world.losses(trained).items() if stage == "all"]
+    np.testing.assert_allclose(found, one_device, rtol=1e-5)
 
 
 def test_the_step_gathers_parameters_and_no_activations(compiled):
-    program, step = compiled
+    program, step, _ = compiled
     sizes = {leaf.shape[-n:] for leaf in jax.tree.leaves(program.held) for n in range(1, leaf.ndim + 1)}
     largest = max(int(np.prod(shape)) for shape in sizes)
     found = HloProgram(step.as_text()).collectives(dict(program.replicated.mesh.shape))
@@ -129,7 +145,7 @@ def test_the_step_gathers_parameters_and_no_activations(compiled):
 
 
 def test_the_old_state_makes_room_for_the_new(compiled):
-    program, step = compiled
+    program, step, _ = compiled
     held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     assert step.memory_analysis().alias_size_in_bytes == held
 
