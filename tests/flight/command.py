@@ -32,7 +32,7 @@ class Done:
 
 def compile_step(folder: Path, *words: str, before: Callable[[], None] | None = None, **knobs) -> Done:
     """Runs `vlmem compile WORDS`, after `before()`, with the compiler's least effort. `knobs` are of JAX."""
-    knobs = {"jax_exec_time_optimization_effort": -1.0} | knobs
+    knobs = {"jax_exec_time_optimization_effort": -1.0, "jax_disable_most_optimizations": False} | knobs
     (done,) = compile_steps(folder, [words], before, **knobs)
     return done
 

@@ -74,6 +74,7 @@ def test_kernels_compile_and_keep_no_scores_in_hbm(chip):
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
