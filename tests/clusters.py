@@ -26,8 +26,7 @@ def start(line, processes=2, last=(), script="", devices=8):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                # one compiles what all run
-                env={**os.environ, "XLA_FLAGS": flags, "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"},
+                env={**os.environ, "XLA_FLAGS": flags},
             )
         )
     return hosts
