@@ -19,7 +19,6 @@ from vlmem_jax.types import Batch, Heard
 
 LOGITS = dict(atol=2e-4, rtol=1e-4)
 STATES = dict(atol=1e-4, rtol=1e-4)
-KINDS = ("short", "long")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +31,12 @@ def model(golden):
 def memory(model):
     """Its memory as a module."""
     return lambda *of: model(*of).vlm._merge(model(*of).params).memory
+
+
+@pytest.fixture(scope="module")
+def queries(memory):
+    """The query builder, which is the same whatever the former."""
+    return jax.jit(lambda *x: memory().query_builder(*x))
 
 
 def heard(states_BLD, kind: int) -> Heard:
@@ -51,29 +56,29 @@ def test_each_layer_of_the_query_builder(model, memory):
     seen = np.isfinite(file["attn_mask"])
     padded = seen & ~np.pad(file["key_padding_mask"], ((0, 0), (0, K)))[:, None]
     graph, layers = nnx.split(builder.encoder.layers)
+    layer = jax.jit(lambda n, *x: nnx.merge(graph, jax.tree.map(lambda leaf: leaf[n], layers))(*x))
     cases = ("layer", np.broadcast_to(seen, padded.shape), "Q"), ("layer_masked", padded, "Q_masked")
     for name, allowed, output in cases:
         y = x
         for n in range(model().vlm.config.vismem.query_builder.layers):
-            y = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], layers))(y, jnp.asarray(allowed))
+            y = layer(n, y, jnp.asarray(allowed))
             np.testing.assert_allclose(y, file[f"{name}_{n}"], **STATES)
         np.testing.assert_allclose(builder.encoder.norm(y)[:, L:], file[output], **STATES)
 
 
-def test_queries(model, memory):
+def test_queries(model, queries):
     file = model().files["query_builder"]
     states, lengths = jnp.asarray(file["H"]), (file["key_padding_mask"] == 0).sum(-1)
     everything = jnp.full(len(states), states.shape[1])
-    np.testing.assert_allclose(memory().query_builder(states, everything), file["Q"], **STATES)
+    np.testing.assert_allclose(queries(states, everything), file["Q"], **STATES)
     # learned positions go by true length, whatever the padding: there the file is what must not be
-    padded = memory().query_builder(states, jnp.asarray(lengths))
+    padded = queries(states, jnp.asarray(lengths))
     [short] = np.flatnonzero(lengths < states.shape[1])
-    alone = memory().query_builder(states[short : short + 1, : lengths[short]], jnp.asarray(lengths[short : short + 1]))
+    alone = queries(states[short : short + 1, : lengths[short]], jnp.asarray(lengths[short : short + 1]))
     np.testing.assert_allclose(padded[short : short + 1], alone, **STATES)
     assert np.abs(padded[short] - file["Q_masked"][short]).max() > 0.1
 
 
-@pytest.mark.parametrize("kind", range(2), ids=KINDS)
 @pytest.mark.parametrize(
     "name, of",
     [
@@ -82,13 +87,13 @@ def test_queries(model, memory):
         ("lora_former_qkvo", ("lora_llm", "vision_encoder", "qkvo")),
     ],
 )
-def test_formers(model, name, of, kind):
+def test_formers(model, queries, name, of):
     found, file = model(*of), model(*of).files[name]
     modules, lengths = found.vlm._merge(found.params), jnp.full(len(file["X"]), file["X"].shape[1])
-    np.testing.assert_allclose(modules.memory.query_builder(jnp.asarray(file["X"]), lengths), file["Q"], **STATES)
+    np.testing.assert_allclose(queries(jnp.asarray(file["X"]), lengths), file["Q"], **STATES)
     form = jax.jit(lambda heard: modules.memory.form(heard, found.vlm._decode(modules)))
-    wanted = file[f"M_{KINDS[kind]}"]
-    np.testing.assert_allclose(form(heard(file["X"], kind))[:, 0, : wanted.shape[1]], wanted, **STATES)
+    for kind, wanted in enumerate((file["M_short"], file["M_long"])):
+        np.testing.assert_allclose(form(heard(file["X"], kind))[:, 0, : wanted.shape[1]], wanted, **STATES)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -262,23 +267,23 @@ def test_supervised_step_of_stage_one(model):
     states = [(heard.states_BJLD[0, 0, :count], 0)]
     with_memory = written(vlm, one, length, [invoke, (slots,), end, *targets], states)
 
-    @jax.jit
-    def loss(params, batch):
-        logits = vlm.logits(params, batch)[0, -len(targets) - 1 : -1]
+    def loss(memory, batch):
+        logits = vlm.logits(found.params | {"memory": memory}, batch)[0, -len(targets) - 1 : -1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(targets)).mean(), logits
 
-    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(found.params, with_memory)
+    memory = found.params["memory"]
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(memory, with_memory)
     np.testing.assert_allclose(value, file["loss_mem"], rtol=1e-5)
     np.testing.assert_allclose(logits, file["target_logits"], **LOGITS)
     without = written(vlm, one, length, targets, states)
-    np.testing.assert_allclose(loss(found.params, without)[0], file["loss_base"], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss)(memory, without)[0], file["loss_base"], rtol=1e-5)
 
-    wanted, found_memory = part(file, "grad."), gradient["memory"]
+    wanted = part(file, "grad.")
     close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3)
-    builder = found_memory["query_builder"]
+    builder = gradient["query_builder"]
     close(builder["q_init"], wanted["qb.q_init"])
     close(builder["encoder"]["norm"]["scale"], wanted["qb.ln.weight"])
-    close(found_memory["short"]["m_init"], wanted["m_init_short"][0])
+    close(gradient["short"]["m_init"], wanted["m_init_short"][0])
     packed = wanted["qb.encoder.layers.0.self_attn.in_proj_weight"]
     attn, heads = builder["encoder"]["layers"]["attn"], vlm.config.vismem.query_builder.heads
     for n, name in enumerate("qkv"):
@@ -286,6 +291,6 @@ def test_supervised_step_of_stage_one(model):
         close(attn[name]["kernel"][0], kernel)
     for target, both in vismem_golden.adapters(part(wanted, "short.")).items():
         for which, value in both.items():
-            close(found_memory["short"]["lora"][target][which], value)
+            close(gradient["short"]["lora"][target][which], value)
             assert np.abs(value).max() > 1e-5
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(found_memory["long"]))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["long"]))
