@@ -112,6 +112,13 @@ def test_a_program_of_one_slice_names_the_groups_of_that_slice_alone():
     assert found["reduce-scatter"].axes == ("tensor",)
 
 
+def test_a_collective_of_single_devices_is_no_exchange():
+    alone = HLO.replace("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}")
+    mesh = {"data": 2, "fsdp": 4}
+    before, after = (HloProgram(text).collectives(mesh) for text in (HLO, alone))
+    assert {c.kind for c in before} - {c.kind for c in after} == {"reduce-scatter"}
+
+
 def test_an_attribute_may_contain_line_breaks():
     program = HloProgram(HLO)
     (kernel,) = (i for i, _ in program if i.opcode == "custom-call")

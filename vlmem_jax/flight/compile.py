@@ -211,7 +211,7 @@ def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[j
     with jax.set_mesh(mesh):
         batch = _prompts(vlm, serving, mesh)
         logits_BV, state = prefill.eval_shape(params, batch, serving.tokens + serving.new_tokens)
-    return place(logits_BV, "batch", "vocab"), by_name(state, place)
+        return place(logits_BV, "batch", "vocab"), by_name(state, place)
 
 
 def _serving_params(experiment: Experiment, mesh: Mesh) -> dict:

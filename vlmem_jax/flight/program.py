@@ -204,6 +204,8 @@ class HloProgram:
                 parts = [max(parts, key=_size)]
             groups = _groups(exchange.rest, math.prod(mesh.values()))
             count = max(len(group) for group in groups)
+            if count == 1:  # nothing is exchanged
+                continue
             axes = _called(groups, names) if kind != "collective-permute" else _along(groups, mesh)
             for element, shape in parts:
                 if instruction.opcode == "reduce-scatter" and shape:
