@@ -63,12 +63,12 @@ def test_parts_stand_as_the_flags_do_and_texts_are_texts(checkpoint, monkeypatch
     for arguments in ([*flags, "--prompt", "c"], ["--prompt", "c", *flags], ["--prompt", typed, *flags]):
         assert ask(checkpoint, *arguments) == 2
     processor = load_model(checkpoint).processor
-    conversation = [{"from": "human", "value": "a <image>\nb <image>\nc"}, {"from": "gpt", "value": "d"}]
-    trained = processor.encode(conversation, [open_image(one), open_image(two)])
+    gap = processor.template.before_text
+    wanted = processor.prompt(["a ", open_image(one), f"{gap}b ", open_image(two), f"{gap}c"])
     for sample in asked:
         length = len(asked[0].tokens_T) if sample is not asked[2] else np.flatnonzero(sample.slots_T >= 0)[-1] + 3
-        np.testing.assert_array_equal(sample.tokens_T[:length], trained.tokens_T[:length])
-        np.testing.assert_array_equal(sample.pixels_ISSc, trained.pixels_ISSc)
+        np.testing.assert_array_equal(sample.tokens_T[:length], wanted.tokens_T[:length])
+        np.testing.assert_array_equal(sample.pixels_ISSc, wanted.pixels_ISSc)
     for token in (*processor.control_ids, processor.stop_id):
         assert (asked[2].tokens_T == token).sum() == (asked[0].tokens_T == token).sum()
 

@@ -79,8 +79,16 @@ class VLM:
         return nnx.split(nnx.eval_shape(lambda: _Modules(self.config, rngs=nnx.Rngs(0))))
 
     def _merge(self, params: Params) -> _Modules:
-        """The modules with these parameters, which each casts as it uses them."""
-        return nnx.merge(self._graph[0], params)
+        """The modules with kernels in the compute dtype, and other parameters as they are, cast where they are used.
+
+        Kernels are cast before the loops over layers, which so gather, and give back as gradients, half the bytes. Each
+        use gives its gradient as one product; those of other parameters are sums over tokens.
+        """
+
+        def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+            return leaf.astype(self.dtype) if path[-1].key == "kernel" else leaf
+
+        return nnx.merge(self._graph[0], jax.tree.map_with_path(cast, params))
 
     @property
     def dtype(self):
