@@ -211,8 +211,9 @@ def test_what_is_typed_in_a_chat_is_text(model, picture):
     second = "".join(chat.ask(typed))
     assert chat._session is not None and chat.history[1] == ((typed,), second)
     sample = model.processor.prompt(typed, history=[([picture, "\n", typed], first)])
-    [ids] = model.generator().generate([sample], GREEDY)
-    assert model.processor.tokenizer.decode(ids) == second
+    read = model.processor.prompt(typed, [picture]).tokens_T
+    went_on = [*model.processor.tokenizer.encode(first), *model.processor.follow_up(typed)]
+    np.testing.assert_array_equal(sample.tokens_T, [*read, *went_on])
     assert len(np.unique(sample.slots_T)) - 1 == (sample.tokens_T == model.processor.context_id).sum()
 
 
