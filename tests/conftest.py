@@ -21,6 +21,7 @@ for flag, value in XLA_FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{given} --{flag}={value}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most programs here run for less time than they compile
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # workers that compile for TPUs hold none
 
 import jax  # noqa: E402 - the environment comes first
@@ -102,16 +103,6 @@ def _forget_programs():
     import jax
 
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def compile_fast():
-    """Programs that run slowly, here and in the processes that tests start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

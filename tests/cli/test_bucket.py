@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, gcs, compile_fast):
+def runs(folder, gcs):
     """The same run of one stage, on eight devices, in a bucket and on a disk."""
     places = "gs://bucket/run", str(folder / "run")
     file = world.config_file(folder, **ONE_STAGE, mesh=dict(data=2, fsdp=2, tensor=2))

@@ -16,8 +16,6 @@ from vlmem_jax.cli.main import main
 from vlmem_jax.hub.convert import export_folder
 from vlmem_jax.train.metrics import Recorder
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 ONE_STAGE = dict(
     stages=[dict(name="all", steps=9, learning_rate=1e-2, warmup_fraction=0.5, schedule="cosine")],
     checkpoint=dict(every=4, keep_last=2, keep_best=1),

@@ -9,7 +9,7 @@ from vlmem_jax.demo import compare
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, compile_fast, one_device):
+def workdir(tmp_path_factory, one_device):
     """Of the other kinds of positions, one is trained; `test_config` looks at all."""
     folder = tmp_path_factory.mktemp("run") / "demo"
     with pytest.MonkeyPatch.context() as patch:

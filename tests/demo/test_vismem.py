@@ -32,7 +32,7 @@ def test_examples_are_those_with_most_memories_and_some_wrong_ones(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, compile_fast, one_device):
+def workdir(tmp_path_factory, one_device):
     folder = tmp_path_factory.mktemp("run") / "demo"
     assert main(["demo", "--memory", "vismem", "--workdir", str(folder), "--steps-scale", "0.01", "--compare"]) == 0
     return folder

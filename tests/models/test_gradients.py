@@ -110,7 +110,7 @@ def differences(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> t
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def world(request, compile_fast):
+def world(request):
     vlm = VLM(resolve(MODELS[request.param] | {"compute_dtype": "bfloat16"}))
     params, rows = random_params(vlm), batch(vlm)
     exact = VLM(dataclasses.replace(vlm.config, compute_dtype="float32"))

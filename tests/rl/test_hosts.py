@@ -49,7 +49,6 @@ def same(expected, found):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_fast")
 def test_two_processes_draw_and_learn_what_one_does(line, tmp_path):
     (out, _), (silent, _) = finish(start([*line, str(tmp_path / "two")]), [0, 0])
     assert "stage warmup is done" in out and "stage formation is done" in out and "stage" not in silent

@@ -20,7 +20,6 @@ from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.rl.task import Lesson, _as_json, _from_json
 from vlmem_jax.train.stages import flatten
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 G, BANNED, STOP = 2, (3, 4), (1, *range(90, 100))
 SAMPLING = SamplingConfig(max_new_tokens=14, temperature=1.0)
 DATA = DataConfig(pack_tokens=384, pack_tiles=64, loss_weight="sample")

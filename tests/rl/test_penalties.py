@@ -57,7 +57,6 @@ def test_which_are_drawn_again_is_a_function_of_seed_and_phase(make, mesh, fract
             assert not any(np.array_equal(chosen_Pg, other) for other in drawn[:n])
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
     config = make(rev_fraction=0.5, paired_base=True, advantage_std=False)
     task = GRPO(config, config.stages[1], VLM(config.model), mesh)

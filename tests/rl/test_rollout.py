@@ -18,7 +18,6 @@ from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.types import Sample
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 BANNED, STOP, G = (3, 4, 60), (1, 2, *range(90, 120)), 3
 SAMPLING = SamplingConfig(max_new_tokens=12, temperature=1.5, top_k=100)
 DATA = DataConfig(pack_tokens=128, pack_tiles=16, loss_weight="sample")

@@ -22,8 +22,6 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import eval_loss
 from vlmem_jax.train.stages import flatten
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):

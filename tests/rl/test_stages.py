@@ -23,7 +23,6 @@ from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import flatten
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 

@@ -20,7 +20,6 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import fit
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 STAGE = "stages.rl"
 SMALL = {
     "model.memory": "none", "model.decoder.layers": 1, "model.vision.layers": 1, "model.vision.drop_path": 0.0,

@@ -41,11 +41,6 @@ def turns(question, answer):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast(compile_fast):
-    """Every process compiles, and together they wait for the slowest."""
-
-
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
     """`vlmem train` of one stage, up to its workdir."""

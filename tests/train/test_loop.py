@@ -16,8 +16,6 @@ from vlmem_jax.train.loop import NonFiniteError, fit, interruption
 from vlmem_jax.train.profile import ProfileConfig
 from vlmem_jax.train.stages import flatten, unflatten
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def mesh_of(data, fsdp, tensor):
     config = sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)

@@ -25,11 +25,6 @@ MIXED = (2, 2, 1, 2)
 """Sizes of a mesh, in the order of its axes: data, fsdp, context, tensor."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast(compile_fast):
-    """Collectives and memory are those of any program; nothing here is timed."""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return world.make(tmp_path_factory.mktemp("world"))

@@ -17,7 +17,6 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
 
 pytest.importorskip("av")
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.fixture(scope="module")
