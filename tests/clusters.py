@@ -35,7 +35,7 @@ def start(line, processes=2, last=(), script="", devices=8):
 def finish(hosts, codes):
     """Output and errors of each, which must end with these exit codes."""
     try:
-        texts = [host.communicate(timeout=200) for host in hosts]
+        texts = [host.communicate(timeout=900) for host in hosts]
     finally:
         for host in hosts:
             host.kill()
