@@ -34,11 +34,14 @@ def run(args: argparse.Namespace) -> int:
     model = answering.load(args)
     parts: list[Any] = []
     for kind, value in shown:
-        if kind == "video":
+        if kind == "text":
+            parts.append(value)
+        elif kind == "image":
+            parts += model.processor.message((), [value])
+        else:
             video, chosen = model.processor.open_video(value)
             print(f"{value}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)
-            value = video
-        parts += [value] if kind == "text" else model.processor.message((), [value])
+            parts += model.processor.message((), videos=[video])
     sample = model.processor.prompt([*parts, args.prompt], rope_dhr=answering.rope_dhr(args), name="--prompt")
     answer = answering.transcript(args, model)
     session = model.generator().start([sample], sampling.max_new_tokens)
