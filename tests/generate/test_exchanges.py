@@ -65,7 +65,7 @@ class Programs:
 
         self.generator.step = catch
         with pytest.raises(Caught):
-            next(Session(self.generator, state, logits_BV, ROWS, CAPACITY).draw(SamplingConfig(max_new_tokens=4)))
+            next(Session(self.generator, state, logits_BV, ROWS, 0, CAPACITY).draw(SamplingConfig(max_new_tokens=4)))
         return self._exchanges(lowered[0])
 
     def _exchanges(self, lowered: jax.stages.Lowered) -> list:
