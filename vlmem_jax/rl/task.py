@@ -27,6 +27,7 @@ from vlmem_jax.hub.convert import released
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import whole_heads
+from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
@@ -446,13 +447,16 @@ class GRPO(GRPOLoss):
         """The trained parameters as they were at the start of the stage, in the dtype they are used in."""
         if self.config.reference != "start":
             return {}
+        axes = flatten(self.model.axes())
         if self._restored:
             start, _ = origin(self._experiment, self._stage, self.model, self._workdir)
-            abstract, axes = flatten(self.model.abstract()), flatten(self.model.axes())
+            abstract = flatten(self.model.abstract())
             places = flatten(param_shardings(self._mesh, self.model.abstract(), self.model.axes()))
             params = start(unflatten(storage(self._split, abstract, axes, places, self.model.dtype)))
         trained, _ = self._split.part(flatten(params))
-        return {path: jnp.array(x, self.model.dtype, copy=True) for path, x in trained.items()}
+        return {
+            path: jnp.array(x, held_dtype(path, axes[path], self.model.dtype), copy=True) for path, x in trained.items()
+        }
 
     def _reference_params(self, params: dict) -> dict:
         if self.config.reference == "start":
