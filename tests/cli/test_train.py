@@ -146,7 +146,7 @@ def test_the_limit_of_what_is_read_at_once_reaches_the_reading(finished, folder,
 
 def start(file, workdir, devices=1, script=""):
     """A process that runs `vlmem train`, after `script`."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     command = (
         f"import sys\nfrom vlmem_jax.cli.main import main\n{textwrap.dedent(script)}\nsys.exit(main(sys.argv[1:]))"
     )
