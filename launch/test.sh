@@ -59,6 +59,7 @@ case ${1-} in
     --quick) quick=yes && shift ;;
 esac
 prepare test
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the package
 ruff check .
 ruff format --check .
 lint-imports

@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, a compilation cache, and checked array shapes."""
 
 import collections
+import gc
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 XLA_FLAGS = {
     "xla_force_host_platform_device_count": 8,
     "xla_cpu_use_fusion_emitters": "false",  # they set up MLIR anew for each fusion: most of what a tiny program costs
+    "xla_cpu_parallel_codegen_split_count": 1,  # modules that two cores compile side by side take more of both
 }
 for flag, value in XLA_FLAGS.items():
     if flag not in (given := os.environ.get("XLA_FLAGS", "")):
@@ -86,6 +88,12 @@ def pytest_collection_modifyitems(config, items):
             return sum(item.get_closest_marker("slow") is not None for item in group), len(group)
 
         items[:] = itertools.chain.from_iterable(sorted(groups.values(), key=size, reverse=True))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collector need not look at it again with each program traced."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

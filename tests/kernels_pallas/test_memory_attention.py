@@ -109,7 +109,7 @@ def test_any_shape_agrees_with_float64_in_the_kernel(backend, **case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", KERNELS)
-@settings(max_examples=12, deadline=None)  # others in each run
+@settings(max_examples=6, deadline=None)  # others in each run
 @given(**SHAPES)
 def test_many_shapes_agree_with_float64_in_the_kernel(backend, **case):
     check(backend, **case)

@@ -43,7 +43,8 @@ class Recipe:
             mixture_lines=times(sizes.mixture_lines, 64),
             tiles=times(sizes.tiles, 16),
             larger=times(sizes.larger, 16),
-            questions_each=min(sizes.questions_each, times(sizes.questions_each, 24)),
+            heldout_lines=min(sizes.heldout_lines, times(sizes.heldout_lines, 16)),
+            questions_each=min(sizes.questions_each, times(sizes.questions_each, 4)),
         )
         return cls(*({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, COMEMO_STEPS)), dataset)
 
