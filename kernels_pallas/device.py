@@ -36,7 +36,7 @@ PEAKS = {
 
 
 def peak(kind: str) -> Peak | None:
-    """Of a device with that name, as JAX gives it; None where it is not known."""
+    """The peak of a device with that name, as JAX gives it; None where it is not known."""
     name = CHIPS.get(kind) or next((name for name in PEAKS if name in kind), None)
     return PEAKS.get(name)
 

@@ -24,15 +24,15 @@ MODELS = {
     "vismem": VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", **TINY, "vision": {"layers": 2}})),
 }
 ROWS, CAPACITY = 16, 64
-"""Two rows of a batch for each of eight devices, and their room."""
+"""The batch has two rows for each of eight devices; CAPACITY is the room of each."""
 
 
 class Caught(Exception):
-    """In place of a step that is not to run."""
+    """The step that was caught is not to run."""
 
 
 class Programs:
-    """Those of a model that is not there on a mesh of eight devices."""
+    """The programs of a model, whose parameters are not there, on a mesh of eight devices."""
 
     def __init__(self, name: str, **sizes: int):
         vlm = MODELS[name]

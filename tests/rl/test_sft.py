@@ -19,7 +19,7 @@ from vlmem_jax.rl.rollout import trainer_generator
 from vlmem_jax.sharding import MeshConfig, make_mesh
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
-from vlmem_jax.train.next_token import eval_loss
+from vlmem_jax.train.next_token import eval_program
 from vlmem_jax.train.stages import flatten
 
 
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, para
         wanted_KP = np.array([losses_by_decoding(generator, samples, answers, kind) for kind in range(2)])
         work = task.work(0, params)
         parts = [jax.tree.map(lambda x, n=n: x[n : n + 1], work.batch) for n in range(len(work.batch.tokens_BT))]
-        total = sum(float(eval_loss(task.model, params, part, task.chunk)) for part in parts)
+        total = sum(float(eval_program(task._mesh)(task.model, params, part, task.chunk)) for part in parts)
         evaluated = task.evaluate(params)
     task.close()
     assert np.abs(wanted_KP[0] - wanted_KP[1]).min() > 1e-3

@@ -23,7 +23,7 @@ from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
-from vlmem_jax.train.next_token import NextTokenLoss, eval_loss, experiment_processor
+from vlmem_jax.train.next_token import NextTokenLoss, eval_program, experiment_processor
 from vlmem_jax.train.stages import Split, flatten
 from vlmem_jax.types import Batch, Sample
 
@@ -106,7 +106,7 @@ class MemorySFT(NextTokenLoss):
                 for n in range(len(batch.tokens_BT)):
                     part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
                     part = put(part, batch_sharding(self._mesh, leading=1))
-                    losses.append(eval_loss(self.model, params, part, self.chunk))
+                    losses.append(eval_program(self._mesh)(self.model, params, part, self.chunk))
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)} if losses else {}
 
     def state(self) -> dict:

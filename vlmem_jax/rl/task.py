@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from vlmem_jax.compiler import options
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt, hosts
 from vlmem_jax.data.samples import Key
@@ -137,7 +138,8 @@ class GRPO(GRPOLoss):
         self._rows: dict[int, Rows] = {}
         self._numbers: dict[str, float] = {}
         self._of_reference = jax.jit(
-            lambda params, batch: jax.lax.map(lambda part: self.log_probs(params, part), batch)
+            lambda params, batch: jax.lax.map(lambda part: self.log_probs(params, part), batch),
+            compiler_options=options(mesh),
         )
         prompts = sum(self._stream.prompts.counts)
         phase = f"a phase samples {config.group_size} answers to each of {config.prompts} and learns from them in"

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from vlmem_jax.compiler import options
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
 from vlmem_jax.models import VLM
@@ -96,7 +97,7 @@ class NextToken(NextTokenLoss):
         losses, weight = [], 0.0
         with contextlib.closing(self._eval.on_devices(self._mesh)) as batches:
             for host in batches:
-                losses.append(eval_loss(self.model, params, host.batch, self.chunk))
+                losses.append(eval_program(self._mesh)(self.model, params, host.batch, self.chunk))
                 weight += host.denominator
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)}
 
@@ -127,10 +128,14 @@ def next_token_loss(model: VLM, params: dict, rows: Batch, chunk: int, key: Arra
     return -(rows.weights_BT * log_probs(hidden_BTD, kernel_DV, rows.targets_BT, chunk, rescore=rescore)).sum()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=PartitionSpec())
-def eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Array, ""]:
-    """`next_token_loss` of a batch that is in one part. Compiled once for all stages."""
-    return next_token_loss(model, params, jax.tree.map(lambda x: x[0], batch), chunk)
+@functools.cache
+def eval_program(mesh: Mesh) -> Callable[[VLM, dict, Batch, int], Array]:
+    """The compiled `next_token_loss` of a batch that is in one part; one for all stages."""
+
+    def eval_loss(model: VLM, params: dict, batch: Batch, chunk: int) -> Float[Array, ""]:
+        return next_token_loss(model, params, jax.tree.map(lambda x: x[0], batch), chunk)
+
+    return jax.jit(eval_loss, static_argnums=(0, 3), out_shardings=PartitionSpec(), compiler_options=options(mesh))
 
 
 def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
