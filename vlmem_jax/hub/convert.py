@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDE
 from vlmem_jax.config import to_dict
 from vlmem_jax.hub import families, orbax_io
 from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Leaf, Made
+from vlmem_jax.hub.leaves import Extended, FromTensors, Leaf, Maker
 from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.settings import Released
@@ -103,9 +102,12 @@ def load_folder(
     may be missing, and for what raises ValueError.
     """
     tensors, _, found = _open(source)
-    leaves = _leaves(vlm, tensors, found.model, seed, Path(source))[0]
+    leaves, fresh, _ = _leaves(vlm, tensors, found.model, seed, Path(source))
     where = flat(shardings)
-    return nested({path: leaf.array(where[path], dtype) for path, leaf in leaves.items()})
+    arrays = {path: leaf.array(where[path], dtype) for path, leaf in leaves.items() if path not in fresh}
+    if fresh:
+        arrays |= leaves[fresh[0]].maker.arrays({path: where[path] for path in fresh}, dtype)
+    return nested(arrays)
 
 
 def export_folder(
@@ -218,36 +220,40 @@ def _leaves(
     if new_rows:
         _extend_vocabulary(leaves, new_rows, seed)
     fresh = [path for path in flat(vlm.abstract()) if path not in leaves]
-    start = _token_start(leaves, vlm.speech.start_id) if fresh and vlm.speech else None
-    for path in fresh:
-        comemo = config.memory == "comemo"
-        leaves[path] = (_fresh_blocks if comemo else functools.partial(_fresh_leaf, start))(config, path, dtype, seed)
+    if fresh:
+        start = _token_start(leaves, vlm.speech.start_id) if vlm.speech else None
+        maker = _blocks(config, dtype, seed) if config.memory == "comemo" else _memory(config, start, dtype, seed)
+        leaves |= {path: maker.leaves[path] for path in fresh}
     return leaves, tuple(fresh), new_rows
 
 
-def _fresh_blocks(config: ModelConfig, path: str, dtype: np.dtype, seed: int) -> Fresh:
-    """A leaf of the memory blocks as the model initialises it, a block at a time."""
+def _blocks(config: ModelConfig, dtype: np.dtype, seed: int) -> Maker:
+    """The memory blocks as the model initialises them, a block at a time."""
     every = config.comemo.every
     one_block = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=every))
 
     def init(block):
         memory = make_memory(one_block, nnx.Rngs(jax.random.fold_in(jax.random.key(seed), block)))
-        return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})[path][0].astype(dtype)
+        return {path: leaf[0].astype(dtype) for path, leaf in _by_path(memory).items()}
 
-    return Fresh(init, config.decoder.layers // every)
+    return Maker(init, config.decoder.layers // every)
 
 
-def _fresh_leaf(start: TokenStart | None, config: ModelConfig, path: str, dtype: np.dtype, seed: int) -> Made:
-    """A leaf of a memory as the model initialises it; its tokens start from one that there is."""
+def _memory(config: ModelConfig, start: TokenStart | None, dtype: np.dtype, seed: int) -> Maker:
+    """A memory as the model initialises it; its tokens start from one that there is."""
 
-    def make():
+    def init(_):
         rngs = nnx.Rngs(seed)
         memory = make_memory(config, rngs)
         if start is not None:
             memory.adopt(start, rngs.params())
-        return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})[path].astype(dtype)
+        return {path: leaf.astype(dtype) for path, leaf in _by_path(memory).items()}
 
-    return Made(make)
+    return Maker(init)
+
+
+def _by_path(memory: nnx.Module) -> dict[str, jax.Array]:
+    return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})
 
 
 def _token_start(leaves: Mapping[str, Leaf], token: int) -> TokenStart:

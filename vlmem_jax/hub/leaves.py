@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
+from vlmem_jax.compiler import once
 from vlmem_jax.hub.rules import Rule
 
 Index = tuple[slice, ...]
@@ -95,42 +96,37 @@ class Extended(Leaf):
         return np.concatenate([old, self._more[tuple(index)]], axis)
 
 
-class Made(Leaf):
-    """What `make`, a function that jax.jit takes, makes when it is asked for."""
+class Maker:
+    """What a model has and no file: all of its leaves come from one function."""
 
-    def __init__(self, make: Callable[[], jax.Array]):
-        made = jax.eval_shape(make)
-        super().__init__(made.shape, made.dtype)
-        self._make = make
+    def __init__(self, init: Callable[[jax.Array | int], dict[str, jax.Array]], layers: int | None = None):
+        """`init(layer)`, which jax.jit takes, gives a layer of each leaf by its path; without `layers`, the whole."""
+        self.init, self.layers = init, layers
+        stacked = () if layers is None else (layers,)
+        self.leaves = {
+            path: Fresh(self, path, (*stacked, *one.shape), one.dtype) for path, one in jax.eval_shape(init, 0).items()
+        }
 
-    def read(self, index: Index) -> np.ndarray:
-        return np.asarray(jax.jit(self._make)())[self._full(index)]
+    def arrays(self, shardings: Mapping[str, jax.sharding.Sharding], dtype=None) -> dict[str, jax.Array]:
+        """The leaves of these paths on devices, by one program; one layer after the other, to need little memory."""
 
-    def slabs(self, rows: int) -> Iterator[np.ndarray]:
-        whole = self.read(())
-        for start in range(0, self.shape[0], rows):
-            yield whole[start : start + rows]
+        def make() -> dict[str, jax.Array]:
+            made = self.init(0) if self.layers is None else jax.lax.map(self.init, np.arange(self.layers))
+            return {path: made[path].astype(dtype or made[path].dtype) for path in shardings}
 
-    def array(self, sharding: jax.sharding.Sharding, dtype=None) -> jax.Array:
-        dtype = self.dtype if dtype is None else dtype
-        return jax.jit(lambda: self._make().astype(dtype), out_shardings=sharding)()
+        return jax.jit(make, out_shardings=dict(shardings), compiler_options=once())()
 
 
 class Fresh(Leaf):
-    """`layers` layers that `init(number)`, a function that jax.jit takes, makes when they are asked for."""
+    """The leaf `path` of a maker."""
 
-    def __init__(self, init: Callable[[jax.Array], jax.Array], layers: int):
-        made = jax.eval_shape(init, 0)
-        super().__init__((layers, *made.shape), made.dtype)
-        self._init = init
+    def __init__(self, maker: Maker, path: str, shape: tuple[int, ...], dtype: np.dtype):
+        super().__init__(shape, dtype)
+        self.maker, self._path = maker, path
 
     def slabs(self, rows: int) -> Iterator[np.ndarray]:
-        init = jax.jit(self._init)
+        init = jax.jit(lambda layer: self.maker.init(layer)[self._path], compiler_options=once())
+        whole = np.asarray(init(0)) if self.maker.layers is None else None
         for start in range(0, self.shape[0], rows):
-            yield np.stack([np.asarray(init(layer)) for layer in range(start, min(start + rows, self.shape[0]))])
-
-    def array(self, sharding: jax.sharding.Sharding, dtype=None) -> jax.Array:
-        dtype = self.dtype if dtype is None else dtype
-        layers = np.arange(self.shape[0])
-        # one after the other: random bits take several times the memory of what they become
-        return jax.jit(lambda: jax.lax.map(self._init, layers).astype(dtype), out_shardings=sharding)()
+            layers = range(start, min(start + rows, self.shape[0]))
+            yield np.stack([np.asarray(init(n)) for n in layers]) if whole is None else whole[start : start + rows]
