@@ -1,16 +1,20 @@
 """The kernels that `tpu_static` compiles, and how often each conditional part of their code runs."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.tpu_dump import Program, Span
+from kernels_pallas import rotary
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention import tpu_backward, tpu_forward, tpu_small
+from kernels_pallas.memory_attention import tpu, tpu_backward, tpu_forward, tpu_small
 from kernels_pallas.memory_attention.blocks import LANES
+from kernels_pallas.memory_attention.problem import Inputs, Problem
 
 MATMULS = {"forward": 2, "backward": 5, "decode": 2}
 """Useful matmuls of queries by slots by head dim."""
@@ -37,6 +41,17 @@ class Case:
     blocks: tuple[int, ...] = ()
     """Empty: those of the table. memory_attention: the fields of its Forward, Small or Backward; splash and flash:
     rows of q, slots, and slots of a matmul."""
+
+    @property
+    def size(self) -> str:
+        """Number of slots, and what else is out of the ordinary."""
+        extra = [f"{self.slots}"]
+        extra += ["segments"] * self.segments + ["positions"] * (self.rotation == "positions")
+        extra += [f"{self.kv_heads} kv heads"] * (self.kv_heads < self.heads)
+        extra += [f"head dim {self.head_dim}"] * (self.head_dim != LANES)
+        extra += ["not turned"] * (self.kernel == "memory_attention" and self.rotation == "none")
+        extra += ["fp32"] * (self.dtype == "float32")
+        return ", ".join(extra)
 
     @property
     def cores(self) -> int:
@@ -71,7 +86,19 @@ class Case:
     @property
     def small(self) -> bool:
         """Whether the kernel for few slots serves."""
-        return self.direction == "forward" and self.slots <= block_sizes.SMALL_SLOTS
+        return self.direction == "forward" and self.slots <= block_sizes.SMALL_SLOTS and self.together == 1
+
+    @property
+    def together(self) -> int:
+        """Heads that share the lanes."""
+        apart = self.rotation != "none" or self.heads != self.kv_heads
+        return 1 if apart else block_sizes.heads_together(self.heads, self.head_dim)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the kernel masks: by segments, or slots that fill up the last block."""
+        block = self.chosen[1] if self.direction == "backward" else LANES
+        return self.segments or self.slots % block > 0
 
     @property
     def name(self) -> str:
@@ -83,19 +110,23 @@ class Case:
 
 
 SPLASH_BLOCKS = {
-    ("forward", 256): (2048, 256, 256),
-    ("forward", 1792): (1024, 1792, 256),
-    ("forward", 3328): (1024, 3328, 256),
-    ("forward", 4096): (1024, 4096, 256),
-    ("forward", 12288): (1024, 2048, 1024),
-    ("backward", 4096): (1024, 2048, 512),
+    ("forward", "256"): (2048, 256, 256),
+    ("forward", "1792"): (1024, 1792, 256),
+    ("forward", "3328"): (1024, 3328, 256),
+    ("forward", "4096"): (1024, 4096, 256),
+    ("forward", "4096", "v6e"): (1024, 4096, 512),
+    ("forward", "4096, segments"): (1024, 4096, 256),
+    ("forward", "4096, segments", "v5e"): (512, 4096, 512),
+    ("forward", "12288"): (1024, 2048, 1024),
+    ("backward", "4096"): (1024, 2048, 512),
 }
-"""Blocks at which splash attention is compared, best on v5e; `--search --kernel splash` tries others."""
+"""Blocks at which splash attention is compared: the best of those tried; on one chip alone where it is named."""
 
 
 def splash_case(case: Case) -> Case:
     """The same work for splash attention, at its best blocks and without rotation."""
-    best = SPLASH_BLOCKS.get((case.direction, case.slots), ())
+    key = (case.direction, case.size)
+    best = SPLASH_BLOCKS.get((*key, case.chip), SPLASH_BLOCKS.get(key, ()))
     return dataclasses.replace(case, kernel="splash", rotation="none", blocks=best)
 
 
@@ -111,48 +142,48 @@ def build(case: Case):
 
 
 def _memory_attention(case: Case):
-    batch, t, m, heads = case.batch, case.queries, case.slots, case.heads
-    backward = case.direction == "backward"
-    kind = block_sizes.Small if case.small else block_sizes.Backward if backward else block_sizes.Forward
-    blocks = kind(*case.chosen)
-    t = block_sizes.up(t, blocks.q)
-    array = jax.ShapeDtypeStruct
-    kind = jnp.dtype(case.dtype)
-    q, kv = array((batch, t, heads * LANES), kind), array((batch, m, case.kv_heads * LANES), kind)
-    arrays = {"q": q, "k": kv, "v": kv}
-    sides = {"q": t} if case.direction == "decode" else {"q": t, "k": m}
-    for side, rows in sides.items():
-        if case.rotation == "tables":
-            table = array((batch, rows, LANES), jnp.float32)
-            arrays |= {f"{side}_cos": table, f"{side}_sin": table}
-        elif case.rotation == "positions":
-            arrays[f"{side}_pos"] = array((batch, 1, rows), jnp.int32)
-    if case.rotation == "positions":
-        arrays["angles"] = array((1, LANES), jnp.float32)
+    """The call that the backend makes, with its padding and its blocks, unless the case names others."""
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
+    q, kv = (array((case.batch, *shape, case.head_dim)) for shape in
+             ((case.queries, case.heads), (case.slots, case.kv_heads)))  # fmt: skip
+    sizes = {"q": case.queries, "k": case.slots}
+    given = {"q": q, "k": kv, "v": kv}
+    for side, count in sizes.items():
+        if case.rotation == "none" or (side == "k" and case.direction == "decode"):
+            continue
+        table = jax.ShapeDtypeStruct((case.batch, count, case.head_dim), jnp.float32)
+        positions = jax.ShapeDtypeStruct((case.batch, count), jnp.int32)
+        given[f"{side}_pos"] = rotary.Tables(table, table) if case.rotation == "tables" else positions
     if case.segments:
-        arrays |= {f"{s}_segments": array((batch, 1, n), jnp.int32) for s, n in (("q", t), ("k", m))}
-        if not case.small:
-            shape = (batch, m // blocks.slots, t // blocks.rows) if backward else (batch, t // blocks.q, 2)
-            arrays["active"] = array(shape, jnp.int32)
-    spec = tpu_forward.Spec(
-        head_dim=case.head_dim,
-        theta=1e6,
-        rotation=case.rotation,
-        k_rotated=case.rotation == "none" or case.direction == "decode",
-        segments=case.segments,
-        chip=case.chip,
-    )
-    run = functools.partial(
-        tpu_small.forward if case.small else tpu_backward.backward if backward else tpu_forward.forward,
-        spec,
-        num_heads=heads,
-        blocks=blocks,
-        cores=case.cores,
-    )
-    if backward:
-        row = array((batch, heads, 1, t), jnp.float32)
-        arrays |= {"do": q, "lse": row, "delta": row}
+        given |= {f"{s}_segments": jax.ShapeDtypeStruct((case.batch, n), jnp.int32) for s, n in sizes.items()}
+    problem, inputs = Problem(chip=case.chip), Inputs(**given)
+    lse = jax.ShapeDtypeStruct((case.batch, case.heads, case.queries), jnp.float32)
+    calls = []
+
+    def noted(kernel):
+        def call(spec, arrays, **how):
+            calls.append((functools.partial(kernel, spec, **how), jax.tree.map(_abstract, arrays)))
+            return kernel(spec, arrays, **how)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for module, name in ((tpu_forward, "forward"), (tpu_small, "forward"), (tpu_backward, "backward")):
+            stack.enter_context(mock.patch.object(module, name, noted(getattr(module, name))))
+        if case.blocks:
+            kind = "small" if case.small else "backward" if case.direction == "backward" else "forward"
+            sizes = getattr(block_sizes, kind.capitalize())(*case.blocks)
+            stack.enter_context(mock.patch.object(block_sizes, kind, lambda *_: sizes))
+        if case.direction == "backward":
+            jax.eval_shape(functools.partial(tpu.backward, problem, dlse=None), inputs, q, lse, q)
+        else:
+            jax.eval_shape(functools.partial(tpu.forward, problem), inputs)
+    ((run, arrays),) = calls
     return run, (arrays,)
+
+
+def _abstract(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _splash(case: Case):
@@ -227,20 +258,20 @@ def _times(case: Case) -> list[float]:
     group, blocks = case.heads // case.kv_heads, case.chosen
     heads = case.kv_heads // case.cores
     if case.direction == "backward":
-        q_steps, kv_steps = -(-case.queries // blocks[0]), case.slots // blocks[1]
+        q_steps, kv_steps = -(-case.queries // blocks[0]), -(-case.slots // blocks[1])
         kv_once = 1 / (group * q_steps)
         tables = [1 / (heads * kv_steps * group), kv_once / heads] if case.rotation == "positions" else []
         turn_q, put_q = ([1 / kv_steps], [1 / kv_steps]) if kv_steps > 1 else ([], [])
         parts = tables + turn_q
-        if case.segments or kv_once < 1:
+        if case.masked or kv_once < 1:
             # zero the sums and turn k, all queries reach, few do, write the sums
             parts += [kv_once] * (2 if kv_once < 1 else 0)
-            parts += [1.0, 0.0] if case.segments else []
+            parts += [1.0, 0.0] if case.masked else []
             parts += [kv_once] if kv_once < 1 else []
         return parts + put_q
     q_steps = -(-case.queries // blocks[0])
     k_once = 1 / (group * q_steps)
     parts = [1 / (heads * group), k_once / heads] if case.rotation == "positions" else []
     if case.direction != "decode" and case.rotation != "none":
-        parts += [k_once] if k_once < 1 else [0.0] if case.segments else []
-    return parts + ([1.0] if case.segments else []) + [0.0]
+        parts += [k_once] if k_once < 1 else [0.0] if case.masked else []
+    return parts + ([1.0] if case.masked else []) + [0.0]

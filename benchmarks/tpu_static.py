@@ -1,6 +1,6 @@
 """Static speed of the kernels on TPUs that are not there: compiles for v5e, v5p and v6e and counts the cycles.
 
-    python -m benchmarks.tpu_static                        # the table, side by side with splash and flash attention
+    python -m benchmarks.tpu_static                        # side by side with splash and flash attention
     python -m benchmarks.tpu_static --chips v5e --slots 4096 --directions forward backward --json rows.json
     python -m benchmarks.tpu_static --search --chips v5e --slots 4096  # block sizes, best first
 
@@ -11,16 +11,19 @@ each matmul holding its unit for its full time (corr); see `tpu_dump`.
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.tpu_dump import UNITS, read
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/tpu_static.py`
+
+from benchmarks.tables import markdown
+from benchmarks.tpu_dump import UNITS, Program, read
 from benchmarks.tpu_kernels import Case, build, flash_case, runs, splash_case
 from kernels_pallas.device import PEAKS
 
@@ -30,7 +33,6 @@ MXU_FLOPS = {"v5e": 4 * 128 * 128 * 2, "v5p": 4 * 128 * 128 * 2, "v6e": 2 * 256 
 MATMUL_CYCLES = {"v5e": 16, "v5p": 16, "v6e": 8}
 """That 16 rows of bf16, or 8 of fp32 in half the time, hold a matrix unit."""
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
-_BUSY = "libtpu multi-process lockfile"
 ROOT = Path(__file__).parent.parent
 
 
@@ -62,39 +64,43 @@ class Row:
         """MXU utilisation of the whole operation, corrected."""
         return self.ideal / self.cycles
 
+    @property
+    def vmem(self) -> int:
+        """MB of the blocks."""
+        return round(self.vmem_bytes / 2**20)
 
-def measure(case: Case, timeout: float = 900) -> Row:
+    @property
+    def moved(self) -> str:
+        """Bytes that the blocks move over HBM, over the least."""
+        return "-" if self.hbm_bytes is None else f"{self.hbm_bytes / self.case.minimum_bytes:.2f}"
+
+
+@functools.cache
+def measure(case: Case) -> Row:
     """Compiles in a process of its own, since the compiler reads its flags once.
 
-    Raises: RuntimeError with the compiler's last words; waits while another process holds libtpu.
+    Raises: RuntimeError with the compiler's last words.
     """
     with tempfile.TemporaryDirectory(prefix="tpu_static_") as folder:
-        deadline = time.time() + timeout
-        while True:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.tpu_static",
-                "--worker",
-                json.dumps(dataclasses.asdict(case)),
-                folder,
-            ]
-            done = subprocess.run(command, cwd=ROOT, env=_environment(folder), capture_output=True, text=True)
-            if done.returncode == 0:
-                break
-            if _BUSY not in done.stderr or time.time() > deadline:
-                raise RuntimeError(f"{case} does not compile: {done.stderr.strip().splitlines()[-1:]}")
-            time.sleep(3)
-        program = read(Path(folder), case.name)
-        traffic = json.loads(done.stdout.splitlines()[-1])
-        weights = _whole(program, runs(case, program), traffic["steps"] // case.cores)
-        bundles, cycles = program.cycles(weights, MATMUL_CYCLES[case.chip])
-        ideal = case.flops / MXU_FLOPS[case.chip] / case.cores
-        return Row(case, round(bundles), cycles, ideal, program.spills(weights), program.load(weights),
-                   traffic["vmem"], traffic["hbm"])  # fmt: skip
+        worker = ["-m", "benchmarks.tpu_static", "--worker", json.dumps(dataclasses.asdict(case))]
+        done = subprocess.run(
+            [sys.executable, *worker], cwd=ROOT, env=_environment(folder), capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{case} does not compile: {done.stderr.strip().splitlines()[-1:]}")
+        return evaluate(case, read(Path(folder), case.name), json.loads(done.stdout.splitlines()[-1]))
 
 
-def _whole(program, parts, steps: int) -> list[float]:
+def evaluate(case: Case, program: Program, traffic: dict[str, int | None]) -> Row:
+    """What a case takes by its machine code, and by what its blocks move (`_traffic`)."""
+    weights = _whole(program, runs(case, program), traffic["steps"] // case.cores)
+    bundles, cycles = program.cycles(weights, MATMUL_CYCLES[case.chip])
+    ideal = case.flops / MXU_FLOPS[case.chip] / case.cores
+    return Row(case, round(bundles), cycles, ideal, program.spills(weights), program.load(weights),
+               traffic["vmem"], traffic["hbm"])  # fmt: skip
+
+
+def _whole(program: Program, parts, steps: int) -> list[float]:
     loop = max((s for s in program.spans if s.kind == "loop"), key=lambda s: s.size, default=None)
     weights = program.weights(parts)
     if loop is not None:
@@ -107,6 +113,7 @@ def _environment(folder: str) -> dict[str, str]:
     flags += " --xla_jf_dump_llo_pass_label_regex=.*final_.*"  # all passes of a large kernel are a gigabyte
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compile at a time
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -180,24 +187,24 @@ def _traffic(run, arguments, name: str) -> dict[str, int | None]:
 
 def table(rows: Iterable[Row]) -> str:
     """Markdown, a row a case."""
-    lines = [
-        "| chip | direction | kernel | T x M | blocks | bundles | cycles | ideal | HBM | raw % | corr % | spills "
-        "| VMEM MB | HBM / least |"
-        " MXU | XLU | VALU | VPOP | EUP | VLOAD | fill | VSTORE | spill | SALU |",
-    ]
-    lines.append("|" + "---|" * (lines[0].count("|") - 1))
+    columns = ["chip", "direction", "kernel", "T x M", "blocks", "bundles", "cycles", "ideal", "HBM", "raw %", "corr %"]
+    columns += ["spills", "VMEM MB", "HBM / least", *UNITS]
+    lines = []
     for r in rows:
         c = r.case
         extra = "".join(
             f", {x}" for x, on in ((c.rotation, c.kernel == "memory_attention"), ("segments", c.segments)) if on
         )
-        moved = "-" if r.hbm_bytes is None else f"{r.hbm_bytes / c.minimum_bytes:.2f}"
         cells = [c.chip, c.direction, c.kernel + extra, f"{c.queries} x {c.slots}", ", ".join(map(str, c.chosen))]
-        cells += [r.bundles, round(r.cycles), round(r.ideal), round(r.hbm_cycles)]
-        cells += [f"{100 * r.raw:.1f}", f"{100 * r.utilisation:.1f}"]
-        cells += [r.spills, round(r.vmem_bytes / 2**20), moved, *(f"{100 * r.load[unit]:.0f}" for unit in UNITS)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        cells += [r.bundles, round(r.cycles), round(r.ideal), round(r.hbm_cycles), percent(r.raw)]
+        cells += [percent(r.utilisation), r.spills, r.vmem, r.moved, *(f"{100 * r.load[unit]:.0f}" for unit in UNITS)]
+        lines.append(cells)
+    return markdown(columns, lines)
+
+
+def percent(share: float) -> str:
+    """With one decimal."""
+    return f"{100 * share:.1f}"
 
 
 def candidates(case: Case) -> list[tuple[int, ...]]:
@@ -258,7 +265,8 @@ def as_json(row: Row, splash: Row | None, flash: Row | None = None) -> dict:
     }  # fmt: skip
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> None:
+    """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=["v5e", "v5p"], choices=list(TOPOLOGY))
     parser.add_argument(
@@ -277,12 +285,11 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="leave the comparison out")
     parser.add_argument("--search", action="store_true", help="try all block sizes, best first")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
     if args.worker:
-        case = json.loads(args.worker[0])
-        _worker(Case(**case | {"blocks": tuple(case["blocks"])}))
-        return 0
+        case = json.loads(args.worker)
+        return _worker(Case(**case | {"blocks": tuple(case["blocks"])}))
     rows, shown = [], []
     for chip in args.chips:
         for direction in args.directions:
@@ -311,8 +318,7 @@ def main() -> int:
     print(table(shown))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,12 +1,14 @@
 """Counting cycles in a small dump written by hand, in the compiler's format."""
 
 import dataclasses
+import importlib.util
+import json
 
 import pytest
 
 from benchmarks.tpu_dump import Span, read
 from benchmarks.tpu_kernels import Case
-from benchmarks.tpu_static import Row, as_json, table
+from benchmarks.tpu_static import Row, as_json, main, table
 
 CODE = """
      0   :  { %s0 = sld [smem:[#allocation0]] } /* Start region 0 */
@@ -87,3 +89,14 @@ def test_useful_work_and_least_traffic():
     assert case.minimum_bytes == 2 * 64 * (2 * 16 * 4 + 2 * 32 * 2)
     backward = dataclasses.replace(case, direction="backward")
     assert backward.flops == 5 * case.flops / 2
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.xdist_group("libtpu")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_no_size_reports_more_than_the_unit_can_do(tmp_path):
+    """Slots that are no multiple of the block are filled up, and what is filled up is not useful."""
+    toy = ["--chips", "v5e", "--queries", "256", "--slots", "200", "--heads", "2", "--directions", "backward"]
+    main([*toy, "--alone", "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["blocks"] == [256, 256, 256] and 0.05 < row["mxu_utilisation"] < 1
