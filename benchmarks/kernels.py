@@ -23,7 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/kernels.py`
+
 from benchmarks.measure import RUNS, in_turns
+from benchmarks.tables import markdown
 from benchmarks.tpu_kernels import Case
 from kernels_pallas import device, memory_attention, rotary_tables
 from kernels_pallas.memory_attention import blocks as block_sizes
@@ -58,7 +61,8 @@ class Timing:
             "bytes_per_second": self.case.minimum_bytes / self.median,
         }
 
-    def markdown(self) -> str:
+    def cells(self) -> list[str]:
+        """A row of the table."""
         c, low, high = self.case, min(self.seconds), max(self.seconds)
         flops, moved = c.flops / self.median, c.minimum_bytes / self.median
         peak = device.peak(jax.devices()[0].device_kind)
@@ -66,13 +70,11 @@ class Timing:
         cells = [c.direction, f"{c.queries} x {c.slots}", f"{c.heads} / {c.kv_heads} x {c.head_dim} {c.dtype}"]
         cells += [self.implementation + (f" {self.blocks}" if self.blocks else ""), f"{1e3 * self.median:.3g}"]
         cells += [f"{1e3 * low:.3g} to {1e3 * high:.3g}", f"{flops / 1e12:.3g}", f"{moved / 1e9:.3g}", share]
-        return f"| {' | '.join(cells)} |"
+        return cells
 
 
-HEADER = (
-    "| direction | T x M | heads / kv heads x head dim | implementation | median ms | spread ms | TFLOP/s | GB/s "
-    "| % of peak |\n|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = ["direction", "T x M", "heads / kv heads x head dim", "implementation", "median ms", "spread ms"]
+COLUMNS += ["TFLOP/s", "GB/s", "% of peak"]
 
 
 def implementations(case: Case) -> dict[str, Callable]:
@@ -180,7 +182,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.search and jax.default_backend() != "gpu":
         parser.error(f"--search times blocks of the GPU kernels, and the device is {jax.devices()[0].device_kind}")
     rows = []
-    print(HEADER, flush=True)
     for direction in args.directions:
         for slots in args.slots:
             case = Case(
@@ -189,8 +190,10 @@ def main(arguments: list[str] | None = None) -> None:
                 kv_heads=args.kv_heads or args.heads, head_dim=args.head_dim, dtype=args.dtype,
             )  # fmt: skip
             found = (search if args.search else measure)(case, args.repeat, args.runs)
-            print("\n".join(row.markdown() for row in found), flush=True)
+            for row in found:
+                print(*row.cells(), sep=", ", file=sys.stderr, flush=True)
             rows += found
+    print(markdown(COLUMNS, (row.cells() for row in rows)))
     if args.json:
         args.json.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
 
