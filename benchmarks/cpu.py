@@ -1,8 +1,10 @@
 """What the design buys, measured on a CPU as ratios of runs that take turns.
 
-    python -m benchmarks.cpu [--only NAME ...] [--json FILE]
+    python -m benchmarks.cpu                    # about ten minutes
+    python -m benchmarks.cpu --only pipeline --json rows.json
+    python -m benchmarks.cpu --toy              # does everything run? The figures mean nothing
 
-Ratios hold on a noisy machine where times do not; still, nothing else should be running. Takes about ten minutes.
+Ratios hold on a noisy machine where times do not; still, nothing else should be running.
 """
 
 import argparse
@@ -13,11 +15,14 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/cpu.py`
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +50,10 @@ from vlmem_jax.train.run import run as train
 from vlmem_jax.types import Batch, Sample
 from vlmem_jax.vision import VisionConfig
 
-DEEP = {"preset": "tiny", "decoder": {"layers": 24}, "comemo": {"every": 4}}
-"""24 layers of tiny width: all that is left to measure is what does not depend on width."""
+
+def deep(layers: int) -> dict:
+    """Many layers of tiny width: all that is left to measure is what does not depend on width."""
+    return {"preset": "tiny", "decoder": {"layers": layers}, "comemo": {"every": 4}}
 
 
 def wide(layers: int, width: int = 256, **changes) -> dict:
@@ -82,10 +89,10 @@ def start(vlm: VLM, params: dict, batch, capacity: int):
     return generator, state, logits_BV, jnp.zeros(rows, bool), choice
 
 
-def decode_step() -> list[Row]:
+def decode_step(layers=24, slots=2048, calls=50, runs=RUNS) -> list[Row]:
     """What the host spends on a token, and whether the program copies its cache."""
-    vlm, params = make(DEEP)
-    generator, state, logits_BV, finished_B, choice = start(vlm, params, packed_batch(vlm, 1, 64, 2), 2048)
+    vlm, params = make(deep(layers))
+    generator, state, logits_BV, finished_B, choice = start(vlm, params, packed_batch(vlm, 1, 64, 2), slots)
     with generator.context():
         program = generator.step.lower(params, state, logits_BV, finished_B, choice, True).compile()
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state) if leaf.nbytes > 2**16}
@@ -102,29 +109,23 @@ def decode_step() -> list[Row]:
         return (time.perf_counter() - begin) * 1e3
 
     dispatch()
-    medians = [statistics.median(dispatch() for _ in range(50)) for _ in range(RUNS)]
+    medians = [statistics.median(dispatch() for _ in range(calls)) for _ in range(runs)]
+    dispatched = f"host dispatch of a decoding step, {layers} layers of tiny width"
+    how = f"compiled HLO, {slots} slots; all temporaries are {temporary:.1%} of the state"
     return [
-        Row("host dispatch of a decode step, 24 layers", medians, 0.3, True, "ms", "until the call returns; 50 calls"),
-        Row(
-            "copies of KV cache or memory in a decode step",
-            [float(copies)],
-            0,
-            True,
-            "",
-            f"compiled HLO, 2048 slots; all temporaries are {temporary:.1%} of the state",
-        ),
+        Row(dispatched, medians, 0.3, True, "ms", f"until the call returns; {calls} calls"),
+        Row("copies of KV cache or memory in the compiled decoding step", [float(copies)], 0, True, "", how),
     ]
 
 
-def cached_generation() -> list[Row]:
+def cached_generation(prompts=(128, 1024), **sizes) -> list[Row]:
     """256 tokens with the cache, against reading everything again for each."""
-    return [cached_after(prompt) for prompt in (128, 1024)]
+    return [cached_after(prompt, **sizes) for prompt in prompts]
 
 
-def cached_after(prompt: int) -> Row:
+def cached_after(prompt: int, layers=8, width=256, new=256, stride=16, runs=7) -> Row:
     """The same after a prompt of so many tokens; one image with its thumbnail takes 512 to 3328."""
-    vlm, params = make(wide(8))
-    new, stride = 256, 16
+    vlm, params = make(wide(layers, width))
     batch = packed_batch(vlm, 1, prompt + new, 4)
     head = jax.jit(lambda params, batch: vlm.hidden(params, batch)[:, -1] @ vlm.head_kernel(params).astype(vlm.dtype))
 
@@ -148,55 +149,58 @@ def cached_after(prompt: int) -> Row:
         return [jax.block_until_ready(head(params, batches[length])) for length in lengths]
 
     cached(), again()
-    seconds = in_turns(cached, again, runs=7)
+    seconds = in_turns(cached, again, runs=runs)
     ratios = stride * seconds[:, 1] / seconds[:, 0]
-    how = f"8 layers of width 256; re-forwarding in steps of 64, every {stride}th token timed"
-    return Row(f"256 tokens after {prompt}: re-forwarding / cached", ratios.tolist(), 10, False, "x", how)
+    how = f"{layers} layers of width {width}; re-forwarding in steps of 64, every {stride}th token timed"
+    what = f"{new} tokens with the cache against re-forwarding, after a prompt of {prompt} tokens"
+    return Row(what, ratios.tolist(), 10, False, "x", how)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def scanned_layers() -> list[Row]:
+def scanned_layers(layers=24, tokens=512, builds=7, runs=RUNS) -> list[Row]:
     """Layers as one scanned program, against the same code unrolled."""
-    vlm, params = make(wide(24, width=128))
-    batch = jax.device_put(packed_batch(vlm, 1, 512, 4))
+    vlm, params = make(wide(layers, width=128))
+    batch = jax.device_put(packed_batch(vlm, 1, tokens, 4))
     programs = {}
 
     def compiled(name: str) -> None:
         with unrolled() if name == "unrolled" else contextlib.nullcontext():
             programs[name] = train_step(vlm).lower(params, batch).compile()
 
-    build = in_turns(lambda: compiled("scanned"), lambda: compiled("unrolled"), runs=7)
+    build = in_turns(lambda: compiled("scanned"), lambda: compiled("unrolled"), runs=builds)
     calls = [lambda program=program: program(params, batch) for program in programs.values()]
     for call in calls:
         call()
-    run = in_turns(*calls)
-    how = f"training step, 24 layers of width 128, 512 tokens, remat={vlm.config.remat}"
+    run = in_turns(*calls, runs=runs)
+    what, how = "scanned against unrolled layers", f"training step of {tokens} tokens, remat={vlm.config.remat}"
+    compiling = f"{what}: trace and compile ({layers} layers of width 128)"
     return [
-        Row("scanned / unrolled layers: trace and compile", (build[:, 0] / build[:, 1]).tolist(), 0.7, True, "x", how),
-        Row("scanned / unrolled layers: run", (run[:, 0] / run[:, 1]).tolist(), 1.25, True, "x", how),
+        Row(compiling, (build[:, 0] / build[:, 1]).tolist(), 0.7, True, "x", how),
+        Row(f"{what}: run", (run[:, 0] / run[:, 1]).tolist(), 1.25, True, "x", how),
     ]
 
 
-def memory_overhead() -> list[Row]:
+def memory_overhead(layers=8, width=256, tokens=512, runs=RUNS) -> list[Row]:
     """Time that the memory costs, beyond the share of its FLOPs."""
     calls, flops = [], []
     for memory in ("comemo", "none"):
-        vlm, params = make(wide(8, memory=memory))
-        batch = jax.device_put(packed_batch(vlm, 1, 512, 8))
+        vlm, params = make(wide(layers, width, memory=memory))
+        batch = jax.device_put(packed_batch(vlm, 1, tokens, 8))
         with unrolled():  # a scan's body counts once, however often it runs
             flops.append(train_step(vlm).lower(params, batch).cost_analysis()["flops"])
         step = train_step(vlm)
         calls.append(lambda step=step, params=params, batch=batch: step(params, batch))
         calls[-1]()
-    seconds = in_turns(*calls)
+    seconds = in_turns(*calls, runs=runs)
     time_ratio, flop_ratio = seconds[:, 0] / seconds[:, 1], flops[0] / flops[1]
     how = (
-        f"training step, 8 layers of width 256, 512 tokens, 8 tiles: time {np.median(time_ratio):.3g} x, "
-        f"FLOPs {flop_ratio:.3g} x"
+        f"training step, {layers} layers of width {width}, {tokens} tokens, 8 tiles: "
+        f"time {np.median(time_ratio):.3g} x, FLOPs {flop_ratio:.3g} x"
     )
-    return [Row("memory on / off: time ratio / FLOP ratio", (time_ratio / flop_ratio).tolist(), 1.3, True, "x", how)]
+    what, ratios = "memory on against off: time ratio / FLOP ratio", (time_ratio / flop_ratio).tolist()
+    return [Row(what, ratios, 1.3, True, "x", how)]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -217,9 +221,9 @@ def write_jpegs(folder: Path, sizes: list[tuple[int, int]]) -> DataConfig:
     return DataConfig(train=(SourceConfig(str(folder / "data.jsonl")),))
 
 
-def pipeline() -> list[Row]:
+def pipeline(count=16, steps=16, runs=RUNS) -> list[Row]:
     """Tiles of 640x480 JPEGs: the packed, threaded pipeline against one image after the other."""
-    image, vision, count, steps = ImageConfig(), presets.resolve({"preset": "comemo_2b"}).vision, 16, 16
+    image, vision = ImageConfig(), presets.resolve({"preset": "comemo_2b"}).vision
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         written = write_jpegs(folder, [(640, 480)] * count)
@@ -236,9 +240,10 @@ def pipeline() -> list[Row]:
             return [normalised_tiles(folder / f"{n % count}.jpg", image, vision) for n in range(steps)]
 
         ours(), serial()
-        seconds = in_turns(ours, serial)
+        seconds = in_turns(ours, serial, runs=runs)
     how = f"12 tiles of 448 px and a thumbnail each, {steps} images; serial: Pillow, then fp32 normalised on the host"
-    return [Row("data: serial / pipeline", (seconds[:, 1] / seconds[:, 0]).tolist(), 2.2, False, "x", how)]
+    what = "data: a serial loop that decodes, tiles and normalises / the pipeline, 640x480 JPEGs"
+    return [Row(what, (seconds[:, 1] / seconds[:, 0]).tolist(), 2.2, False, "x", how)]
 
 
 def normalised_tiles(path: Path, config: ImageConfig, vision: VisionConfig) -> np.ndarray:
@@ -269,11 +274,11 @@ class Watched(NextToken):
         return super().work(step, params)
 
 
-def recompilations() -> list[Row]:
+def recompilations(count=64, longest=400, training=200, generations=50) -> list[Row]:
     """Programs compiled after warm-up, with images of many sizes."""
-    sizes = np.random.default_rng(1).integers(16, 400, (64, 2)).tolist()
+    sizes = np.random.default_rng(1).integers(16, longest, (count, 2)).tolist()
     with tempfile.TemporaryDirectory() as name, compilations() as seen:
-        folder, warm, steps = Path(name), 5, 205
+        folder, warm, steps = Path(name), 5, 5 + training
         data = write_jpegs(folder, sizes)
         image = {"size": 28, "max_tiles": 12}
         settings = {
@@ -283,7 +288,7 @@ def recompilations() -> list[Row]:
             "data": {"train": [{"path": data.train[0].path}], "pack_tokens": 256, "pack_tiles": 26, "rows": 2},
             "stages": [{"name": "finetune", "steps": steps, "learning_rate": 1e-3}],
             "checkpoint": {"every": 10 * steps, "keep_best": 0},
-            "mesh": {"data": 1},
+            "mesh": {"data": 1, "fsdp": 1},
         }
         Watched.seen, Watched.marks = seen, []
         train(experiment(settings), folder / "run", tasks={"next_token": Watched}, say=lambda line: None)
@@ -298,31 +303,25 @@ def recompilations() -> list[Row]:
         def answer(n: int) -> None:
             question = "row 1 " * (n % 7 + 1)
             prompt = processor.prompt(question, [pictures[n % len(pictures)]])
-            generator.generate([prompt], SamplingConfig(max_new_tokens=8, temperature=n % 2, seed=n))
+            generator.generate([prompt], SamplingConfig(max_new_tokens=8, temperature=float(n % 2), seed=n))
 
         for n in range(len(pictures)):
             answer(n)
         warmed = len(seen)
-        for n in range(50):
+        for n in range(generations):
             answer(len(pictures) + 3 * n)
         while_generating = len(seen) - warmed
-    spread = f"images of {np.min(sizes)} to {np.max(sizes)} px a side"
+    spread = f"{np.min(sizes)} to {np.max(sizes)} px a side"
+    trained = f"compilations in {training} training steps on images of many sizes, after {warm}"
+    generated, how = f"compilations in {generations} generations, after warm-up", "questions of 1 to 7 words"
     return [
-        Row("compilations in 200 training steps", [float(while_training)], 0, True, "", f"{spread}; after 5 steps"),
-        Row(
-            "compilations in 50 generations",
-            [float(while_generating)],
-            0,
-            True,
-            "",
-            f"{spread}, questions of 1 to 7 words; after one generation with each image",
-        ),
+        Row(trained, [float(while_training)], 0, True, "", spread),
+        Row(generated, [float(while_generating)], 0, True, "", f"{spread}, {how}; warm-up: one with each image"),
     ]
 
 
-def image_sizes() -> list[Row]:
-    """50 images of 50 sizes through a tower that sees them in their own size: compilations and padding."""
-    shortest, longest, count = 64, 256, 50
+def image_sizes(shortest=64, longest=256, count=50) -> list[Row]:
+    """Images of as many sizes through a tower that sees them in their own size: compilations and padding."""
     sizes = np.random.default_rng(2).integers(shortest, longest + 1, (count, 2)).tolist()
     vlm, params = make({"preset": "tiny_qwen2_5_vl"})
     with tempfile.TemporaryDirectory() as name:
@@ -347,28 +346,22 @@ def image_sizes() -> list[Row]:
         for batch in batches:
             jax.block_until_ready(encode(params, batch.pixels_BISSc, None, batch.layout_BI4))
     spread = f"{len({tuple(size) for size in sizes})} sizes of {shortest} to {longest} px a side, 8 px a visual token"
+    compiled = f"compilations of Qwen's tower on images of {count} sizes, after warm-up"
+    packed = f"{len(plan)} rows of {config.pack_tiles} visual tokens"
     return [
-        Row("compilations of the tower", [float(len(seen) - warmed)], 0, True, "", f"{spread}; after {warmed} shapes"),
-        Row("padding of the tower, each image alone", [100 * (1 - used / sum(slots))], 15, True, "%", spread),
-        Row(
-            "padding of the tower, images in packed rows",
-            [100 * (1 - plan.fill["tiles"])],
-            15,
-            True,
-            "%",
-            f"{len(plan)} rows of {config.pack_tiles} visual tokens",
-        ),
+        Row(compiled, [float(len(seen) - warmed)], 0, True, "", f"{spread}; after {warmed} shapes"),
+        Row("padding of that tower, each image alone", [100 * (1 - used / sum(slots))], 15, True, "%", spread),
+        Row("the same, images in packed rows", [100 * (1 - plan.fill["tiles"])], 15, True, "%", packed),
     ]
 
 
 # --- reinforcement and memories that speak ---------------------------------------------------------------------------
 
 
-def shared_prefill() -> list[Row]:
-    """A phase of GRPO whose prompts are read once for a group of 8, against reading them for each answer."""
-    group, count, new = 8, 2, 16
-    vlm, params = make(wide(4, memory="none"))
-    batch = packed_batch(vlm, count, 512, 8)
+def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, runs=RUNS) -> list[Row]:
+    """A phase of GRPO whose prompts are read once for a group, against reading them for each answer."""
+    vlm, params = make(wide(layers, width, memory="none"))
+    batch = packed_batch(vlm, count, tokens, 8)
     prompts = [
         Sample(
             tokens_T=batch.tokens_BT[n],
@@ -383,7 +376,7 @@ def shared_prefill() -> list[Row]:
     generator = Generator(vlm, params, stop_ids=[])
     sampling, keys_PG = SamplingConfig(new, temperature=1.0), rollout_keys(0, 0, 0, count, group)
     each = [prompt for prompt in prompts for _ in range(group)]
-    data = DataConfig(pack_tokens=640, pack_tiles=8, loss_weight="sample")
+    data = DataConfig(pack_tokens=tokens + 128, pack_tiles=8, loss_weight="sample")
     loss = GRPOLoss(vlm, RLConfig(), 256, ())
 
     def sample(prompts: list[Sample], keys: jax.Array) -> list[Trajectory]:
@@ -399,30 +392,30 @@ def shared_prefill() -> list[Row]:
     once, apart = functools.partial(sample, prompts, keys_PG), functools.partial(sample, each, keys_E1)
     trajectories = once()
     apart(), jax.block_until_ready(step(trajectories))
-    seconds = in_turns(once, apart, lambda: step(trajectories))
-    how = f"{count} prompts of 512 tokens and 8 tiles, groups of {group}, {new} new tokens"
+    seconds = in_turns(once, apart, lambda: step(trajectories), runs=runs)
+    what = f"rollouts of GRPO, groups of {group} answers of {new} tokens: prompts of {tokens} tokens"
+    together = "the same, of a whole step: rollouts and the update, which reads the prompt of each answer"
     whole = (seconds[:, 1] + seconds[:, 2]) / (seconds[:, 0] + seconds[:, 2])
-    phase, update = list(seconds[:, 1] / seconds[:, 0]), "the update reads the prompt of each answer"
+    phase, how = list(seconds[:, 1] / seconds[:, 0]), f"{count} prompts with 8 tiles"
     return [
-        Row("rollouts: prompts read for each answer / once a group", phase, 2, False, "x", how),
-        Row("the same, of rollouts and update together", list(whole), 1, False, "x", update),
+        Row(f"{what} read for each answer / once", phase, 2, False, "x", how),
+        Row(together, list(whole), None, False, "x", how),
     ]
 
 
-def forming() -> list[Row]:
+def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> list[Row]:
     """A memory formed and inserted, against decoding as many tokens, by what either takes of FLOPs."""
-    rows, states = 8, 192
-    decoder = dict(layers=8, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=1024, rope_sections=(8, 12, 12))
+    decoder = wide(layers, width)["decoder"] | {"rope_sections": (8, 12, 12)}
     vismem = dict(short_len=8, long_len=16, query_len=8, max_prompt_hidden=states, max_positions=1024)
     vlm, params = make({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": decoder, "vismem": vismem})
-    speech, tokens = vlm.speech, 256
+    speech = vlm.speech
     empty = Batch.empty((rows,), tokens, 0, vlm.tile)
     index = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], (rows, tokens, 3))
     batch = dataclasses.replace(empty, segments_BT=np.ones_like(empty.segments_BT), positions_BT=np.array(index))
     generator, state, logits_BV, finished_B, choice = start(vlm, params, batch, 1024)
     form, insert = compiled_speech(vlm, generator.mesh)
     longest = speech.slots + 1
-    latents_BND = jnp.zeros((rows, speech.slots, 256), vlm.dtype)
+    latents_BND = jnp.zeros((rows, speech.slots, width), vlm.dtype)
     kinds_B = np.ones(rows, np.int32)
     calls = Calls.none(rows, 8)
 
@@ -442,13 +435,14 @@ def forming() -> list[Row]:
 
     jax.block_until_ready(spoken())  # each takes the arrays that the other gave
     jax.block_until_ready(plain())
-    seconds = in_turns(spoken, plain)
+    seconds = in_turns(spoken, plain, runs=runs)
     per_token = decode_flops(vlm.config, 1, tokens, 0)
-    heard = formation_flops(vlm.config, states, trained=False)
+    heard = formation_flops(vlm.config, states, trained=())
     ratio = (heard + longest * per_token) / (longest * per_token)
     values = list(seconds[:, 0] / seconds[:, 1] / ratio)
-    how = f"{rows} rows, {states} states, {speech.slots} latent tokens; time ratio over the FLOP ratio {ratio:.3g}"
-    return [Row("a memory formed and inserted / as many tokens decoded", values, 1.3, True, "x", how)]
+    how = f"{rows} rows, {speech.slots} latent tokens, FLOP ratio {ratio:.3g}"
+    formed = f"a memory of VisMem formed from {states} states and inserted"
+    return [Row(f"{formed} / {longest} tokens decoded: time ratio / FLOP ratio", values, 1.3, True, "x", how)]
 
 
 ITEMS = {
@@ -464,19 +458,47 @@ ITEMS = {
 }
 
 
-def main() -> None:
+TOY = {
+    "decode_step": dict(layers=4, slots=128, calls=2, runs=2),
+    "cached_generation": dict(prompts=(64,), layers=4, width=128, new=32, runs=2),
+    "scanned_layers": dict(layers=4, tokens=64, builds=1, runs=2),
+    "memory_overhead": dict(layers=4, width=128, tokens=64, runs=2),
+    "pipeline": dict(count=2, steps=2, runs=2),
+    "recompilations": dict(count=7, longest=64, training=2, generations=2),
+    "image_sizes": dict(shortest=32, longest=64, count=2),
+    "shared_prefill": dict(group=2, tokens=64, new=2, layers=2, width=128, runs=2),
+    "forming": dict(rows=2, states=16, tokens=32, layers=2, width=128, runs=2),
+}
+"""Sizes at which each item runs in seconds."""
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Measures, prints the table, and says on stderr what is going on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="NAME", help=", ".join(ITEMS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    args = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    parser.add_argument("--toy", action="store_true", help="small sizes, to see that everything runs")
+    args = parser.parse_args(arguments)
     rows = []
-    for name in args.only:
-        measured = ITEMS[name]()
-        print(f"{name}: {'; '.join(f'{row.what} {row.median:.3g} {row.unit}' for row in measured)}", flush=True)
-        rows += measured
+    with compiled_anew():
+        for name in args.only:
+            measured = ITEMS[name](**TOY[name] if args.toy else {})
+            for row in measured:
+                line = f"{name}: {row.what} {row.median:.3g} {row.unit} ({row.note})"
+                print(line, file=sys.stderr, flush=True)
+            rows += measured
     report(rows, args.json)
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Without the cache on disk, since compile times are measured."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 if __name__ == "__main__":
