@@ -305,11 +305,12 @@ def recompilations(count=64, longest=400, training=200, generations=50) -> list[
             prompt = processor.prompt(question, [pictures[n % len(pictures)]])
             generator.generate([prompt], SamplingConfig(max_new_tokens=8, temperature=float(n % 2), seed=n))
 
-        for n in range(len(pictures)):
+        warm = max(len(pictures), 14)  # each length, drawn and not
+        for n in range(warm):
             answer(n)
         warmed = len(seen)
         for n in range(generations):
-            answer(len(pictures) + 3 * n)
+            answer(warm + 3 * n)
         while_generating = len(seen) - warmed
     spread = f"{np.min(sizes)} to {np.max(sizes)} px a side"
     trained = f"compilations in {training} training steps on images of many sizes, after {warm}"
