@@ -30,9 +30,8 @@ def again(table: Table) -> tuple[Table, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         importlib.import_module(table.module).main(list(table.arguments))
-    text = printed.getvalue().strip()
-    (made,) = tables(text)
-    return made, text
+    (made,) = tables(printed.getvalue())
+    return made, "\n".join(printed.getvalue().splitlines()[made.start : made.end])
 
 
 def put(path: Path, table: Table, text: str) -> None:

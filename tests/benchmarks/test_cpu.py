@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import cpu
+from benchmarks.tables import tables
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -16,5 +17,5 @@ def test_each_item_runs_and_what_it_counts_holds(name, tmp_path, capsys):
     assert rows and all(min(row["values"]) >= 0 for row in rows)
     for row in rows:
         assert row["holds"] if row["goal"] == 0 else row["median"] > 0, row
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "| measured | median | range | goal |" and len(printed) == 2 + len(rows)
+    (table,) = tables(capsys.readouterr().out)
+    assert table.columns == ["measured", "median", "range", "goal"] and len(table.rows) == len(rows)

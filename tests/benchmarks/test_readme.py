@@ -49,7 +49,7 @@ class Toy:
             "exact": markdown(["chip", "slots", "cycles"], [["v5e", 256, 1000], ["v5e", 512, self.cycles]]),
             "timed": markdown(["measured", "median", "range", "goal"], timed),
         }
-        print(made[arguments[0]])
+        print("measuring", made[arguments[0]], sep="\n")
 
 
 @pytest.fixture
