@@ -18,7 +18,7 @@ from benchmarks.tpu_static import compile_for
 from kernels_pallas import memory_attention, rope_dhr, rotary_tables
 
 chip = sys.argv[1]
-QUERIES, SLOTS = 8192, 1024  # of the case whose scores would be large
+QUERIES, SLOTS = 8192, 2048  # of the case whose scores would be large
 shape = jax.ShapeDtypeStruct
 
 
@@ -66,7 +66,7 @@ for name, (run, arguments) in cases.items():
         said[name] = compile_for(chip, run, arguments).memory_analysis().temp_size_in_bytes
     except Exception as error:
         said[name] = repr(error)[:1500]
-print(json.dumps({"said": said, "scores": 2 * QUERIES * SLOTS}))
+print(json.dumps({"said": said, "scores": QUERIES * SLOTS}))
 """
 
 
@@ -88,4 +88,4 @@ def test_kernels_compile_and_keep_no_scores_in_hbm(chip):
     answer = json.loads(done.stdout.splitlines()[-1])
     failed = {name: said for name, said in answer["said"].items() if isinstance(said, str)}
     assert not failed, failed
-    assert answer["said"]["long, segments"] < answer["scores"]  # less than those of one head, in bf16
+    assert answer["said"]["long, segments"] < answer["scores"]  # less than even a mask [T, M]
