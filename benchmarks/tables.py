@@ -24,7 +24,7 @@ class Table:
     start: int
     end: int
     module: str | None
-    """That makes it, with `arguments`; None where the paragraph before names no command of the benchmarks."""
+    """The module that makes it, with `arguments`; None where the paragraph before names none of the benchmarks."""
     arguments: tuple[str, ...]
 
     @property
@@ -59,7 +59,7 @@ def tables(text: str) -> list[Table]:
 
 
 def moved(old: Table, new: Table) -> list[str]:
-    """What differs, a line a row: a median that left the range of the old one, or another figure that is not equal."""
+    """The differences, a line a row: a median that left the old one's range, or another figure that is not equal."""
     before, after, said = old.by_label(), new.by_label(), []
     for label in before | after:
         if label not in before or label not in after:
@@ -78,5 +78,5 @@ def moved(old: Table, new: Table) -> list[str]:
 
 
 def numbers(cell: str) -> list[float]:
-    """Those in a cell; its unit is left out."""
+    """The numbers in a cell; its unit is left out."""
     return [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", cell)]

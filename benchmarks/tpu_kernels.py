@@ -96,7 +96,7 @@ class Case:
 
     @property
     def masked(self) -> bool:
-        """Whether the kernel masks: by segments, or slots that fill up the last block."""
+        """True where the kernel masks: by segments, or slots that fill up the last block."""
         block = self.chosen[1] if self.direction == "backward" else LANES
         return self.segments or self.slots % block > 0
 

@@ -92,7 +92,7 @@ def measure(case: Case) -> Row:
 
 
 def evaluate(case: Case, program: Program, traffic: dict[str, int | None]) -> Row:
-    """What a case takes by its machine code, and by what its blocks move (`_traffic`)."""
+    """The row of a case, from its machine code and from what its blocks move (`_traffic`)."""
     weights = _whole(program, runs(case, program), traffic["steps"] // case.cores)
     bundles, cycles = program.cycles(weights, MATMUL_CYCLES[case.chip])
     ideal = case.flops / MXU_FLOPS[case.chip] / case.cores

@@ -55,7 +55,7 @@ def cases(chip: str) -> list[Case]:
 
 
 def compares(case: Case) -> bool:
-    """Whether splash attention has blocks for the same work."""
+    """True where splash attention has blocks for the same work."""
     return (case.direction, case.size) in SPLASH_BLOCKS
 
 

@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the collector need not look at it again with each program traced."""
+    """Modules imported by now stay: the collector need not look at them again with each program traced."""
     gc.collect()
     gc.freeze()
 

@@ -97,7 +97,7 @@ class Extended(Leaf):
 
 
 class Maker:
-    """What a model has and no file: all of its leaves come from one function."""
+    """Makes the leaves that a model has and no file, all by one function."""
 
     def __init__(self, init: Callable[[jax.Array | int], dict[str, jax.Array]], layers: int | None = None):
         """`init(layer)`, which jax.jit takes, gives a layer of each leaf by its path; without `layers`, the whole."""
