@@ -27,8 +27,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most programs he
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # workers that compile for TPUs hold none
 
 import jax  # noqa: E402 - the environment comes first
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
 
 _register_dataclass = jax.tree_util.register_dataclass
 
@@ -40,7 +40,21 @@ def _register_unchecked(cls, *args, **kwargs):
 
 
 jax.tree_util.register_dataclass = _register_unchecked
-install_import_hook("vlmem_jax", "beartype.beartype")
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _jaxtyped_if_of_arrays(*, typechecker):
+    """The hook's decorator; functions whose signature names no arrays stay as they are, and cost nothing."""
+
+    def decorate(item):
+        arrays = "jaxtyping." in repr(getattr(item, "__annotations__", {}))
+        return _jaxtyped(item, typechecker=typechecker) if arrays else item
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _jaxtyped_if_of_arrays
+jaxtyping.install_import_hook("vlmem_jax", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")
