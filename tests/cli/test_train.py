@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
 from tests.train import world
 from vlmem_jax.checkpoint import find
+from vlmem_jax.checkpoint.folder import committed_steps
 from vlmem_jax.cli.main import main
 from vlmem_jax.hub.convert import export_folder
 from vlmem_jax.train.metrics import Recorder
@@ -182,12 +182,34 @@ DISK_FULL_IN_STEP_8 = """
 """
 
 
-def test_a_run_that_is_killed_and_then_finds_the_disk_full_goes_on_bit_for_bit(folder, tmp_path):
+def test_a_run_that_stops_in_every_way_goes_on_bit_for_bit(folder, one_device, tmp_path, capsys, monkeypatch):
+    """By a kill, by Ctrl-C, by SIGTERM, and by a disk that is full."""
     file, run = world.config_file(folder, **ONE_STAGE), tmp_path / "run"
-    whole = start(file, tmp_path / "whole")
     killed = start(file, run, script=KILLED_IN_STEP_3)
-    assert whole.wait() == 0, whole.stderr.read()
-    assert killed.wait() == -9
+
+    def train(workdir):
+        assert main(["train", "--config", str(file), "--workdir", str(workdir)]) == 0
+        return capsys.readouterr().out
+
+    train(tmp_path / "whole")
+    _, err = killed.communicate()
+    assert killed.returncode == -9, err
+    assert not committed_steps(run / "all")
+
+    record = Recorder.step
+    for sign in (signal.SIGINT, signal.SIGTERM):
+
+        def step(self, *numbers, sign=sign):
+            record(self, *numbers)
+            signal.raise_signal(sign)
+
+        monkeypatch.setattr(Recorder, "step", step)
+        out = train(run)
+        stopped = committed_steps(run / "all")[-1]
+        assert f"stopped at step {stopped} of stage all, which is saved; the same command goes on from there" in out
+        assert max(world.losses(run)) == ("all", stopped)
+    monkeypatch.undo()
+
     full = start(file, run, script=DISK_FULL_IN_STEP_8)
     _, err = full.communicate()
     assert full.returncode == 2
@@ -195,42 +217,5 @@ def test_a_run_that_is_killed_and_then_finds_the_disk_full_goes_on_bit_for_bit(f
     assert "the checkpoint of step 4 is whole" in err
     assert find(run / "all").step_folder.name == "4"
     assert list(world.losses(run))[:8] == [("all", n) for n in range(1, 9)]
-    last = start(file, run)
-    out, err = last.communicate()
-    assert last.returncode == 0, err
-    assert "from its checkpoint of step 4" in out
+    assert "from its checkpoint of step 4" in train(run)
     assert world.losses(run) == world.losses(tmp_path / "whole")
-
-
-ENDLESS = dict(ONE_STAGE, stages=[dict(name="all", steps=5_000, learning_rate=1e-3)])
-
-
-def assert_saved(run, out):
-    assert "which is saved; the same command goes on from there" in out
-    step = max(int(step.name) for step in (run / "all").iterdir())
-    assert max(world.losses(run)) == ("all", step)
-
-
-def test_asked_to_stop_it_saves_and_exits_with_0(folder, tmp_path):
-    process = start(world.config_file(folder, **ENDLESS), tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_saved(tmp_path / "run", out)
-
-
-def test_ctrl_c_saves_too(folder, tmp_path, capsys, monkeypatch):
-    record = Recorder.step
-
-    def step(self, n, *numbers):
-        record(self, n, *numbers)
-        if n == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Recorder, "step", step)
-    file = world.config_file(folder, **ENDLESS)
-    assert main(["train", "--config", str(file), "--workdir", str(tmp_path / "run")]) == 0
-    assert_saved(tmp_path / "run", capsys.readouterr().out)

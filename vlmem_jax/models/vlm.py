@@ -68,15 +68,21 @@ def speech_of(config: ModelConfig) -> Speech | None:
     return None if config.memory == "none" else MEMORIES[config.memory].speech(getattr(config, config.memory))
 
 
+@functools.lru_cache(maxsize=8)
+def _graph(config: ModelConfig) -> tuple[Any, nnx.State]:
+    """What nnx.merge takes, and the shapes of the parameters; a command makes several VLMs of one config."""
+    return nnx.split(nnx.eval_shape(lambda: _Modules(config, rngs=nnx.Rngs(0))))
+
+
 @dataclasses.dataclass(frozen=True)
 class VLM:
     """A model without its parameters: hashable, so that it can be a static argument of jax.jit."""
 
     config: ModelConfig
 
-    @functools.cached_property
+    @property
     def _graph(self) -> tuple[Any, nnx.State]:
-        return nnx.split(nnx.eval_shape(lambda: _Modules(self.config, rngs=nnx.Rngs(0))))
+        return _graph(self.config)
 
     def _merge(self, params: Params) -> _Modules:
         """The modules with kernels in the compute dtype, and other parameters as they are, cast where they are used.

@@ -156,15 +156,14 @@ def _check_hosts(experiment: Experiment, workdir: AnyPath, only: str | None) -> 
     """Raises ValueError if hosts were started with different code or configs."""
     if jax.process_count() == 1:
         return
-    code = {"jax": jax.__version__, "vlmem_jax": vlmem_jax.__version__}
+    facts = {"jax": jax.__version__, "vlmem_jax": vlmem_jax.__version__, "--stage": only, "--workdir": str(workdir)}
     for package in (vlmem_jax, kernels_pallas):
         root = Path(package.__file__).parent
         for file in root.rglob("*.py"):
             name = file.relative_to(root.parent).as_posix()
-            code[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    hosts.require_same("hosts must run the same code", code)
-    config = {f"config.{key}": value for key, value in folder.flat(to_dict(experiment)).items()}
-    hosts.require_same("hosts must run the same config", config | {"--stage": only, "--workdir": str(workdir)})
+            facts[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    facts |= {f"config.{key}": value for key, value in folder.flat(to_dict(experiment)).items()}
+    hosts.require_same("hosts must run the same code and config", facts)
 
 
 def _check_shared(experiment: Experiment, workdir: AnyPath) -> None:
