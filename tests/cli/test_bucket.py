@@ -16,16 +16,19 @@ from vlmem_jax.models import VLM, presets
 from vlmem_jax.paths import as_path
 
 
+pytestmark = pytest.mark.usefixtures("one_device")  # the meshes of checkpoints in buckets are checkpoint/test_bucket.py's
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return world.make(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
-def runs(folder, gcs):
-    """The same run of one stage, on eight devices, in a bucket and on a disk."""
+def runs(folder, gcs, one_device):
+    """The same run of one stage in a bucket and on a disk."""
     places = "gs://bucket/run", str(folder / "run")
-    file = world.config_file(folder, **ONE_STAGE, mesh=dict(data=2, fsdp=2, tensor=2))
+    file = world.config_file(folder, **ONE_STAGE)
     for place in places:
         assert main(["train", "--config", str(file), "--workdir", place]) == 0
     return places
@@ -80,7 +83,7 @@ KILLED_IN_STEP_7 = """
 
 def test_a_run_in_a_bucket_that_is_killed_goes_on_bit_for_bit(run, folder, capsys):
     file, there = folder / "config.py", "gs://bucket/killed"
-    killed = start(file, there, devices=8, script=KILLED_IN_STEP_7)
+    killed = start(file, there, script=KILLED_IN_STEP_7)
     assert killed.wait() == -9, killed.stderr.read()
     assert find(there).step_folder.name == "4"
     assert main(["train", "--config", str(file), "--workdir", there]) == 0

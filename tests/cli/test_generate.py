@@ -183,7 +183,7 @@ GREEDY = SamplingConfig(max_new_tokens=4)
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return load_model(checkpoint)
+    return load_model(checkpoint, devices=jax.devices()[:1])
 
 
 @pytest.fixture

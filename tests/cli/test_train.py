@@ -144,9 +144,9 @@ def test_the_limit_of_what_is_read_at_once_reaches_the_reading(finished, folder,
     assert "checkpoint.restore_concurrent_gb=1e-07 allows" in text and "raise it" in text
 
 
-def start(file, workdir, devices=1, script=""):
-    """A process that runs `vlmem train`, after `script`."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+def start(file, workdir, script=""):
+    """A process that runs `vlmem train` on one device, after `script`."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     command = (
         f"import sys\nfrom vlmem_jax.cli.main import main\n{textwrap.dedent(script)}\nsys.exit(main(sys.argv[1:]))"
     )

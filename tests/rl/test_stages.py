@@ -1,24 +1,27 @@
-"""VisMem's two stages, one after the other: what each trains and leaves alone, what is recorded."""
+"""VisMem's stages, one after the other: what each trains and leaves alone, what is recorded, on one process and two."""
 
 import contextlib
 import dataclasses
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from tests.clusters import finish, start
 from tests.patches_world import save_tokenizer
 from tests.rl import memory_world
 from tests.rl.memory_world import INVOCATION
+from tests.train import world
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.checkpoint.store import parameter_paths
+from vlmem_jax.cli.main import main
 from vlmem_jax.config import ConfigError, override, to_dict
 from vlmem_jax.hub.convert import export_folder
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
-from vlmem_jax.sharding import MeshConfig, make_mesh
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import flatten
@@ -37,9 +40,34 @@ def make(tmp_path_factory):
     return made
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Config files of a warm-up and both stages, and of the first two of these three."""
+    folder = tmp_path_factory.mktemp("three")
+    config = memory_world.config(folder)
+    formation, invocation = config.stages
+    formation["rl"] |= dict(
+        rewards=[dict(name="tests.rl.own:length")], adaptive_kl=True, rollout_mesh=dict(data=1, fsdp=2, tensor=2)
+    )
+    warmup = {key: formation[key] for key in ("steps", "learning_rate", "trainable")}
+    warmup |= dict(name="warmup", task="memory_sft", rl=dict(prompts=6, rollout_rows=4))
+    config.mesh, config.data.eval = dict(data=2, fsdp=2), config.data.train
+    found = []
+    for stages in ([warmup, formation, invocation], [warmup, formation]):
+        config.stages = stages
+        (folder / f"{len(stages)}").mkdir()
+        found.append(world.save_config(folder / f"{len(stages)}", config))
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """The workdir of all three on this process, on four devices, and what was said."""
+    workdir, said, devices = tmp_path_factory.mktemp("run"), io.StringIO(), jax.devices()[:4]
+    with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        assert main(["train", "--config", str(files[0]), "--workdir", str(workdir)]) == 0
+    return workdir, said.getvalue()
 
 
 @pytest.fixture
@@ -50,31 +78,64 @@ def params(make):
     return lambda folder: flatten(jax.device_get(load_params(folder, target)))
 
 
+def records(workdir):
+    """Of all steps, without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("_per_s", "seconds", "goodput", "mfu", "utilisation")
+    return [
+        {key: value for key, value in line.items() if not any(word in key for word in timed)}
+        for line in lines
+        if "loss" in line or "eval/loss" in line
+    ]
+
+
 @pytest.mark.slow
-def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(make, params, tmp_path):
-    lines = []
-    assert runs.run(make(), tmp_path, tasks=runs.TASKS | rl.TASKS, say=lines.append)
-    assert "stage invocation is done" in "\n".join(lines)
-    kept = {path.split("/")[1] for path in parameter_paths(tmp_path / "invocation" / "2")}
+def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(trained, params):
+    workdir, said = trained
+    assert "stage invocation is done" in said
+    kept = {path.split("/")[1] for path in parameter_paths(workdir / "invocation" / "2")}
     assert kept == {"query_builder", "short", "long", "special_in", "special_out", "invoke_logit_bias"}
-    assert parameter_paths(tmp_path / "base" / "0") > parameter_paths(tmp_path / "invocation" / "2")
-    before, after = (params(tmp_path / "formation" / step) for step in ("1", "2"))
+    assert parameter_paths(workdir / "base" / "0") > parameter_paths(workdir / "invocation" / "2")
+    before, after = (params(workdir / "formation" / step) for step in ("1", "2"))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert {path.split("/")[1] for path in changed} == {"query_builder", "short", "long"}
     adapters = {f"memory/{kind}/lora/{target}/{x}" for kind in ("short", "long") for target in "qv" for x in "ab"}
     assert adapters <= changed
-    at_end = params(tmp_path / "invocation" / "2")
+    at_end = params(workdir / "invocation" / "2")
     changed = {path for path in after if not np.array_equal(after[path], at_end[path])}
     assert changed and all(path.startswith(INVOCATION) for path in changed)
     by_row = np.abs(at_end["memory/special_out"] - after["memory/special_out"]).max(-1)
     assert by_row[[0, 2]].min() > 5 * by_row[[1, 3]].max(), "end rows learn slowly"
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    records = [line for line in records if "loss" in line]
-    for line in records:
+
+
+@pytest.mark.slow
+def test_each_stage_records_its_numbers(trained):
+    lines = records(trained[0])
+    steps = [line for line in lines if "loss" in line]
+    assert [line["stage"] for line in steps] == 2 * ["warmup"] + 2 * ["formation"] + 2 * ["invocation"]
+    assert all(line["grad_norm"] > 0 for line in steps)
+    assert [line["eval/loss"] != 0 for line in lines if "eval/loss" in line][:2] == [True, True]
+    for line in steps[2:]:
         assert {"score/base", "score/gain", "memory/per_answer", "memory/answers", "memory/long"} <= line.keys()
         assert ("penalty/type" in line) == (line["stage"] == "invocation")
-    assert max(line["memory/per_answer"] for line in records if line["stage"] == "formation") > 0.5
-    assert abs(records[0]["kl"]) < 1e-5 and abs(records[0]["ratio"] - 1) < 1e-4
+    first, second = steps[2:4]
+    assert max(first["memory/per_answer"], second["memory/per_answer"]) > 0.5
+    assert abs(first["kl"]) < 1e-5 < second["kl"] and abs(first["ratio"] - 1) < 1e-4 and "beta" in first
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_learn_what_one_does(trained, files, tmp_path):
+    hosts = start(["train", "--config", str(files[1]), "--workdir", str(tmp_path)], devices=4)
+    (out, _), (silent, _) = finish(hosts, [0, 0])
+    assert "stage warmup is done" in out and "stage formation is done" in out and "stage" not in silent
+    one = [line for line in records(trained[0]) if line["stage"] != "invocation"]
+    for one, other in zip(one, records(tmp_path), strict=True):
+        assert other.keys() == one.keys()
+        for key, value in one.items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(other[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+            else:
+                assert other[key] == value
 
 
 @pytest.mark.parametrize(
