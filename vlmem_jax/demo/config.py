@@ -17,6 +17,7 @@ BASE_STEPS = {"read": 480, "mix": 480}
 """Learning to read one tile, then all grids and several images."""
 COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 140}
 """Projector and memory, the same with gates frozen, everything."""
+ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Recipe:
     base: dict[str, int]
     comemo: dict[str, int]
     dataset: DatasetConfig
+    rows: int
+    """Of a step."""
 
     @classmethod
     def scaled(cls, scale: float = 1.0) -> "Recipe":
-        """All steps and pictures times `scale`, to try things out."""
+        """All steps and pictures times `scale`, to try things out; where next to nothing is left, rows are few, too."""
         if not scale > 0:
             raise ValueError(f"--steps-scale must be positive, got {scale}")
 
@@ -46,7 +49,8 @@ class Recipe:
             heldout_lines=min(sizes.heldout_lines, times(sizes.heldout_lines, 16)),
             questions_each=min(sizes.questions_each, times(sizes.questions_each, 4)),
         )
-        return cls(*({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, COMEMO_STEPS)), dataset)
+        steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, COMEMO_STEPS))
+        return cls(*steps, dataset, rows=min(ROWS, times(20 * ROWS, ROWS // 2)))
 
     @property
     def comemo_total(self) -> int:
@@ -55,13 +59,14 @@ class Recipe:
 
 def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
     """Without memory: `read` one tile, then a `mix` of everything."""
-    read = stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=_data(dataset, "reading", tiles=1))
-    return _experiment(dataset, "none", [read, _mix(recipe)], seed=0)
+    reading = _data(dataset, "reading", 1, recipe.rows)
+    read = stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=reading)
+    return _experiment(dataset, recipe, "none", [read, _mix(recipe)], seed=0)
 
 
 def mix_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
     """The second stage of the base alone, from the end of the first, with other keys of `image`."""
-    return _experiment(dataset, "none", [_mix(recipe)], seed=0, init=init, **image)
+    return _experiment(dataset, recipe, "none", [_mix(recipe)], seed=0, init=init, **image)
 
 
 def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
@@ -73,12 +78,12 @@ def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -
         stage("pretrain_phase2", steps["pretrain_phase2"], 3e-3, **new, frozen=["memory/blocks/(attn|mlp)_gate"]),
         stage("finetune", steps["finetune"], 3e-3),
     ]
-    return _experiment(dataset, "comemo", stages, seed=1, init=init, **image)
+    return _experiment(dataset, recipe, "comemo", stages, seed=1, init=init, **image)
 
 
 def plain_experiment(dataset: Path, recipe: Recipe, init: Path, steps: int) -> ConfigDict:
     """The control: all of the base trained on, without memory."""
-    return _experiment(dataset, "none", [stage("finetune", steps, 3e-3)], seed=1, init=init)
+    return _experiment(dataset, recipe, "none", [stage("finetune", steps, 3e-3)], seed=1, init=init)
 
 
 def _mix(recipe: Recipe) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def _mix(recipe: Recipe) -> dict[str, Any]:
 
 def _experiment(
     dataset: Path,
+    recipe: Recipe,
     memory: str,
     stages: Sequence[dict[str, Any]],
     seed: int,
@@ -98,7 +104,7 @@ def _experiment(
         | {
             "model": {"preset": "digits", "memory": memory},
             "image": {"size": 32, "dhr_map": "raster", **image},
-            "data": _data(dataset, "mixture", tiles=5),
+            "data": _data(dataset, "mixture", 5, recipe.rows),
             "eval_every": 100,
         }
     )
@@ -125,17 +131,17 @@ def stage(name: str, steps: int, learning_rate: float, **more: Any) -> dict[str,
     return {"name": name, "steps": steps, "learning_rate": learning_rate, **schedule, **more}
 
 
-def _data(dataset: Path, source: str, tiles: int) -> dict[str, Any]:
+def _data(dataset: Path, source: str, tiles: int, rows: int) -> dict[str, Any]:
     longest = DatasetConfig.reading_tokens if source == "reading" else DatasetConfig.mixture_tokens
     heldout = [{"path": str(dataset / "heldout.jsonl")}] if source == "mixture" else []
-    return conversations(dataset, source, longest, tiles) | {"eval": heldout}
+    return conversations(dataset, source, longest, tiles, rows) | {"eval": heldout}
 
 
-def conversations(dataset: Path, source: str, tokens: int, tiles: int) -> dict[str, Any]:
+def conversations(dataset: Path, source: str, tokens: int, tiles: int, rows: int) -> dict[str, Any]:
     """Keys of data for any of the demos: conversations of SOURCE.jsonl, each as long as a row."""
     return {
         "train": [{"path": str(dataset / f"{source}.jsonl")}],
-        "rows": 16,
+        "rows": rows,
         "pack_tokens": tokens,
         "pack_tiles": tiles,
         "open_packs": 1,  # a sample fills a row: nothing to gain by holding rows back

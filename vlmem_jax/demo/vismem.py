@@ -29,6 +29,7 @@ from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, lo
 BASE_STEPS = {"read": 480, "answer": 400}
 """Learning to read, then to answer in steps."""
 VISMEM_STEPS = {"warmup": 60, "formation": 40, "invocation": 40}
+PROMPTS = 8
 ANSWER_TOKENS = 28
 """Most that a model chooses; a right answer has 17, and pauses and calls for memories count."""
 BATCH = 100
@@ -62,10 +63,15 @@ class VisMemRecipe:
     base: dict[str, int]
     vismem: dict[str, int]
     dataset: StepsConfig
+    prompts: int
+    """Of a step of reinforcement, for each of which a group of answers is drawn; others have multiples of it."""
 
     @classmethod
     def scaled(cls, scale: float = 1.0) -> "VisMemRecipe":
-        """All steps and pictures times `scale`, to try things out. Raises ValueError if it is not positive."""
+        """All steps and pictures times `scale`, to try things out; where next to nothing is left, prompts are few, too.
+
+        Raises ValueError if it is not positive.
+        """
         if not scale > 0:
             raise ValueError(f"--steps-scale must be positive, got {scale}")
 
@@ -81,13 +87,14 @@ class VisMemRecipe:
             prompts=times(sizes.prompts, 32),
             heldout=min(sizes.heldout, times(sizes.heldout, 24)),
         )
-        return cls(*({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS)), dataset)
+        steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS))
+        return cls(*steps, dataset, prompts=min(PROMPTS, times(20 * PROMPTS, PROMPTS // 2)))
 
 
 def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
     """Without memory: `read` the digits, then `answer` in steps."""
-    steps, tokens = recipe.base, recipe.dataset.tokens
-    reading, answering = (conversations(dataset, name, tokens, tiles=16) for name in ("reading", "steps"))
+    steps, tokens, rows = recipe.base, recipe.dataset.tokens, 2 * recipe.prompts
+    reading, answering = (conversations(dataset, name, tokens, 16, rows) for name in ("reading", "steps"))
     stages = [
         stage("read", steps["read"], 5e-3, final_fraction=0.2, data=reading),
         stage("answer", steps["answer"], 4e-3),
@@ -97,7 +104,8 @@ def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
 
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
     """A warm-up and the two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
-    rollouts = {"prompts": 8, "group_size": 8, "rollout_rows": 64, "max_new_tokens": ANSWER_TOKENS}
+    N = recipe.prompts
+    rollouts = {"prompts": N, "group_size": 8, "rollout_rows": 8 * N, "max_new_tokens": ANSWER_TOKENS}
     rollouts["drop_zero_variance"] = False  # always as many answers: fewer shapes to compile
     random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
     adam = {"name": "adamw", "weight_decay": 0.0}
@@ -108,8 +116,8 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
             recipe.vismem["warmup"],
             6e-3,
             task="memory_sft",
-            data=conversations(dataset, "worked", tokens=128, tiles=32),
-            rl={"prompts": 32, "rollout_rows": 32},
+            data=conversations(dataset, "worked", 128, 32, 2 * N),
+            rl={"prompts": 4 * N, "rollout_rows": 4 * N},
             **forming,
         ),
         stage(
@@ -130,7 +138,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
             rl={**rollouts, "invocation_penalty": 0.3, "kl": 0.03},
         ),
     ]
-    data = conversations(dataset, "prompts", tokens=256, tiles=48)
+    data = conversations(dataset, "prompts", 256, 48, 2 * N)
     config = _experiment(dataset, "vismem", stages, data, seed=1, init=init, log_every=1)
     config.checkpoint.content = "trained"
     return config
