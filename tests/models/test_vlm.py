@@ -1,6 +1,7 @@
 """What holds for a model whatever its sizes: packing, gates, padding, depth, recomputation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,15 @@ def params(vlm):
     return with_open_gates(vlm.fresh(jax.random.key(1)))
 
 
+@functools.cache
+def compiled(vlm):
+    return jax.jit(vlm.logits)
+
+
+def logits(vlm, params, batch):
+    return compiled(vlm)(params, batch)
+
+
 def row(vlm, samples, T, I, seed=0):
     """A batch of one row holding `samples`, given as (text tokens, tiles); each starts with its tiles' placeholders."""
     P, size = vlm.tokens_per_tile, vlm.config.vision.image_size
@@ -67,12 +77,11 @@ FIRST, TEXT, LAST = (7, 2, 11), (9, 0, 12), (5, 1, 13)
 
 
 def test_a_packed_sample_equals_that_sample_alone(vlm, params):
-    logits = jax.jit(vlm.logits)
-    together = logits(params, row(vlm, [FIRST, TEXT, LAST], 48, 4))[0]
+    together = logits(vlm, params, row(vlm, [FIRST, TEXT, LAST], 48, 4))[0]
     start = 0
     for text, tiles, seed in (FIRST, TEXT, LAST):
         length = text + tiles * vlm.tokens_per_tile
-        alone = logits(params, row(vlm, [(text, tiles, seed)], 48, 4))[0]
+        alone = logits(vlm, params, row(vlm, [(text, tiles, seed)], 48, 4))[0]
         np.testing.assert_allclose(together[start : start + length], alone[:length], atol=1e-5)
         start += length
 
@@ -81,19 +90,18 @@ def test_a_neighbour_does_not_change_the_frequencies_of_dynamic_ntk(params):
     """They follow the sample's length, not the row's: one sample is longer than the trained range, one is not."""
     vlm = VLM(resolve({"preset": "tiny", "decoder": {"ntk_factor": 2.0, "max_positions": 16}}))
     short, long = (12, 0, 21), (30, 0, 22)
-    logits = jax.jit(vlm.logits)
-    together = logits(params, row(vlm, [short, long], 48, 0))[0]
+    together = logits(vlm, params, row(vlm, [short, long], 48, 0))[0]
     for sample, span in ((short, slice(0, 12)), (long, slice(12, 42))):
-        alone = logits(params, row(vlm, [sample], 48, 0))[0]
+        alone = logits(vlm, params, row(vlm, [sample], 48, 0))[0]
         np.testing.assert_allclose(together[span], alone[: sample[0]], atol=1e-5)
-    plain = jax.jit(VLM(resolve({"preset": "tiny"})).logits)(params, row(vlm, [short, long], 48, 0))[0]
+    plain = logits(VLM(resolve({"preset": "tiny"})), params, row(vlm, [short, long], 48, 0))[0]
     np.testing.assert_allclose(together[:12], plain[:12], atol=1e-5)
     assert np.abs(together[12:42] - plain[12:42]).max() > 1e-3
 
 
 def test_padding_tiles_and_tokens_change_nothing(vlm, params):
-    short = vlm.logits(params, row(vlm, [FIRST], 20, 2))
-    long = vlm.logits(params, row(vlm, [FIRST], 32, 5))
+    short = logits(vlm, params, row(vlm, [FIRST], 20, 2))
+    long = logits(vlm, params, row(vlm, [FIRST], 32, 5))
     length = FIRST[0] + FIRST[1] * vlm.tokens_per_tile
     np.testing.assert_allclose(short[0, :length], long[0, :length], atol=1e-5)
 
@@ -103,8 +111,8 @@ def test_with_closed_gates_the_model_is_the_plain_one(vlm, params):
     plain = VLM(dataclasses.replace(vlm.config, memory="none"))
     batch = row(vlm, [FIRST, LAST], 48, 4)
     without = {name: part for name, part in params.items() if name != "memory"}
-    np.testing.assert_array_equal(vlm.logits(closed, batch), plain.logits(without, batch))
-    assert not np.allclose(vlm.logits(params, batch), plain.logits(without, batch), atol=1e-3)
+    np.testing.assert_array_equal(logits(vlm, closed, batch), logits(plain, without, batch))
+    assert not np.allclose(logits(vlm, params, batch), logits(plain, without, batch), atol=1e-3)
 
 
 def test_a_plain_model_has_no_memory_parameters_and_no_metrics(vlm, params):
@@ -120,9 +128,9 @@ def test_a_sample_without_memory_skips_the_whole_block(vlm, params):
     """Also its MLP: a text-only sample in a mixed row equals the plain model's answer to it."""
     plain = VLM(dataclasses.replace(vlm.config, memory="none"))
     without = {name: part for name, part in params.items() if name != "memory"}
-    mixed = vlm.logits(params, row(vlm, [FIRST, TEXT], 48, 4))[0]
+    mixed = logits(vlm, params, row(vlm, [FIRST, TEXT], 48, 4))[0]
     start = FIRST[0] + FIRST[1] * vlm.tokens_per_tile
-    alone = plain.logits(without, row(vlm, [TEXT], 48, 0))[0]
+    alone = logits(plain, without, row(vlm, [TEXT], 48, 0))[0]
     np.testing.assert_allclose(mixed[start : start + TEXT[0]], alone[: TEXT[0]], atol=1e-5)
 
 
@@ -131,10 +139,10 @@ def test_memory_is_not_causal(vlm, params):
     batch = row(vlm, [FIRST], 48, 4)
     text_first = dataclasses.replace(batch, slots_BT=jnp.roll(batch.slots_BT, FIRST[0], axis=1))
     dark = dataclasses.replace(text_first, pixels_BISSc=jnp.zeros_like(text_first.pixels_BISSc))
-    moved = np.abs(vlm.logits(params, text_first) - vlm.logits(params, dark))[0].max(axis=-1)
+    moved = np.abs(logits(vlm, params, text_first) - logits(vlm, params, dark))[0].max(axis=-1)
     assert moved[: FIRST[0]].min() > 1e-4
     closed = with_open_gates(params, 0.0)
-    still = np.abs(vlm.logits(closed, text_first) - vlm.logits(closed, dark))[0].max(axis=-1)
+    still = np.abs(logits(vlm, closed, text_first) - logits(vlm, closed, dark))[0].max(axis=-1)
     assert still[: FIRST[0]].max() == 0
 
 
@@ -164,7 +172,7 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
             x, _ = layer(x, tables, core)
         return modules.decoder.logits(modules.decoder.norm(x))
 
-    np.testing.assert_allclose(jax.jit(vlm.logits)(params, batch), plain_loop(params), atol=1e-5)
+    np.testing.assert_allclose(logits(vlm, params, batch), plain_loop(params), atol=1e-5)
 
 
 def vlm_seen(vlm, modules, batch):
@@ -172,14 +180,21 @@ def vlm_seen(vlm, modules, batch):
     return VisualTokens(features, batch.memory_positions_BM, batch.memory_segments_BM)
 
 
-@pytest.mark.parametrize("policy", ["full", "attention", "dots", "offload"])
-def test_recomputation_changes_no_gradient(vlm, params, policy):
+@pytest.fixture(scope="module")
+def gradient(vlm, params):
+    """As a function of what is recomputed."""
     batch = row(vlm, [FIRST, LAST], 48, 4)
 
-    def gradient(policy):
+    @functools.cache
+    def compute(policy):
         model = VLM(dataclasses.replace(vlm.config, remat=policy))
         return jax.jit(jax.grad(lambda params: (model.hidden(params, batch) ** 2).mean()))(params)
 
+    return compute
+
+
+@pytest.mark.parametrize("policy", ["full", "attention", "dots", "offload"])
+def test_recomputation_changes_no_gradient(gradient, policy):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradient("none"), gradient(policy))
 
 
@@ -197,8 +212,9 @@ def test_drop_path_depends_on_the_key_and_not_on_a_rate_of_zero(vlm, params):
 def test_half_precision_stays_near_full_precision(vlm, params):
     batch = row(vlm, [FIRST, LAST], 48, 4)
     half = VLM(dataclasses.replace(vlm.config, compute_dtype="bfloat16"))
-    assert half.hidden(params, batch).dtype == jnp.bfloat16 and half.logits(params, batch).dtype == jnp.float32
-    np.testing.assert_allclose(half.logits(params, batch), vlm.logits(params, batch), atol=0.15)
+    assert jax.eval_shape(half.hidden, params, batch).dtype == jnp.bfloat16
+    assert logits(half, params, batch).dtype == jnp.float32
+    np.testing.assert_allclose(logits(half, params, batch), logits(vlm, params, batch), atol=0.15)
 
 
 def test_published_sizes():

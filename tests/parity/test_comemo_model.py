@@ -1,6 +1,7 @@
 """CoMemo's forward pass and greedy decoding against numbers of the published implementation."""
 
 import dataclasses
+import functools
 
 import comemo_golden
 import jax
@@ -35,12 +36,12 @@ def test_vision_tower_shuffle_and_projector(model):
     a, vlm = model.arrays, model.vlm
     pixels = jnp.asarray(a["pixel_values"].transpose(0, 2, 3, 1))
     modules = vlm._merge(model.params)
-    hidden = modules.vision.hidden(pixels)
+    hidden = jax.jit(modules.vision.hidden)(pixels)
     np.testing.assert_allclose(hidden, a["vit_last_hidden"], **EXACTER)
     for version in ("v1", "v2"):
         wanted = a[f"pixel_shuffle_{version}"]
         np.testing.assert_allclose(pixel_shuffle(hidden[:, 1:], version).reshape(wanted.shape), wanted, **EXACTER)
-    features = vlm.encode_images(model.params, pixels[None])
+    features = jax.jit(vlm.encode_images)(model.params, pixels[None])
     np.testing.assert_allclose(features.reshape(a["vit_embeds"].shape), a["vit_embeds"], **EXACTER)
 
 
@@ -161,7 +162,8 @@ def test_block_with_and_without_mask(layer, implementation):
     x, media = jnp.asarray(a["x"]), jnp.asarray(a["media"])
     whole = [jnp.ones_like(side) for side in sides(a)]
     for seen, name in ((whole, "nomask"), (sides(a), "masked"), (sides(a), "varlen")):
-        out, attended = run_block(layer, params, x, media, seen, implementation)
+        run = jax.jit(functools.partial(run_block, layer, implementation=implementation))
+        out, attended = run(params, x, media, seen)
         np.testing.assert_allclose(out, a[f"out_{name}"], **EXACTER)
         if name != "varlen":
             np.testing.assert_allclose(attended, a[f"cross_attn_out_{name}"], **EXACTER)
