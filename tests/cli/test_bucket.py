@@ -15,8 +15,7 @@ from vlmem_jax.hub.convert import export_folder
 from vlmem_jax.models import VLM, presets
 from vlmem_jax.paths import as_path
 
-
-pytestmark = pytest.mark.usefixtures("one_device")  # the meshes of checkpoints in buckets are checkpoint/test_bucket.py's
+pytestmark = pytest.mark.usefixtures("one_device")  # checkpoint/test_bucket.py has meshes
 
 
 @pytest.fixture(scope="module")

@@ -128,8 +128,8 @@ def test_two_processes_draw_and_learn_what_one_does(trained, files, tmp_path):
     hosts = start(["train", "--config", str(files[1]), "--workdir", str(tmp_path)], devices=4)
     (out, _), (silent, _) = finish(hosts, [0, 0])
     assert "stage warmup is done" in out and "stage formation is done" in out and "stage" not in silent
-    one = [line for line in records(trained[0]) if line["stage"] != "invocation"]
-    for one, other in zip(one, records(tmp_path), strict=True):
+    expected = [line for line in records(trained[0]) if line["stage"] != "invocation"]
+    for one, other in zip(expected, records(tmp_path), strict=True):
         assert other.keys() == one.keys()
         for key, value in one.items():
             if isinstance(value, float):

@@ -3,7 +3,6 @@
 import collections
 import json
 import random
-import shutil
 import signal
 import time
 
