@@ -274,7 +274,7 @@ class Watched(NextToken):
         return super().work(step, params)
 
 
-def recompilations(count=64, longest=400, training=200, generations=50) -> list[Row]:
+def recompilations(count=64, longest=400, training=200, generations=50, lengths=7) -> list[Row]:
     """Programs compiled after warm-up, with images of many sizes."""
     sizes = np.random.default_rng(1).integers(16, longest, (count, 2)).tolist()
     with tempfile.TemporaryDirectory() as name, compilations() as seen:
@@ -301,11 +301,11 @@ def recompilations(count=64, longest=400, training=200, generations=50) -> list[
         pictures = [open_image(folder / f"{n}.jpg") for n in range(len(sizes))]
 
         def answer(n: int) -> None:
-            question = "row 1 " * (n % 7 + 1)
+            question = "row 1 " * (n % lengths + 1)
             prompt = processor.prompt(question, [pictures[n % len(pictures)]])
             generator.generate([prompt], SamplingConfig(max_new_tokens=8, temperature=float(n % 2), seed=n))
 
-        warm = max(len(pictures), 14)  # each length, drawn and not
+        warm = max(len(pictures), 2 * lengths)  # each length, drawn and not
         for n in range(warm):
             answer(n)
         warmed = len(seen)
@@ -314,7 +314,7 @@ def recompilations(count=64, longest=400, training=200, generations=50) -> list[
         while_generating = len(seen) - warmed
     spread = f"{np.min(sizes)} to {np.max(sizes)} px a side"
     trained = f"compilations in {training} training steps on images of many sizes, after {warm}"
-    generated, how = f"compilations in {generations} generations, after warm-up", "questions of 1 to 7 words"
+    generated, how = f"compilations in {generations} generations, after warm-up", f"questions of 1 to {lengths} words"
     return [
         Row(trained, [float(while_training)], 0, True, "", spread),
         Row(generated, [float(while_generating)], 0, True, "", f"{spread}, {how}; warm-up: one with each image"),
@@ -465,7 +465,7 @@ TOY = {
     "scanned_layers": dict(layers=4, tokens=64, builds=1, runs=2),
     "memory_overhead": dict(layers=4, width=128, tokens=64, runs=2),
     "pipeline": dict(count=2, steps=2, runs=2),
-    "recompilations": dict(count=7, longest=64, training=2, generations=2),
+    "recompilations": dict(count=4, longest=64, training=2, generations=2, lengths=2),
     "image_sizes": dict(shortest=32, longest=64, count=2),
     "shared_prefill": dict(group=2, tokens=64, new=2, layers=2, width=128, runs=2),
     "forming": dict(rows=2, states=16, tokens=32, layers=2, width=128, runs=2),

@@ -598,21 +598,21 @@ def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
         batch.slots_BT[row, length - N : length] = batch.memory_segments_BM.shape[1] + np.arange(N)
     batch = dataclasses.replace(batch, heard=dataclasses.replace(heard, kinds_BJ=kinds))
 
-    def loss(params, batch):
-        logits_BTV = model.logits(params, batch)
+    def loss(memory, params, batch):
+        logits_BTV = model.logits(params | {"memory": memory}, batch)
         return ((logits_BTV * (batch.segments_BT > 0)[..., None]) ** 2).mean(), logits_BTV
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, one), gradient = step(params, jax.tree.map(jnp.asarray, batch))
+    (_, one), gradient = step(params["memory"], params, jax.tree.map(jnp.asarray, batch))
     mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, param_shardings(mesh, model.abstract(), model.axes()))
-        (_, many), other = step(sharded, jax.device_put(batch, batch_sharding(mesh)))
+        (_, many), other = step(sharded["memory"], sharded, jax.device_put(batch, batch_sharding(mesh)))
     real = batch.segments_BT > 0
     np.testing.assert_allclose(np.asarray(many)[real], np.asarray(one)[real], atol=1e-4)
-    assert np.abs(gradient["memory"]["short"]["query"]["kernel"]).max() > 1e-6
-    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient["memory"]["short"]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * scale), gradient["memory"], other["memory"])
+    assert np.abs(gradient["short"]["query"]["kernel"]).max() > 1e-6
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient["short"]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * scale), gradient, other)
 
 
 # --- how it starts ----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class VisMemRecipe:
     vismem: dict[str, int]
     dataset: StepsConfig
     prompts: int
-    """Of a step of reinforcement, for each of which a group of answers is drawn; others have multiples of it."""
+    """Of a step of reinforcement, and answers drawn to each; other steps have multiples of it."""
 
     @classmethod
     def scaled(cls, scale: float = 1.0) -> "VisMemRecipe":
@@ -105,7 +105,7 @@ def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
     """A warm-up and the two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
     N = recipe.prompts
-    rollouts = {"prompts": N, "group_size": 8, "rollout_rows": 8 * N, "max_new_tokens": ANSWER_TOKENS}
+    rollouts = {"prompts": N, "group_size": N, "rollout_rows": N * N, "max_new_tokens": ANSWER_TOKENS}
     rollouts["drop_zero_variance"] = False  # always as many answers: fewer shapes to compile
     random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
     adam = {"name": "adamw", "weight_decay": 0.0}
