@@ -96,18 +96,27 @@ def test_the_whole_run_sees_every_sample_once(whole):
     assert len(seen) == 1.5 * STEPS * ROWS and set(seen.values()) == {1}
 
 
+STOPPED_IN_STEP_5 = """
+    import signal
+    from vlmem_jax.train.next_token import NextToken
+    work = NextToken.work
+    def signalled(self, step, params):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return work(self, step, params)
+    NextToken.work = signalled
+"""
+
+
 @pytest.mark.slow
 def test_a_cluster_that_is_stopped_and_killed_goes_on_in_other_numbers_of_processes(line, whole, tmp_path):
     """Two processes until one gets a signal, then four until they are killed, then one to the end."""
     workdir = tmp_path / "run"
-    hosts = start([*line, str(workdir)])
-    await_records(workdir, 3, hosts)
-    hosts[1].send_signal(signal.SIGTERM)
-    (out, _), (silent, _) = finish(hosts, [0, 0])
+    (out, _), (silent, _) = finish(start([*line, str(workdir)], script=STOPPED_IN_STEP_5), [0, 0])
     step = committed_steps(workdir / "all")[-1]
     assert f"stopped at step {step} of stage all, which is saved" in out and "goodput" in out
     assert "stage" not in silent, "one host speaks for all"
-    assert 3 <= step < STEPS and max(world.losses(workdir)) == ("all", step)
+    assert 4 <= step < 8 and max(world.losses(workdir)) == ("all", step)
 
     hosts = start([*line, str(workdir)], processes=4)
     # in step 16 one more checkpoint is whole, and the next is begun
