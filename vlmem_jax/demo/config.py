@@ -17,7 +17,9 @@ BASE_STEPS = {"read": 480, "mix": 480}
 """Learning to read one tile, then all grids and several images."""
 COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 140}
 """Projector and memory, the same with gates frozen, everything."""
-ROWS = 16
+ROWS, FEW_ROWS = 16, 8
+TRIAL = 0.02
+"""Below it, a demo shows that it runs, and no more: a step is small, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +30,11 @@ class Recipe:
     comemo: dict[str, int]
     dataset: DatasetConfig
     rows: int
-    """Of a step."""
+    """Rows of a step."""
 
     @classmethod
     def scaled(cls, scale: float = 1.0) -> "Recipe":
-        """All steps and pictures times `scale`, to try things out; where next to nothing is left, rows are few, too."""
+        """All steps and pictures times `scale`, to try things out; rows are fewer below TRIAL."""
         if not scale > 0:
             raise ValueError(f"--steps-scale must be positive, got {scale}")
 
@@ -50,7 +52,7 @@ class Recipe:
             questions_each=min(sizes.questions_each, times(sizes.questions_each, 4)),
         )
         steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, COMEMO_STEPS))
-        return cls(*steps, dataset, rows=min(ROWS, times(20 * ROWS, ROWS // 2)))
+        return cls(*steps, dataset, rows=FEW_ROWS if scale < TRIAL else ROWS)
 
     @property
     def comemo_total(self) -> int:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vlmem_jax.config import to_dict
 from vlmem_jax.data import SourceConfig
 from vlmem_jax.demo import vismem_report
-from vlmem_jax.demo.config import common, conversations, stage
+from vlmem_jax.demo.config import TRIAL, common, conversations, stage
 from vlmem_jax.demo.job import Say, Workdir
 from vlmem_jax.demo.mosaics import load_digits
 from vlmem_jax.demo.pictures import records
@@ -29,7 +29,7 @@ from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, lo
 BASE_STEPS = {"read": 480, "answer": 400}
 """Learning to read, then to answer in steps."""
 VISMEM_STEPS = {"warmup": 60, "formation": 40, "invocation": 40}
-PROMPTS = 8
+PROMPTS, FEW_PROMPTS = 8, 4
 ANSWER_TOKENS = 28
 """Most that a model chooses; a right answer has 17, and pauses and calls for memories count."""
 BATCH = 100
@@ -64,11 +64,11 @@ class VisMemRecipe:
     vismem: dict[str, int]
     dataset: StepsConfig
     prompts: int
-    """Of a step of reinforcement, and answers drawn to each; other steps have multiples of it."""
+    """Prompts of a step of reinforcement, and answers drawn to each; other steps have multiples of it."""
 
     @classmethod
     def scaled(cls, scale: float = 1.0) -> "VisMemRecipe":
-        """All steps and pictures times `scale`, to try things out; where next to nothing is left, prompts are few, too.
+        """All steps and pictures times `scale`, to try things out; prompts are fewer below TRIAL.
 
         Raises ValueError if it is not positive.
         """
@@ -88,7 +88,7 @@ class VisMemRecipe:
             heldout=min(sizes.heldout, times(sizes.heldout, 24)),
         )
         steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS))
-        return cls(*steps, dataset, prompts=min(PROMPTS, times(20 * PROMPTS, PROMPTS // 2)))
+        return cls(*steps, dataset, prompts=FEW_PROMPTS if scale < TRIAL else PROMPTS)
 
 
 def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
