@@ -10,6 +10,7 @@ import pytest
 
 from tests.rl import memory_world
 from tests.rl.memory_world import FORMATION
+from tests.train import world
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.config import ConfigError, override
@@ -126,20 +127,14 @@ def run(config, folder):
     return runs.run(config, folder, tasks=runs.TASKS | rl.TASKS, say=lambda line: None)
 
 
-def records(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = ("seconds", "per_s", "goodput", "mfu", "utilisation")
-    return [{key: x for key, x in line.items() if not any(word in key for word in times)} for line in lines]
-
-
 @pytest.mark.slow
 def test_it_learns_what_forms_memories_and_goes_on_where_it_stopped(make, mesh, tmp_path):
     config = make(**{"data.eval": [], "checkpoint.every": 3})
     assert run(config, tmp_path / "whole")
-    lines = records(tmp_path / "whole")
+    lines = world.records(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "warmup" / "6")
-    assert run(config, tmp_path / "killed") and records(tmp_path / "killed") == lines
+    assert run(config, tmp_path / "killed") and world.records(tmp_path / "killed") == lines
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.15, losses
     shapes, one = VLM(config.model).abstract(), jax.sharding.SingleDeviceSharding(jax.devices()[0])

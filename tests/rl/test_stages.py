@@ -78,15 +78,9 @@ def params(make):
     return lambda folder: flatten(jax.device_get(load_params(folder, target)))
 
 
-def records(workdir):
-    """Of all steps, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("_per_s", "seconds", "goodput", "mfu", "utilisation")
-    return [
-        {key: value for key, value in line.items() if not any(word in key for word in timed)}
-        for line in lines
-        if "loss" in line or "eval/loss" in line
-    ]
+def of_steps(workdir):
+    """The records of steps and evaluations."""
+    return [line for line in world.records(workdir) if "loss" in line or "eval/loss" in line]
 
 
 @pytest.mark.slow
@@ -110,7 +104,7 @@ def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(trained, params
 
 @pytest.mark.slow
 def test_each_stage_records_its_numbers(trained):
-    lines = records(trained[0])
+    lines = of_steps(trained[0])
     steps = [line for line in lines if "loss" in line]
     assert [line["stage"] for line in steps] == 2 * ["warmup"] + 2 * ["formation"] + 2 * ["invocation"]
     assert all(line["grad_norm"] > 0 for line in steps)
@@ -128,8 +122,8 @@ def test_two_processes_draw_and_learn_what_one_does(trained, files, tmp_path):
     hosts = start(["train", "--config", str(files[1]), "--workdir", str(tmp_path)], devices=4)
     (out, _), (silent, _) = finish(hosts, [0, 0])
     assert "stage warmup is done" in out and "stage formation is done" in out and "stage" not in silent
-    expected = [line for line in records(trained[0]) if line["stage"] != "invocation"]
-    for one, other in zip(expected, records(tmp_path), strict=True):
+    expected = [line for line in of_steps(trained[0]) if line["stage"] != "invocation"]
+    for one, other in zip(expected, of_steps(tmp_path), strict=True):
         assert other.keys() == one.keys()
         for key, value in one.items():
             if isinstance(value, float):

@@ -73,6 +73,13 @@ def losses(workdir):
     return {(record["stage"], record["step"]): record["loss"] for record in records if "loss" in record}
 
 
+def records(workdir):
+    """The records of a run, as they stand in metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("per_s", "seconds", "goodput", "mfu", "utilisation")
+    return [{key: x for key, x in line.items() if not any(word in key for word in timed)} for line in lines]
+
+
 def config_file(folder, **changes):
     """A file that `--config` reads, with `config(folder, **changes)` in it."""
     return save_config(folder, config(folder, **changes))
