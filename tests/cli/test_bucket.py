@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder, gcs, one_device):
-    """The same run of one stage in a bucket and on a disk."""
+    """Workdirs of the same run of one stage, in a bucket and on a disk."""
     places = "gs://bucket/run", str(folder / "run")
     file = world.config_file(folder, **ONE_STAGE)
     for place in places:

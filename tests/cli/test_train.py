@@ -183,7 +183,7 @@ DISK_FULL_IN_STEP_8 = """
 
 
 def test_a_run_that_stops_in_every_way_goes_on_bit_for_bit(folder, one_device, tmp_path, capsys, monkeypatch):
-    """By a kill, by Ctrl-C, by SIGTERM, and by a disk that is full."""
+    """A kill, Ctrl-C, SIGTERM and a disk that is full stop it, one after the other."""
     file, run = world.config_file(folder, **ONE_STAGE), tmp_path / "run"
     killed = start(file, run, script=KILLED_IN_STEP_3)
 

@@ -182,7 +182,7 @@ def vlm_seen(vlm, modules, batch):
 
 @pytest.fixture(scope="module")
 def gradient(vlm, params):
-    """As a function of what is recomputed."""
+    """The gradient, as a function of what is recomputed."""
     batch = row(vlm, [FIRST, LAST], 48, 4)
 
     @functools.cache

@@ -70,7 +70,7 @@ def speech_of(config: ModelConfig) -> Speech | None:
 
 @functools.lru_cache(maxsize=8)
 def _graph(config: ModelConfig) -> tuple[Any, nnx.State]:
-    """What nnx.merge takes, and the shapes of the parameters; a command makes several VLMs of one config."""
+    """The graph that nnx.merge takes, and the shapes of the parameters; a command makes several VLMs of one config."""
     return nnx.split(nnx.eval_shape(lambda: _Modules(config, rngs=nnx.Rngs(0))))
 
 
