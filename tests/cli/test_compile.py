@@ -33,7 +33,8 @@ def test_the_numbers_are_printed_and_written(over_slices):
     assert 0 < numbers["predicted_step_seconds"] <= numbers["exposed_step_seconds"]
     assert 0 < numbers["predicted_mfu"] < 1
     answer, _, rest = over_slices.out.partition("writing machine code")
-    assert "memory of a chip" in answer and "predicted, not measured" in rest
+    assert "memory of a chip" in answer and "first estimate" in answer
+    assert "compiler's estimate" in rest and 0 < numbers["roofline_seconds"] < numbers["cycles_seconds"]
 
 
 def test_data_goes_over_slices_and_nothing_else_does(over_slices):

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-code",
         action="store_true",
-        help="stop at memory and exchanges: machine code, most of the work, tells the time and whether kernels compile",
+        help="stop at memory, exchanges and a first estimate of the time: machine code, most of the work, gives a "
+        "better one and tells whether kernels compile",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--stage", help="stage whose step to compile (default: the last)")
@@ -119,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
 
     report, finish = check(settings)
     print(f"memory is laid out after {time.perf_counter() - start:.0f} s", flush=True)
-    say(report, lines(report))
+    say(report, lines(report) + times(report))
     if report.fits and not args.no_code:
-        print("\nwriting machine code, which tells the time ...", flush=True)
+        print("\nwriting machine code, which tells the time better ...", flush=True)
         report = finish()
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
         say(report, times(report))
@@ -187,11 +188,16 @@ def lines(report: Report) -> list[str]:
 
 def times(report: Report) -> list[str]:
     """The predictions as text."""
+    if report.cycles_seconds is None:
+        how = f"first estimate, by products and memory traffic: {report.roofline_seconds:.3f} s"
+        where = ["  (near the better one for large training steps, else a bound from below)"]
+    else:
+        how, where = f"compiler's estimate {report.cycles_seconds:.3f} s", []
     return [
         "",
         "predicted, not measured",
-        f"  compiler's estimate {report.cycles_seconds:.3f} s, attention kernels {report.kernel_seconds:.3f} s, "
-        f"links {report.exchange_seconds:.3f} s",
+        f"  {how}, attention kernels {report.kernel_seconds:.3f} s, links {report.exchange_seconds:.3f} s",
+        *where,
         f"  a step takes {_step(report)} with exchanges hidden, {report.exposed_step_seconds:.3f} s without",
         f"  MFU {report.predicted_mfu:.1%}, {report.exposed_mfu:.1%} without, samples a pack: {report.samples} (causal "
         "attention halved, recomputation left out)",

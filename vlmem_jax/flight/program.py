@@ -149,8 +149,18 @@ class HloProgram:
         return total
 
     @functools.cached_property
-    def _made(self) -> dict[str, Instruction]:
+    def made(self) -> dict[str, Instruction]:
+        """Every instruction by its name."""
         return {i.name: i for instructions in self.computations.values() for i in instructions}
+
+    @functools.cached_property
+    def fused(self) -> set[str]:
+        """Names of the computations that are the inside of a fusion."""
+        return {_CALLED.search(i.rest)[1] for i in self.made.values() if i.opcode == "fusion"}
+
+    def inside(self, fusion: Instruction) -> list[Instruction]:
+        """The instructions of a fusion."""
+        return self.computations[_CALLED.search(fusion.rest)[1]]
 
     @functools.cached_property
     def _scatters(self) -> dict[str, tuple[Instruction, Instruction]]:
@@ -159,7 +169,7 @@ class HloProgram:
         So the compiler writes a reduce-scatter where its rings ask for parts of other sizes than those of the array.
         """
         found = {}
-        for fusion in self._made.values():
+        for fusion in self.made.values():
             called = _CALLED.search(fusion.rest) if fusion.opcode == "fusion" else None
             inside = {i.name: i for i in self.computations.get(called[1], [])} if called else {}
             for part in inside.values():
@@ -172,15 +182,15 @@ class HloProgram:
     @functools.cached_property
     def _inner(self) -> set[str]:
         """Exchanges for which another instruction stands: inside a scatter, or later steps of an asynchronous one."""
-        started = {name for i in self._made.values() if '"AsyncCollectiveStart"' in i.rest for name in i.operands}
-        steps = {i.name for i in self._made.values() if '"async_collective_fusion_config"' in i.rest}
+        started = {name for i in self.made.values() if '"AsyncCollectiveStart"' in i.rest for name in i.operands}
+        steps = {i.name for i in self.made.values() if '"async_collective_fusion_config"' in i.rest}
         return {total.name for total, _ in self._scatters.values()} | steps - started
 
     def _edge_of(self, instruction: Instruction) -> tuple[int, ...] | None:
         """Shape of the array whose parts, once scattered, a permutation evens out between neighbours."""
         if not instruction.opcode.startswith("collective-permute") or not instruction.operands:
             return None
-        source = self._made.get(instruction.operands[0])
+        source = self.made.get(instruction.operands[0])
         if source and source.opcode == "slice" and source.operands[0] in self._scatters:
             return self._scatters[source.operands[0]][1].shapes[0][1]
         return None
@@ -201,7 +211,7 @@ class HloProgram:
             elif kind not in KINDS or instruction.name in self._inner:
                 continue
             elif instruction.opcode.endswith("-start"):  # operands and results
-                parts = [max(parts, key=_size)]
+                parts = [max(parts, key=array_bytes)]
             groups = _groups(exchange.rest, math.prod(mesh.values()))
             count = max(len(group) for group in groups)
             if count == 1:  # nothing is exchanged
@@ -210,7 +220,7 @@ class HloProgram:
             for element, shape in parts:
                 if instruction.opcode == "reduce-scatter" and shape:
                     shape = (count * shape[0], *shape[1:])
-                size = _size((element, shape))
+                size = array_bytes((element, shape))
                 found[Collective(kind, axes, whole or shape, size, count, 0, instruction.operation)] += times
         return [dataclasses.replace(c, times=times) for c, times in found.items()]
 
@@ -231,8 +241,8 @@ def _between_slices(instruction: Instruction) -> Collective | None:
     taking_part = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', instruction.rest)
     slices = len(_listed(taking_part[1])) if taking_part else 2
     name = kind[1].lower().replace("_", "-")
-    part = max(instruction.shapes, key=_size)
-    return Collective(name, ("data",), part[1], _size(part), slices, 0, instruction.operation)
+    part = max(instruction.shapes, key=array_bytes)
+    return Collective(name, ("data",), part[1], array_bytes(part), slices, 0, instruction.operation)
 
 
 def _listed(ids: str) -> list[int]:
@@ -255,8 +265,8 @@ def _closing(text: str) -> int:
     raise ValueError(f"unbalanced brackets in {text[:80]!r}")
 
 
-def _size(part: tuple[str, tuple[int, ...]]) -> int:
-    """Bytes of an array."""
+def array_bytes(part: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of an array of this element type and shape."""
     element, shape = part
     bits = 8 if element == "pred" else int(re.search(r"\d+", element)[0])
     return -(-math.prod(shape) * bits // 8)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas.device import Peak
 from kernels_pallas.memory_attention.blocks import LANES, up
+from vlmem_jax.flight import roofline
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.compile import (
     Job,
@@ -44,7 +45,7 @@ KERNEL_UTILISATION = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Numbers of one compiled program, for one chip. Times are predictions; None before there is machine code."""
+    """Numbers of one compiled program, for one chip. Times are predictions, from the roofline until there is code."""
 
     topology: str
     slices: int
@@ -63,15 +64,17 @@ class Report:
     hbm_share: float
     buffers: list[Buffer]
     """The largest of activations and temporaries."""
+    roofline_seconds: float
+    """See `roofline.seconds`; without kernels and communication."""
     cycles_seconds: float | None
-    """The compiler's estimate, without kernels and communication."""
+    """The compiler's estimate of the same; None before there is machine code."""
     kernel_seconds: float
     """Attention kernels at KERNEL_UTILISATION, or at the speed of memory where that is slower."""
     exchange_seconds: float
     """All collectives one after the other at full link speed."""
-    predicted_step_seconds: float | None
+    predicted_step_seconds: float
     """If communication is hidden as far as can be."""
-    exposed_step_seconds: float | None
+    exposed_step_seconds: float
     """If none of it is."""
     flops: int
     """Useful FLOPs of the whole step, see `models.flops`."""
@@ -79,9 +82,9 @@ class Report:
     """Of a pack, all alike: attention between them is not useful."""
     shape_flops: int
     """Of the shapes, as if each pack were one sample."""
-    predicted_mfu: float | None
-    exposed_mfu: float | None
-    predicted_utilisation: float | None
+    predicted_mfu: float
+    exposed_mfu: float
+    predicted_utilisation: float
     """Of the shapes: what the MFU would be of packs of one sample."""
     collectives: list[Collective]
     activation_gathers: list[Collective]
@@ -97,8 +100,8 @@ def check_training(
 ) -> tuple[Report, Finish]:
     """What the compiler makes of a stage's step for `mesh`, which is of that topology.
 
-    Useful are FLOPs of full packs of so many `samples`. The times of the report are None; the function waits for the
-    machine code, and gives a report that has them.
+    Useful are FLOPs of full packs of so many `samples`. The times of the report are those of the roofline; the function
+    waits for the machine code, and gives a report with those of the compiler's estimates.
     """
     data = experiment.data_of(stage)
     trained = Split.of(stage, list(flatten(VLM(experiment.model).abstract()))).trainable
@@ -148,6 +151,7 @@ def _report(
     kernels = kernel_seconds(done.program, topology)
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
+    inside = roofline.seconds(done.program, chip.peak)
     report = Report(
         topology=topology.name,
         slices=topology.slices,
@@ -161,19 +165,16 @@ def _report(
         peak_bytes=done.peak,
         hbm_share=done.peak / chip.hbm_bytes,
         buffers=done.buffers[:SHOWN_BUFFERS],
+        roofline_seconds=inside,
         cycles_seconds=None,
         kernel_seconds=kernels,
         exchange_seconds=exchange,
-        predicted_step_seconds=None,
-        exposed_step_seconds=None,
         flops=round(useful * flops),
         samples=samples,
         shape_flops=flops,
-        predicted_mfu=None,
-        exposed_mfu=None,
-        predicted_utilisation=None,
         collectives=collectives,
         activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
+        **_times(inside + kernels, exchange, round(useful * flops), flops, topology),
     )
     return report, functools.partial(_timed, report, code, topology)
 
@@ -183,18 +184,21 @@ def _timed(report: Report, code: Future[HloProgram | None], topology: Topology) 
     program = code.result()
     if program is None:
         return report
-    cycles, exchange = program.cycles() / topology.chip.clock, report.exchange_seconds
-    inside = cycles + report.kernel_seconds
+    cycles = program.cycles() / topology.chip.clock
+    times = _times(cycles + report.kernel_seconds, report.exchange_seconds, report.flops, report.shape_flops, topology)
+    return dataclasses.replace(report, cycles_seconds=cycles, **times)
+
+
+def _times(inside: float, exchange: float, flops: int, shape_flops: int, topology: Topology) -> dict[str, float]:
+    """Of a step that computes for `inside` seconds and exchanges for `exchange`."""
     hidden, exposed = max(inside, exchange), inside + exchange
     peak_flops = topology.chips * topology.chip.peak.flops
-    return dataclasses.replace(
-        report,
-        cycles_seconds=cycles,
+    return dict(
         predicted_step_seconds=hidden,
         exposed_step_seconds=exposed,
-        predicted_mfu=report.flops / (peak_flops * hidden),
-        exposed_mfu=report.flops / (peak_flops * exposed),
-        predicted_utilisation=report.shape_flops / (peak_flops * hidden),
+        predicted_mfu=flops / (peak_flops * hidden),
+        exposed_mfu=flops / (peak_flops * exposed),
+        predicted_utilisation=shape_flops / (peak_flops * hidden),
     )
 
 
