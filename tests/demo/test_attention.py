@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from kernels_pallas.rotary import rotate
+from tests import parameters
 from vlmem_jax.demo import attention
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate import LoadedModel
@@ -24,9 +25,9 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     vlm = VLM(resolve({"preset": "digits"}))
-    params = vlm.fresh(jax.random.key(1))
+    params = parameters.random(vlm)
     blocks = params["memory"]["blocks"]
-    blocks["attn_gate"], blocks["mlp_gate"] = jnp.full((2, 1), 0.4), jnp.full((2, 1), -0.3)
+    blocks["attn_gate"][:], blocks["mlp_gate"][:] = 0.4, -0.3
     params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))
     processor = TileProcessor(Tokenizer.load(folder), ImageConfig(size=32, dhr_map="raster"), 4, "")
     return LoadedModel(vlm, params, processor, make_mesh(MeshConfig()))
@@ -49,7 +50,7 @@ def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
 
     monkeypatch.setattr(comemo, "memory_attention", read)
     batch = pad_prompts([sample], 1, model.vlm.tile)
-    model.vlm.hidden(model.params, jax.tree.map(jnp.asarray, batch))
+    jax.block_until_ready(jax.jit(model.vlm.hidden)(jax.device_get(model.params), jax.tree.map(jnp.asarray, batch)))
     jax.effects_barrier()
     M = len(sample.memory_positions_M)
     np.testing.assert_allclose(seen.memory_LHM, np.stack(recorded)[..., :M], atol=1e-5)

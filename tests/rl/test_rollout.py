@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import patches_world
+from tests import parameters, patches_world
 from vlmem_jax.data import DataConfig
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.models import VLM
@@ -18,7 +18,7 @@ from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.types import Sample
 
-BANNED, STOP, G = (3, 4, 60), (1, 2, *range(90, 120)), 3
+BANNED, STOP, G = (3, 4, 60), (1, 2, *range(90, 100)), 3
 SAMPLING = SamplingConfig(max_new_tokens=12, temperature=1.5, top_k=100)
 DATA = DataConfig(pack_tokens=128, pack_tiles=16, loss_weight="sample")
 
@@ -50,9 +50,10 @@ def drawn(request):
         vlm = VLM(resolve({"preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}}))
         grids = [[PatchGrid(1, 2, 3)], [], [PatchGrid(2, 2, 2, 1.0)]]
         prompts = [patches_world.sample(vlm, shown, 9 + 3 * n, n) for n, shown in enumerate(grids)]
-    params = vlm.fresh(jax.random.key(0))
+    params = parameters.random(vlm)
     for gate in ("attn_gate", "mlp_gate") if vlm.config.memory == "comemo" else ():
         params["memory"]["blocks"][gate] += 0.7
+    params = jax.device_put(params)
     generator = Generator(vlm, params, stop_ids=STOP, banned_ids=BANNED)
     keys_PG = rollout_keys(0, 1, 2, len(prompts), G)
     groups = dict(rollouts(generator, prompts, SAMPLING, keys_PG, rows=100))
@@ -82,10 +83,10 @@ def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(drawn):
 
 def test_one_prefill_serves_a_group(drawn):
     _, _, generator, prompts, keys_PG, _ = drawn
-    once = generator.start(prompts[:2], 12, copies=G)
-    each = generator.start([prompt for prompt in prompts[:2] for _ in range(G)], 12)
+    once = generator.start(prompts, 12, copies=G)
+    each = generator.start([prompt for prompt in prompts for _ in range(G)], 12)
     np.testing.assert_allclose(once.logits_BV, each.logits_BV, atol=1e-5)
-    keys_B = keys_PG[:2].reshape(-1)
+    keys_B = keys_PG.reshape(-1)
     for (tokens, logp), (own_tokens, own_logp) in zip(
         once.draw(SAMPLING, keys_B), each.draw(SAMPLING, keys_B), strict=True
     ):
@@ -95,7 +96,7 @@ def test_one_prefill_serves_a_group(drawn):
 
 def test_a_trajectory_does_not_depend_on_its_batch(drawn):
     _, _, generator, prompts, keys_PG, groups = drawn
-    for n, group in rollouts(generator, prompts, SAMPLING, keys_PG, rows=1):
+    for n, group in rollouts(generator, prompts[:2], SAMPLING, keys_PG[:2], rows=1):
         for alone, together in zip(group, groups[n], strict=True):
             np.testing.assert_array_equal(alone.tokens_T, together.tokens_T)
             assert alone.stopped == together.stopped == bool(np.isin(alone.tokens_T[-1], STOP))

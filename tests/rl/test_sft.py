@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import parameters
 from tests.rl import memory_world
 from tests.rl.memory_world import FORMATION
 from tests.train import world
@@ -17,7 +18,7 @@ from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import MemorySFT
 from vlmem_jax.rl.rollout import trainer_generator
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import eval_program
@@ -46,23 +47,27 @@ def make(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def one_mesh():
+    return make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+
+
 @pytest.fixture
-def mesh(monkeypatch):
-    one = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one)
-    return one
+def mesh(one_mesh, monkeypatch):
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_mesh)
+    return one_mesh
 
 
 @pytest.fixture(scope="module")
-def params(make):
-    """Adapters have an effect, and latent tokens and embeddings are of one size."""
-    init = jax.jit(VLM(make().model).init).lower(jax.random.key(0))
-    params = init.compile(compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0))
-    params["decoder"]["embed"] *= 30
-    for n, kind in enumerate(("short", "long")):
-        for m, adapter in enumerate(params["memory"][kind]["lora"].values()):
-            adapter["b"] = 0.3 * jax.random.normal(jax.random.key(10 * n + m), adapter["b"].shape)
-    return params
+def params(make, one_mesh):
+    """Adapters have an effect, and latent tokens and embeddings are of one size; they lie where those of a run do."""
+    model = VLM(make().model)
+    params = parameters.random(model)
+    params["decoder"]["embed"] *= 6
+    for kind in ("short", "long"):
+        for adapter in params["memory"][kind]["lora"].values():
+            adapter["b"] *= 3
+    return jax.device_put(params, param_shardings(one_mesh, model.abstract(), model.axes()))
 
 
 def losses_by_decoding(generator, samples, answers, kind):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -41,32 +42,30 @@ def make(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Config files of a warm-up and both stages, and of the first two of these three."""
+def file(tmp_path_factory):
+    """The config file of a warm-up and both stages; whatever these two draw, they draw 6 answers at a time."""
     folder = tmp_path_factory.mktemp("three")
     config = memory_world.config(folder)
     formation, invocation = config.stages
+    for stage in config.stages:
+        stage["rl"] |= dict(prompts=6, group_size=3, rollout_rows=6)
     formation["rl"] |= dict(
         rewards=[dict(name="tests.rl.own:length")], adaptive_kl=True, rollout_mesh=dict(data=1, fsdp=2, tensor=2)
     )
-    warmup = {key: formation[key] for key in ("steps", "learning_rate", "trainable")}
-    warmup |= dict(name="warmup", task="memory_sft", rl=dict(prompts=6, rollout_rows=4))
+    warmup = {key: formation[key] for key in ("learning_rate", "trainable")}
+    warmup |= dict(name="warmup", task="memory_sft", steps=1, rl=dict(prompts=6, rollout_rows=4))
     config.mesh, config.data.eval = dict(data=2, fsdp=2), config.data.train
-    found = []
-    for stages in ([warmup, formation, invocation], [warmup, formation]):
-        config.stages = stages
-        (folder / f"{len(stages)}").mkdir()
-        found.append(world.save_config(folder / f"{len(stages)}", config))
-    return found
+    config.stages = [warmup, formation, invocation]
+    return world.save_config(folder, config)
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory):
+def trained(file, tmp_path_factory):
     """The workdir of all three on this process, on four devices, and what was said."""
     workdir, said, devices = tmp_path_factory.mktemp("run"), io.StringIO(), jax.devices()[:4]
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: devices)
-        assert main(["train", "--config", str(files[0]), "--workdir", str(workdir)]) == 0
+        assert main(["train", "--config", str(file), "--workdir", str(workdir)]) == 0
     return workdir, said.getvalue()
 
 
@@ -106,24 +105,27 @@ def test_each_stage_trains_its_own_and_leaves_the_rest_as_it_was(trained, params
 def test_each_stage_records_its_numbers(trained):
     lines = of_steps(trained[0])
     steps = [line for line in lines if "loss" in line]
-    assert [line["stage"] for line in steps] == 2 * ["warmup"] + 2 * ["formation"] + 2 * ["invocation"]
+    assert [line["stage"] for line in steps] == ["warmup"] + 2 * ["formation"] + 2 * ["invocation"]
     assert all(line["grad_norm"] > 0 for line in steps)
     assert [line["eval/loss"] != 0 for line in lines if "eval/loss" in line][:2] == [True, True]
-    for line in steps[2:]:
+    for line in steps[1:]:
         assert {"score/base", "score/gain", "memory/per_answer", "memory/answers", "memory/long"} <= line.keys()
         assert ("penalty/type" in line) == (line["stage"] == "invocation")
-    first, second = steps[2:4]
+    first, second = steps[1:3]
     assert max(first["memory/per_answer"], second["memory/per_answer"]) > 0.5
     assert abs(first["kl"]) < 1e-5 < second["kl"] and abs(first["ratio"] - 1) < 1e-4 and "beta" in first
 
 
 @pytest.mark.slow
-def test_two_processes_draw_and_learn_what_one_does(trained, files, tmp_path):
-    hosts = start(["train", "--config", str(files[1]), "--workdir", str(tmp_path)], devices=4)
-    (out, _), (silent, _) = finish(hosts, [0, 0])
-    assert "stage warmup is done" in out and "stage formation is done" in out and "stage" not in silent
-    expected = [line for line in of_steps(trained[0]) if line["stage"] != "invocation"]
-    for one, other in zip(expected, of_steps(tmp_path), strict=True):
+def test_two_processes_draw_and_learn_what_one_does(trained, file, tmp_path):
+    """From the end of the warm-up, whose rollouts are made as those of the stage after it."""
+    workdir, later = tmp_path / "run", ("formation", "invocation", "metrics.jsonl")
+    shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns(*later))
+    line = ["train", "--config", str(file), "--stage", "formation", "--workdir", str(workdir)]
+    (out, _), (silent, _) = finish(start(line, devices=4), [0, 0])
+    assert "stage formation is done" in out and "stage" not in silent
+    expected = [line for line in of_steps(trained[0]) if line["stage"] == "formation"]
+    for one, other in zip(expected, of_steps(workdir), strict=True):
         assert other.keys() == one.keys()
         for key, value in one.items():
             if isinstance(value, float):

@@ -456,9 +456,12 @@ class GRPO(GRPOLoss):
             places = flatten(param_shardings(self._mesh, self.model.abstract(), self.model.axes()))
             params = start(unflatten(storage(self._split, abstract, axes, places, self.model.dtype)))
         trained, _ = self._split.part(flatten(params))
-        return {
-            path: jnp.array(x, held_dtype(path, axes[path], self.model.dtype), copy=True) for path, x in trained.items()
-        }
+
+        def copied(trained: Flat) -> Flat:
+            dtypes = {path: held_dtype(path, axes[path], self.model.dtype) for path in trained}
+            return {path: jnp.array(x, dtypes[path], copy=True) for path, x in trained.items()}
+
+        return jax.jit(copied, out_shardings={path: x.sharding for path, x in trained.items()})(trained)
 
     def _reference_params(self, params: dict) -> dict:
         if self.config.reference == "start":
