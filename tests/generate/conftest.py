@@ -1,10 +1,10 @@
 """A tiny model whose memory is switched on, and prompts for it."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import drawn
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.types import Sample
@@ -17,7 +17,7 @@ def vlm():
 
 @pytest.fixture(scope="session")
 def params(vlm):
-    params = vlm.fresh(jax.random.key(0))
+    params = drawn.params(vlm)
     blocks = params["memory"]["blocks"]
     for gate in ("attn_gate", "mlp_gate"):
         blocks[gate] = jnp.full_like(blocks[gate], 0.7)

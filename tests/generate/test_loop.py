@@ -25,7 +25,7 @@ def generator(vlm, params):
 @pytest.fixture(scope="module")
 def prompts(make_prompt):
     """Unequal lengths and tile counts, one of them without any image."""
-    return [make_prompt(9, 2, seed=0), make_prompt(30, 0, seed=1), make_prompt(14, 3, seed=2)]
+    return [make_prompt(9, 1, seed=0), make_prompt(30, 0, seed=1), make_prompt(14, 2, seed=2)]
 
 
 def test_incremental_decoding_equals_full_forward(vlm, params, generator, make_prompt):
@@ -56,12 +56,14 @@ def test_a_row_of_a_batch_equals_that_row_alone(generator, prompts, sampling):
     for row, prompt in enumerate(prompts):
         alone = generator.start([prompt], sampling.max_new_tokens)
         own = dataclasses.replace(sampling, seed=sampling.seed + row)
-        assert [int(token) for [token] in alone.stream(own)] == together[row][: len(together[row])]
+        assert [int(token) for [token] in alone.stream(own)] == [token for token in together[row] if token != FINISHED]
 
 
-def test_generate_keeps_the_order_of_the_prompts(generator, prompts):
-    answers = generator.generate(prompts, GREEDY, batch_size=2)
-    for prompt, answer in zip(prompts, answers, strict=True):
+def test_generate_keeps_the_order_of_the_prompts(generator, prompts, make_prompt):
+    """In batches of like size, the last of which is not full."""
+    mixed = [make_prompt(20, 2, seed=3), *prompts, make_prompt(11, 2, seed=4)]
+    answers = generator.generate(mixed, GREEDY, batch_size=len(prompts))
+    for prompt, answer in zip(mixed, answers, strict=True):
         assert generator.generate([prompt], GREEDY) == [answer]
 
 
@@ -135,7 +137,7 @@ def test_no_room_is_an_error_with_the_knob(generator, make_prompt):
 def test_eight_devices_give_the_scores_and_tokens_of_one(vlm, params, generator, make_prompt, sizes):
     prompts = [make_prompt(9 + n, 1 + n % 2, seed=n) for n in range(8)]
     mesh = make_mesh(MeshConfig(**({"fsdp": 1} | sizes)))
-    sharded = jax.device_put(params, param_shardings(mesh, vlm.abstract(), vlm.axes()))
+    sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
     many = Generator(vlm, sharded, stop_ids=[1], mesh=mesh)
     np.testing.assert_allclose(many.start(prompts, 4).logits_BV, generator.start(prompts, 4).logits_BV, atol=1e-5)
     assert many.generate(prompts, GREEDY) == generator.generate(prompts, GREEDY)
@@ -188,4 +190,4 @@ def test_without_images_the_program_is_that_of_a_plain_model(vlm, params, make_p
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
     assert program(vlm, params) == program(plain, without_memory)
-    np.testing.assert_array_equal(vlm.logits(params, batch), plain.logits(without_memory, batch))
+    np.testing.assert_array_equal(jax.jit(vlm.logits)(params, batch), jax.jit(plain.logits)(without_memory, batch))

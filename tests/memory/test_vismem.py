@@ -1,12 +1,14 @@
 """What holds for VisMem whatever its sizes: rows apart, tokens in their place, bounds, a base that stays as it is."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import drawn
 from tests.patches_world import sample
 from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.data import DataConfig
@@ -48,14 +50,19 @@ def speech(vlm):
 @pytest.fixture(scope="module")
 def params(vlm):
     """Adapters, which start without effect, have one; embeddings and latent tokens are of one size."""
-    params = vlm.fresh(jax.random.key(1))
+    params = drawn.params(vlm, 1)
     params["decoder"]["embed"] *= 30
     memory = params["memory"]
     for n, kind in enumerate(("short", "long")):
         for m, adapter in enumerate(memory[kind]["lora"].values()):
-            adapter["b"] = jax.random.normal(jax.random.key(10 * n + m), adapter["b"].shape)
-    memory["special_in"] = jax.random.normal(jax.random.key(7), memory["special_in"].shape)
+            adapter["b"] = normal(10 * n + m, adapter["b"].shape)
+    memory["special_in"] = normal(7, memory["special_in"].shape)
     return params
+
+
+def normal(seed, shape):
+    """Drawn on the host."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +213,14 @@ def test_always_calls_after_every_delimiter_and_nowhere_else(answers, generator,
     assert seen > ROWS
 
 
-def test_chance_calls_as_often_as_it_should(answers, prompts, speech):
+def test_chance_calls_as_often_as_it_should(generator, prompts, speech):
     """Of both kinds, unless one is off."""
     kinds = []
     for seed in range(12):
         config = InvocationConfig("delimiter_random", 0.5, 0.5, max_invocations=1, disable_long=seed % 2 == 1)
-        tokens, _, _ = answers(prompts, dataclasses.replace(SAMPLED, seed=100 * seed), config)
-        kinds += [(seed % 2, t) for row in tokens for t in row[:1] if t in speech.invoke_ids]
+        drawn = generator.start(prompts, NEW, ROWS).draw(dataclasses.replace(SAMPLED, seed=100 * seed), None, config)
+        first, _ = next(drawn)
+        kinds += [(seed % 2, t) for t in first.tolist() if t in speech.invoke_ids]
     assert 14 <= len(kinds) <= 34  # of 48 first tokens, half
     both = [token for off, token in kinds if not off]
     assert set(both) == set(speech.invoke_ids) and {t for off, t in kinds if off} == {speech.invoke_ids[0]}
@@ -306,6 +314,11 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
+def embeddings(model, params, batch):
+    """What goes into the decoder in a training forward: of a batch, the only thing that memories change."""
+    return model._run(model._merge(params), batch, None, None)[1]
+
+
 # --- what it hears ----------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +342,7 @@ def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
     )
     batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, short.tile))
     hidden = jax.jit(short.hidden)(params, batch)[0]
-    seen = short.encode_images(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
+    seen = jax.jit(short.encode_images)(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
     slots = prompt.slots_T[prompt.slots_T >= 0]
     assert len(slots) == 16 and len(formed.states_LD) == 8 + 5
     np.testing.assert_allclose(formed.states_LD[:8], seen[slots].reshape(8, 2, -1).mean(axis=1), atol=1e-5)
@@ -341,17 +354,18 @@ def test_of_too_many_visual_states_neighbours_are_averaged():
     x = np.arange(24, dtype=np.float32).reshape(2, 12, 1)
     chosen = np.zeros((2, 12), bool)
     chosen[0, [1, 2, 4, 5, 6, 9, 11]] = chosen[1, [0, 3]] = True
-    means, lengths = kept(jnp.asarray(x), jnp.asarray(chosen), 3)
+    keep = jax.jit(kept, static_argnums=2)
+    means, lengths = keep(x, chosen, 3)
     assert lengths.tolist() == [3, 2]  # groups of 3, 3 and 1; of 1 and 1
     np.testing.assert_allclose(means[0, :, 0], [7 / 3, 20 / 3, 11])
     np.testing.assert_allclose(means[1, :2, 0], [12, 15])
-    everything, lengths = kept(jnp.asarray(x), jnp.asarray(chosen), 12)
+    everything, lengths = keep(x, chosen, 12)
     assert lengths.tolist() == [7, 2] and everything[0, :7, 0].tolist() == [1, 2, 4, 5, 6, 9, 11]
-    assert kept(jnp.asarray(x), jnp.asarray(chosen), 0)[1].tolist() == [0, 0]
+    assert keep(x, chosen, 0)[1].tolist() == [0, 0]
 
 
 def test_a_call_that_is_padding_leaves_no_trace(vlm, params, prompts):
-    """Rows of a training batch differ in how often a memory spoke: scores and gradients of a row do not."""
+    """Rows of a training batch differ in how often a memory spoke: what a row reads, and gradients, do not."""
     batch, length = pad_prompts(prompts[2:3], 1, vlm.tile), len(prompts[2].tokens_T)
     M = batch.memory_segments_BM.shape[1]
     batch.slots_BT[0, length - 3 : length] = M + np.arange(3)
@@ -359,7 +373,7 @@ def test_a_call_that_is_padding_leaves_no_trace(vlm, params, prompts):
 
     @jax.jit
     def loss(memory, batch):
-        return (vlm.logits(params | {"memory": memory}, batch)[0, :length] ** 2).mean()
+        return (embeddings(vlm, params | {"memory": memory}, batch)[0, :length] ** 2).mean()
 
     def value_and_gradient(count, kinds, lengths):
         heard = Heard(states[:, :count], jnp.array([lengths]), jnp.array([kinds]))
@@ -374,7 +388,7 @@ def test_a_call_that_is_padding_leaves_no_trace(vlm, params, prompts):
 @pytest.mark.slow
 def test_eight_devices_give_the_answers_of_one(answers, vlm, params, prompts, forced):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    sharded = jax.device_put(params, param_shardings(mesh, vlm.abstract(), vlm.axes()))
+    sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
     many = Generator(vlm, sharded, stop_ids=[], mesh=mesh)
     programs = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -434,7 +448,8 @@ def test_it_learns_on_another_family():
     batch = jax.tree.map(jnp.asarray, batch)
     step = jax.jit(jax.value_and_grad(lambda memory: next_token_loss(model, params | {"memory": memory}, batch, T)))
     loss, gradient = step(params["memory"])
-    assert step(jax.tree.map(lambda x, g: x - 0.01 * g, params["memory"], gradient))[0] < loss
+    memory, gradient = jax.device_get((params["memory"], gradient))
+    assert step(jax.tree.map(lambda x, g: x - np.float32(0.01) * g, memory, gradient))[0] < loss
     for path, leaf in flatten(gradient).items():
         assert np.abs(leaf).max() > 0, path
 
@@ -447,26 +462,28 @@ def seeing(vlm, params):
     """The model with that former, from the second of three layers on, where frames are more than a window."""
     config = dataclasses.replace(vlm.config.vismem, former="lora_vision", vision_layer=1)
     model = VLM(dataclasses.replace(vlm.config, vismem=config))
-    short = model.fresh(jax.random.key(4))["memory"]["short"]
+    short = drawn.params(model, 4)["memory"]["short"]
     short["m_init"] *= 50
     for n, target in enumerate("qv"):
-        short["lora"][target]["b"] = jax.random.normal(jax.random.key(n), short["lora"][target]["b"].shape)
+        short["lora"][target]["b"] = normal(n, short["lora"][target]["b"].shape)
     return model, params | {"memory": params["memory"] | {"short": short}}
 
 
-def spelt_out(model, params, prompt, rows_ED):
+def patches(model, params, batch):
+    """Those that short memories are formed from, and their rotations."""
+    c, vision = model.config.vision, model._merge(params).vision
+    pixels = normalise(batch.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
+    kept_BND = vision.keeping(pixels, batch.layout_BI4, model.config.vismem.vision_layer, "none")[1]
+    return kept_BND, vision._rotation(batch.layout_BI4[..., 2:])
+
+
+def spelt_out(model, params, layout_I4, kept_ND, tables, rows_ED):
     """What rows behind the patches of a prompt become, in numpy: all scores, all masks."""
     c, first, memory = model.config.vision, model.config.vismem.vision_layer, model.config.vismem
-    batch = pad_prompts([prompt], 1, model.tile)
-    modules = model._merge(params)
-    pixels = normalise(batch.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
-    kept_BND = modules.vision.keeping(pixels, jnp.asarray(batch.layout_BI4), first, "none")[1]
-    cos, sin = (
-        np.asarray(table[0])[:, None] for table in modules.vision._rotation(jnp.asarray(batch.layout_BI4[..., 2:]))
-    )
-    windows, frames = (np.repeat(batch.layout_BI4[0, :, n], c.merge**2) for n in range(2))
+    cos, sin = (table[:, None] for table in tables)
+    windows, frames = (np.repeat(layout_I4[:, n], c.merge**2) for n in range(2))
     layers, lora = jax.device_get((params["vision"]["layers"], params["memory"]["short"]["lora"]))
-    x, N = np.concatenate([kept_BND[0], rows_ED]), len(frames)
+    x, N = np.concatenate([kept_ND, rows_ED]), len(frames)
 
     def rms(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
@@ -510,17 +527,26 @@ def formed(seeing, prompts):
 def test_the_vision_tower_forms_short_memories(seeing, prompts, formed):
     """For each row whatever stands beside it, as spelt out; zeros without images."""
     (model, params), (short, _, heard) = seeing, formed
-    memory, out = model._merge(params).memory, model.config.vismem.short_len * model.config.vision.merge**2
-    queries = memory.query_builder(heard.states_BJLD[:, 0], heard.lengths_BJ[:, 0])
+    memory, out = params["memory"]["short"], model.config.vismem.short_len * model.config.vision.merge**2
+
+    @jax.jit
+    def queried(params, heard):
+        own = model._merge(params).memory
+        return own.short.query(own.query_builder(heard.states_BJLD[:, 0], heard.lengths_BJ[:, 0]))
+
+    project = jax.jit(lambda params, x: model._merge(params).projector(x))
+    batch = pad_prompts(prompts, ROWS, model.tile)
+    kept_BND, tables, queries = jax.device_get(
+        (*jax.jit(functools.partial(patches, model))(params, batch), queried(params, heard))
+    )
     wanted = []
     for row, prompt in enumerate(prompts):
         if not len(prompt.pixels_ISSc):
             assert not short[row].any()
             continue
-        extra = np.concatenate([memory.short.query(queries[row]), memory.short.m_init[...]])
-        wanted.append(
-            model._merge(params).projector(jnp.asarray(spelt_out(model, params, prompt, extra)[None, -out:]))[0]
-        )
+        extra, own = np.concatenate([queries[row], memory["m_init"]]), [table[row] for table in tables]
+        rows = spelt_out(model, params, batch.layout_BI4[row], kept_BND[row], own, extra)
+        wanted.append(project(params, rows[None, -out:])[0])
         np.testing.assert_allclose(short[row], wanted[-1], atol=2e-4)
         assert np.abs(wanted[-1] - wanted[0]).max() > 0.01 or row == 0
 
@@ -550,10 +576,7 @@ def test_in_a_packed_row_it_sees_the_images_of_its_own_sample(seeing, prompts, f
         row.slots_BT[places[-1]] = M + j * slots + np.arange(len(places[-1]))
     batch = dataclasses.replace(row, heard=Heard(states, lengths.astype(np.int32), kinds.astype(np.int32)))
 
-    def embeddings(params, batch):
-        return model._run(model._merge(params), batch, None, None)[1][0]
-
-    x_TD = jax.jit(embeddings)(params, jax.tree.map(lambda x: jnp.asarray(x)[None], batch))
+    [x_TD] = jax.jit(functools.partial(embeddings, model))(params, jax.tree.map(lambda x: x[None], batch))
     for place, (n, kind) in zip(places, calls, strict=True):
         np.testing.assert_allclose(x_TD[place], (short, long)[kind][n, : len(place)], atol=2e-4)
 
@@ -599,14 +622,14 @@ def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
     batch = dataclasses.replace(batch, heard=dataclasses.replace(heard, kinds_BJ=kinds))
 
     def loss(memory, params, batch):
-        logits_BTV = model.logits(params | {"memory": memory}, batch)
-        return ((logits_BTV * (batch.segments_BT > 0)[..., None]) ** 2).mean(), logits_BTV
+        x_BTD = embeddings(model, params | {"memory": memory}, batch)
+        return ((x_BTD * (batch.segments_BT > 0)[..., None]) ** 2).mean(), x_BTD
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, one), gradient = step(params["memory"], params, jax.tree.map(jnp.asarray, batch))
     mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, param_shardings(mesh, model.abstract(), model.axes()))
+        sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, model.abstract(), model.axes()))
         (_, many), other = step(sharded["memory"], sharded, jax.device_put(batch, batch_sharding(mesh)))
     real = batch.segments_BT > 0
     np.testing.assert_allclose(np.asarray(many)[real], np.asarray(one)[real], atol=1e-4)
@@ -622,15 +645,22 @@ def test_its_tokens_start_from_one_that_there_is(vlm):
     decoder = dataclasses.replace(vlm.config.decoder, tied=False)
     rescaled = dataclasses.replace(vlm.config.vismem, memory_output="rescaled")
     model = VLM(dataclasses.replace(vlm.config, decoder=decoder, vismem=rescaled))
-    params = model.fresh(jax.random.key(0))
-    memory, start = params["memory"], rescaled.start_id
-    rows = {"special_in": params["decoder"]["embed"][start], "special_out": model.head_kernel(params)[:, start]}
+
+    @jax.jit
+    def fresh(key):
+        params = model.init(key)
+        memory = {name: params["memory"][name] for name in ("special_in", "special_out", "invoke_logit_bias")}
+        memory["gain"] = params["memory"]["short"]["gain"]
+        return memory, params["decoder"]["embed"], model.head_kernel(params)
+
+    (memory, embed, head), start = jax.device_get(fresh(jax.random.key(0))), rescaled.start_id
+    rows = {"special_in": embed[start], "special_out": head[:, start]}
     for name, row in rows.items():
         apart = memory[name] - row
         assert 0.5 * ROWS_NOISE < apart.std() < 2 * ROWS_NOISE and len(np.unique(apart)) > 0.9 * apart.size
     assert memory["invoke_logit_bias"].tolist() == [vlm.config.vismem.invoke_bias]
-    sizes = jnp.sqrt((params["decoder"]["embed"] ** 2).mean(-1))
-    np.testing.assert_allclose(memory["short"]["gain"], sizes.mean(), rtol=1e-5)
+    sizes = np.sqrt((embed**2).mean(-1))
+    np.testing.assert_allclose(memory["gain"], sizes.mean(), rtol=1e-5)
 
 
 def test_rescaled_memories_have_the_size_of_the_gain(vlm, params, prompts):

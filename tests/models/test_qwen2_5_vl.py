@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import drawn
 from tests.patches_world import one_row, sample
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig
@@ -30,12 +31,12 @@ def vlm(request):
 
 @pytest.fixture(scope="module")
 def params(vlm):
-    params = vlm.fresh(jax.random.key(1))
+    params = drawn.params(vlm, 1)
     # biases start at 0, where they do nothing, and all tokens near 0, where attention hardly tells them apart
     params = jax.tree.map(lambda x: x if x.any() else x + 0.1, params)
     params["decoder"]["embed"] *= 10
     for name in ("q", "k"):
-        params["decoder"]["layers"]["attn"][name]["kernel"] *= 4
+        params["decoder"]["layers"]["attn"][name]["kernel"] *= 3
     if vlm.config.memory == "comemo":
         for gate in ("attn_gate", "mlp_gate"):
             params["memory"]["blocks"][gate] = jnp.full_like(params["memory"]["blocks"][gate], 0.7)
@@ -102,13 +103,15 @@ def test_a_mesh_gives_the_same_numbers(vlm, params, logits, samples):
     rows = [pack_row(part, config, vlm.tile) for part in (samples, samples[:2], samples[1:], samples[::2])]
     batch = jax.tree.map(lambda *x: jnp.stack(x), *rows)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
-    sharded = jax.device_put(params, param_shardings(mesh, vlm.abstract(), vlm.axes()))
+    sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
     with jax.set_mesh(mesh):
         found = jax.jit(vlm.logits)(sharded, batch)
     np.testing.assert_allclose(found, logits(params, batch), **CLOSE)
 
 
+@pytest.mark.parametrize("vlm", ["none"], indirect=True)
 def test_recomputation_changes_no_gradient(vlm, params, samples):
+    """Of the tower that sees patches and of the decoder alone; `test_vlm` has the other tower, and a memory."""
     batch = packed(vlm, samples)
 
     def gradient(policy):

@@ -18,8 +18,8 @@ from vlmem_jax.nn.stack import remat
 
 
 def inputs(B=1, T=256, H=4, K=2, C=128, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    q, k, v = (jax.random.normal(key, (B, T, n, C)) for key, n in zip(keys, (H, K, K), strict=True))
+    rng = np.random.default_rng(seed)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, C)), jnp.float32) for n in (H, K, K))
     segments = jnp.asarray(np.repeat([1, 2, 3, 0], T // 4)[None].repeat(B, 0), jnp.int32)
     return q, k, v, segments
 
@@ -28,7 +28,7 @@ def test_attend_is_softmax_attention_with_grouped_heads():
     q, k, v, _ = (np.asarray(x, np.float64) for x in inputs(B=2, T=8, C=4))
     allowed = np.random.default_rng(0).random((2, 8, 8)) < 0.5
     allowed[:, :, 0] = True
-    out = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(allowed))
+    out = np.asarray(jax.jit(attend)(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(allowed)))
     for b, t, h in np.ndindex(2, 8, 4):
         scores = np.where(allowed[b, t], k[b, :, h // 2] @ q[b, t, h] / 2, -np.inf)
         weights = np.exp(scores - scores.max())
@@ -53,9 +53,12 @@ def test_gradients_are_those_of_plain_softmax():
 
 
 def test_a_token_sees_no_later_one_and_no_other_sample():
-    q, k, v, segments = inputs(T=16, C=8)
-    out = causal_attention(q, k, v, segments)
-    changed = causal_attention(q, k.at[:, 6].add(1.0), v.at[:, 6].add(1.0), segments)  # third token of sample 2
+    q, k, v, segments = map(np.array, inputs(T=16, C=8))
+    read = jax.jit(causal_attention)
+    out = np.asarray(read(q, k, v, segments))
+    for x in (k, v):
+        x[:, 6] += 1  # third token of sample 2
+    changed = np.asarray(read(q, k, v, segments))
     real = slice(0, 12)  # padding follows
     moved = np.flatnonzero(np.abs(out - changed)[0, real].max(axis=(-1, -2)))
     assert moved.tolist() == [6, 7]
@@ -80,9 +83,9 @@ def test_the_gpu_kernel_computes_the_same(monkeypatch):
     q, k, v, segments = inputs()
     call = pl.pallas_call
     monkeypatch.setattr(attention.gpu_attention.pl, "pallas_call", lambda *a, **b: call(*a, **{**b, "interpret": True}))
-    out = attention._triton_attention(q, k, v, segments)
+    out, plain = (np.asarray(jax.jit(f)(q, k, v, segments)) for f in (attention._triton_attention, causal_attention))
     real = np.asarray(segments[0]) > 0
-    np.testing.assert_allclose(out[0, real], causal_attention(q, k, v, segments)[0, real], atol=1e-4)
+    np.testing.assert_allclose(out[0, real], plain[0, real], atol=1e-4)
 
 
 def test_the_tpu_kernel_computes_the_same(monkeypatch):
@@ -91,9 +94,9 @@ def test_the_tpu_kernel_computes_the_same(monkeypatch):
     monkeypatch.setattr(
         attention.splash_attention, "make_splash_mha_single_device", lambda *a, **b: make(*a, **b, interpret=True)
     )
-    out = attention._splash_attention(q, k, v, segments)
+    out, plain = (np.asarray(jax.jit(f)(q, k, v, segments)) for f in (attention._splash_attention, causal_attention))
     real = np.asarray(segments[0]) > 0
-    np.testing.assert_allclose(out[0, real], causal_attention(q, k, v, segments)[0, real], atol=1e-4)
+    np.testing.assert_allclose(out[0, real], plain[0, real], atol=1e-4)
 
 
 @pytest.mark.parametrize("T", [128, 384, 1280, 2560, 6144])

@@ -25,12 +25,12 @@ def decoder():
 @pytest.fixture(scope="module")
 def adapters():
     """Two, with B's that are not zero."""
-    made = []
+    made, rng = [], np.random.default_rng(0)
     for n in range(2):
         adapter = stack(lambda rngs: LoRA(ALL, DECODER.adapter_shapes, rngs=rngs), DECODER.layers, nnx.Rngs(n))
-        for m, target in enumerate(ALL.targets):
+        for target in ALL.targets:
             b = getattr(adapter, target)["b"]
-            b[...] = 0.2 * jax.random.normal(jax.random.key(10 * n + m), b.shape)
+            b[...] = jnp.asarray(rng.normal(0, 0.2, b.shape), jnp.float32)
         made.append(adapter)
     return made
 
@@ -56,8 +56,8 @@ def with_merged(decoder, adapter):
     merged = nnx.clone(decoder)
     for target in ALL.targets:
         linear = getattr(merged.layers.attn if target in "qkvo" else merged.layers.mlp, target)
-        change = jnp.einsum("lir,lro->lio", getattr(adapter, target)["a"][...], getattr(adapter, target)["b"][...])
-        linear.kernel[...] += ALL.scale * change.reshape(linear.kernel.shape)
+        a, b = (np.asarray(getattr(adapter, target)[name][...]) for name in "ab")
+        linear.kernel[...] = np.asarray(linear.kernel[...]) + ALL.scale * (a @ b).reshape(linear.kernel.shape)
     return merged
 
 

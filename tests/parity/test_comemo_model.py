@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import comemo_golden
 import jax
@@ -27,9 +28,27 @@ def model(golden):
     return comemo_golden.load(golden / "comemo", "full_model")
 
 
-def with_attention(vlm, implementation):
-    """The same model, reading its memory through another implementation."""
-    return VLM(dataclasses.replace(vlm.config, attention=AttentionConfig(implementation)))
+@pytest.fixture(scope="module")
+def programs(model):
+    """Compiled functions of the model that reads its memory through an implementation; `prefill` by decode_position."""
+
+    @functools.cache
+    def build(implementation):
+        config = dataclasses.replace(model.vlm.config, attention=AttentionConfig(implementation))
+        vlm = VLM(config)
+
+        def prefill(position):
+            comemo = dataclasses.replace(config.comemo, decode_position=position)
+            return jax.jit(VLM(dataclasses.replace(config, comemo=comemo)).prefill, static_argnums=2)
+
+        return SimpleNamespace(
+            logits=jax.jit(vlm.logits),
+            hidden=jax.jit(vlm.hidden),
+            prefill={position: prefill(position) for position in ("length", "continue")},
+            extend=jax.jit(vlm.extend),
+        )
+
+    return build
 
 
 def test_vision_tower_shuffle_and_projector(model):
@@ -47,42 +66,38 @@ def test_vision_tower_shuffle_and_projector(model):
 
 @pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)
 @pytest.mark.parametrize("mode", ["dhr", "plain"])
-def test_prefill_logits(model, mode, implementation):
-    vlm = with_attention(model.vlm, implementation)
+def test_prefill_logits(model, programs, mode, implementation):
+    run = programs(implementation)
     batch = comemo_golden.prompt_batch(model.arrays, mode)
     np.testing.assert_array_equal(batch.positions_BT, model.arrays[f"{mode}/position_ids"])
     np.testing.assert_array_equal(batch.memory_positions_BM, model.arrays[f"{mode}/media_position_ids"])
-    logits = jax.jit(vlm.logits)(model.params, batch)
+    logits = run.logits(model.params, batch)
     np.testing.assert_allclose(logits, model.arrays[f"{mode}/prefill_logits"], **LOGITS)
-    hidden = jax.jit(vlm.hidden)(model.params, batch)
+    hidden = run.hidden(model.params, batch)
     np.testing.assert_allclose(hidden[0], model.arrays[f"{mode}/hidden_states"][-1], **LOGITS)
 
 
 @pytest.mark.parametrize("mode", ["dhr", "plain"])
 @pytest.mark.parametrize("decode_position, prefix", [("length", "gen"), ("continue", "consistent_gen")])
 @pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)
-def test_greedy_decoding(model, mode, decode_position, prefix, implementation):
-    a = model.arrays
-    config = with_attention(model.vlm, implementation).config
-    config = dataclasses.replace(config, comemo=dataclasses.replace(config.comemo, decode_position=decode_position))
-    vlm = VLM(config)
+def test_greedy_decoding(model, programs, mode, decode_position, prefix, implementation):
+    a, run = model.arrays, programs(implementation)
     wanted_tokens, wanted_logits = a[f"{mode}/{prefix}_tokens"], a[f"{mode}/{prefix}_step_logits"]
     batch = comemo_golden.prompt_batch(a, mode)
     capacity = batch.tokens_BT.shape[1] + len(wanted_tokens)
-    logits, state = jax.jit(vlm.prefill, static_argnums=2)(model.params, batch, capacity)
+    logits, state = run.prefill[decode_position](model.params, batch, capacity)
     if prefix == "gen":
         assert int(state.memory_position_B[0]) == a[f"{mode}/gen_cross_attn_qpos"][1]
-    step = jax.jit(vlm.extend)
     for token, wanted in zip(wanted_tokens, wanted_logits, strict=True):
         np.testing.assert_allclose(logits[0], wanted, **LOGITS)
         assert int(logits[0].argmax()) == token
-        logits, state = step(model.params, state, jnp.array([[token]], jnp.int32), jnp.array([1], jnp.int32))
+        logits, state = run.extend(model.params, state, jnp.array([[token]], jnp.int32), jnp.array([1], jnp.int32))
 
 
-def test_text_only_skips_the_memory(model):
+def test_text_only_skips_the_memory(model, programs):
     tokens = model.arrays["text_only_input_ids"][0]
     batch = comemo_golden.text_batch(tokens, np.arange(len(tokens)))
-    logits = jax.jit(model.vlm.logits)(model.params, batch)
+    logits = programs("xla").logits(model.params, batch)
     np.testing.assert_allclose(logits, model.arrays["text_only_logits"], **LOGITS)
 
 
@@ -161,8 +176,8 @@ def test_block_with_and_without_mask(layer, implementation):
     np.testing.assert_array_equal(same_segment(*sides(a)), a["mask"][:, 0])
     x, media = jnp.asarray(a["x"]), jnp.asarray(a["media"])
     whole = [jnp.ones_like(side) for side in sides(a)]
+    run = jax.jit(functools.partial(run_block, layer, implementation=implementation))
     for seen, name in ((whole, "nomask"), (sides(a), "masked"), (sides(a), "varlen")):
-        run = jax.jit(functools.partial(run_block, layer, implementation=implementation))
         out, attended = run(params, x, media, seen)
         np.testing.assert_allclose(out, a[f"out_{name}"], **EXACTER)
         if name != "varlen":

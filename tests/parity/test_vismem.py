@@ -111,13 +111,26 @@ def traced(model):
     return load
 
 
+@functools.cache
+def compiled(vlm):
+    """What decoding is made of: to extend rows, to form memories, and queries."""
+    builder = jax.jit(lambda params, *x: vlm._merge(params).memory.query_builder(*x))
+    return jax.jit(vlm.extend), jax.jit(vlm.form, static_argnums=4), builder
+
+
+@functools.cache
+def scored(vlm):
+    """Scores and hidden states of a batch."""
+    return jax.jit(lambda *x: (vlm.logits(*x), vlm.hidden(*x)))
+
+
 @pytest.mark.parametrize("name", TRACES)
 def test_the_loop_gives_the_recorded_tokens(traced, name):
     """All rows of a file at once, and each alone; with the log-probabilities that the recorded scores have."""
     found, prompts, traces = traced(name)
     groups = [list(range(len(traces)))] + [[n] for n in range(len(traces))] * (len(traces) > 1)
+    longest = max(trace.sampled for trace in traces)
     for group in groups:
-        longest = max(traces[n].sampled for n in group)
         session = vismem_golden.session(found, [prompts[n] for n in group], longest)
         sampling = SamplingConfig(max_new_tokens=longest)
         answers = [[] for _ in group]
@@ -144,11 +157,10 @@ def test_the_loop_gives_the_recorded_tokens(traced, name):
 @pytest.mark.parametrize("name", TRACES)
 def test_scores_positions_and_memories_step_by_step(traced, name):
     found, prompts, traces = traced(name)
-    vlm, speech = found.vlm, found.vlm.speech
-    extend, form = jax.jit(vlm.extend), jax.jit(vlm.form, static_argnums=4)
-    builder = jax.jit(lambda params, *x: vlm._merge(params).memory.query_builder(*x))
+    speech, longest = found.vlm.speech, max(trace.sampled for trace in traces)
+    extend, form, builder = compiled(found.vlm)
     for prompt, trace in zip(prompts, traces, strict=True):
-        session = vismem_golden.session(found, [prompt], trace.sampled)
+        session = vismem_golden.session(found, [prompt], longest)
         logits, state = session.logits_BV, session.state
         np.testing.assert_allclose(logits[0], trace.logits[0], **LOGITS)
         ids, memories, n = iter(trace.emitted), iter(trace.invocations), 1
@@ -223,7 +235,7 @@ def written(vlm, prompt: Batch, length: int, pieces: list, states: list[tuple[np
 def test_a_training_forward_gives_the_scores_of_the_trace(traced, name):
     """Of every token, latent ones too, from what was heard."""
     found, prompts, traces = traced(name)
-    both = jax.jit(lambda *x: (found.vlm.logits(*x), found.vlm.hidden(*x)))
+    both = scored(found.vlm)
     for prompt, trace in zip(prompts, traces, strict=True):
         ids, memories, pieces, places = iter(trace.emitted), iter(trace.invocations), [], []
         kinds = itertools.groupby(trace.kinds[1:].tolist())
@@ -254,8 +266,8 @@ def test_supervised_step_of_stage_one(model):
     file, vlm, (invoke, end) = found.files["stage1_supervised"], found.vlm, found.ids[:2]
     [prompt] = vismem_golden.rows(found, file)
     session, length = vismem_golden.session(found, [prompt], 1), len(prompt.tokens_T)
-    _, state = jax.jit(vlm.extend)(found.params, session.state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
-    form = jax.jit(vlm.form, static_argnums=4)
+    extend, form, _ = compiled(vlm)
+    _, state = extend(found.params, session.state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
     latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), TEXT_BUCKET)
     count = int(heard.lengths_BJ[0, 0])
     np.testing.assert_allclose(heard.states_BJLD[:, 0, :count], file["X"], **STATES)

@@ -12,6 +12,7 @@ import qwen_golden
 
 from vlmem_jax.generate import Generator, InvocationConfig
 from vlmem_jax.generate.loop import Session
+from vlmem_jax.generate.prompts import bucket, tile_bucket
 from vlmem_jax.hub import qwen2_5_vl
 from vlmem_jax.memory import VisMemConfig
 from vlmem_jax.models import VLM
@@ -26,6 +27,9 @@ TRACES = {
     "trace_batch2": ("tiny_transformer", "vision_encoder"),
 }
 """Former and visual states of each, by the README of the files."""
+
+TEXT = 64
+"""Rows have room for multiples of so many tokens."""
 
 
 def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "vision_encoder", adapter: str = "qv"):
@@ -137,11 +141,13 @@ def rows(model, arrays: dict) -> list[SimpleNamespace]:
 
 
 def session(model, found: list[SimpleNamespace], new_tokens: int, **options) -> Session:
-    """Their decoding; `options` of the Generator."""
+    """Their decoding; `options` of the Generator. Sizes are in buckets, so that prompts share compiled programs."""
     generator = Generator(model.vlm, model.params, stop_ids=(), **options)
-    batch = qwen_golden.batch(model.vlm, found)
     longest = max(len(row.tokens_T) for row in found)
-    capacity = longest + generator.room(new_tokens)
+    tiles = max(len(row.placed.slot_M) for row in found)
+    T, I = bucket(longest, TEXT), tile_bucket(tiles, model.vlm.tile)
+    batch = qwen_golden.batch(model.vlm, found, T, I)
+    capacity = T + bucket(generator.room(new_tokens), TEXT)
     logits_BV, state = generator.prefill(model.params, batch, capacity)
     return Session(generator, state, logits_BV, len(found), longest, capacity)
 

@@ -14,7 +14,7 @@ from tests.train import world
 from vlmem_jax.checkpoint.folder import committed_steps
 from vlmem_jax.cli.main import main
 
-STEPS, ROWS = 24, 8
+STEPS, ROWS = 16, 8
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
@@ -45,14 +45,15 @@ def line(tmp_path_factory):
     """`vlmem train` of one stage, up to its workdir."""
     folder = world.make(tmp_path_factory.mktemp("world"))
     data = dict(train=mixture(folder), rows=ROWS, pack_tokens=160, pack_tiles=2, open_packs=1, threads=1)
-    config = world.config_file(
+    config = world.config(
         folder,
         data=data,
-        stages=[dict(name="all", steps=STEPS, learning_rate=1e-3, trainable=["projector/", "memory/"])],
-        checkpoint=dict(every=8, keep_last=2, keep_best=0),
+        stages=[dict(name="all", steps=STEPS, learning_rate=1e-3, trainable=["projector/", "decoder/head"])],
+        checkpoint=dict(every=4, keep_last=2, keep_best=0),
         log_samples=True,
     )
-    return ["train", "--config", str(config), *MESH, "--workdir"]
+    config.model.memory = "none"  # as small as what goes through every host can be
+    return ["train", "--config", str(world.save_config(folder, config)), *MESH, "--workdir"]
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def test_a_cluster_that_is_stopped_and_killed_goes_on_in_other_numbers_of_proces
     assert 4 <= step < 8 and max(world.losses(workdir)) == ("all", step)
 
     hosts = start([*line, str(workdir)], processes=4)
-    # in step 16 one more checkpoint is whole, and the next is begun
-    await_records(workdir, random.randrange(16, STEPS), hosts)
+    # in step 12 one more checkpoint is whole, and the next is begun
+    await_records(workdir, random.randrange(12, STEPS), hosts)
     time.sleep(random.random() / 5)
     for host in hosts:
         host.kill()

@@ -1,0 +1,26 @@
+"""Parameters of tiny models, drawn on the host: for tests to which it does not matter how training starts."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from vlmem_jax.models import VLM
+from vlmem_jax.train.stages import flatten, unflatten
+
+TABLES = ("embed", "position_embedding", "special_in", "special_out", "q_init", "pos_emb", "m_init")
+
+
+def params(vlm: VLM, seed: int = 0) -> dict:
+    """As `vlm.fresh` gives, in about the same sizes, without a program that is compiled to draw them."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        name = path.split("/")[-1]
+        if name in ("scale", "gain", "ls1", "ls2"):
+            return np.ones(shape)
+        if name in ("bias", "attn_gate", "mlp_gate", "b"):
+            return np.zeros(shape)
+        if name == "invoke_logit_bias":
+            return np.full(shape, vlm.config.vismem.invoke_bias)
+        return rng.normal(0, 0.02 if name in TABLES else 0.08, shape)
+
+    return unflatten({path: jnp.asarray(draw(path, x.shape), x.dtype) for path, x in flatten(vlm.abstract()).items()})
