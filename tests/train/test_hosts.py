@@ -31,7 +31,7 @@ def mixture(folder):
         short.append({**picture, "conversations": turns(question, answer)})
         if n % 2:
             long.append({"image": ["0.png", f"{n % 8 * 3}.png"], "conversations": turns("<image>\n<image>", answer)})
-    for name, lines in (("short", short), ("long", long)):
+    for name, lines in (("short", short), ("long", long), ("held_out", short[:6])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [dict(path=str(folder / f"{name}.jsonl")) for name in ("short", "long")]
 
@@ -45,11 +45,13 @@ def line(tmp_path_factory):
     """`vlmem train` of one stage, up to its workdir."""
     folder = world.make(tmp_path_factory.mktemp("world"))
     data = dict(train=mixture(folder), rows=ROWS, pack_tokens=160, pack_tiles=2, open_packs=1, threads=1)
+    data["eval"] = [dict(path=str(folder / "held_out.jsonl"))]
     config = world.config(
         folder,
         data=data,
         stages=[dict(name="all", steps=STEPS, learning_rate=1e-3, trainable=["projector/", "decoder/head"])],
         checkpoint=dict(every=4, keep_last=2, keep_best=0),
+        eval_every=4,
         log_samples=True,
     )
     config.model.memory = "none"  # as small as what goes through every host can be
@@ -86,6 +88,11 @@ def check_equal(workdir, whole, killed_after):
     losses, expected = world.losses(workdir), world.losses(whole)
     assert losses.keys() == expected.keys()
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-6)
+    held_out, expected = (
+        {r["step"]: r["eval/loss"] for r in world.records(run) if "eval/loss" in r} for run in (workdir, whole)
+    )
+    assert held_out.keys() == expected.keys() and len(expected) == STEPS / 4
+    np.testing.assert_allclose([held_out[step] for step in expected], list(expected.values()), rtol=1e-6)
     seen, expected = samples(workdir), samples(whole)
     assert {step: set(names) for step, names in seen.items()} == {step: set(names) for step, names in expected.items()}
     for step in range(killed_after + 1, STEPS + 1):
@@ -131,7 +138,7 @@ def test_a_cluster_that_is_stopped_and_killed_goes_on_in_other_numbers_of_proces
 
     assert main([*line, str(workdir)]) == 0
     check_equal(workdir, whole, killed_after)
-    assert len(list((workdir / "plans").iterdir())) == 1
+    assert len(list((workdir / "plans").iterdir())) == 2, "of what is trained and what is held out, once for all"
     assert sorted(file.name for file in (workdir / "samples").iterdir()) == [f"{n}.jsonl" for n in range(4)]
 
 
