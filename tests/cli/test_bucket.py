@@ -1,5 +1,7 @@
 """Commands on a bucket: a server in this process stands for Google Cloud Storage."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -23,13 +25,34 @@ def folder(tmp_path_factory):
     return world.make(tmp_path_factory.mktemp("world"))
 
 
+KILLED_IN_STEP_7 = """
+    import os, time
+    from vlmem_jax.paths import as_path
+    from vlmem_jax.train.metrics import Recorder
+    record = Recorder.step
+    def step(self, n, *numbers):
+        record(self, n, *numbers)
+        if n == 7:
+            while not as_path("gs://bucket/run/all/4/commit_success.txt").exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), 9)
+    Recorder.step = step
+"""
+
+
 @pytest.fixture(scope="module")
 def runs(folder, gcs, one_device):
-    """Workdirs of the same run of one stage, in a bucket and on a disk."""
+    """Workdirs of the same run of one stage, in a bucket, killed there and called again, and on a disk, at one go."""
     places = "gs://bucket/run", str(folder / "run")
     file = world.config_file(folder, **ONE_STAGE)
-    for place in places:
-        assert main(["train", "--config", str(file), "--workdir", place]) == 0
+    killed = start(file, places[0], script=KILLED_IN_STEP_7)
+    assert killed.wait() == -9, killed.stderr.read()
+    assert find(places[0]).step_folder.name == "4"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for place in places:
+            assert main(["train", "--config", str(file), "--workdir", place]) == 0
+    assert "from its checkpoint of step 4" in said.getvalue()
     return places
 
 
@@ -49,7 +72,7 @@ def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_bucket_holds_what_a_disk_would(runs, gcs):
+def test_a_run_in_a_bucket_that_is_killed_goes_on_and_leaves_what_a_disk_would_hold(runs, gcs):
     run, disk = runs[0], Path(runs[1])
     assert_equal(params(run), params(disk))
     assert world.losses(as_path(run)) == world.losses(disk)
@@ -63,32 +86,6 @@ def test_a_bucket_holds_what_a_disk_would(runs, gcs):
     assert names(there) - names(here) <= {name for name in there if name.endswith("commit_success.txt")}
     assert names(here) <= names(there)
     assert any("tensorboard/events" in name for name in there) and any(name.endswith(".plan") for name in there)
-
-
-KILLED_IN_STEP_7 = """
-    import os, time
-    from vlmem_jax.paths import as_path
-    from vlmem_jax.train.metrics import Recorder
-    record = Recorder.step
-    def step(self, n, *numbers):
-        record(self, n, *numbers)
-        if n == 7:
-            while not as_path("gs://bucket/killed/all/4/commit_success.txt").exists():
-                time.sleep(0.05)
-            os.kill(os.getpid(), 9)
-    Recorder.step = step
-"""
-
-
-def test_a_run_in_a_bucket_that_is_killed_goes_on_bit_for_bit(run, folder, capsys):
-    file, there = folder / "config.py", "gs://bucket/killed"
-    killed = start(file, there, script=KILLED_IN_STEP_7)
-    assert killed.wait() == -9, killed.stderr.read()
-    assert find(there).step_folder.name == "4"
-    assert main(["train", "--config", str(file), "--workdir", there]) == 0
-    assert "from its checkpoint of step 4" in capsys.readouterr().out
-    assert world.losses(as_path(there)) == world.losses(as_path(run))
-    assert_equal(params(there), params(run))
 
 
 def test_a_run_starts_from_a_bucket_and_answers_from_it(run, folder, tmp_path, capsys):

@@ -48,8 +48,9 @@ def test_data_goes_over_slices_and_nothing_else_does(over_slices):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_listed_and_settings_are_tried(tmp_path):
-    wide = ("--config.model.decoder.vocab=4500000", "--config.loss_chunk=64", "--config.model.remat=offload")
-    done = compile_step(tmp_path, *COMEMO, *wide, "--packs", "1")
+    wide = ("--config.model.decoder.vocab=4800000", "--config.loss_chunk=64", "--config.model.remat=offload")
+    plain = ("--config.model.memory=none", "--config.model.attention.implementation=xla")  # to be quick
+    done = compile_step(tmp_path, *COMEMO, *wide, *plain, "--packs", "1")
     assert done.code == 1, done.out[-2000:] + done.err[-2000:]
     numbers = done.report
     assert not numbers["fits"] and numbers["hbm_share"] > 1
@@ -58,7 +59,7 @@ def test_what_does_not_fit_is_listed_and_settings_are_tried(tmp_path):
     assert largest["bytes"] > 2**28 and any("vlmem_jax/" in buffer["source"] for buffer in numbers["buffers"])
     tried = [line for line in done.out.splitlines() if line.startswith("  --config.")]
     less = {line.split(":")[0].strip(): float(line.split(", ")[1].split()[0]) for line in tried if "less" in line}
-    assert less["--config.optimizer.state_dtype=bfloat16"] > 0
+    assert less["--config.optimizer.state_dtype=bfloat16"] > 0  # and not enough: no machine code
     (spread,) = (line for line in tried if line.startswith("  --config.mesh.data=1 --config.mesh.fsdp=-1"))
     assert "; fits, a step takes" in spread
 

@@ -260,6 +260,8 @@ def test_an_answer_broken_off_stays_in_the_history(model):
 
 
 def test_chat_reads_commands_and_survives_a_wrong_file(checkpoint, picture, capsys, monkeypatch):
+    first = jax.devices()[:1]  # as in the chats above, whose programs serve here, too
+    monkeypatch.setattr("jax.devices", lambda: first)
     lines = f"/image nowhere.png\n/image {checkpoint / '1.png'}\na b\nc d\n/reset\ne\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", "--checkpoint", str(checkpoint), "--max-new-tokens", "4"]) == 0

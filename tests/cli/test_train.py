@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 def finished(folder):
     """Config file and workdir of a run through two stages."""
     stages = [
-        dict(name="first", steps=2, learning_rate=1e-2, trainable=["projector/", "memory/"]),
+        dict(name="first", steps=2, learning_rate=1e-2),
         dict(name="second", steps=2, learning_rate=1e-2),
     ]
     file, workdir = world.config_file(world.make(folder / "finished"), stages=stages), folder / "finished" / "run"

@@ -49,10 +49,21 @@ def test_the_shapes_are_those_of_a_real_batch(settings):
     assert jax.tree.map(describe, batch) == jax.tree.map(describe, batch_shapes(settings, stage, mesh))
 
 
-def test_the_step_compiles_without_data(settings):
-    stage, mesh = settings.stages[-1], sharding.make_mesh(settings.mesh)
-    step = train_job(settings, stage, mesh).lowered.compile()
-    assert step.memory_analysis().alias_size_in_bytes > 0  # the state is donated
+def step(settings, layers):
+    """The compiled step of a model of so many layers, of its vision tower and of its decoder."""
+    mesh, stage = sharding.make_mesh(settings.mesh), settings.stages[-1]
+    deeper = {part: dataclasses.replace(getattr(settings.model, part), layers=layers) for part in PARTS}
+    model = dataclasses.replace(settings.model, **deeper)
+    return train_job(dataclasses.replace(settings, model=model), stage, mesh).lowered.compile()
+
+
+@pytest.fixture(scope="module")
+def four_layers(settings):
+    return step(settings, 4)
+
+
+def test_the_step_compiles_without_data(four_layers):
+    assert four_layers.memory_analysis().alias_size_in_bytes > 0  # the state is donated
 
 
 def test_serving_is_compiled_as_generation_compiles_it(settings, monkeypatch):
@@ -72,17 +83,11 @@ def test_decoding_starts_from_where_prefill_leaves_its_state(settings):
         assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
-def test_collectives_do_not_grow_with_depth(settings):
-    mesh, stage = sharding.make_mesh(settings.mesh), settings.stages[-1]
+def test_collectives_do_not_grow_with_depth(settings, four_layers):
+    def collectives(compiled):
+        return sum(i.opcode.removesuffix("-start") in KINDS for i, _ in HloProgram(compiled.as_text()))
 
-    def collectives(layers):
-        deeper = {part: dataclasses.replace(getattr(settings.model, part), layers=layers) for part in PARTS}
-        model = dataclasses.replace(settings.model, **deeper)
-        job = train_job(dataclasses.replace(settings, model=model), stage, mesh)
-        program = HloProgram(job.lowered.compile().as_text())
-        return sum(i.opcode.removesuffix("-start") in KINDS for i, _ in program)
-
-    assert collectives(8) == collectives(4) > 0
+    assert collectives(step(settings, 8)) == collectives(four_layers) > 0
 
 
 class Compiling(jax.stages.Lowered):

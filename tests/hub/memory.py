@@ -32,15 +32,19 @@ class Peak:
         self._thread.join()
 
 
-def main(direction: str, source: str, target: str, *more: str) -> None:
+BLOCKS = dict(every=4, heads=8, head_dim=128, mlp_width=4096)
+"""Memory blocks that a checkpoint gets when it is imported."""
+
+
+def main(direction: str, source: str, target: str) -> None:
     jax.devices()
     with Peak() as peak:
         if direction == "export":
             convert.export_folder(source, target)
         else:
-            changes = {"memory": "comemo"} if more else {}
             found = convert.released(source).model
-            convert.import_folder(source, target, model=dataclasses.replace(found, **changes))
+            blocks = dataclasses.replace(found.comemo, **BLOCKS)
+            convert.import_folder(source, target, model=dataclasses.replace(found, memory="comemo", comemo=blocks))
     print(peak.mb)
 
 

@@ -293,19 +293,18 @@ def test_a_disk_that_fails_while_writing(hf_folder, tmp_path, direction):
 
 @pytest.mark.slow
 def test_memory_follows_the_largest_leaf(tmp_path):
-    """At most 1.3 x the largest stacked leaf + 500 MB, mapped files apart, to and fro and with fresh blocks."""
+    """At most 1.3 x the largest stacked leaf + 500 MB, mapped files apart, to and fro, fresh blocks and all."""
     sizes = dict(vocab=32003, width=1024, layers=24, heads=8, kv_heads=4, head_dim=128, mlp_width=4096)
-    memory = dict(every=4, heads=8, head_dim=128, mlp_width=4096)
-    model = presets.resolve(dict(preset="tiny", decoder=sizes, comemo=memory))
-    write_random(tmp_path / "hf", model)
-    total = sum(tensor.nbytes for tensor in Tensors(tmp_path / "hf").values())
-    bound = 1.3 * 24 * 1024 * 4096 * 2 / 2**20 + 500
-    assert total / 2**20 > 1.3 * bound, "a checkpoint that would fit as a whole proves nothing"
-    assert peak_mb("import", tmp_path / "hf", tmp_path / "ours") <= bound
-    assert peak_mb("export", tmp_path / "ours", tmp_path / "back") <= bound
-    assert_same_tensors(tmp_path / "back", tmp_path / "hf")
     write_random(tmp_path / "plain", presets.resolve(dict(preset="tiny", memory="none", decoder=sizes)))
-    assert peak_mb("import", tmp_path / "plain", tmp_path / "fresh", "comemo") <= bound
+    bound = 1.3 * 24 * 1024 * 4096 * 2 / 2**20 + 500
+    assert peak_mb("import", tmp_path / "plain", tmp_path / "ours") <= bound
+    assert peak_mb("export", tmp_path / "ours", tmp_path / "back") <= bound
+    before, after = Tensors(tmp_path / "plain"), Tensors(tmp_path / "back")
+    total = sum(tensor.nbytes for tensor in after.values())
+    assert total / 2**20 > 1.3 * bound, "a checkpoint that would fit as a whole proves nothing"
+    named = {name.replace(".decoder_layer.", "."): name for name in after}
+    for name, tensor in before.items():
+        assert after[named[name]].tobytes() == tensor.tobytes(), name
 
 
 def write_random(folder: Path, model) -> None:
@@ -315,7 +314,7 @@ def write_random(folder: Path, model) -> None:
     writer = Writer(folder, {name: (rule.shape, bf16) for rule in rules for name in rule.names}, 400_000_000)
     rng = np.random.default_rng(0)
     for tensor in writer.values():
-        tensor.view(np.uint16)[...] = rng.integers(0, 0x7F00, tensor.shape, np.uint16)
+        tensor.view(np.uint8)[...] = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
     writer.flush()
     content = write_config(model, ImageConfig(size=model.vision.image_size), "internlm2-chat", "bfloat16")
     (folder / "config.json").write_text(json.dumps(content))
