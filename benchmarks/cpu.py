@@ -9,7 +9,6 @@ Ratios hold on a noisy machine where times do not; still, nothing else should be
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -83,7 +82,7 @@ def train_step(vlm: VLM):
 def start(vlm: VLM, params: dict, batch, capacity: int):
     """A generator, and the arguments of its step after reading `batch`."""
     generator = Generator(vlm, params, stop_ids=[], mesh=make_mesh(MeshConfig()))
-    rows, vocab = batch.tokens_BT.shape[0], vlm.config.decoder.vocab
+    rows, vocab = batch.text.tokens_BT.shape[0], vlm.config.decoder.vocab
     with generator.context():
         logits_BV, state = generator.prefill(params, jax.device_put(batch), capacity)
     choice = generator.put(Choice.make(SamplingConfig(), rows, vocab, [], []))
@@ -131,9 +130,7 @@ def cached_after(prompt: int, layers=8, width=256, new=256, stride=16, runs=7) -
     head = jax.jit(lambda params, batch: vlm.hidden(params, batch)[:, -1] @ vlm.head_kernel(params).astype(vlm.dtype))
 
     def cut(tokens: int):
-        per_token = {"tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT", "slots_BT"}
-        leaves = vars(batch).items()
-        return jax.device_put(type(batch)(**{k: v[:, :tokens] if k in per_token else v for k, v in leaves}))
+        return jax.device_put(dataclasses.replace(batch, text=jax.tree.map(lambda x: x[:, :tokens], batch.text)))
 
     lengths = [-(-(prompt + n) // 64) * 64 for n in range(0, new, stride)]
     batches = {length: cut(length) for length in lengths}
@@ -353,17 +350,16 @@ def image_sizes(shortest=64, longest=256, count=50) -> list[Row]:
         plan.extend(20)
         prompts = [processor.prompt("row 1", [open_image(folder / f"{n}.jpg")]) for n in range(count)]
     batches = [pad_prompts([prompt], 1, vlm.tile) for prompt in prompts]
-    slots = [batch.pixels_BISSc.shape[1] for batch in batches]
+    slots = [batch.views.pixels_BISSc.shape[1] for batch in batches]
     used = sum(len(prompt.pixels_ISSc) for prompt in prompts)
-    encode = jax.jit(vlm.encode_images)
+    see = jax.jit(vlm.see)
     shapes = {tile_bucket(n, vlm.tile) for n in range(1, max(slots) + 1)}
     with compilations() as seen:
         for tiles in shapes:
-            empty = Batch.empty((1,), 1, tiles, vlm.tile)
-            jax.block_until_ready(encode(params, empty.pixels_BISSc, None, empty.layout_BI4))
+            jax.block_until_ready(see(params, Batch.empty((1,), 1, tiles, vlm.tile).views))
         warmed = len(seen)
         for batch in batches:
-            jax.block_until_ready(encode(params, batch.pixels_BISSc, None, batch.layout_BI4))
+            jax.block_until_ready(see(params, batch.views))
     spread = f"{len({tuple(size) for size in sizes})} sizes of {shortest} to {longest} px a side, 8 px a visual token"
     compiled = f"compilations of Qwen's tower on images of {count} sizes, after warm-up"
     packed = f"{len(plan)} rows of {config.pack_tiles} visual tokens"
@@ -383,12 +379,12 @@ def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, ru
     batch = packed_batch(vlm, count, tokens, 8)
     prompts = [
         Sample(
-            tokens_T=batch.tokens_BT[n],
-            labels_T=np.full_like(batch.tokens_BT[n], -100),
-            positions_T=np.array(batch.positions_BT[n]),
-            slots_T=np.array(batch.slots_BT[n]),
-            pixels_ISSc=batch.pixels_BISSc[n],
-            memory_positions_M=np.array(batch.memory_positions_BM[n]),
+            tokens_T=batch.text.tokens_BT[n],
+            labels_T=np.full_like(batch.text.tokens_BT[n], -100),
+            positions_T=np.array(batch.text.positions_BT[n]),
+            visual_index_T=np.array(batch.text.visual_index_BT[n]),
+            pixels_ISSc=batch.views.pixels_BISSc[n],
+            visual_positions_M=np.array(batch.views.positions_BM[n]),
         )
         for n in range(count)
     ]
@@ -430,7 +426,7 @@ def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> l
     speech = vlm.speech
     empty = Batch.empty((rows,), tokens, 0, vlm.tile)
     index = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], (rows, tokens, 3))
-    batch = dataclasses.replace(empty, segments_BT=np.ones_like(empty.segments_BT), positions_BT=np.array(index))
+    batch = empty.replace(segments_BT=np.ones_like(empty.text.segments_BT), positions_BT=np.array(index))
     generator, state, logits_BV, finished_B, choice = start(vlm, params, batch, 1024)
     form, insert = compiled_speech(vlm, generator.mesh)
     longest = speech.slots + 1

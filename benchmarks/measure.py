@@ -96,16 +96,16 @@ def packed_batch(vlm: VLM, rows: int, tokens: int, tiles: int) -> Batch:
     ids = rng.integers(0, vlm.config.decoder.vocab, (rows, tokens), dtype=np.int32)
     every_row = functools.partial(np.broadcast_to, shape=(rows, tokens))
     index = np.arange(tokens, dtype=np.int32)
-    return Batch(
+    return Batch.of(
         tokens_BT=ids,
         targets_BT=np.roll(ids, -1, axis=1),
         weights_BT=np.ones((rows, tokens), np.float32),
         positions_BT=every_row(index),
         segments_BT=np.ones((rows, tokens), np.int32),
-        slots_BT=every_row(np.where(index < memory, index, -1)),
+        visual_index_BT=every_row(np.where(index < memory, index, -1)),
         pixels_BISSc=rng.integers(0, 256, (rows, tiles, size, size, 3), dtype=np.uint8),
-        memory_positions_BM=np.broadcast_to(np.arange(memory, dtype=np.int32), (rows, memory)),
-        memory_segments_BM=np.ones((rows, memory), np.int32),
+        positions_BM=np.broadcast_to(np.arange(memory, dtype=np.int32), (rows, memory)),
+        segments_BM=np.ones((rows, memory), np.int32),
     )
 
 

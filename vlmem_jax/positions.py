@@ -98,14 +98,14 @@ def sequence_positions(
     steps_T[placeholder_M] = 0
     steps_T[placeholder_M[last]] = side * side
     positions_T = np.cumsum(steps_T, dtype=np.int32) - steps_T
-    memory_positions_M = np.concatenate(
+    visual_positions_M = np.concatenate(
         [
             dhr_map(cols, rows, side, int(positions_T[start]), kind, thumbnail)
             for (cols, rows), start in zip(grids, placeholder_M[first], strict=True)
         ]
     )
-    positions_T[placeholder_M] = memory_positions_M
-    return positions_T, memory_positions_M
+    positions_T[placeholder_M] = visual_positions_M
+    return positions_T, visual_positions_M
 
 
 class PatchGrid(NamedTuple):

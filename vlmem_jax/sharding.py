@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vlmem_jax.trees import S, map_axes
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -38,6 +40,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "scalar": None,
     "rank": None,
     "slots": None,
+    "layers": None,
 }
 
 
@@ -161,6 +164,18 @@ def put(tree: Any, sharding: NamedSharding | None) -> Any:
 def replicate(tree: Any) -> Any:
     """Pins every array to all devices of the ambient mesh whole, so that any host can read it."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def lay_out(state: S, place: Callable[..., Any] | None = None) -> S:
+    """Each array of a state over the ambient mesh as its axes say, whatever made it: what reads it is compiled once.
+
+    Axes that the table does not know, a memory's own, stay whole. `place(x, *meanings)` in place of `constrain`.
+    """
+
+    def known(x: Any, *axes: str | None) -> Any:
+        return (place or constrain)(x, *(axis if axis in LOGICAL_AXES else None for axis in axes))
+
+    return map_axes(known, state)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

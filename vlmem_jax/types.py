@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
+from vlmem_jax.trees import State, axes
+
 IGNORED = -100
 """Label of a token that is not a training target."""
 
@@ -67,46 +69,84 @@ class Sample:
     """The token itself where it is a target, IGNORED elsewhere; not shifted."""
     positions_T: Int32[np.ndarray, "T"] | Int32[np.ndarray, "T 3"]
     """Rotary position; repeats under RoPE-DHR."""
-    slots_T: Int32[np.ndarray, "T"]
+    visual_index_T: Int32[np.ndarray, "T"]
     """Which of the sample's M visual tokens replaces this token's embedding; -1 for text."""
     pixels_ISSc: UInt8[np.ndarray, "I S S c"]
-    memory_positions_M: Int32[np.ndarray, "M"] | Int32[np.ndarray, "M 3"]
+    visual_positions_M: Int32[np.ndarray, "M"] | Int32[np.ndarray, "M 3"]
     """Rotary position of each visual token as a memory key."""
     layout_I4: Int32[np.ndarray, "I 4"] | None = None
-    """As in `Batch`."""
+    """As in `Views`."""
     name: str = ""
     """Where the sample came from, as `file:line`, for error messages."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows of packed samples, for training, evaluation and rollouts alike.
+class Text:
+    """The tokens of packed rows, placeholders of visual tokens among them.
 
-    B rows, T token slots, I tile slots, M = I * P memory slots. Tokens and tiles are packed on separate axes; a
-    segment id says to which sample of its row a slot belongs: 1, 2, ... and 0 for padding. Token padding follows the
-    tokens, tile padding the tiles. `...` is empty or a leading axis of gradient accumulation.
+    B rows, T token slots; a segment id says to which sample of its row a slot belongs: 1, 2, ... and 0 for padding,
+    which follows the tokens. `...` is empty or a leading axis of gradient accumulation.
     """
 
     tokens_BT: Int32[Array, "... B T"]
-    targets_BT: Int32[Array, "... B T"]
-    """The token that position t must predict, that is the next one; 0 where the weight is 0."""
-    weights_BT: Float32[Array, "... B T"]
-    """Weight of that target in the loss."""
-    positions_BT: Int32[Array, "... B T"]
-    """Or [B, T, 3], of time, row and column, where the model has M-RoPE; so are the memory's."""
     segments_BT: Int32[Array, "... B T"]
-    slots_BT: Int32[Array, "... B T"]
-    """Which of the row's M visual tokens replaces this token's embedding; -1 for text."""
+    positions_BT: Int32[Array, "... B T"] | None = None
+    """Rotary positions, or [B, T, 3], of time, row and column, where the model has M-RoPE. None: each row goes on where
+    it stands."""
+    visual_index_BT: Int32[Array, "... B T"] | None = None
+    """Which of the row's M visual tokens replaces this token's embedding; -1 for text, and None for text alone. Latent
+    tokens follow the visual ones: M + j * N + n is latent token n of time j."""
+    targets_BT: Int32[Array, "... B T"] | None = None
+    """The token that position t must predict, the next one; 0 where the weight is 0. None: nothing is learned."""
+    weights_BT: Float32[Array, "... B T"] | None = None
+    """Weight of that target in the loss."""
+    formation: "FormationInputs | None" = None
+    """From what a memory that speaks forms latent tokens of each row, N a time."""
+
+    @classmethod
+    def first(cls, tokens_BT: Int32[Array, "B T"], counts_B: Int32[Array, "B"]) -> "Text":
+        """The first `counts_B` tokens of each row, which go on where the row stands."""
+        return cls(tokens_BT, (jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]).astype(jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What packed rows show: I tile slots of each, M = I * P visual tokens. Padding follows the tiles.
+
+    Tokens and tiles are packed on separate axes; segment ids are those of `Text`.
+    """
+
     pixels_BISSc: UInt8[Array, "... B I S S c"]
-    memory_positions_BM: Int32[Array, "... B M"]
-    memory_segments_BM: Int32[Array, "... B M"]
+    positions_BM: Int32[Array, "... B M"]
+    """Rotary position of each visual token; or [B, M, 3], as those of the text."""
+    segments_BM: Int32[Array, "... B M"]
     layout_BI4: Int32[Array, "... B I 4"] | None = None
     """Where tiles see each other: 1 + the index, in the row, of the first tile of the tile's window and of its frame,
     and its own row and column in the image; zeros for padding. None where each tile is on its own."""
-    heard: "Heard | None" = None
-    """From what a memory that speaks forms latent tokens of each row, N a time. They follow the M visual tokens:
-    `slots_BT` = M + j * N + n is latent token n of time j."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of packed samples, for training, evaluation and rollouts alike."""
+
+    text: Text
+    views: Views
+
+    @classmethod
+    def of(cls, **fields: Any) -> "Batch":
+        """From the fields of both by their names."""
+        text = {field.name for field in dataclasses.fields(Text)}
+        return cls(
+            Text(**{name: x for name, x in fields.items() if name in text}),
+            Views(**{name: x for name, x in fields.items() if name not in text}),
+        )
+
+    def replace(self, **fields: Any) -> "Batch":
+        """A copy with fields of text or views replaced."""
+        return Batch.of(**{**vars(self.text), **vars(self.views), **fields})
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], tokens: int, tiles: int, tile: TileShape) -> "Batch":
@@ -116,40 +156,67 @@ class Batch:
             return np.zeros((*shape, *axes), dtype)
 
         axes, slots = (tile.axes,) * (tile.axes > 1), tiles * tile.tokens
-        return cls(
+        return cls.of(
             tokens_BT=zeros(tokens),
+            segments_BT=zeros(tokens),
+            positions_BT=zeros(tokens, *axes),
+            visual_index_BT=zeros(tokens) - 1,
             targets_BT=zeros(tokens),
             weights_BT=zeros(tokens, dtype=np.float32),
-            positions_BT=zeros(tokens, *axes),
-            segments_BT=zeros(tokens),
-            slots_BT=zeros(tokens) - 1,
             pixels_BISSc=zeros(tiles, tile.side, tile.side, tile.channels, dtype=np.uint8),
-            memory_positions_BM=zeros(slots, *axes),
-            memory_segments_BM=zeros(slots),
+            positions_BM=zeros(slots, *axes),
+            segments_BM=zeros(slots),
             layout_BI4=zeros(tiles, 4) if tile.layout else None,
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Heard:
-    """The states that a memory was formed from, each of the J times that it spoke in a row. Constants: no gradient."""
+class Patches(State):
+    """All patches of each row as they enter a layer of the vision tower that a memory reads."""
+
+    x_BNE: Float[Array, "B N E"] = axes("batch", "patches", "channels")
+    layout_BI4: Int32[Array, "B I 4"] = axes("batch", "tiles", None)
+    """As in `Views`."""
+    segments_BI: Int32[Array, "B I"] = axes("batch", "tiles")
+    """Samples to which tiles belong; 0 is padding."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisualTokens:
+    """What the model sees of each row's views: the visual tokens that stand in its text and that memories read."""
+
+    tokens_BMD: Float[Array, "B M D"]
+    positions_BM: Int32[Array, "B M"]
+    """As in `Views`; so are the segments."""
+    segments_BM: Int32[Array, "B M"]
+    deep_NBMD: Float[Array, "N B M D"] | None = None
+    """What each of the first N layers of the decoder adds to its visual tokens (DeepStack)."""
+    kept: Patches | None = None
+    """What a memory keeps of the vision tower."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FormationInputs:
+    """The states that a memory is formed from, each of the J times that it is, in a row. Constants: no gradient."""
 
     states_BJLD: Float[Array, "... B J L D"]
     """Visual states, then those of the text, without a gap."""
     lengths_BJ: Int32[Array, "... B J"]
     """How many of the L states there are."""
     kinds_BJ: Int32[Array, "... B J"]
-    """Which memory was formed: 0 short, 1 long; -1: none, its latent tokens mean nothing."""
+    """Which kind of memory is formed; -1: none, its latent tokens mean nothing."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(State):
     """Rotated keys and values of every decoder layer, S slots a row; slot = index of the token in its row."""
 
-    k_LBSKC: Float[Array, "L B S K C"]
-    v_LBSKC: Float[Array, "L B S K C"]
+    k_LBSKC: Float[Array, "L B S K C"] = axes("layers", "batch", "slots", "kv_heads", "head_dim")
+    v_LBSKC: Float[Array, "L B S K C"] = axes("layers", "batch", "slots", "kv_heads", "head_dim")
 
     @classmethod
     def empty(cls, layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype) -> "KVCache":
@@ -185,21 +252,17 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
+class DecodeState(State):
     """All that generation carries from token to token; a fixed-capacity pytree, donated at every step."""
 
     cache: KVCache
-    length_B: Int32[Array, "B"]
+    length_B: Int32[Array, "B"] = axes("batch")
     """Tokens in the cache: the slot of the next one."""
-    position_B: Int32[Array, "B"]
+    position_B: Int32[Array, "B"] = axes("batch")
     """Rotary position of the next token."""
-    memory_position_B: Int32[Array, "B"]
-    """Rotary position of the next token as a memory query."""
-    frequencies_BR: Float32[Array, "B R"]
-    """Rotary frequencies of the row, fixed at prefill (dynamic NTK depends on the prompt's length)."""
-    recalled: Any
-    """What the memory prepared for its blocks to read."""
-    listening: Any = None
-    """What a memory that speaks has seen and heard since it last spoke."""
-    patches: Any = None
-    """What it reads of the prompt's images inside the vision tower, if it does."""
+    frequencies_BR: Float32[Array, "B R"] = axes("batch", None)
+    """Rotary frequencies of the row, fixed where its first token is read (dynamic NTK depends on the length)."""
+    memory: State | None = None
+    """What the memory carries."""
+    empty: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    """Whether nothing has been read yet, known when a program is traced: there is no cache to attend to."""

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vlmem_jax.checkpoint.folder import base_of, committed_steps
 from vlmem_jax.paths import AnyPath, as_path, is_remote
+from vlmem_jax.trees import flatten, unflatten
 
 Tree = Mapping[str, Any]
 RESTORE_CONCURRENT_GB = 96.0
@@ -191,21 +191,21 @@ def _load(step_folder: AnyPath, target: Tree, concurrent_gb: float, partial: boo
     if base is None:
         return _restore(step_folder / "params", target, concurrent_gb, partial)
     stored = parameter_paths(step_folder)
-    wanted = flatten_dict(target, sep="/")
+    wanted = flatten(target)
     own = {path: leaf for path, leaf in wanted.items() if path in stored}
     rest = {path: leaf for path, leaf in wanted.items() if path not in stored}
-    found = _restore(step_folder / "params", unflatten_dict(own, sep="/"), concurrent_gb, partial)
+    found = _restore(step_folder / "params", unflatten(own), concurrent_gb, partial)
     if not rest:
         return found
-    more = _load(base, unflatten_dict(rest, sep="/"), concurrent_gb, partial=True)
-    return unflatten_dict({**flatten_dict(found, sep="/"), **flatten_dict(more, sep="/")}, sep="/")
+    more = _load(base, unflatten(rest), concurrent_gb, partial=True)
+    return unflatten({**flatten_dict(found), **flatten(more)}, sep="/")
 
 
 def parameter_paths(step_folder: AnyPath) -> set[str]:
     """Of the parameters that a step itself holds."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(step_folder / "params").item_metadata
-    return set(flatten_dict(stored.tree, sep="/")) if stored else set()
+    return set(flatten(stored.tree)) if stored else set()
 
 
 def _layerwise(tree: Tree) -> ocp.args.PyTreeSave:
@@ -222,7 +222,7 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool 
         stored = checkpointer.metadata(folder).item_metadata
         if stored is None:
             raise ValueError(f"{folder} is damaged: it has no _METADATA; use another step of this run")
-        _check_fit(folder, flatten_dict(stored.tree, sep="/"), flatten_dict(target, sep="/"), partial)
+        _check_fit(folder, flatten(stored.tree), flatten(target), partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         try:
             wanted = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)

@@ -149,7 +149,7 @@ class PackedData:
             packed = self._pack([sample or self._blank(key) for key, sample in zip(keys, samples, strict=True)])
             if candidate != row or len(kept) < len(keys):
                 scale = self.plan.weight(self.plan.row(row)) / self.plan.weight(kept)
-                packed = dataclasses.replace(packed, weights_BT=packed.weights_BT * np.float32(scale))
+                packed = packed.replace(weights_BT=packed.text.weights_BT * np.float32(scale))
             return step, packed, [self.plan.samples.name(key) for key in keys]
         raise ValueError(f"no sample can be read any more; the last that failed: {[*self.unreadable.values()][-1]}")
 

@@ -22,7 +22,7 @@ def blank_sample(size: Size, tile: TileShape) -> Sample:
         tokens_T=np.zeros(size.tokens, np.int32),
         labels_T=np.full(size.tokens, IGNORED, np.int32),
         positions_T=positions_T if tile.axes == 1 else np.stack([positions_T] * tile.axes, axis=1),
-        slots_T=np.full(size.tokens, -1, np.int32),
+        visual_index_T=np.full(size.tokens, -1, np.int32),
         **blank_tiles(size.tiles, tile),
     )
 
@@ -41,18 +41,18 @@ def pack_row(
         span = slice(token, token + len(sample.tokens_T))
         shown = slice(first, first + len(sample.pixels_ISSc))
         memory = slice(shown.start * tile.tokens, shown.stop * tile.tokens)
-        row.tokens_BT[span] = sample.tokens_T
-        row.positions_BT[span] = sample.positions_T
-        row.segments_BT[span] = segment
-        row.slots_BT[span] = np.where(sample.slots_T < 0, -1, sample.slots_T + memory.start)
+        row.text.tokens_BT[span] = sample.tokens_T
+        row.text.positions_BT[span] = sample.positions_T
+        row.text.segments_BT[span] = segment
+        row.text.visual_index_BT[span] = np.where(sample.visual_index_T < 0, -1, sample.visual_index_T + memory.start)
         shifted = slice(token, span.stop - 1)  # the last token of a sample predicts nothing
         is_target_T = sample.labels_T[1:] != IGNORED
-        row.targets_BT[shifted] = np.where(is_target_T, sample.labels_T[1:], 0)
-        row.weights_BT[shifted] = is_target_T * sample_weight(config.loss_weight, int(is_target_T.sum()))
-        row.pixels_BISSc[shown] = sample.pixels_ISSc
-        row.memory_positions_BM[memory] = sample.memory_positions_M
-        row.memory_segments_BM[memory] = segment
+        row.text.targets_BT[shifted] = np.where(is_target_T, sample.labels_T[1:], 0)
+        row.text.weights_BT[shifted] = is_target_T * sample_weight(config.loss_weight, int(is_target_T.sum()))
+        row.views.pixels_BISSc[shown] = sample.pixels_ISSc
+        row.views.positions_BM[memory] = sample.visual_positions_M
+        row.views.segments_BM[memory] = segment
         if tile.layout:
-            row.layout_BI4[shown] = sample.layout_I4 + [shown.start, shown.start, 0, 0]
+            row.views.layout_BI4[shown] = sample.layout_I4 + [shown.start, shown.start, 0, 0]
         token, first = span.stop, shown.stop
     return row

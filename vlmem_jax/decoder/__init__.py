@@ -1,5 +1,5 @@
 """The language model: one decoder for every family, told apart by its config."""
 
-from vlmem_jax.decoder.decoder import Decoder, DecoderConfig, Interleaved
+from vlmem_jax.decoder.decoder import Decoder, DecoderConfig, Tap
 
-__all__ = ["Decoder", "DecoderConfig", "Interleaved"]
+__all__ = ["Decoder", "DecoderConfig", "Tap"]

@@ -1,10 +1,12 @@
-"""A pre-norm decoder with grouped-query attention, scanned over groups of layers.
+"""A pre-norm decoder with grouped-query attention, scanned over its layers.
 
-It knows that something may stand before the last layer of every group (`Interleaved`), not what.
+It knows that something may stand before or after some of them (`Tap`), not what.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.nn.attention import attend, causal_attention
+from vlmem_jax.nn.attention import cached_attention, causal_attention
 from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.linear import Linear, param
 from vlmem_jax.nn.lora import Adapters, LayerAdapters, Shapes, adapted
@@ -42,7 +44,11 @@ class DecoderConfig:
     max_positions: int = 32768
     rope_sections: tuple[int, ...] = ()
     """M-RoPE: pairs of a head that turn by a token's time, row and column; none: one position a token."""
+    rope_interleaved: bool = False
+    """Whether the three take turns over the pairs, or follow each other."""
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm of each head's query and key before they turn."""
     tied: bool = False
     """Whether the token table is the head, too."""
 
@@ -58,6 +64,17 @@ class DecoderConfig:
             )
 
     @property
+    def rope_axes(self) -> tuple[int, ...]:
+        """The axis of positions that each pair of a head turns by: 0 time, 1 row, 2 column; none: there is one axis."""
+        time, *others = self.rope_sections or (0,)
+        if not self.rope_interleaved:
+            return tuple(axis for axis, pairs in enumerate(self.rope_sections) for _ in range(pairs))
+        axes = [0] * sum(self.rope_sections)
+        for axis, pairs in enumerate(others, 1):
+            axes[axis : 3 * pairs : 3] = [axis] * pairs
+        return tuple(axes)
+
+    @property
     def adapter_shapes(self) -> Shapes:
         """What adapters of the layers' maps take and give."""
         embed, mlp = ("embed", self.width), ("mlp", self.mlp_width)
@@ -67,13 +84,40 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Interleaved:
-    """A block before every `every`-th layer: `apply(block, xs, x) -> x`, `blocks` and `xs` stacked over blocks."""
+class Tap:
+    """Something that stands before some layers, or `after` them: `apply(x's, x_BTD) -> x_BTD`."""
 
-    every: int
-    blocks: Any
+    layers: tuple[int, ...]
+    """Numbers of the layers, rising."""
     xs: Any
-    apply: Callable[[Any, Any, jax.Array], jax.Array]
+    """What it has of its own at each of them, stacked."""
+    apply: Callable[[Any, jax.Array], jax.Array]
+    after: bool = False
+    every: int = 1
+    """Layers from one to the next: the decoder is scanned in groups of so many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """`groups` groups of layers from `first` on, in which taps stand at the same places: `places[i]` are the taps, by
+    number, of layer i of each group."""
+
+    first: int
+    groups: int
+    places: tuple[tuple[int, ...], ...]
+
+
+def _runs(layers: int, taps: Sequence[Tap]) -> Iterator[_Run]:
+    """The layers as few runs."""
+    places = [tuple(n for n, tap in enumerate(taps) if layer in tap.layers) for layer in range(layers)]
+    every = math.lcm(*(tap.every for tap in taps))
+    whole = layers // every * every
+    for size, first, end in ((every, 0, whole), (1, whole, layers)):
+        groups = (tuple(places[at : at + size]) for at in range(first, end, size))
+        for group, same in itertools.groupby(groups):
+            count = len(list(same))
+            yield _Run(first, count, group)
+            first += count * size
 
 
 class SelfAttention(nnx.Module):
@@ -85,13 +129,17 @@ class SelfAttention(nnx.Module):
         self.k = Linear(embed, {"kv_heads": config.kv_heads} | C, bias=config.qkv_bias, rngs=rngs)
         self.v = Linear(embed, {"kv_heads": config.kv_heads} | C, bias=config.qkv_bias, rngs=rngs)
         self.o = Linear({"heads": config.heads} | C, embed, rngs=rngs)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs) if config.qk_norm else None
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], tables: Rotation, core: Callable, lora: LayerAdapters | None = None
     ) -> tuple[jax.Array, Any]:
-        q_BTHC = rotate(adapted(self.q, "q", x_BTD, lora), tables)
-        k_BTKC = rotate(adapted(self.k, "k", x_BTD, lora), tables)
-        out_BTHC, extra = core(q_BTHC, k_BTKC, adapted(self.v, "v", x_BTD, lora))
+        q_BTHC, k_BTKC = adapted(self.q, "q", x_BTD, lora), adapted(self.k, "k", x_BTD, lora)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
+        core_of = rotate(q_BTHC, tables), rotate(k_BTKC, tables), adapted(self.v, "v", x_BTD, lora)
+        out_BTHC, extra = core(*core_of)
         return adapted(self.o, "o", out_BTHC, lora), extra
 
 
@@ -132,10 +180,10 @@ class Decoder(nnx.Module):
         embed_VD = self.embed[...]
         return embed_VD, embed_VD if self.head is None else self.head.kernel[...].T
 
-    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of every token, in fp32."""
         kernel = self.embed[...].T if self.head is None else self.head.kernel[...]
-        return jnp.einsum("BTD,DV->BTV", x_BTD, kernel.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...D,DV->...V", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -143,7 +191,7 @@ class Decoder(nnx.Module):
         tables: Rotation,
         segments_BT: Int32[Array, "B T"],
         *,
-        between: Interleaved | None = None,
+        taps: Sequence[Tap] = (),
         cache: KVCache | None = None,
         cache_index_BT: Int32[Array, "B T"] | None = None,
         lora: Adapters | None = None,
@@ -151,9 +199,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with this call's keys and values.
 
-        Without `cache_index_BT` the tokens attend to each other (training; prefill where a cache is given, written
-        from slot 0). With it, token t is written to that slot of its row's cache (a slot beyond the capacity: nowhere)
-        and attends to all slots up to it.
+        Without `cache_index_BT` the tokens attend to each other (training; the first tokens where a cache is given,
+        written from slot 0). With it, token t is written to that slot of its row's cache (a slot beyond the capacity:
+        nowhere) and attends to all slots up to it.
         """
         graph, layers = nnx.split(self.layers)
         layers = layers, lora.weights if lora else {}
@@ -165,9 +213,7 @@ class Decoder(nnx.Module):
                 updated = cache.write(index, k_BTKC, v_BTKC, cache_index_BT)
                 if cache_index_BT is None:
                     return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), updated
-                k_BSKC, v_BSKC = updated.layer(index)
-                allowed_BTS = jnp.arange(k_BSKC.shape[1]) <= cache_index_BT[:, :, None]
-                return attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS), updated
+                return cached_attention(q_BTHC, *updated.layer(index), cache_index_BT), updated
 
             weights, adapters = state
             adapters = lora.layer(adapters, index) if lora else None
@@ -176,31 +222,61 @@ class Decoder(nnx.Module):
         def plain(carry, xs):
             return remat(layer, remat_policy)(*carry, *xs), None
 
-        def group(carry, xs):
-            """A memory block, and the layers up to the one that it stands before."""
-            states, block, block_xs, first = xs
+        def tapped(places: tuple[int, ...]) -> Callable:
+            """A layer with the taps of these numbers."""
+
+            def run(x_BTD, cache, state, index, xs):
+                for after in (False, True):
+                    for n in places:
+                        if taps[n].after == after:
+                            x_BTD = taps[n].apply(xs[n], x_BTD)
+                    if not after:
+                        x_BTD, cache = layer(x_BTD, cache, state, index)
+                return x_BTD, cache
+
+            return remat(run, remat_policy)
+
+        def group(run: _Run) -> Callable:
+            """A group of a run: between layers with taps, loops over those without."""
             # decoding reads weights where they lie; a loop of its own would copy them to itself for every token
-            unroll = every - 1 if cache_index_BT is not None else 1
-            if every > 1:
-                before = jax.tree.map(lambda leaf: leaf[:-1], states), first + jnp.arange(every - 1)
-                carry, _ = jax.lax.scan(plain, carry, before, unroll=unroll)
+            unroll = len(run.places) if cache_index_BT is not None else 1
 
-            def last(x_BTD, cache, state, block, block_xs):
-                return layer(between.apply(block, block_xs, x_BTD), cache, state, first + every - 1)
+            def body(carry, xs):
+                states, tap_xs, first = xs
+                for has_taps, some in itertools.groupby(range(len(run.places)), lambda n: bool(run.places[n])):
+                    some = list(some)
+                    if not has_taps:
+                        part = jax.tree.map(lambda leaf, some=some: leaf[some[0] : some[-1] + 1], states)
+                        xs = part, first + jnp.arange(some[0], some[-1] + 1)
+                        carry, _ = jax.lax.scan(plain, carry, xs, unroll=min(unroll, len(some)))
+                        continue
+                    for n in some:
+                        state = jax.tree.map(lambda leaf, n=n: leaf[n], states)
+                        own = {p: tap_xs[n, p] for p in run.places[n]}
+                        carry = tapped(run.places[n])(*carry, state, first + n, own)
+                return carry, None
 
-            state = jax.tree.map(lambda leaf: leaf[-1], states)
-            return remat(last, remat_policy)(*carry, state, block, block_xs), None
+            return body
 
-        carry, done = (x_BTD, cache), 0
-        if between:
-            every = between.every
-            groups = self.config.layers // every
-            done = groups * every
-            grouped = jax.tree.map(lambda leaf: leaf[:done].reshape(groups, every, *leaf.shape[1:]), layers)
-            xs = grouped, between.blocks, between.xs, jnp.arange(groups) * every
-            carry, _ = jax.lax.scan(group, carry, xs)
-        if done < self.config.layers:
-            rest = jax.tree.map(lambda leaf: leaf[done:], layers)
-            carry, _ = jax.lax.scan(plain, carry, (rest, jnp.arange(done, self.config.layers)))
+        carry = x_BTD, cache
+        for run in _runs(self.config.layers, taps):
+            size, end = len(run.places), run.first + run.groups * len(run.places)
+            states = jax.tree.map(lambda leaf, a=run.first, b=end: leaf[a:b], layers)
+            if size == 1 and not run.places[0]:
+                carry, _ = jax.lax.scan(plain, carry, (states, jnp.arange(run.first, end)))
+                continue
+            states = jax.tree.map(lambda leaf, n=run.groups, m=size: leaf.reshape(n, m, *leaf.shape[1:]), states)
+            tap_xs = {
+                (n, p): _at(taps[p], range(run.first + n, end, size)) for n, some in enumerate(run.places) for p in some
+            }
+            xs = states, tap_xs, run.first + jnp.arange(run.groups) * size
+            carry, _ = jax.lax.scan(group(run), carry, xs)
         x_BTD, cache = carry
         return self.norm(x_BTD), cache
+
+
+def _at(tap: Tap, layers: range) -> Any:
+    """What a tap has of its own at these layers."""
+    index = [tap.layers.index(layer) for layer in layers]
+    step = index[1] - index[0] if len(index) > 1 else 1
+    return jax.tree.map(lambda leaf: leaf[index[0] : index[-1] + 1 : step], tap.xs)

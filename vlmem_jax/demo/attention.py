@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vlmem_jax.generate import LoadedModel
-from vlmem_jax.types import Sample
+from vlmem_jax.types import Sample, Text
 
 
 class Attention(NamedTuple):
@@ -29,7 +29,7 @@ class Attention(NamedTuple):
 def last_token(model: LoadedModel, sample: Sample) -> Attention:
     """Attention of the last token of a prompt, whose answer it begins."""
     length = len(sample.tokens_T) - 1
-    before = {key: getattr(sample, key)[:length] for key in ("tokens_T", "labels_T", "positions_T", "slots_T")}
+    before = {key: getattr(sample, key)[:length] for key in ("tokens_T", "labels_T", "positions_T", "visual_index_T")}
     generator = model.generator()
     state = generator.start([dataclasses.replace(sample, **before)], new_tokens=1).state
     rows = state.length_B.shape[0]
@@ -40,18 +40,17 @@ def last_token(model: LoadedModel, sample: Sample) -> Attention:
         def score(context_v, memory_v):
             changed = dataclasses.replace(state, cache=dataclasses.replace(state.cache, v_LBSKC=context_v))
             if memory_v is not None:
-                recalled = dataclasses.replace(state.recalled, v_LBMHC=memory_v)
-                changed = dataclasses.replace(changed, recalled=recalled)
-            logits_BV, _ = model.vlm.extend(params, changed, token_BT, jnp.ones(rows, jnp.int32))
-            return logits_BV[0].max()
+                changed = dataclasses.replace(changed, memory=dataclasses.replace(state.memory, v_LBMHC=memory_v))
+            hidden_BD, _ = model.vlm.extend(params, changed, Text(token_BT, jnp.ones((rows, 1), jnp.int32)))
+            return model.vlm.score(params, hidden_BD)[0].max()
 
-        memory_v = None if state.recalled is None else state.recalled.v_LBMHC
+        memory_v = None if state.memory is None else state.memory.v_LBMHC
         return jax.tree.map(_shares, jax.grad(score, argnums=(0, 1))(state.cache.v_LBSKC, memory_v))
 
     with generator.context():
         context_LHS, memory_LHM = jax.device_get(weights(model.params, state))
-    visual_S = np.flatnonzero(before["slots_T"] >= 0)
-    slots = len(sample.memory_positions_M)
+    visual_S = np.flatnonzero(before["visual_index_T"] >= 0)
+    slots = len(sample.visual_positions_M)
     return Attention(None if memory_LHM is None else memory_LHM[..., :slots], context_LHS[..., visual_S])
 
 

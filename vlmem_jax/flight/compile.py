@@ -19,17 +19,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
 from vlmem_jax.flight.program import HloProgram
-from vlmem_jax.generate.loop import by_name, compiled
+from vlmem_jax.generate.loop import compiled
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
 from vlmem_jax.rl.rows import Rows, memory_slots, row_slots
-from vlmem_jax.sharding import batch_sharding, batch_shards, even_spec, param_shardings, shards
+from vlmem_jax.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.types import Batch, FormationInputs
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -127,7 +127,7 @@ class Learning:
         batch = _batch(model, shape, T, I, sharding)
         if model.speech and any(config.invocation.heeded()):
             states = leaf(J, L, model.config.decoder.width, dtype=model.dtype)
-            batch = dataclasses.replace(batch, heard=Heard(states, leaf(J, dtype=jnp.int32), leaf(J, dtype=jnp.int32)))
+            batch = batch.replace(formation=FormationInputs(states, leaf(J, dtype=jnp.int32), leaf(J, dtype=jnp.int32)))
         return Rows(batch, leaf(T), leaf(T), leaf(T), leaf())
 
 
@@ -211,7 +211,7 @@ def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[j
     with jax.set_mesh(mesh):
         batch = _prompts(vlm, serving, mesh)
         logits_BV, state = prefill.eval_shape(params, batch, serving.tokens + serving.new_tokens)
-        return place(logits_BV, "batch", "vocab"), by_name(state, place)
+        return place(logits_BV, "batch", "vocab"), lay_out(state, place)
 
 
 def _serving_params(experiment: Experiment, mesh: Mesh) -> dict:

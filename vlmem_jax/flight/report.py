@@ -29,7 +29,8 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.models.flops import decode_flops, formation_flops, prefill_flops, train_flops
 from vlmem_jax.train.config import Experiment, StageConfig
-from vlmem_jax.train.stages import Split, flatten
+from vlmem_jax.train.stages import Split
+from vlmem_jax.trees import flatten
 
 SMALL = 2**20
 """Exchanges of fewer bytes are not worth a flag: norms, counts, losses."""

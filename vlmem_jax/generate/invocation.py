@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
+from vlmem_jax.trees import State, axes
 
 DELIMITERS = (".", ",", ";", ":", "!", "?")
 FORCED_BUCKET = 64
@@ -113,16 +114,16 @@ class Rule(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Calls:
+class Calls(State):
     """What each row has called for."""
 
-    count_B: Int32[Array, "B"]
+    count_B: Int32[Array, "B"] = axes("batch")
     """Tokens so far that were chosen or forced."""
-    left_B: Int32[Array, "B"]
+    left_B: Int32[Array, "B"] = axes("batch")
     """Calls that may still be made."""
-    waiting_B: Bool[Array, "B"]
+    waiting_B: Bool[Array, "B"] = axes("batch")
     """Whether the row has made a call and waits for the answer."""
-    last_B: Int32[Array, "B"]
+    last_B: Int32[Array, "B"] = axes("batch")
     """Its newest token; -1 before the first."""
 
     @classmethod

@@ -5,9 +5,10 @@ that wait, and put behind their tokens with the token that ends it. To the other
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,9 @@ from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.sharding import batch_sharding, batch_shards, constrain, put, replicate
-from vlmem_jax.types import DecodeState, Heard, Sample
+from vlmem_jax.sharding import batch_sharding, batch_shards, constrain, lay_out, put, replicate
+from vlmem_jax.trees import repeat_rows, repeated
+from vlmem_jax.types import DecodeState, FormationInputs, Sample, Text
 
 FINISHED = -1
 """Stands for the token of a row that has stopped, or that has none this time."""
@@ -40,9 +42,6 @@ FORMED_ROWS = 8
 TEXT_BUCKET = 64
 """Smallest number of states of the text that a memory is formed from."""
 
-AXES = {"B": "batch", "K": "kv_heads", "H": "heads"}
-"""What an axis of the decoding state means, by its letter."""
-
 
 @functools.lru_cache(maxsize=8)
 def compiled(vlm: VLM, mesh: Mesh | None):
@@ -51,10 +50,13 @@ def compiled(vlm: VLM, mesh: Mesh | None):
 
     def prefill(params, batch, capacity, copies=1):
         logits_BV, state = vlm.prefill(params, batch, capacity)
-        return laid_out(*((logits_BV, state) if copies == 1 else repeat_rows(logits_BV, state, copies)))
+        if copies > 1:
+            logits_BV, state = repeated(logits_BV, 0, copies), repeat_rows(state, copies)
+        return laid_out(logits_BV, state)
 
     def extend(params, state, tokens_BT, counts_B):
-        return laid_out(*vlm.extend(params, state, tokens_BT, counts_B))
+        hidden_BD, state = vlm.extend(params, state, Text.first(tokens_BT, counts_B))
+        return laid_out(vlm.score(params, hidden_BD), state)
 
     def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
         if calls is not None:
@@ -74,7 +76,7 @@ def compiled(vlm: VLM, mesh: Mesh | None):
             calls = calls.take(rule, speech, tokens_B, counts_B)
         finished_B, tokens_B, logp_B = (constrain(x, "batch") for x in (finished_B, tokens_B, logp_B))
         # every host reads the tokens; the rest stays with its rows
-        return state, logits_BV, finished_B, *replicate((tokens_B, logp_B)), by_name(calls)
+        return state, logits_BV, finished_B, *replicate((tokens_B, logp_B)), calls and lay_out(calls)
 
     return (
         jax.jit(prefill, static_argnums=(2, 3), compiler_options=options(mesh)),
@@ -84,31 +86,8 @@ def compiled(vlm: VLM, mesh: Mesh | None):
 
 
 def laid_out(logits_BV: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
-    """Each over the ambient mesh as its name says, whatever made it: what reads it is compiled once."""
-    return constrain(logits_BV, "batch", "vocab"), by_name(state)
-
-
-def by_name(tree: Any, place: Callable = constrain) -> Any:
-    """`place(x, *meanings of its axes)` of each array of a dataclass, as the letters in the names of its fields say."""
-
-    def named(path: tuple, x: Any) -> Any:
-        return place(x, *(AXES.get(axis) for axis in path[-1].name.rpartition("_")[2]))
-
-    return jax.tree.map_with_path(named, tree)
-
-
-def repeat_rows(logits_BV: jax.Array, state: DecodeState, copies: int) -> tuple[jax.Array, DecodeState]:
-    """Each row `copies` times, one after the other. The B in the name of a state's field says which axis holds rows."""
-
-    def repeat(x: jax.Array, axis: int) -> jax.Array:
-        before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
-        repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, copies, *after))
-        return repeated.reshape(*before[:-1], before[-1] * copies, *after)
-
-    def by_name(path: tuple, x: jax.Array) -> jax.Array:
-        return repeat(x, path[-1].name.rpartition("_")[2].index("B"))
-
-    return repeat(logits_BV, 0), jax.tree.map_with_path(by_name, state)
+    """Each over the ambient mesh as its axes say."""
+    return constrain(logits_BV, "batch", "vocab"), lay_out(state)
 
 
 @functools.lru_cache(maxsize=8)
@@ -118,20 +97,22 @@ def compiled_speech(vlm: VLM, mesh: Mesh | None):
 
     def form(params, state, latents_BND, rows_R, kinds_R, size):
         """Puts the latent tokens of some rows into place."""
-        latents_RND, heard = vlm.form(params, state, rows_R, kinds_R, size)
+        latents_RND, inputs = vlm.form(params, state, rows_R, kinds_R, size)
         latents_BND = latents_BND.at[rows_R].set(latents_RND.astype(latents_BND.dtype), mode="drop")
-        return replicate((latents_BND, heard))
+        return replicate((latents_BND, inputs))
 
     def insert(params, state, logits_BV, calls, latents_BND, kinds_B):
         """Puts a memory of kinds_B and its end token behind each row; -1: nothing."""
         called_B, kinds_B = kinds_B >= 0, jnp.maximum(kinds_B, 0)
         lengths_B, ends_B = (jnp.array(of, jnp.int32)[kinds_B] for of in (speech.lengths, speech.end_ids))
-        tokens_BT = jnp.where(jnp.arange(speech.slots + 1) == lengths_B[:, None], ends_B[:, None], 0)
-        counts_B = jnp.where(called_B, lengths_B + 1, 0)
-        after_BV, state = vlm.extend(params, state, tokens_BT, counts_B, latents_BND, lengths_B)
-        logits_BV = jnp.where(called_B[:, None], after_BV, logits_BV)
+        slots_T = jnp.arange(speech.slots + 1, dtype=jnp.int32)
+        tokens_BT = jnp.where(slots_T == lengths_B[:, None], ends_B[:, None], 0)
+        text = Text.first(tokens_BT, jnp.where(called_B, lengths_B + 1, 0))
+        text = dataclasses.replace(text, visual_index_BT=jnp.where(slots_T < lengths_B[:, None], slots_T, -1))
+        after_BD, state = vlm.extend(params, state, text, latents_BND=latents_BND)
+        logits_BV = jnp.where(called_B[:, None], vlm.score(params, after_BD), logits_BV)
         logits_BV, state = laid_out(logits_BV, state)
-        return state, logits_BV, by_name(calls.answered(ends_B, called_B))
+        return state, logits_BV, lay_out(calls.answered(ends_B, called_B))
 
     return (
         jax.jit(form, static_argnums=5, donate_argnums=2, compiler_options=options(mesh)),
@@ -188,7 +169,7 @@ class Generator:
         rows = -(-(rows or len(samples)) // shards) * shards
         batch = pad_prompts(samples, rows, self.vlm.tile)
         longest = max(len(sample.tokens_T) for sample in samples)
-        capacity = max(bucket(longest + self.room(new_tokens), 64), batch.tokens_BT.shape[1])
+        capacity = max(bucket(longest + self.room(new_tokens), 64), batch.text.tokens_BT.shape[1])
         with self.context():
             batch = self.put(batch, rows=True)
             logits_BV, state = self.prefill(self.params, batch, capacity, copies)
@@ -236,7 +217,7 @@ class Session:
         self._capacity = capacity
         rows = logits_BV.shape[0]
         self._taken_B = np.zeros(rows, int)
-        self._heard_B = np.zeros(rows, int)
+        self._observed_B = np.zeros(rows, int)
         self.invocations: list[Invocation] = []
         """Of all rows, in order, if `draw` is to record them."""
 
@@ -331,7 +312,7 @@ class Session:
         tokens_B, logp_B = (x[: self.prompts] for x in jax.device_get(arrays))
         taken_B = (tokens_B >= 0) & ~np.isin(tokens_B, self.generator.stop_ids)
         self._taken_B[: self.prompts] += taken_B
-        self._heard_B[: self.prompts] += taken_B
+        self._observed_B[: self.prompts] += taken_B
         return tokens_B, logp_B
 
     def append(self, ids: Sequence[int]) -> None:
@@ -346,7 +327,7 @@ class Session:
                 self.generator.params, self.state, tokens_BT, np.full(rows, len(ids), np.int32)
             )
         self._taken_B += len(ids)
-        self._heard_B[:] = 0
+        self._observed_B[:] = 0
 
 
 class _Answer:
@@ -361,7 +342,7 @@ class _Answer:
         rows = session.logits_BV.shape[0]
         self._left_B = np.full(rows, budget)
         self._latents_BND: jax.Array | None = None
-        self._formed: list[tuple[np.ndarray, np.ndarray, Heard]] = []
+        self._formed: list[tuple[np.ndarray, np.ndarray, FormationInputs]] = []
         self._form, self._insert = compiled_speech(session.generator.vlm, session.generator.mesh)
 
     def called(self, tokens_B: np.ndarray) -> np.ndarray | None:
@@ -379,7 +360,7 @@ class _Answer:
         session, generator = self.session, self.session.generator
         waiting, rows = np.flatnonzero(kinds_B >= 0), len(kinds_B)
         group = min(FORMED_ROWS, rows)
-        size = bucket(min(int(session._heard_B[waiting].max()) + 1, self.speech.max_states), TEXT_BUCKET)
+        size = bucket(min(int(session._observed_B[waiting].max()) + 1, self.speech.max_states), TEXT_BUCKET)
         with generator.context():
             if self._latents_BND is None:
                 shape = rows, self.speech.slots, generator.vlm.config.decoder.width
@@ -390,23 +371,23 @@ class _Answer:
                 rows_R[: len(chosen)] = chosen
                 kinds_R = np.full(group, -1, np.int32)
                 kinds_R[: len(chosen)] = kinds_B[chosen]
-                self._latents_BND, heard = self._form(
+                self._latents_BND, inputs = self._form(
                     generator.params, session.state, self._latents_BND, rows_R, kinds_R, size
                 )
                 if self.record:
-                    self._formed.append((chosen, kinds_B[chosen], heard))
+                    self._formed.append((chosen, kinds_B[chosen], inputs))
             session.state, session.logits_BV, calls = self._insert(
                 generator.params, session.state, session.logits_BV, calls, self._latents_BND, kinds_B
             )
         self._left_B[waiting] -= 1
         session._taken_B[waiting] += np.array(self.speech.lengths)[kinds_B[waiting]] + 1
-        session._heard_B[waiting] = 0
+        session._observed_B[waiting] = 0
         return calls
 
     def keep(self) -> None:
         """Takes what memories were formed from off the devices, if it is to be recorded."""
-        for rows, kinds, heard in self._formed:
-            states_BJLD, lengths_BJ = jax.device_get((heard.states_BJLD, heard.lengths_BJ))
+        for rows, kinds, inputs in self._formed:
+            states_BJLD, lengths_BJ = jax.device_get((inputs.states_BJLD, inputs.lengths_BJ))
             self.session.invocations += [
                 Invocation(int(row), int(kind), states_BJLD[n, 0, : lengths_BJ[n, 0]])
                 for n, (row, kind) in enumerate(zip(rows, kinds, strict=True))

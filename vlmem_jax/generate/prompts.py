@@ -44,21 +44,21 @@ def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest:
     I = tile_bucket(max(len(sample.pixels_ISSc) for sample in samples), tile)
     batch = Batch.empty((rows,), T, I, tile)
     for row, sample in enumerate(samples):
-        t, tiles, m = len(sample.tokens_T), len(sample.pixels_ISSc), len(sample.memory_positions_M)
-        shape = sample.pixels_ISSc.shape[1:]
-        if shape != batch.pixels_BISSc.shape[2:] or m != tiles * tile.tokens:
+        t, tiles, m = len(sample.tokens_T), len(sample.pixels_ISSc), len(sample.visual_positions_M)
+        shape, wanted = sample.pixels_ISSc.shape[1:], batch.views.pixels_BISSc.shape[2:]
+        if shape != wanted or m != tiles * tile.tokens:
             raise ValueError(
-                f"the model sees tiles of {batch.pixels_BISSc.shape[2:]} (height, width, channels) as {tile.tokens} "
-                f"tokens each, but the prompt {sample.name} has {tiles} tiles of {shape} and {m} tokens; its processor "
-                "must have the sizes of model.vision"
+                f"the model sees tiles of {wanted} (height, width, channels) as {tile.tokens} tokens each, but the "
+                f"prompt {sample.name} has {tiles} tiles of {shape} and {m} tokens; its processor must have the sizes "
+                "of model.vision"
             )
-        batch.tokens_BT[row, :t] = sample.tokens_T
-        batch.positions_BT[row, :t] = sample.positions_T
-        batch.segments_BT[row, :t] = 1
-        batch.slots_BT[row, :t] = sample.slots_T
-        batch.pixels_BISSc[row, :tiles] = sample.pixels_ISSc
-        batch.memory_positions_BM[row, :m] = sample.memory_positions_M
-        batch.memory_segments_BM[row, :m] = 1
+        batch.text.tokens_BT[row, :t] = sample.tokens_T
+        batch.text.positions_BT[row, :t] = sample.positions_T
+        batch.text.segments_BT[row, :t] = 1
+        batch.text.visual_index_BT[row, :t] = sample.visual_index_T
+        batch.views.pixels_BISSc[row, :tiles] = sample.pixels_ISSc
+        batch.views.positions_BM[row, :m] = sample.visual_positions_M
+        batch.views.segments_BM[row, :m] = 1
         if tile.layout:
-            batch.layout_BI4[row, :tiles] = sample.layout_I4
+            batch.views.layout_BI4[row, :tiles] = sample.layout_I4
     return batch

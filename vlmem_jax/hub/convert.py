@@ -21,7 +21,6 @@ from vlmem_jax.config import to_dict
 from vlmem_jax.hub import families, orbax_io
 from vlmem_jax.hub.fit import check_fit
 from vlmem_jax.hub.leaves import Extended, FromTensors, Leaf, Maker
-from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.settings import Released
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
@@ -30,6 +29,7 @@ from vlmem_jax.models import VLM, ModelConfig, presets
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
 from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, image_config
+from vlmem_jax.trees import flatten, unflatten
 
 RELEASED_CONFIG = "released_config.json"
 """The config.json a checkpoint came with; export keeps its keys that mean nothing here."""
@@ -103,11 +103,11 @@ def load_folder(
     """
     tensors, _, found = _open(source)
     leaves, fresh, _ = _leaves(vlm, tensors, found.model, seed, Path(source))
-    where = flat(shardings)
+    where = flatten(shardings)
     arrays = {path: leaf.array(where[path], dtype) for path, leaf in leaves.items() if path not in fresh}
     if fresh:
         arrays |= leaves[fresh[0]].maker.arrays({path: where[path] for path in fresh}, dtype)
-    return nested(arrays)
+    return unflatten(arrays)
 
 
 def export_folder(
@@ -219,7 +219,7 @@ def _leaves(
     dtype = leaves["decoder/embed"].dtype
     if new_rows:
         _extend_vocabulary(leaves, new_rows, seed)
-    fresh = [path for path in flat(vlm.abstract()) if path not in leaves]
+    fresh = [path for path in flatten(vlm.abstract()) if path not in leaves]
     if fresh:
         start = _token_start(leaves, vlm.speech.start_id) if vlm.speech else None
         maker = _blocks(config, dtype, seed) if config.memory == "comemo" else _memory(config, start, dtype, seed)
@@ -253,7 +253,7 @@ def _memory(config: ModelConfig, start: TokenStart | None, dtype: np.dtype, seed
 
 
 def _by_path(memory: nnx.Module) -> dict[str, jax.Array]:
-    return flat({"memory": nnx.to_pure_dict(nnx.state(memory))})
+    return flatten({"memory": nnx.to_pure_dict(nnx.state(memory))})
 
 
 def _token_start(leaves: Mapping[str, Leaf], token: int) -> TokenStart:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from vlmem_jax.hub.leaves import FromTensors
-from vlmem_jax.hub.rules import Rule, nested
+from vlmem_jax.hub.rules import Rule
+from vlmem_jax.trees import unflatten
 
 BUFFERS = (".rotary_emb.inv_freq",)
 """Endings of tensors that some checkpoints carry along and that follow from the config."""
@@ -50,7 +51,7 @@ def assemble(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray]) -> dict:
     Raises ValueError listing all tensors that are missing, unknown or of another shape.
     """
     check_fit(rules, tensors, "the set of tensors")
-    return nested({rule.ours: FromTensors(rule, tensors).read(()) for rule in rules})
+    return unflatten({rule.ours: FromTensors(rule, tensors).read(()) for rule in rules})
 
 
 def _differing(wanted: Mapping[str, tuple], tensors: Mapping[str, np.ndarray]) -> dict[tuple, list[str]]:

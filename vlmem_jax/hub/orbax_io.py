@@ -15,8 +15,8 @@ import tensorstore
 
 from vlmem_jax.checkpoint.store import quieten_orbax
 from vlmem_jax.hub.leaves import Leaf
-from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.paths import AnyPath
+from vlmem_jax.trees import flatten, unflatten
 
 CHUNK_BYTES = 32 << 20
 """Of a chunk in the file, unless one row of the first axis is more: a layer of a stacked leaf is read alone."""
@@ -37,7 +37,7 @@ def write_leaves(step_folder: AnyPath, leaves: Mapping[str, Leaf], progress: Cal
     try:
         params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(params=params)) as checkpointer:
-            checkpointer.save(step_folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(nested(leaves))))
+            checkpointer.save(step_folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(unflatten(leaves))))
     finally:
         handler.stop()
 
@@ -115,4 +115,4 @@ def read_leaves(folder: AnyPath) -> dict[str, Leaf]:
     quieten_orbax()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
-    return {path: Stored(folder, path) for path in flat(tree)}
+    return {path: Stored(folder, path) for path in flatten(tree)}

@@ -81,23 +81,3 @@ def section(
 
 def _groups(axes: str) -> list[list[str]]:
     return [(joined or single).split() for joined, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
-
-
-def nested(leaves: Mapping[str, object]) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return tree
-
-
-def flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": x}} -> {"a/b": x}."""
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
-    return leaves

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmem_jax.config import to_dict
-from vlmem_jax.hub.rules import Rule, flat
+from vlmem_jax.hub.rules import Rule
 from vlmem_jax.models import VLM, ModelConfig
+from vlmem_jax.trees import flatten
 
 KEY = "vismem_config"
 
@@ -13,7 +14,7 @@ KEY = "vismem_config"
 def rules(config: ModelConfig, layer: str) -> list[Rule]:
     """The memory's part of a name table: a tensor a leaf, layers stacked. None stand in the decoder's `layer`."""
     found = []
-    for path, leaf in flat(VLM(config).abstract()["memory"]).items():
+    for path, leaf in flatten(VLM(config).abstract()["memory"]).items():
         axes = "abcde"[: len(leaf.shape)]
         pattern, sizes = " ".join(axes), dict(zip(axes, leaf.shape, strict=True))
         found.append(Rule(f"memory/{path}", (f"vismem.{path.replace('/', '.')}",), f"{pattern} -> {pattern}", sizes))

@@ -1,6 +1,6 @@
 """Memories that live inside a model, by config name. A new one is one file and one line here."""
 
-from vlmem_jax.memory.base import Decode, Memory, Patches, Read, Speech, TokenStart, VisualTokens
+from vlmem_jax.memory.base import Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart
 from vlmem_jax.memory.comemo import CoMemo, CoMemoConfig
 from vlmem_jax.memory.vismem import VisMem, VisMemConfig
 
@@ -9,15 +9,15 @@ MEMORIES: dict[str, type[Memory]] = {"comemo": CoMemo, "vismem": VisMem}
 
 __all__ = [
     "MEMORIES",
+    "Attend",
     "CoMemo",
     "CoMemoConfig",
     "Decode",
     "Memory",
-    "Patches",
-    "Read",
+    "Speak",
     "Speech",
+    "ThroughTower",
     "TokenStart",
     "VisMem",
     "VisMemConfig",
-    "VisualTokens",
 ]

@@ -1,14 +1,11 @@
-"""What a memory is to a model.
+"""What a memory is to a model: a module that meets it at doors, and the one state that it carries while decoding.
 
-A memory keeps its state in a pytree of fixed capacity that pure functions make and read, so it jits, shards, donates
-and checkpoints like a key/value cache. It meets the model at doors; a memory overrides those it uses:
+    ATTEND   `attend`: blocks in the decoder that read all visual tokens
+    SPEAK    `form`: latent tokens between those of an answer, wherever the model calls for them
 
-    ATTEND   `attend`: blocks inside the decoder, before every E-th layer
-    SPEAK    `speech`: latent tokens between those of an answer, wherever the model calls for them. `listen` and
-             `follow` collect hidden states while decoding, `heard` gives those of an invocation, `form` turns them into
-             embeddings, by `Decode` and `Read` if it likes; `embed` and `score` give its own tokens rows of their own
-
-`models/vlm.py` calls the doors and knows no memory by name.
+A door is a protocol; a memory goes through those whose functions it has, and `models/vlm.py` calls them without knowing
+a memory by name. State is a `trees.State` of fixed capacity whose class declares the meaning of each axis, so that it
+is laid out, repeated, inserted and saved like a key/value cache.
 """
 
 import dataclasses
@@ -20,20 +17,102 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.decoder import Interleaved
+from vlmem_jax.decoder import Tap
 from vlmem_jax.nn.lora import Adapters
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.trees import State
+from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class VisualTokens:
-    """All visual tokens of each row, what every memory is written from. Segment 0 is padding."""
+class Memory(nnx.Module):
+    """Base of all memories, which meet the model at some of the doors below."""
 
-    tokens_BMD: Float[Array, "B M D"]
-    positions_BM: Int32[Array, "B M"]
-    """Or [B, M, 3] under M-RoPE, as in `types.Batch`."""
-    segments_BM: Int32[Array, "B M"]
+    vision_layer: int | None = None
+    """The layer of the vision tower whose inputs the memory keeps. None: none."""
+
+    @classmethod
+    def speech(cls, config: Any) -> "Speech | None":
+        """How a memory with this config breaks into answers; None: it does not."""
+        return None
+
+    @classmethod
+    def rates(cls, config: Any) -> dict[str, np.ndarray]:
+        """Per-row learning-rate multipliers, by parameter path."""
+        return {}
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Scalars worth a curve, by name."""
+        return {}
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """The door ATTEND."""
+
+    def precompute(self, visual: VisualTokens) -> State:
+        """What `attend` can read instead of visual tokens: computed once a prompt and kept while decoding."""
+
+    def attend(
+        self,
+        seen: VisualTokens | State,
+        positions_BT: Int32[Array, "B T"] | Int32[Array, "B T A"],
+        segments_BT: Int32[Array, "B T"],
+        index_BT: Int32[Array, "B T"] | None = None,
+    ) -> Tap:
+        """The blocks through which tokens at these positions read what was seen, or what was made of it.
+
+        `index_BT`: the place of each token in its row, where rows go on; None where prompts are read.
+        """
+
+
+@runtime_checkable
+class Speak(Protocol):
+    """The door SPEAK. The tokens that call for latent ones, and those that end them, have rows of the memory's own."""
+
+    def observe_prompt(
+        self,
+        text: Text,
+        x_BTD: Float[Array, "B T D"],
+        hidden_BTD: Float[Array, "B T D"],
+        last_BD: Float[Array, "B D"],
+        visual: VisualTokens | None,
+    ) -> State:
+        """What is kept of a prompt, whose tokens went into the decoder as x, came out as `hidden`, and ended with
+        `last`."""
+
+    def observe_tokens(
+        self, state: State, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], reset: bool
+    ) -> State:
+        """The state after `counts_B` more tokens, of which the last came out as `last`. Rows with 0 stay.
+
+        `reset`: others have spoken, so that what was observed before is forgotten.
+        """
+
+    def formation_inputs(
+        self, state: State, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int
+    ) -> tuple[FormationInputs, Patches | None]:
+        """What memories of R of the rows (one beyond the last: none) are formed from, J = 1, with at most `size` states
+        of the text; and the patches that they read of the rows' images."""
+
+    def form(
+        self,
+        inputs: FormationInputs,
+        decode: "Decode",
+        key: jax.Array | None = None,
+        through_tower: "ThroughTower | None" = None,
+    ) -> Float[Array, "B J N D"]:
+        """Latent tokens, to stand in a row in place of embeddings. With a key as in training, with dropout.
+
+        `through_tower`: None without a `vision_layer`, and in a batch without patches.
+        """
+
+    def embed(self, tokens_BT: Int32[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The embeddings x with those of the memory's own tokens in place."""
+
+    def score(self, hidden: Float[Array, "... D"], logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        """The scores with those of the memory's own tokens in place."""
+
+    def adopt(self, start: "TokenStart", key: jax.Array) -> None:
+        """Starts the memory's own tokens from another, `Speech.start_id`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +120,15 @@ class Speech:
     """How a memory breaks into an answer: a token of `invoke_ids` is followed by `lengths` latent tokens and a token of
     `end_ids`, which is never chosen. One entry a kind of memory."""
 
+    kinds: tuple[str, ...]
+    """Names of the kinds of memory by their number."""
     invoke_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     lengths: tuple[int, ...]
     max_invocations: int
     """Most of them in one answer, so that the cache has a bound."""
     max_states: int
-    """Most states of the text that `Memory.heard` gives."""
+    """Most states of the text that a memory is formed from."""
     start_id: int
     """The token that those of the memory start from."""
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -77,20 +158,8 @@ class Decode(Protocol):
     ) -> Float[Array, "B T D"]: ...
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Patches:
-    """All patches of each row where they enter layer `Memory.vision_layer` of the vision tower."""
-
-    x_BNE: Float[Array, "B N E"]
-    layout_BI4: Int32[Array, "B I 4"]
-    """As in `types.Batch`."""
-    segments_BI: Int32[Array, "B I"]
-    """Samples to which tiles belong; 0 is padding."""
-
-
 @runtime_checkable
-class Read(Protocol):
+class ThroughTower(Protocol):
     """The model's own vision tower from layer `Memory.vision_layer` on, and its projector.
 
     Each time that the memory speaks, F rows stand behind the patches: they see each other and the patches of their
@@ -113,82 +182,3 @@ class TokenStart(NamedTuple):
     def of(cls, embed_VD: Float[Array, "V D"], head_VD: Float[Array, "V D"], token: int) -> "TokenStart":
         rms = jnp.sqrt(jnp.mean(embed_VD.astype(jnp.float32) ** 2, axis=-1)).mean()
         return cls(embed_VD[token], head_VD[token], rms)
-
-
-class Memory(nnx.Module):
-    """Base of all memories."""
-
-    vision_layer: int | None = None
-    """SPEAK: the layer of the vision tower from which on `form` goes through it. None: it does not."""
-
-    def attend(
-        self,
-        seen: VisualTokens | Any,
-        positions_BT: Int32[Array, "B T"] | Int32[Array, "B T A"],
-        segments_BT: Int32[Array, "B T"],
-    ) -> Interleaved | None:
-        """ATTEND: the blocks through which tokens at these positions read. `seen` is what was seen, or `recall` of it.
-
-        None: no such door.
-        """
-        return None
-
-    def recall(self, seen: VisualTokens) -> Any:
-        """What `attend` can read instead of `seen`, computed once a prompt and kept while decoding."""
-        return None
-
-    @classmethod
-    def speech(cls, config: Any) -> Speech | None:
-        """SPEAK: of a memory with this config. None: no such door."""
-        return None
-
-    def embed(self, tokens_BT: Int32[Array, "B T"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """SPEAK: the embeddings x with those of the memory's own tokens in place."""
-        return x_BTD
-
-    def score(self, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
-        """SPEAK: the scores with those of the memory's own tokens in place."""
-        return logits_BTV
-
-    def listen(
-        self,
-        batch: Batch,
-        x_BTD: Float[Array, "B T D"],
-        hidden_BTD: Float[Array, "B T D"],
-        last_BD: Float[Array, "B D"],
-    ) -> Any:
-        """SPEAK: what is kept of a prompt, whose tokens went into the decoder as x, came out as `hidden`, and ended
-        with `last`."""
-        return None
-
-    def follow(self, listening: Any, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], anew: bool) -> Any:
-        """SPEAK: the state after `counts_B` more tokens, of which the last came out as `last`. Rows with 0 stay.
-
-        `anew`: others have spoken, so that what was heard before is forgotten.
-        """
-        return listening
-
-    def heard(self, listening: Any, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int) -> Heard:
-        """SPEAK: the states of R of the rows (one beyond the last: none), J = 1, whose texts have at most `size`."""
-        raise NotImplementedError(f"{type(self).__name__} does not speak")
-
-    def form(
-        self, heard: Heard, decode: Decode, key: jax.Array | None = None, read: Read | None = None
-    ) -> Float[Array, "B J N D"]:
-        """SPEAK: latent tokens, to stand in a row in place of embeddings. With a key as in training, with dropout.
-
-        `read`: None without a `vision_layer`, and in a batch without patches.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not speak")
-
-    def adopt(self, start: TokenStart, key: jax.Array) -> None:
-        """SPEAK: starts the tokens of the memory's own from another, `Speech.start_id`."""
-
-    @classmethod
-    def rates(cls, config: Any) -> dict[str, np.ndarray]:
-        """By what the learning rate of some of its parameters is multiplied, row by row: path -> factors."""
-        return {}
-
-    def metrics(self) -> dict[str, jax.Array]:
-        """Scalars worth a curve, by name."""
-        return {}

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kernels_pallas import Tables, rotary_tables, tables_of_angles
 from kernels_pallas.rotary import rotate
-from vlmem_jax.decoder import DecoderConfig, Interleaved
-from vlmem_jax.memory.base import Memory, VisualTokens
+from vlmem_jax.decoder import DecoderConfig, Tap
+from vlmem_jax.memory.base import Memory
 from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segment
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GatedMLP
@@ -25,6 +25,8 @@ from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import angles, frequencies
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.sharding import constrain
+from vlmem_jax.trees import State, axes
+from vlmem_jax.types import VisualTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,12 @@ class CoMemoConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Recalled:
+class Precomputed(State):
     """Rotated keys and values of every block, ready to be attended to."""
 
-    k_LBMHC: Float[Array, "L B M H C"]
-    v_LBMHC: Float[Array, "L B M H C"]
-    segments_BM: Int32[Array, "B M"]
+    k_LBMHC: Float[Array, "L B M H C"] = axes("layers", "batch", "slots", "heads", "head_dim")
+    v_LBMHC: Float[Array, "L B M H C"] = axes("layers", "batch", "slots", "heads", "head_dim")
+    segments_BM: Int32[Array, "B M"] = axes("batch", "slots")
 
 
 class MemoryAttention(nnx.Module):
@@ -115,30 +117,35 @@ class CoMemo(Memory):
                 f"comemo.head_dim must be decoder.head_dim {decoder.head_dim}, whose rope_sections the memory shares; "
                 f"got {config.head_dim}"
             )
-        self.config, self.attention, self.sections = config, attention, decoder.rope_sections
+        self.config, self.attention, self.axes = config, attention, decoder.rope_axes
         count = decoder.layers // config.every
+        self.layers = tuple(range(config.every - 1, decoder.layers, config.every))
         self.blocks = stack(lambda rngs: MemoryBlock(config, decoder.width, rngs=rngs), count, rngs)
 
     def _tables(self, positions: Int32[Array, "B T"] | Int32[Array, "B T A"]) -> Tables:
         theta, head_dim = self.config.rope_theta, self.config.head_dim
         if positions.ndim == 3:  # M-RoPE
-            return tables_of_angles(angles(positions, frequencies(head_dim, theta), self.sections))
+            return tables_of_angles(angles(positions, frequencies(head_dim, theta), self.axes))
         return rotary_tables(positions, theta, head_dim)
 
     def attend(
         self,
-        seen: VisualTokens | Recalled,
+        seen: VisualTokens | State,
         positions_BT: Int32[Array, "B T"] | Int32[Array, "B T A"],
         segments_BT: Int32[Array, "B T"],
-    ) -> Interleaved:
+        index_BT: Int32[Array, "B T"] | None = None,
+    ) -> Tap:
+        if index_BT is not None and self.config.decode_position == "length":
+            positions_BT = index_BT
         graph, blocks = nnx.split(self.blocks)
-        recalled = isinstance(seen, Recalled)
-        q_tables, k_tables = self._tables(positions_BT), None if recalled else self._tables(seen.positions_BM)
+        precomputed = isinstance(seen, Precomputed)
+        q_tables, k_tables = self._tables(positions_BT), None if precomputed else self._tables(seen.positions_BM)
         has_memory_BT = same_segment(segments_BT, seen.segments_BM).any(axis=-1)
 
-        def apply(state, kv, x_BTD):
+        def apply(of_block, x_BTD):
+            state, kv = of_block
             block = nnx.merge(graph, state)
-            k_BMHC, v_BMHC = kv if recalled else block.keys_values(seen.tokens_BMD)
+            k_BMHC, v_BMHC = kv if precomputed else block.keys_values(seen.tokens_BMD)
 
             def read(q_BTHC):
                 return memory_attention(
@@ -147,20 +154,20 @@ class CoMemo(Memory):
 
             return block(x_BTD, read, has_memory_BT)
 
-        kv = (seen.k_LBMHC, seen.v_LBMHC) if recalled else None
-        return Interleaved(self.config.every, blocks, kv, apply)
+        kv = (seen.k_LBMHC, seen.v_LBMHC) if precomputed else None
+        return Tap(self.layers, (blocks, kv), apply, every=self.config.every)
 
-    def recall(self, seen: VisualTokens) -> Recalled:
+    def precompute(self, visual: VisualTokens) -> Precomputed:
         graph, blocks = nnx.split(self.blocks)
-        tables = self._tables(seen.positions_BM)
+        tables = self._tables(visual.positions_BM)
 
         def body(_, state):
-            k_BMHC, v_BMHC = nnx.merge(graph, state).keys_values(seen.tokens_BMD)
+            k_BMHC, v_BMHC = nnx.merge(graph, state).keys_values(visual.tokens_BMD)
             return None, (rotate(k_BMHC, tables).astype(k_BMHC.dtype), v_BMHC)
 
         _, kv = jax.lax.scan(body, None, blocks)
         k_LBMHC, v_LBMHC = (constrain(x, None, "batch", None, "heads", None) for x in kv)
-        return Recalled(k_LBMHC, v_LBMHC, seen.segments_BM)
+        return Precomputed(k_LBMHC, v_LBMHC, visual.segments_BM)
 
     def metrics(self) -> dict[str, jax.Array]:
         """tanh of both gates of each block, by the decoder layer that it stands before."""

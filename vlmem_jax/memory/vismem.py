@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import DecoderConfig
-from vlmem_jax.memory.base import Decode, Memory, Read, Speech, TokenStart
+from vlmem_jax.memory.base import Decode, Memory, Speech, ThroughTower, TokenStart
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.encoder import Encoder, EncoderConfig
@@ -23,7 +23,8 @@ from vlmem_jax.nn.linear import Linear, ones, param, spread
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.sharding import constrain
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.trees import State, axes
+from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
 from vlmem_jax.vision import QwenViTConfig
 
 TOKENS = "<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>"
@@ -102,17 +103,19 @@ class VisMemConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Listening:
+class Observed(State):
     """What a former may read, of each row. Text states lie in a ring: state n in slot n % Z."""
 
-    visual_BYD: Float[Array, "B Y D"]
-    visual_length_B: Int32[Array, "B"]
-    text_BZD: Float[Array, "B Z D"]
+    visual_BYD: Float[Array, "B Y D"] = axes("batch", None, None)
+    visual_length_B: Int32[Array, "B"] = axes("batch")
+    text_BZD: Float[Array, "B Z D"] = axes("batch", None, None)
     """States that tokens were chosen from, since the prompt or the last call."""
-    count_B: Int32[Array, "B"]
+    count_B: Int32[Array, "B"] = axes("batch")
     """So many have been put into the ring."""
-    last_BD: Float[Array, "B D"]
+    last_BD: Float[Array, "B D"] = axes("batch", None)
     """State of the newest token, from which the next one is chosen: not in the ring yet."""
+    patches: Patches | None = None
+    """What formers read of the row's images inside the vision tower."""
 
 
 class QueryBuilder(nnx.Module):
@@ -220,7 +223,7 @@ class VisMem(Memory):
     def speech(cls, config: VisMemConfig) -> Speech:
         ids, tokens = config.token_ids, dict(zip(TOKENS, config.token_ids, strict=True))
         limits = config.max_invocations, config.max_prompt_hidden
-        return Speech(ids[::2], ids[1::2], config.lengths, *limits, config.start_id, tokens)
+        return Speech(config.kinds, ids[::2], ids[1::2], config.lengths, *limits, config.start_id, tokens)
 
     @classmethod
     def rates(cls, config: VisMemConfig) -> dict[str, np.ndarray]:
@@ -234,29 +237,32 @@ class VisMem(Memory):
         rows_BTD = look_up(self.special_in[...], match_BTN.argmax(-1), x_BTD.dtype, "slots")
         return jnp.where(match_BTN.any(-1)[..., None], rows_BTD, x_BTD)
 
-    def score(self, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
-        rows_ND = self.special_out[...].astype(hidden_BTD.dtype)
-        scores_BTN = jnp.einsum("BTD,ND->BTN", hidden_BTD, rows_ND, preferred_element_type=jnp.float32)
-        scores_BTN += jnp.array([1.0, 0.0, 1.0, 0.0]) * self.invoke_logit_bias[...].astype(jnp.float32)
-        return logits_BTV.at[..., jnp.array(self.config.token_ids)].set(scores_BTN)
+    def score(self, hidden: Float[Array, "... D"], logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        rows_ND = self.special_out[...].astype(hidden.dtype)
+        scores = jnp.einsum("...D,ND->...N", hidden, rows_ND, preferred_element_type=jnp.float32)
+        scores += jnp.array([1.0, 0.0, 1.0, 0.0]) * self.invoke_logit_bias[...].astype(jnp.float32)
+        return logits.at[..., jnp.array(self.config.token_ids)].set(scores)
 
-    # --- what it hears ------------------------------------------------------------------------------------------------
+    # --- what it observes ---------------------------------------------------------------------------------------------
 
-    def listen(
+    def observe_prompt(
         self,
-        batch: Batch,
+        text: Text,
         x_BTD: Float[Array, "B T D"],
         hidden_BTD: Float[Array, "B T D"],
         last_BD: Float[Array, "B D"],
-    ) -> Listening:
+        visual: VisualTokens | None,
+    ) -> Observed:
         B, T, D = x_BTD.shape
         if self.config.visual_states == "vision_encoder":
-            visual_BYD, length_B = kept(x_BTD, batch.slots_BT >= 0, self._most(batch.memory_segments_BM.shape[1]))
+            slots = 0 if visual is None else visual.segments_BM.shape[1]
+            visual_BYD, length_B = kept(x_BTD, text.visual_index_BT >= 0, self._most(slots))
         else:
-            visual_BYD, length_B = kept(hidden_BTD, self._first_span(batch.tokens_BT), self._most(T))
+            visual_BYD, length_B = kept(hidden_BTD, self._first_span(text.tokens_BT), self._most(T))
         text_BZD = jnp.zeros((B, self.config.max_prompt_hidden, D), x_BTD.dtype)
         visual_BYD, text_BZD = (constrain(states, "batch", None, None) for states in (visual_BYD, text_BZD))
-        return Listening(visual_BYD, length_B, text_BZD, jnp.zeros(B, jnp.int32), last_BD)
+        patches = None if visual is None else visual.kept
+        return Observed(visual_BYD, length_B, text_BZD, jnp.zeros(B, jnp.int32), last_BD, patches)
 
     def _most(self, tokens: int) -> int:
         return min(tokens, self.config.max_visual_hidden)
@@ -267,20 +273,22 @@ class VisMem(Memory):
         within = (index_T >= start.argmax(-1)[:, None]) & (index_T <= end.argmax(-1)[:, None])
         return within & (start.any(-1) & end.any(-1))[:, None]
 
-    def follow(
-        self, listening: Listening, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], anew: bool
-    ) -> Listening:
-        moved_B, Z = counts_B > 0, listening.text_BZD.shape[1]
-        last_BD = jnp.where(moved_B[:, None], last_BD, listening.last_BD)
-        if anew:
-            return dataclasses.replace(listening, count_B=jnp.where(moved_B, 0, listening.count_B), last_BD=last_BD)
-        slot_B = jnp.where(moved_B, listening.count_B % Z, Z)
-        text_BZD = put_states(listening.text_BZD, slot_B, listening.last_BD)
-        return dataclasses.replace(listening, text_BZD=text_BZD, count_B=listening.count_B + moved_B, last_BD=last_BD)
+    def observe_tokens(
+        self, state: Observed, last_BD: Float[Array, "B D"], counts_B: Int32[Array, "B"], reset: bool
+    ) -> Observed:
+        moved_B, Z = counts_B > 0, state.text_BZD.shape[1]
+        last_BD = jnp.where(moved_B[:, None], last_BD, state.last_BD)
+        if reset:
+            return dataclasses.replace(state, count_B=jnp.where(moved_B, 0, state.count_B), last_BD=last_BD)
+        slot_B = jnp.where(moved_B, state.count_B % Z, Z)
+        text_BZD = put_states(state.text_BZD, slot_B, state.last_BD)
+        return dataclasses.replace(state, text_BZD=text_BZD, count_B=state.count_B + moved_B, last_BD=last_BD)
 
-    def heard(self, listening: Listening, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int) -> Heard:
-        """The newest token, which made the call, is part of what was heard."""
-        chosen = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), listening)
+    def formation_inputs(
+        self, state: Observed, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int
+    ) -> tuple[FormationInputs, Patches | None]:
+        """The newest token, which made the call, is part of what is read."""
+        chosen = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), state)
         Z, Y = chosen.text_BZD.shape[1], chosen.visual_BYD.shape[1]
         size = min(size, Z)
         text_RZD = put_states(chosen.text_BZD, chosen.count_B % Z, chosen.last_BD)
@@ -293,28 +301,33 @@ class VisMem(Memory):
             jnp.concatenate([chosen.visual_BYD, text_RZD], axis=1), index_RL[..., None], axis=1
         )
         lengths_R = (visual_R1 + texts_R1)[:, 0]
-        return Heard(states_RLD[:, None], lengths_R[:, None], kinds_R[:, None])
+        inputs = FormationInputs(states_RLD[:, None], lengths_R[:, None], kinds_R[:, None])
+        return inputs, chosen.patches
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
     def form(
-        self, heard: Heard, decode: Decode, key: jax.Array | None = None, read: Read | None = None
+        self,
+        inputs: FormationInputs,
+        decode: Decode,
+        key: jax.Array | None = None,
+        through_tower: ThroughTower | None = None,
     ) -> Float[Array, "B J N D"]:
-        B, J, L, D = heard.states_BJLD.shape
-        states_RLD = jax.lax.stop_gradient(heard.states_BJLD.reshape(B * J, L, D))
-        lengths_R, kinds_R = heard.lengths_BJ.reshape(-1), jnp.maximum(heard.kinds_BJ.reshape(-1), 0)
+        B, J, L, D = inputs.states_BJLD.shape
+        states_RLD = jax.lax.stop_gradient(inputs.states_BJLD.reshape(B * J, L, D))
+        lengths_R, kinds_R = inputs.lengths_BJ.reshape(-1), jnp.maximum(inputs.kinds_BJ.reshape(-1), 0)
         queries_RKD = self.query_builder(states_RLD, lengths_R)
-        heard_by_all = states_RLD, lengths_R, queries_RKD, decode, key
+        of_states = states_RLD, lengths_R, queries_RKD, decode, key
         if self.config.former == "lora_vision":
             each = (
-                self._from_patches(queries_RKD.reshape(B, J, -1, D), read, key).reshape(B * J, -1, D),
-                self._from_states((self.long,), jnp.zeros_like(kinds_R), *heard_by_all),
+                self._from_patches(queries_RKD.reshape(B, J, -1, D), through_tower, key).reshape(B * J, -1, D),
+                self._from_states((self.long,), jnp.zeros_like(kinds_R), *of_states),
             )
             slots = max(self.config.lengths)
             padded = (jnp.pad(x_RND, ((0, 0), (0, slots - x_RND.shape[1]), (0, 0))) for x_RND in each)
             latents_RND = jnp.where((kinds_R == 0)[:, None, None], *padded)
         else:
-            latents_RND = self._from_states((self.short, self.long), kinds_R, *heard_by_all)
+            latents_RND = self._from_states((self.short, self.long), kinds_R, *of_states)
         if self.config.memory_output == "rescaled":
             gains_R = jnp.stack([former.gain[...] for former in (self.short, self.long)])[kinds_R, 0]
             latents_RND = rescaled(latents_RND, gains_R)
@@ -355,20 +368,20 @@ class VisMem(Memory):
         return hidden_RTD[:, -slots:]
 
     def _from_patches(
-        self, queries_BJKD: Float[Array, "B J K D"], read: Read | None, key: jax.Array | None
+        self, queries_BJKD: Float[Array, "B J K D"], through_tower: ThroughTower | None, key: jax.Array | None
     ) -> Float[Array, "B J N D"]:
         """By the vision tower, from patches, queries and slots; zeros where there are no patches.
 
         Its windows bound what patches see, not what queries and slots see: all patches of the sample.
         """
         (B, J, _, D), former = queries_BJKD.shape, self.short
-        if read is None:
+        if through_tower is None:
             return jnp.zeros((B, J, self.config.short_len, D), queries_BJKD.dtype)
         queries_BJKE, slots_NE = former.query(queries_BJKD), former.m_init[...]
         slots_BJNE = spread(slots_NE, (B, J, *slots_NE.shape), queries_BJKE.dtype)
         key = None if key is None else jax.random.fold_in(key, 1)  # others than the decoder's
         adapters = Adapters.of(vision_lora(self.config), [former.lora], jnp.zeros(B, jnp.int32), key)
-        return read(jnp.concatenate([queries_BJKE, slots_BJNE], axis=2), len(slots_NE), adapters)
+        return through_tower(jnp.concatenate([queries_BJKE, slots_BJNE], axis=2), len(slots_NE), adapters)
 
     def _decode(self, x_RTD: Array, real_RT: Array, decode: Decode, adapters: Adapters) -> Float[Array, "R T D"]:
         T = x_RTD.shape[1]

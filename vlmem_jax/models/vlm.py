@@ -1,9 +1,13 @@
-"""The vision-language model as pure functions of a parameter tree.
+"""The vision-language model as pure functions of a parameter tree: see, read, extend.
 
     pixels -> vision tower -> projector --+--> spliced into the tokens -> decoder -> logits
                                           |                                  ^
                                           +--> memory ---- door ATTEND ------+
                                                   +------- door SPEAK: latent tokens beside those of the text
+
+    see(params, views) -> visual tokens                         any time, once for many uses
+    read(params, text, visual) -> hidden                        training: whole packed rows, no cache
+    extend(params, state, text, visual) -> hidden, state        anything with a cache, from an empty one on
 
 Modules are defined with Flax NNX and merged with plain arrays inside each function, so everything here goes through
 jax.jit, grad and scan as any function of pytrees does.
@@ -17,18 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.compiler import once
-from vlmem_jax.decoder import Decoder
-from vlmem_jax.memory import MEMORIES, Decode, Memory, Patches, Read, Speech, TokenStart, VisualTokens
+from vlmem_jax.decoder import Decoder, Tap
+from vlmem_jax.memory import MEMORIES, Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
-from vlmem_jax.nn.rope import dynamic_theta, frequencies, rotation
-from vlmem_jax.sharding import constrain
-from vlmem_jax.types import Batch, DecodeState, Heard, KVCache, TileShape
+from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
+from vlmem_jax.sharding import constrain, lay_out
+from vlmem_jax.trees import flatten, unflatten
+from vlmem_jax.types import Batch, DecodeState, FormationInputs, KVCache, Patches, Text, TileShape, Views, VisualTokens
 from vlmem_jax.vision import InternViT, Merger, Projector, QwenViT, QwenViTConfig, normalise
 
 Params = dict[str, Any]
@@ -132,13 +136,13 @@ class VLM:
 
     def held(self, shardings: Params) -> Params:
         """Shapes of the parameters where nothing trains them, in the dtypes of `held_dtype`."""
-        axes = flatten_dict(self.axes(), sep="/")
+        axes = flatten(self.axes())
 
         def leaf(path: str, x: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, held_dtype(path, axes[path], self.dtype), sharding=sharding)
 
-        shapes, places = (flatten_dict(tree, sep="/") for tree in (self.abstract(), shardings))
-        return unflatten_dict({path: leaf(path, x, places[path]) for path, x in shapes.items()}, sep="/")
+        shapes, places = map(flatten, (self.abstract(), shardings))
+        return unflatten({path: leaf(path, x, places[path]) for path, x in shapes.items()})
 
     def init(self, key: jax.Array) -> Params:
         """Random fp32 parameters, as a function to be compiled: see `fresh`."""
@@ -155,7 +159,7 @@ class VLM:
         return jax.jit(make, out_shardings=shardings, compiler_options=once())(key)
 
     def rates(self) -> dict[str, np.ndarray]:
-        """By what the learning rate of some parameters is multiplied, row by row: path -> factors."""
+        """Per-row learning-rate multipliers, by parameter path."""
         c = self.config
         rates = {} if c.memory == "none" else MEMORIES[c.memory].rates(getattr(c, c.memory))
         return {f"memory/{path}": factors for path, factors in rates.items()}
@@ -165,48 +169,182 @@ class VLM:
         memory = nnx.merge(self._graph[0], params).memory
         return memory.metrics() if memory else {}
 
-    # --- forward ------------------------------------------------------------------------------------------------------
+    # --- see ----------------------------------------------------------------------------------------------------------
 
-    def encode_images(
-        self,
-        params: Params,
-        pixels_BISSc: Array,
-        key: jax.Array | None = None,
-        layout_BI4: Int32[Array, "B I 4"] | None = None,
-    ) -> Float[Array, "B M D"]:
-        """Visual tokens of all tiles of each row, M = I * P. uint8 pixels are normalised; floats already are.
+    def see(self, params: Params, views: Views, key: jax.Array | None = None) -> VisualTokens | None:
+        """The visual tokens of all tiles of each row, M = I * P. None of rows without tile slots, whose program has no
+        vision tower.
 
-        With a key, the tower drops paths as in training. `layout_BI4` as in `Batch`.
+        uint8 pixels are normalised; floats already are. With a key, the tower drops paths as in training.
         """
-        return self._encode(self._merge(params), pixels_BISSc, key, layout_BI4)[0]
-
-    def _encode(
-        self, modules: _Modules, pixels_BISSc: Array, key: jax.Array | None, layout_BI4: Array | None = None
-    ) -> tuple[Float[Array, "B M D"], Float[Array, "B N E"] | None]:
-        """Visual tokens, and the patches that the memory reads, if it does."""
-        c, policy = self.config.vision, self.config.vision_remat or self.config.remat
+        if not views.pixels_BISSc.shape[1]:
+            return None
+        modules = self._merge(params)
+        c, policy, layout_BI4 = self.config.vision, self.config.vision_remat or self.config.remat, views.layout_BI4
+        pixels_BISSc = views.pixels_BISSc
         B, I, *tile = pixels_BISSc.shape
         if pixels_BISSc.dtype == jnp.uint8:
             pixels_BISSc = normalise(pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
         pixels_BISSc = pixels_BISSc.astype(self.dtype)
-        first, kept_BNE = modules.memory.vision_layer if modules.memory else None, None
+        first, kept = modules.memory.vision_layer if modules.memory else None, None
         if first is not None:
-            patches, kept_BNE = modules.vision.keeping(pixels_BISSc, layout_BI4, first, policy)
+            features, kept_BNE = modules.vision.keeping(pixels_BISSc, layout_BI4, first, policy)
+            kept = Patches(kept_BNE, layout_BI4, views.segments_BM)
         elif layout_BI4 is not None:
-            patches = modules.vision(pixels_BISSc, layout_BI4, remat_policy=policy)
+            features = modules.vision(pixels_BISSc, layout_BI4, remat_policy=policy)
         else:
             tiles = constrain(pixels_BISSc.reshape(B * I, *tile), "parts", None, None, None)
-            patches = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
-        tokens_BMD = modules.projector(patches).reshape(B, I * self.tokens_per_tile, -1)
-        return constrain(tokens_BMD, "batch", "tokens", None), kept_BNE
+            features = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
+        tokens_BMD = modules.projector(features).reshape(B, I * self.tokens_per_tile, -1)
+        tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
+        return VisualTokens(tokens_BMD, views.positions_BM, views.segments_BM, kept=kept)
 
-    def _embed(self, modules: _Modules, tokens_BT: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        x_BTD = modules.decoder.embeddings(tokens_BT, self.dtype)
-        return modules.memory.embed(tokens_BT, x_BTD) if modules.memory else x_BTD
+    # --- read ---------------------------------------------------------------------------------------------------------
 
-    def _score(self, modules: _Modules, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        logits_BTV = modules.decoder.logits(hidden_BTD)
-        return modules.memory.score(hidden_BTD, logits_BTV) if modules.memory else logits_BTV
+    def read(
+        self, params: Params, text: Text, visual: VisualTokens | None = None, key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """States of packed rows after the final norm, in the compute dtype; the head turns them into logits, see
+        `head_kernel`. With a key, what forms latent tokens drops at random as in training."""
+        modules = self._merge(params)
+        latents_BJND = None
+        if text.formation is not None:
+            latents_BJND = self._formed(modules, text, visual, key)
+        x_BTD = self._spliced(modules, text, visual, latents_BJND)
+        tables = self._tables(text.positions_BT, self._frequencies(text.segments_BT))
+        taps = self._taps(modules, visual, visual, text.positions_BT, text.segments_BT, text.visual_index_BT)
+        return modules.decoder(x_BTD, tables, text.segments_BT, taps=taps, remat_policy=self.config.remat)[0]
+
+    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """`read` of what `see` sees."""
+        return self.read(params, batch.text, self.see(params, batch.views, key), key)
+
+    def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
+        """fp32 scores of every token at every position. Large: for tests and small models."""
+        return self.score(params, self.hidden(params, batch))
+
+    def head_kernel(self, params: Params) -> Float[Array, "D V"]:
+        """Without what a memory has of its own: see `rescore`."""
+        decoder = params["decoder"]
+        return decoder["embed"].T if self.config.decoder.tied else decoder["head"]["kernel"]
+
+    def score(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """fp32 scores of every token after states of `read` and `extend`."""
+        return self.rescore(params, hidden, self._merge(params).decoder.logits(hidden))
+
+    def rescore(
+        self, params: Params, hidden: Float[Array, "... D"], logits: Float[Array, "... V"]
+    ) -> Float[Array, "... V"]:
+        """What `head_kernel` makes of states, with the scores of the memory's own tokens in place."""
+        memory = self._merge(params).memory
+        return memory.score(hidden, logits) if isinstance(memory, Speak) else logits
+
+    # --- extend -------------------------------------------------------------------------------------------------------
+
+    def begin(self, lengths_B: Int32[Array, "B"], capacity: int) -> DecodeState:
+        """The state of rows in which nothing has been read yet, and each of which can hold `capacity` tokens.
+
+        `lengths_B`: tokens of the prompts, all chunks of them, by which rotary frequencies are chosen.
+        """
+        c, B = self.config.decoder, lengths_B.shape[0]
+        zeros_B = jnp.zeros(B, jnp.int32)
+        state = DecodeState(
+            cache=KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype),
+            length_B=zeros_B,
+            position_B=zeros_B,
+            frequencies_BR=self._frequencies_of(lengths_B[:, None], capacity)[:, 0],
+            empty=True,
+        )
+        return lay_out(state)
+
+    def extend(
+        self,
+        params: Params,
+        state: DecodeState,
+        text: Text,
+        visual: VisualTokens | None = None,
+        latents_BND: Float[Array, "B N D"] | None = None,
+    ) -> tuple[Float[Array, "B D"], DecodeState]:
+        """Appends the tokens of `text`, of one segment a row; the state (`hidden`) of the last one of each row.
+
+        A row without tokens is left as it was, and what comes out for it means nothing. A prompt may come in chunks,
+        with its visual tokens at each; T = 1 is a decoding step. `latents_BND` follow the visual tokens.
+        """
+        modules = self._merge(params)
+        B, T = text.tokens_BT.shape
+        real_BT, offsets_T = text.segments_BT > 0, jnp.arange(T, dtype=jnp.int32)
+        counts_B = real_BT.sum(-1, dtype=jnp.int32)
+        capacity = state.cache.k_LBSKC.shape[2]
+        if capacity < T:
+            raise ValueError(f"the cache must hold the {T} token slots that are read, got a capacity of {capacity}")
+        place_BT = state.length_B[:, None] + offsets_T
+        index_BT = None if state.empty else jnp.where(real_BT, place_BT, capacity + offsets_T)
+        goes_on = text.positions_BT is None
+        positions_BT = state.position_B[:, None] + offsets_T if goes_on else text.positions_BT
+        memory = state.memory
+        if isinstance(modules.memory, Attend) and memory is None and visual is not None:
+            memory = modules.memory.precompute(visual)
+        x_BTD = self._spliced(modules, text, visual, latents_BND)
+        taps = self._taps(
+            modules, memory, visual, positions_BT, text.segments_BT, text.visual_index_BT, place_BT if goes_on else None
+        )
+        tables = self._tables(positions_BT, state.frequencies_BR[:, None])
+        hidden_BTD, cache = modules.decoder(
+            x_BTD, tables, text.segments_BT, taps=taps, cache=state.cache, cache_index_BT=index_BT
+        )
+        last_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        if isinstance(modules.memory, Speak):
+            if memory is None:
+                memory = modules.memory.observe_prompt(text, x_BTD, hidden_BTD, last_BD, visual)
+            else:
+                memory = modules.memory.observe_tokens(memory, last_BD, counts_B, reset=T > 1)
+        if goes_on:
+            position_B = state.position_B + counts_B
+        else:
+            used = jnp.where(real_BT[..., None], positions_BT.reshape(B, T, -1), -1)
+            position_B = jnp.maximum(used.max(axis=(1, 2)) + 1, state.position_B)
+        state = dataclasses.replace(
+            state, cache=cache, memory=memory, length_B=state.length_B + counts_B, position_B=position_B, empty=False
+        )
+        return last_BD, state
+
+    def prefill(self, params: Params, batch: Batch, capacity: int) -> tuple[Float[Array, "B V"], DecodeState]:
+        """Reads prompts of one segment a row at once; scores of the token after each, and the state to go on from."""
+        state = self.begin((batch.text.segments_BT > 0).sum(-1, dtype=jnp.int32), capacity)
+        hidden_BD, state = self.extend(params, state, batch.text, self.see(params, batch.views))
+        return self.score(params, hidden_BD), state
+
+    def outgrown(self, read: int, length: int) -> bool:
+        """Whether a sample of `length` tokens needs other rotary frequencies than when its first `read` were read."""
+        c = self.config.decoder
+        return c.ntk_factor > 0 and length > max(read, c.max_positions)
+
+    # --- form ---------------------------------------------------------------------------------------------------------
+
+    def form(
+        self, params: Params, state: DecodeState, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int
+    ) -> tuple[Float[Array, "R N D"], FormationInputs]:
+        """Latent tokens of `kinds_R` for some of the rows, which have just called for them, and from what they were
+        formed. The texts that they were formed from have at most `size` states."""
+        modules = self._merge(params)
+        inputs, patches = modules.memory.formation_inputs(state.memory, rows_R, kinds_R, size)
+        through = None
+        if patches is not None:
+            through = self._through_tower(modules, patches, jnp.ones_like(inputs.kinds_BJ))
+        return modules.memory.form(inputs, self._decode(modules), through_tower=through)[:, 0], inputs
+
+    def _formed(
+        self, modules: _Modules, text: Text, visual: VisualTokens | None, key: jax.Array | None
+    ) -> Float[Array, "B J N D"]:
+        """The latent tokens that stand in packed rows."""
+        through = None
+        if visual is not None and visual.kept is not None:
+            # below 0: none
+            time_BT = (text.visual_index_BT - visual.tokens_BMD.shape[1]) // self.speech.slots
+            is_its_BJT = time_BT[:, None] == jnp.arange(text.formation.kinds_BJ.shape[1])[:, None]
+            samples_BJ = jnp.where(is_its_BJT, text.segments_BT[:, None], 0).max(axis=-1)
+            through = self._through_tower(modules, visual.kept, samples_BJ)
+        return modules.memory.form(text.formation, self._decode(modules), key, through)
 
     def _decode(self, modules: _Modules) -> Decode:
         """The decoder as a memory may call it."""
@@ -218,17 +356,17 @@ class VLM:
 
         return decode
 
-    def _read(self, modules: _Modules, patches: Patches, samples_BJ: Int32[Array, "B J"]) -> Read:
+    def _through_tower(self, modules: _Modules, patches: Patches, samples_BJ: Int32[Array, "B J"]) -> ThroughTower:
         """The last layers of the vision tower as a memory may call them, which speaks in these samples of each row."""
         c, policy = self.config.vision, self.config.vision_remat or self.config.remat
         sees_BJN = jnp.repeat(same_segment(samples_BJ, patches.segments_BI), c.merge**2, axis=2)
 
-        def read(rows_BJFE, out, lora):
+        def through_tower(rows_BJFE, out, lora):
             B, J, F, _ = rows_BJFE.shape
             time_E = jnp.arange(J * F) // F
             own_BEE = jnp.broadcast_to(time_E[:, None] == time_E, (B, J * F, J * F))
             allowed_BES = jnp.concatenate([jnp.repeat(sees_BJN, F, axis=1), own_BEE], axis=2)
-            # constants, as what was heard
+            # constants, as what was observed
             kept = jax.lax.stop_gradient(patches.x_BNE), patches.layout_BI4
             rows = rows_BJFE.reshape(B, J * F, -1), allowed_BES, lora
             read_BED = modules.vision.beside(*kept, *rows, modules.memory.vision_layer, policy)
@@ -237,189 +375,76 @@ class VLM:
             # as in a batch without patches, whatever else is in this one
             return jnp.where(sees_BJN.any(-1)[..., None, None], latents_BJND, 0)
 
-        return read
+        return through_tower
 
-    def _splice(
-        self,
-        modules: _Modules,
-        batch: Batch,
-        features_BMD: Array | None,
-        patches: Patches | None = None,
-        key: jax.Array | None = None,
+    # --- parts of these -----------------------------------------------------------------------------------------------
+
+    def _spliced(
+        self, modules: _Modules, text: Text, visual: VisualTokens | None, latents: Float[Array, "B *N D"] | None
     ) -> Float[Array, "B T D"]:
         """Token embeddings with each placeholder replaced by its visual or latent token."""
-        x_BTD = self._embed(modules, batch.tokens_BT)
-        slots_BMD = [] if features_BMD is None else [features_BMD]
-        if batch.heard is not None:
-            read = None
-            if patches is not None:
-                time_BT = (batch.slots_BT - features_BMD.shape[1]) // self.speech.slots  # below 0: none
-                is_its_BJT = time_BT[:, None] == jnp.arange(batch.heard.kinds_BJ.shape[1])[:, None]
-                samples_BJ = jnp.where(is_its_BJT, batch.segments_BT[:, None], 0).max(axis=-1)
-                read = self._read(modules, patches, samples_BJ)
-            latents_BJND = modules.memory.form(batch.heard, self._decode(modules), key, read)
-            slots_BMD.append(latents_BJND.reshape(len(x_BTD), -1, x_BTD.shape[2]))
+        x_BTD = modules.decoder.embeddings(text.tokens_BT, self.dtype)
+        if isinstance(modules.memory, Speak):
+            x_BTD = modules.memory.embed(text.tokens_BT, x_BTD)
+        slots_BMD = [] if visual is None else [visual.tokens_BMD]
+        if latents is not None:
+            slots_BMD.append(latents.reshape(len(x_BTD), -1, x_BTD.shape[2]).astype(self.dtype))
         if not slots_BMD:
             return x_BTD
         slots_BMD = jnp.concatenate(slots_BMD, axis=1) if len(slots_BMD) > 1 else slots_BMD[0]
-        placed_BTD = jnp.take_along_axis(slots_BMD, jnp.maximum(batch.slots_BT, 0)[..., None], axis=1)
-        return jnp.where((batch.slots_BT >= 0)[..., None], placed_BTD, x_BTD)
+        index_BT = text.visual_index_BT
+        placed_BTD = jnp.take_along_axis(slots_BMD, jnp.maximum(index_BT, 0)[..., None], axis=1)
+        return jnp.where((index_BT >= 0)[..., None], placed_BTD, x_BTD)
+
+    def _taps(
+        self,
+        modules: _Modules,
+        seen: Any,
+        visual: VisualTokens | None,
+        positions_BT: Array,
+        segments_BT: Int32[Array, "B T"],
+        visual_index_BT: Int32[Array, "B T"] | None,
+        index_BT: Int32[Array, "B T"] | None = None,
+    ) -> list[Tap]:
+        """What stands beside the decoder's layers: a memory's blocks, and what layers add to visual tokens."""
+        taps = []
+        if isinstance(modules.memory, Attend) and seen is not None:
+            taps.append(modules.memory.attend(seen, positions_BT, segments_BT, index_BT))
+        if visual is not None and visual.deep_NBMD is not None:
+            taps.append(deep_tap(visual, visual_index_BT))
+        return taps
+
+    def _tables(self, positions_BT: Array, frequencies_BTR: Float[Array, "B #T R"]) -> Rotation:
+        return rotation(positions_BT, frequencies_BTR, self.config.decoder.rope_axes)
 
     def _frequencies(self, segments_BT: Int32[Array, "B T"]) -> Float[Array, "B #T R"]:
-        """Rotary frequencies of each token: those of its sample's length, whatever else is in the row."""
-        c, (B, T) = self.config.decoder, segments_BT.shape
-        if not c.ntk_factor or c.max_positions >= T:
-            return jnp.broadcast_to(frequencies(c.head_dim, c.rope_theta), (B, 1, c.head_dim // 2))
+        """Rotary frequencies of each token of packed rows: those of its sample's length, whatever else is there."""
+        B, T = segments_BT.shape
+        if not self._stretches(T):
+            return self._frequencies_of(jnp.zeros((B, 1), jnp.int32), T)
         sizes_BT = jax.vmap(lambda segments_T: jnp.bincount(segments_T, length=T + 1)[segments_T])(segments_BT)
-        lengths_BT = jnp.where(segments_BT > 0, sizes_BT, 0)
+        return self._frequencies_of(jnp.where(segments_BT > 0, sizes_BT, 0), T)
+
+    def _frequencies_of(self, lengths_BT: Int32[Array, "B T"], longest: int) -> Float[Array, "B T R"]:
+        """Rotary frequencies of samples of these lengths, none more than `longest`."""
+        c = self.config.decoder
+        if not self._stretches(longest):
+            return jnp.broadcast_to(frequencies(c.head_dim, c.rope_theta), (*lengths_BT.shape, c.head_dim // 2))
         theta_BT = dynamic_theta(lengths_BT, c.rope_theta, c.ntk_factor, c.max_positions, c.head_dim)
         return frequencies(c.head_dim, theta_BT)
 
-    def outgrown(self, read: int, length: int) -> bool:
-        """Whether a sample of `length` tokens needs other rotary frequencies than when its first `read` were read."""
-        c = self.config.decoder
-        return c.ntk_factor > 0 and length > max(read, c.max_positions)
+    def _stretches(self, length: int) -> bool:
+        """Whether frequencies change with the length of samples of up to `length` tokens."""
+        return self.config.decoder.ntk_factor > 0 and length > self.config.decoder.max_positions
 
-    def _run(self, modules: _Modules, batch: Batch, key: jax.Array | None, cache: KVCache | None):
-        """Hidden states of whole rows, and all that decoding needs afterwards."""
-        # a batch without tile slots has no vision tower and no memory in its program
-        seeing = batch.pixels_BISSc.shape[1] > 0
-        features_BMD = patches = None
-        if seeing:
-            features_BMD, kept_BNE = self._encode(modules, batch.pixels_BISSc, key, batch.layout_BI4)
-            if kept_BNE is not None:
-                patches = Patches(kept_BNE, batch.layout_BI4, batch.memory_segments_BM)
-        x_BTD = self._splice(modules, batch, features_BMD, patches, key)
-        frequencies_BTR = self._frequencies(batch.segments_BT)
-        between, seen = None, None
-        if modules.memory and features_BMD is not None:
-            seen = VisualTokens(features_BMD, batch.memory_positions_BM, batch.memory_segments_BM)
-            if cache is not None:
-                seen = modules.memory.recall(seen)
-            between = modules.memory.attend(seen, batch.positions_BT, batch.segments_BT)
-        tables = rotation(batch.positions_BT, frequencies_BTR, self.config.decoder.rope_sections)
-        hidden_BTD, cache = modules.decoder(
-            x_BTD, tables, batch.segments_BT, between=between, cache=cache, remat_policy=self.config.remat
-        )
-        return hidden_BTD, x_BTD, cache, frequencies_BTR[:, 0], seen, patches
 
-    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
-        """States after the final norm, in the compute dtype; the head turns them into logits, see `head_kernel`."""
-        return self._run(self._merge(params), batch, key, cache=None)[0]
+def deep_tap(visual: VisualTokens, visual_index_BT: Int32[Array, "B T"]) -> Tap:
+    """What the first layers add to visual tokens after them (DeepStack, arXiv 2406.04334)."""
+    index_BT1, M = jnp.maximum(visual_index_BT, 0)[..., None], visual.tokens_BMD.shape[1]
+    is_visual_BT1 = ((visual_index_BT >= 0) & (visual_index_BT < M))[..., None]
 
-    def head_kernel(self, params: Params) -> Float[Array, "D V"]:
-        """Without what a memory has of its own: see `rescore`."""
-        decoder = params["decoder"]
-        return decoder["embed"].T if self.config.decoder.tied else decoder["head"]["kernel"]
+    def add(deep_BMD: Array, x_BTD: Array) -> Array:
+        added_BTD = jnp.take_along_axis(deep_BMD, jnp.minimum(index_BT1, M - 1), axis=1)
+        return x_BTD + jnp.where(is_visual_BT1, added_BTD, 0).astype(x_BTD.dtype)
 
-    def score(self, params: Params, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """fp32 scores of every token after states of `hidden`."""
-        return self._score(self._merge(params), hidden_BTD)
-
-    def rescore(
-        self, params: Params, hidden_BTD: Float[Array, "B T D"], logits_BTV: Float[Array, "B T V"]
-    ) -> Float[Array, "B T V"]:
-        """What `head_kernel` makes of `hidden`, with the scores of the memory's own tokens in place."""
-        memory = self._merge(params).memory
-        return memory.score(hidden_BTD, logits_BTV) if memory else logits_BTV
-
-    def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
-        """fp32 scores of every token at every position. Large: for tests and small models."""
-        modules = self._merge(params)
-        return self._score(modules, self._run(modules, batch, None, cache=None)[0])
-
-    # --- generation ---------------------------------------------------------------------------------------------------
-
-    def prefill(self, params: Params, batch: Batch, capacity: int) -> tuple[Float[Array, "B V"], DecodeState]:
-        """Reads prompts of one segment a row; scores of the token after each, and the state to go on from.
-
-        `capacity`: tokens that each row of the cache can hold, prompt included.
-        """
-        c = self.config.decoder
-        B, T = batch.tokens_BT.shape
-        if capacity < T:
-            raise ValueError(f"the cache must hold the prompts of {T} token slots, got a capacity of {capacity}")
-        modules = self._merge(params)
-        cache = KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype)
-        cache = jax.tree.map(lambda x: constrain(x, None, "batch", None, "kv_heads", None), cache)
-        hidden_BTD, x_BTD, cache, frequencies_BR, recalled, patches = self._run(modules, batch, None, cache)
-        length_B = (batch.segments_BT > 0).sum(-1, dtype=jnp.int32)
-        last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
-        used = jnp.where((batch.segments_BT > 0)[..., None], batch.positions_BT.reshape(B, T, -1), -1)
-        position_B = used.max(axis=(1, 2)) + 1
-        last_B1D = jnp.take_along_axis(hidden_BTD, last_B1[..., None], axis=1)
-        by_length = self.config.memory == "comemo" and self.config.comemo.decode_position == "length"
-        state = DecodeState(
-            cache=cache,
-            length_B=length_B,
-            position_B=position_B,
-            memory_position_B=length_B if by_length else position_B,
-            frequencies_BR=frequencies_BR,
-            recalled=recalled,
-            listening=modules.memory.listen(batch, x_BTD, hidden_BTD, last_B1D[:, 0]) if modules.memory else None,
-            patches=patches,
-        )
-        return self._score(modules, last_B1D)[:, 0], state
-
-    def form(
-        self, params: Params, state: DecodeState, rows_R: Int32[Array, "R"], kinds_R: Int32[Array, "R"], size: int
-    ) -> tuple[Float[Array, "R N D"], Heard]:
-        """Latent tokens of `kinds_R` for some of the rows, which have just called for them, and from what they were
-        formed. The texts that they heard have at most `size` states."""
-        modules = self._merge(params)
-        heard = modules.memory.heard(state.listening, rows_R, kinds_R, size)
-        read = None
-        if state.patches is not None:
-            patches = jax.tree.map(lambda leaf: leaf.at[rows_R].get(mode="clip"), state.patches)
-            read = self._read(modules, patches, jnp.ones_like(heard.kinds_BJ))
-        return modules.memory.form(heard, self._decode(modules), read=read)[:, 0], heard
-
-    def extend(
-        self,
-        params: Params,
-        state: DecodeState,
-        tokens_BT: Int32[Array, "B T"],
-        counts_B: Int32[Array, "B"],
-        latents_BND: Float[Array, "B N D"] | None = None,
-        latent_counts_B: Int32[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], DecodeState]:
-        """Appends the first `counts_B` of T tokens to each row; scores of the token after the last one.
-
-        T = 1 is a decoding step. A row with count 0 is left as it was and its scores mean nothing. In place of its
-        first `latent_counts_B` tokens a row takes as many of N <= T latent ones.
-        """
-        modules = self._merge(params)
-        T, capacity = tokens_BT.shape[1], state.cache.k_LBSKC.shape[2]
-        offsets_T = jnp.arange(T, dtype=jnp.int32)
-        real_BT = offsets_T < counts_B[:, None]
-        index_BT = jnp.where(real_BT, state.length_B[:, None] + offsets_T, capacity + offsets_T)
-        segments_BT = real_BT.astype(jnp.int32)
-        between = None
-        if modules.memory and state.recalled is not None:
-            memory_positions_BT = state.memory_position_B[:, None] + offsets_T
-            between = modules.memory.attend(state.recalled, memory_positions_BT, segments_BT)
-        x_BTD = self._embed(modules, tokens_BT)
-        if latents_BND is not None:
-            N = latents_BND.shape[1]
-            is_latent_BN = offsets_T[:N] < latent_counts_B[:, None]
-            x_BTD = x_BTD.at[:, :N].set(
-                jnp.where(is_latent_BN[..., None], latents_BND.astype(self.dtype), x_BTD[:, :N])
-            )
-        tables = rotation(state.position_B[:, None] + offsets_T, state.frequencies_BR[:, None])
-        hidden_BTD, cache = modules.decoder(
-            x_BTD, tables, segments_BT, between=between, cache=state.cache, cache_index_BT=index_BT
-        )
-        last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
-        last_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
-        listening = state.listening
-        if modules.memory:
-            listening = modules.memory.follow(listening, last_B1D[:, 0], counts_B, anew=T > 1)
-        state = dataclasses.replace(
-            state,
-            cache=cache,
-            listening=listening,
-            length_B=state.length_B + counts_B,
-            position_B=state.position_B + counts_B,
-            memory_position_B=state.memory_position_B + counts_B,
-        )
-        return self._score(modules, last_B1D)[:, 0], state
+    return Tap(tuple(range(len(visual.deep_NBMD))), visual.deep_NBMD, add, after=True)

@@ -1,6 +1,7 @@
 """Rotary positions, half-split: the pair of element i is element i + C/2. Angles are fp32 throughout."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 Rotation = tuple[Float32[Array, "B T R"], Float32[Array, "B T R"]]
@@ -24,25 +25,26 @@ def dynamic_theta(
 def angles(
     positions: Int32[Array, "B T"] | Int32[Array, "B T A"],
     frequencies: Float32[Array, "*#BT R"],
-    sections: tuple[int, ...] = (),
+    axes: tuple[int, ...] = (),
 ) -> Float32[Array, "B T R"]:
     """Angle of every pair; frequencies may differ from row to row, [B, 1, R], or from token to token, [B, T, R].
 
-    Of positions on A axes the first sections[0] pairs turn by the first, the next sections[1] by the second, and so on.
+    Of positions on several axes pair r turns by the one on `axes[r]`.
     """
     if positions.ndim == 3:
-        spread = [jnp.repeat(positions[..., n : n + 1], pairs, axis=-1) for n, pairs in enumerate(sections)]
-        return jnp.concatenate(spread, axis=-1).astype(jnp.float32) * frequencies
+        of_pair = [np.array(axes) == axis for axis in range(positions.shape[-1])]
+        turned = jnp.select(of_pair, [positions[..., axis, None] for axis in range(positions.shape[-1])])
+        return turned.astype(jnp.float32) * frequencies
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
 def rotation(
     positions: Int32[Array, "B T"] | Int32[Array, "B T A"],
     frequencies: Float32[Array, "*#BT R"],
-    sections: tuple[int, ...] = (),
+    axes: tuple[int, ...] = (),
 ) -> Rotation:
     """Tables for `rotate`, made once and shared by all layers; see `angles`."""
-    turned = angles(positions, frequencies, sections)
+    turned = angles(positions, frequencies, axes)
     return jnp.cos(turned), jnp.sin(turned)
 
 

@@ -37,7 +37,7 @@ class Placed(NamedTuple):
     positions_T: np.ndarray
     slot_M: np.ndarray
     """Which visual token each placeholder stands for."""
-    memory_positions_M: np.ndarray
+    visual_positions_M: np.ndarray
     layout_I4: np.ndarray | None = None
 
 
@@ -307,8 +307,8 @@ class Processor:
         repeats[np.isin(ids, placeholders)] = np.multiply(counts, self.tile.tokens)
         tokens_T = np.repeat(ids, repeats)
         placed = self._place(tokens_T, grids, rope_dhr)
-        slots_T = np.full(len(tokens_T), -1, np.int32)
-        slots_T[np.isin(tokens_T, placeholders)] = placed.slot_M
+        visual_index_T = np.full(len(tokens_T), -1, np.int32)
+        visual_index_T[np.isin(tokens_T, placeholders)] = placed.slot_M
         shape = self.tile.side, self.tile.side, self.tile.channels
         pixels_ISSc = np.empty((sum(counts), *shape), np.uint8)
         for picture, grid, count, end in zip(shown, grids, counts, np.cumsum(counts), strict=True):
@@ -317,9 +317,9 @@ class Processor:
             tokens_T=tokens_T,
             labels_T=np.repeat(np.where(targets, ids, np.int32(IGNORED)), repeats),
             positions_T=placed.positions_T,
-            slots_T=slots_T,
+            visual_index_T=visual_index_T,
             pixels_ISSc=pixels_ISSc,
-            memory_positions_M=placed.memory_positions_M,
+            visual_positions_M=placed.visual_positions_M,
             layout_I4=placed.layout_I4,
             name=name,
         )
@@ -330,7 +330,7 @@ def blank_tiles(count: int, tile: TileShape) -> dict[str, np.ndarray]:
     positions_M, alone_I = np.arange(count * tile.tokens, dtype=np.int32), np.arange(1, count + 1, dtype=np.int32)
     fields = {
         "pixels_ISSc": np.full((count, tile.side, tile.side, tile.channels), 255, np.uint8),
-        "memory_positions_M": positions_M if tile.axes == 1 else np.stack([positions_M] * tile.axes, axis=1),
+        "visual_positions_M": positions_M if tile.axes == 1 else np.stack([positions_M] * tile.axes, axis=1),
     }
     if tile.layout:
         fields["layout_I4"] = np.stack([alone_I, alone_I, 0 * alone_I, 0 * alone_I], axis=1)

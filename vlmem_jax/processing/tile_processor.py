@@ -69,7 +69,7 @@ class TileProcessor(Processor):
 
     def _place(self, tokens_T: np.ndarray, grids: Sequence[Grid], rope_dhr: bool | None) -> Placed:
         config = self.image
-        positions_T, memory_positions_M = positions.sequence_positions(
+        positions_T, visual_positions_M = positions.sequence_positions(
             tokens_T,
             grids,
             self.tokens_per_side,
@@ -78,7 +78,7 @@ class TileProcessor(Processor):
             config.dhr_map,
             config.thumbnail,
         )
-        return Placed(positions_T, np.arange(len(memory_positions_M), dtype=np.int32), memory_positions_M)
+        return Placed(positions_T, np.arange(len(visual_positions_M), dtype=np.int32), visual_positions_M)
 
     def _cut(self, picture: Image.Image | Frame, grid: Grid, out_ISSc: np.ndarray) -> None:
         write_tiles(picture.picture if isinstance(picture, Frame) else picture, grid, out_ISSc)

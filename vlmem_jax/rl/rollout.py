@@ -17,7 +17,7 @@ from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor
 from vlmem_jax.sharding import MeshConfig, batch_shards, make_mesh, param_shardings
-from vlmem_jax.train.stages import flatten, unflatten
+from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import IGNORED, Sample
 
 
@@ -78,7 +78,7 @@ class Trajectory:
             tokens_T=np.concatenate([prompt.tokens_T, tokens]),
             labels_T=np.concatenate([np.full_like(prompt.tokens_T, IGNORED), labels]),
             positions_T=np.concatenate([prompt.positions_T, positions]),
-            slots_T=np.concatenate([prompt.slots_T, np.full(count, -1, np.int32)]),
+            visual_index_T=np.concatenate([prompt.visual_index_T, np.full(count, -1, np.int32)]),
         )
 
 

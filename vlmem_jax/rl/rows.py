@@ -16,7 +16,7 @@ from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import formation_flops, train_flops
 from vlmem_jax.rl.rollout import Spoken, Trajectory
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.types import Batch, FormationInputs
 
 SHORTEST_ROW = 64
 """Tokens; rows are 64, 80, 96, 112, 128, 160, ... long."""
@@ -28,7 +28,7 @@ FEWEST_STATES = 64
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch whose targets are drawn tokens, and what is known of each; zeros where `batch.weights_BT` is 0."""
+    """A batch whose targets are drawn tokens, and what is known of each; zeros where `batch.text.weights_BT` is 0."""
 
     batch: Batch
     old_logp_BT: Float32[Array, "... B T"]
@@ -90,9 +90,9 @@ def pack_trajectories(
                 for j, memory in enumerate(trajectories[n].spoken, first):
                     after = start + trajectories[n].index_T[memory.place]
                     latent_N = I * tile.tokens + j * speech.slots + np.arange(memory.slots)
-                    batch.slots_BT[after - memory.slots : after] = latent_N
+                    batch.text.visual_index_BT[after - memory.slots : after] = latent_N
                 first += len(trajectories[n].spoken)
-            batch = dataclasses.replace(batch, heard=_heard(memories, J, L, vlm))
+            batch = batch.replace(formation=_formation(memories, J, L, vlm))
         packed.append(Rows(batch, **extras(row)))
     return jax.tree.map(
         lambda *leaves: np.stack(leaves).reshape(count // at_once, at_once, *np.shape(leaves[0])), *packed
@@ -104,12 +104,12 @@ def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained
     config = vlm.config
     sizes = [(len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1, len(t.prompt.pixels_ISSc)) for t in trajectories]
     states = [len(memory.states_LD) for t in trajectories for memory in t.spoken]
-    (*leading, T), I = batch.tokens_BT.shape, batch.pixels_BISSc.shape[-4]
+    (*leading, T), I = batch.text.tokens_BT.shape, batch.views.pixels_BISSc.shape[-4]
     rows = math.prod(leading)
     useful = train_flops(config, sizes, trained) + sum(formation_flops(config, L, trained) for L in states)
     shapes = train_flops(config, [(T, I)] * rows, trained)
-    if batch.heard is not None:
-        J, L = batch.heard.states_BJLD.shape[-3:-1]
+    if batch.text.formation is not None:
+        J, L = batch.text.formation.states_BJLD.shape[-3:-1]
         shapes += rows * J * formation_flops(config, L, trained)
     return {"flops": useful, "shape_flops": shapes}
 
@@ -127,14 +127,14 @@ def memory_slots(memories: int, states: int) -> tuple[int, int]:
     return bucket(max(memories, 1)), bucket(states, FEWEST_STATES, steps=4)
 
 
-def _heard(memories: Sequence[Spoken], J: int, L: int, vlm: VLM) -> Heard:
+def _formation(memories: Sequence[Spoken], J: int, L: int, vlm: VLM) -> FormationInputs:
     """Of one row."""
     states_JLD = np.zeros((J, L, vlm.config.decoder.width), vlm.dtype)
     lengths_J, kinds_J = np.zeros(J, np.int32), np.full(J, -1, np.int32)
     for j, memory in enumerate(memories):
         lengths_J[j], kinds_J[j] = len(memory.states_LD), memory.kind
         states_JLD[j, : lengths_J[j]] = memory.states_LD
-    return Heard(states_JLD, lengths_J, kinds_J)
+    return FormationInputs(states_JLD, lengths_J, kinds_J)
 
 
 def _multiple(size: int, of: int) -> int:

@@ -24,7 +24,8 @@ from vlmem_jax.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.next_token import NextTokenLoss, eval_program, experiment_processor
-from vlmem_jax.train.stages import Split, flatten
+from vlmem_jax.train.stages import Split
+from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch, Sample
 
 ONE_CALL = InvocationConfig(max_invocations=1)
@@ -88,13 +89,13 @@ class MemorySFT(NextTokenLoss):
             batch = self._rows(trajectories)
             placed = put(batch, batch_sharding(self._mesh, leading=1))
         counts = {
-            "tokens": int((batch.segments_BT > 0).sum()),
+            "tokens": int((batch.text.segments_BT > 0).sum()),
             "tiles": sum(len(one.sample.pixels_ISSc) for one in loaded),
-            "slots": batch.tokens_BT.size,
+            "slots": batch.text.tokens_BT.size,
             **flops_of(trajectories, batch, self.model, self._trained),
         }
         numbers = {"memory/long": float(kinds.mean()), "prompts/skipped": float(len(self._stream.skipped))}
-        return Work(placed, float(batch.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers)
+        return Work(placed, float(batch.text.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean loss on `data.eval`, weighted as in training; memories are short and long in turn."""
@@ -102,8 +103,8 @@ class MemorySFT(NextTokenLoss):
         with jax.transfer_guard("allow"):
             for loaded in self._stream.held_out(self.config.rollout_rows):
                 batch = self._rows(self._answers(params, loaded, np.arange(len(loaded)) % 2))
-                weight += float(batch.weights_BT.sum())
-                for n in range(len(batch.tokens_BT)):
+                weight += float(batch.text.weights_BT.sum())
+                for n in range(len(batch.text.tokens_BT)):
                     part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
                     part = put(part, batch_sharding(self._mesh, leading=1))
                     losses.append(eval_program(self._mesh)(self.model, params, part, self.chunk))

@@ -44,7 +44,8 @@ from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import log_probs
 from vlmem_jax.train.next_token import experiment_processor
 from vlmem_jax.train.run import checkpoint_of, origin
-from vlmem_jax.train.stages import Flat, Split, changed, flatten, storage, unflatten
+from vlmem_jax.train.stages import Split, changed, storage
+from vlmem_jax.trees import Flat, flatten, unflatten
 from vlmem_jax.types import Batch, Sample
 
 
@@ -64,7 +65,7 @@ class GRPOLoss:
         hidden_BTD = self.model.hidden(params, batch)
         kernel_DV = self.model.head_kernel(params)
         rescore = functools.partial(self.model.rescore, params) if self.model.speech else None
-        return log_probs(hidden_BTD, kernel_DV, batch.targets_BT, self.chunk, self.banned_ids, rescore)
+        return log_probs(hidden_BTD, kernel_DV, batch.text.targets_BT, self.chunk, self.banned_ids, rescore)
 
     def loss(self, params: dict, rows: Rows, key: Array | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn."""
@@ -74,7 +75,7 @@ class GRPOLoss:
             rows.old_logp_BT,
             rows.ref_logp_BT,
             rows.advantage_BT,
-            rows.batch.weights_BT,
+            rows.batch.text.weights_BT,
             jnp.broadcast_to(rows.beta_B[:, None], rows.advantage_BT.shape),
             c.clip,
             c.clip_high,
@@ -435,15 +436,15 @@ class GRPO(GRPOLoss):
             shards("tokens", self._mesh),
             self.config.invocation,
         )
-        count = int((rows.batch.weights_BT > 0).sum())
+        count = int((rows.batch.text.weights_BT > 0).sum())
         rows = put(rows, batch_sharding(self._mesh, leading=1))
         if not self.config.kl:
             return rows
         ref_BT = self._of_reference(self._reference_params(params), rows.batch)
         if self.config.adaptive_kl and first_time:
-            self._kl += float(jnp.sum(k3(rows.old_logp_BT, ref_BT), where=rows.batch.weights_BT > 0))
+            self._kl += float(jnp.sum(k3(rows.old_logp_BT, ref_BT), where=rows.batch.text.weights_BT > 0))
             self._kl_tokens += count
-        return dataclasses.replace(rows, ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
+        return rows.replace(ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
 
     def _at_start(self, params: dict) -> Flat:
         """The trained parameters as they were at the start of the stage, in the dtype they are used in."""

@@ -25,8 +25,9 @@ from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.metrics import Recorder, SampleLog
 from vlmem_jax.train.optimizer import make_optimizer, make_schedule
 from vlmem_jax.train.profile import Profile
-from vlmem_jax.train.stages import Flat, Split, changed, flatten, storage, unflatten
+from vlmem_jax.train.stages import Split, changed, storage
 from vlmem_jax.train.step import TrainState, init_state, make_step, state_shardings
+from vlmem_jax.trees import Flat, flatten, unflatten
 
 
 @runtime_checkable

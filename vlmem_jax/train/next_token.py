@@ -21,7 +21,8 @@ from vlmem_jax.processing import Processor, Tokenizer, make_processor
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import cross_entropy, log_probs
-from vlmem_jax.train.stages import Split, flatten
+from vlmem_jax.train.stages import Split
+from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch
 
 
@@ -122,10 +123,11 @@ def next_token_loss(model: VLM, params: dict, rows: Batch, chunk: int, key: Arra
     """
     hidden_BTD, kernel_DV = model.hidden(params, rows, key), model.head_kernel(params)
     if model.speech is None:
-        return cross_entropy(hidden_BTD, kernel_DV, rows.targets_BT, rows.weights_BT, chunk)
+        return cross_entropy(hidden_BTD, kernel_DV, rows.text.targets_BT, rows.text.weights_BT, chunk)
     # the memory's own tokens have scores that the kernel does not give
     rescore = functools.partial(model.rescore, params)
-    return -(rows.weights_BT * log_probs(hidden_BTD, kernel_DV, rows.targets_BT, chunk, rescore=rescore)).sum()
+    logp_BT = log_probs(hidden_BTD, kernel_DV, rows.text.targets_BT, chunk, rescore=rescore)
+    return -(rows.text.weights_BT * logp_BT).sum()
 
 
 @functools.cache

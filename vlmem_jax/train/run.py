@@ -27,7 +27,8 @@ from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import Task, fit
 from vlmem_jax.train.next_token import NextToken
-from vlmem_jax.train.stages import Split, flatten
+from vlmem_jax.train.stages import Split
+from vlmem_jax.trees import flatten
 
 MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, AnyPath], Task]
 

@@ -6,23 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.train.config import Experiment, StageConfig
-
-Flat = dict[str, Any]
-"""Parameters by path, such as decoder/layers/attn/q/kernel."""
-
-
-def flatten(tree: dict) -> Flat:
-    """Path -> leaf of a nested dict."""
-    return flatten_dict(tree, sep="/")
-
-
-def unflatten(flat: Flat) -> dict:
-    """The nested dict of `flatten`."""
-    return unflatten_dict(flat, sep="/")
+from vlmem_jax.trees import Flat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.train.optimizer import clip, global_norm, updates_done
-from vlmem_jax.train.stages import Flat, unflatten
+from vlmem_jax.trees import Flat, unflatten
 
 
 @jax.tree_util.register_dataclass

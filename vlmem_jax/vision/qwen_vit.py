@@ -170,7 +170,7 @@ class QwenViT(nnx.Module):
     def __call__(
         self, pixels_BISSc: Float[Array, "B I S S c"], layout_BI4: Int32[Array, "B I 4"], *, remat_policy: str = "none"
     ) -> Float[Array, "B N D"]:
-        """Features of the N = I * S * S patches, block after block; `layout_BI4` is that of `types.Batch`."""
+        """Features of the N = I * S * S patches, block after block; `layout_BI4` is that of `types.Views`."""
         return self._through(self._enter(pixels_BISSc), layout_BI4, range(self.config.layers), remat_policy)
 
     def keeping(
@@ -240,4 +240,4 @@ class QwenViT(nnx.Module):
         places_BN2 = (places_BI2[:, :, None] * c.merge + within_PA).reshape(places_BI2.shape[0], -1, 2)
         quarter = c.width // c.heads // 4
         frequencies_R = jnp.tile(frequencies(2 * quarter, c.rope_theta), 2)
-        return rotation(places_BN2, frequencies_R, (quarter, quarter))
+        return rotation(places_BN2, frequencies_R, (0,) * quarter + (1,) * quarter)

@@ -1,0 +1,123 @@
+"""Trees of arrays: parameters by their paths, and states whose classes declare what every axis means."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+S = TypeVar("S", bound="State")
+Flat = dict[str, Any]
+"""Parameters by path, such as decoder/layers/attn/q/kernel."""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Flat:
+    """{"a": {"b": x}} -> {"a/b": x}."""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+class State:
+    """Base of what is carried from token to token: a registered dataclass of fixed capacity.
+
+    A field is a state of its own, or arrays whose axes it declares by `axes`; None where there is nothing.
+    """
+
+
+def axes(*names: str | None, of: Mapping[str, Any] | None = None) -> Any:
+    """A field of arrays whose axes mean `names`: "batch" for rows, others of `sharding.LOGICAL_AXES` or of one's own.
+
+    `of`: for a nested dict of arrays, the names of each by its keys.
+    """
+    return dataclasses.field(metadata={"axes": names if of is None else of})
+
+
+def map_axes(f: Callable[..., Any], state: S) -> S:
+    """`f(x, *meanings of its axes)` of each array of a state. Raises TypeError for an array that declares none."""
+    changed = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if value is None or field.metadata.get("static"):
+            continue
+        if (names := field.metadata.get("axes")) is not None:
+            changed[field.name] = _mapped(f, value, names, f"{type(state).__name__}.{field.name}")
+        elif isinstance(value, State):
+            changed[field.name] = map_axes(f, value)
+        else:
+            raise TypeError(f"{type(state).__name__}.{field.name} must be a State, or declare its axes by trees.axes")
+    return dataclasses.replace(state, **changed)
+
+
+def _mapped(f: Callable[..., Any], value: Any, names: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _mapped(f, x, names[key], f"{where}[{key!r}]") for key, x in value.items()}
+    if len(names) != value.ndim:
+        raise TypeError(f"{where} declares the axes {names}, but has the shape {value.shape}")
+    return f(value, *names)
+
+
+def repeat_rows(state: S, copies: int) -> S:
+    """Each row `copies` times, one after the other."""
+
+    def repeat(x: jax.Array, *names: str | None) -> jax.Array:
+        return repeated(x, names.index("batch"), copies) if "batch" in names else x
+
+    return map_axes(repeat, state)
+
+
+def repeated(x: jax.Array, axis: int, copies: int) -> jax.Array:
+    """Each entry of an axis `copies` times, one after the other."""
+    before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
+    spread = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, copies, *after))
+    return spread.reshape(*before[:-1], before[-1] * copies, *after)
+
+
+def insert_rows(state: S, rows: S, index_R: Int32[Array, "R"]) -> S:
+    """`state` with row `index_R[r]` replaced by row r of another such state; an index beyond the last row: nowhere."""
+    found = iter(jax.tree.leaves(rows))
+
+    def insert(x: jax.Array, *names: str | None) -> jax.Array:
+        new = next(found)
+        if "batch" not in names:
+            return new
+        axis = names.index("batch")
+        put = jnp.moveaxis(x, axis, 0).at[index_R].set(jnp.moveaxis(new, axis, 0).astype(x.dtype), mode="drop")
+        return jnp.moveaxis(put, 0, axis)
+
+    return map_axes(insert, state)
+
+
+def to_host(state: State) -> dict[str, np.ndarray]:
+    """The arrays of a state by their paths, as numpy arrays."""
+    leaves = jax.device_get(jax.tree.leaves_with_path(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+
+
+def from_host(like: S, arrays: Mapping[str, np.ndarray]) -> S:
+    """The state of `to_host`, in the structure and shapes of `like`. Raises ValueError where these differ."""
+
+    def leaf(path: tuple, x: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in arrays or arrays[name].shape != x.shape:
+            found = arrays[name].shape if name in arrays else "nothing"
+            raise ValueError(f"a state must hold {name} of the shape {x.shape}, got {found}")
+        return arrays[name]
+
+    return jax.tree.map_with_path(leaf, like)
