@@ -84,7 +84,7 @@ def start(vlm: VLM, params: dict, batch, capacity: int):
     generator = Generator(vlm, params, stop_ids=[], mesh=make_mesh(MeshConfig()))
     rows, vocab = batch.text.tokens_BT.shape[0], vlm.config.decoder.vocab
     with generator.context():
-        logits_BV, state = generator.prefill(params, jax.device_put(batch), capacity)
+        logits_BV, state = generator.programs.prefill(params, jax.device_put(batch), capacity)
     choice = generator.put(Choice.make(SamplingConfig(), rows, vocab, [], []))
     return generator, state, logits_BV, jnp.zeros(rows, bool), choice
 
@@ -94,7 +94,7 @@ def decode_step(layers=24, slots=2048, calls=50, runs=RUNS) -> list[Row]:
     vlm, params = make(deep(layers))
     generator, state, logits_BV, finished_B, choice = start(vlm, params, packed_batch(vlm, 1, 64, 2), slots)
     with generator.context():
-        program = generator.step.lower(params, state, logits_BV, finished_B, choice, True).compile()
+        program = generator.programs.step.lower(params, state, logits_BV, finished_B, choice, True).compile()
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state) if leaf.nbytes > 2**16}
     lines = program.as_text().splitlines()
     copies = sum(" copy" in line and any(f"[{shape}]" in line for shape in shapes) for line in lines)
@@ -105,7 +105,9 @@ def decode_step(layers=24, slots=2048, calls=50, runs=RUNS) -> list[Row]:
         jax.block_until_ready((state, logits_BV, finished_B))
         begin = time.perf_counter()
         with generator.context():
-            state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
+            state, logits_BV, finished_B, *_ = generator.programs.step(
+                params, state, logits_BV, finished_B, choice, True
+            )
         return (time.perf_counter() - begin) * 1e3
 
     dispatch()
@@ -140,7 +142,9 @@ def cached_after(prompt: int, layers=8, width=256, new=256, stride=16, runs=7) -
         generator, state, logits_BV, finished_B, choice = start(vlm, params, begin, prompt + new)
         for _ in range(new):
             with generator.context():
-                state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
+                state, logits_BV, finished_B, *_ = generator.programs.step(
+                    params, state, logits_BV, finished_B, choice, True
+                )
         return logits_BV
 
     def again():
@@ -445,7 +449,9 @@ def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> l
         nonlocal state, logits_BV, finished_B
         with generator.context():
             for _ in range(longest):
-                state, logits_BV, finished_B, *_ = generator.step(params, state, logits_BV, finished_B, choice, True)
+                state, logits_BV, finished_B, *_ = generator.programs.step(
+                    params, state, logits_BV, finished_B, choice, True
+                )
         return logits_BV
 
     jax.block_until_ready(spoken())  # each takes the arrays that the other gave

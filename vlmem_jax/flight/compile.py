@@ -177,17 +177,15 @@ def rl_job(experiment: Experiment, stage: StageConfig, learning: Learning, mesh:
 def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     """Reading a batch of prompts, as `vlmem generate` does."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    prefill, _, _ = compiled(vlm, mesh)
     with jax.set_mesh(mesh):
         batch = _prompts(vlm, serving, mesh)
-        lowered = prefill.lower(params, batch, serving.tokens + serving.new_tokens)
+        lowered = compiled(vlm, mesh).prefill.lower(params, batch, serving.tokens + serving.new_tokens)
     return Job(lowered, held(params), 0, held(batch))
 
 
 def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     """One token for each row of a batch whose prompts have been read."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    _, _, step = compiled(vlm, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     choice = jax.eval_shape(
         lambda: Choice.make(SamplingConfig(), serving.rows, vlm.config.decoder.vocab, banned_ids=(), stop_ids=())
@@ -196,21 +194,21 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=batch_sharding(mesh))
     logits_BV, state = read_shapes(experiment, serving, mesh)
     with jax.set_mesh(mesh):
-        lowered = step.lower(params, state, logits_BV, finished_B, choice, True)
+        lowered = compiled(vlm, mesh).step.lower(params, state, logits_BV, finished_B, choice, True)
     return Job(lowered, held(params), held(state), held((logits_BV, choice)))
 
 
 def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, Any]:
     """Scores of the next token, and the decoding state, as prefill leaves them."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    prefill, _, _ = compiled(vlm, mesh)
 
     def place(x: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
         return _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes)))
 
     with jax.set_mesh(mesh):
         batch = _prompts(vlm, serving, mesh)
-        logits_BV, state = prefill.eval_shape(params, batch, serving.tokens + serving.new_tokens)
+        capacity = serving.tokens + serving.new_tokens
+        logits_BV, state = compiled(vlm, mesh).prefill.eval_shape(params, batch, capacity)
         return place(logits_BV, "batch", "vocab"), lay_out(state, place)
 
 

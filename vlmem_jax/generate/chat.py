@@ -45,7 +45,7 @@ class Chat:
     def ask(self, question: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
         """Pieces of the answer as they come. New images stand before the question."""
         asked = self.processor.message(question, images)
-        session = None if images else self._continued(question)
+        session = self._continued(question, images)
         if session is None:
             sample = self.processor.prompt(asked, history=self.history, rope_dhr=self.rope_dhr, name="chat")
             session = self.generator.start([sample], self.sampling.max_new_tokens + ROOM)
@@ -60,15 +60,17 @@ class Chat:
         finally:
             self.history.append((asked, answer.text))
 
-    def _continued(self, question: str) -> Session | None:
-        """The last turn's session with the question added, if there is one with room for it and an answer, and if the
-        rotary frequencies that it was read under still serve."""
-        ids = self.processor.follow_up(question)
-        needed = len(ids) + self.generator.room(self.sampling.max_new_tokens)
-        session = self._session
-        if session is None or session.free < needed:
+    def _continued(self, question: str, images: Sequence[Image.Image]) -> Session | None:
+        """The last turn's session with the question added, if there is one with room for it and an answer, if the
+        memory can see images that come late, and if the rotary frequencies that it was read under still serve."""
+        session, vlm = self._session, self.generator.vlm
+        if session is None or (images and not vlm.late_views):
             return None
-        if self.generator.vlm.outgrown(session.read, session.length + len(ids)):
+        more = self.processor.follow_up(question, images, rope_dhr=self.rope_dhr)
+        count = len(more.tokens_T)
+        if session.free < count + self.generator.room(self.sampling.max_new_tokens):
             return None
-        session.append(ids)
+        if vlm.outgrown(session.read, session.length + count):
+            return None
+        session.append(more)
         return session

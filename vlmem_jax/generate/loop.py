@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +25,16 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.sharding import batch_sharding, batch_shards, constrain, lay_out, put, replicate
 from vlmem_jax.trees import repeat_rows, repeated
-from vlmem_jax.types import DecodeState, FormationInputs, Sample, Text
+from vlmem_jax.types import Batch, DecodeState, FormationInputs, Sample, Text
 
 FINISHED = -1
 """Stands for the token of a row that has stopped, or that has none this time."""
 
 WAITING = -2
 """Within the loop, for the token of a row that waits for its memory."""
+
+PREFILL_CHUNK = 8192
+"""Tokens of a prompt that are read at once."""
 
 EXTENSION_BUCKET = 16
 """Smallest number of tokens appended to a conversation at once."""
@@ -43,19 +46,47 @@ TEXT_BUCKET = 64
 """Smallest number of states of the text that a memory is formed from."""
 
 
+class Programs(NamedTuple):
+    """The programs of one model on one mesh, each compiled at its first call."""
+
+    prefill: Callable
+    """`prefill(params, batch, capacity, copies)`: whole prompts."""
+    first: Callable
+    """`first(params, text, views, lengths_B, capacity)`: the first chunk of long prompts, and what they show."""
+    chunk: Callable
+    """`chunk(params, state, logits_BV, text, visual, copies)`: a chunk that follows."""
+    extend: Callable
+    """`extend(params, state, text, views)`: what goes on from where rows stand, perhaps with views."""
+    step: Callable
+    """One token for each row."""
+
+
 @functools.lru_cache(maxsize=8)
-def compiled(vlm: VLM, mesh: Mesh | None):
-    """prefill, extend and step of one model on one mesh, each compiled at its first call."""
+def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
+    """The programs of a model on a mesh."""
     speech = vlm.speech
 
     def prefill(params, batch, capacity, copies=1):
         logits_BV, state = vlm.prefill(params, batch, capacity)
-        if copies > 1:
-            logits_BV, state = repeated(logits_BV, 0, copies), repeat_rows(state, copies)
-        return laid_out(logits_BV, state)
+        return laid_out(logits_BV, state, copies)
 
-    def extend(params, state, tokens_BT, counts_B):
-        hidden_BD, state = vlm.extend(params, state, Text.first(tokens_BT, counts_B))
+    def first(params, text, views, lengths_B, capacity):
+        visual = vlm.see(params, views)
+        hidden_BD, state = vlm.extend(params, vlm.begin(lengths_B, capacity), text, visual)
+        return *laid_out(vlm.score(params, hidden_BD), state), visual
+
+    def chunk(params, state, logits_BV, text, visual, copies):
+        hidden_BD, state = vlm.extend(params, state, text, visual)
+        ends_B = (text.segments_BT > 0).any(-1)
+        return laid_out(jnp.where(ends_B[:, None], vlm.score(params, hidden_BD), logits_BV), state, copies)
+
+    def extend(params, state, text, views=None):
+        visual = None
+        if views is not None:
+            here = state.position_B.reshape(-1, *(1,) * (text.positions_BT.ndim - 1))
+            text = dataclasses.replace(text, positions_BT=text.positions_BT + here)
+            visual = vlm.see(params, dataclasses.replace(views, positions_BM=views.positions_BM + here))
+        hidden_BD, state = vlm.extend(params, state, text, visual)
         return laid_out(vlm.score(params, hidden_BD), state)
 
     def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
@@ -71,22 +102,26 @@ def compiled(vlm: VLM, mesh: Mesh | None):
         tokens_B = jnp.where(finished_B, FINISHED, tokens_B)
         finished_B |= choice.stop_V[tokens_B] & (tokens_B >= 0)
         counts_B = (~finished_B & (tokens_B >= 0)).astype(jnp.int32)
-        logits_BV, state = extend(params, state, tokens_B[:, None], counts_B)
+        logits_BV, state = extend(params, state, Text.first(tokens_B[:, None], counts_B))
         if calls is not None:
             calls = calls.take(rule, speech, tokens_B, counts_B)
         finished_B, tokens_B, logp_B = (constrain(x, "batch") for x in (finished_B, tokens_B, logp_B))
         # every host reads the tokens; the rest stays with its rows
         return state, logits_BV, finished_B, *replicate((tokens_B, logp_B)), calls and lay_out(calls)
 
-    return (
+    return Programs(
         jax.jit(prefill, static_argnums=(2, 3), compiler_options=options(mesh)),
+        jax.jit(first, static_argnums=4, compiler_options=options(mesh)),
+        jax.jit(chunk, static_argnums=5, donate_argnums=(1, 2), compiler_options=options(mesh)),
         jax.jit(extend, donate_argnums=1, compiler_options=options(mesh)),
         jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6), compiler_options=options(mesh)),
     )
 
 
-def laid_out(logits_BV: jax.Array, state: DecodeState) -> tuple[jax.Array, DecodeState]:
-    """Each over the ambient mesh as its axes say."""
+def laid_out(logits_BV: jax.Array, state: DecodeState, copies: int = 1) -> tuple[jax.Array, DecodeState]:
+    """Each row `copies` times, one after the other, over the ambient mesh as the axes of the state say."""
+    if copies > 1:
+        logits_BV, state = repeated(logits_BV, 0, copies), repeat_rows(state, copies)
     return constrain(logits_BV, "batch", "vocab"), lay_out(state)
 
 
@@ -144,7 +179,7 @@ class Generator:
         self.banned_ids = tuple(banned_ids)
         self.delimiter_ids = tuple(delimiter_ids)
         self.mesh = mesh
-        self.prefill, self.extend, self.step = compiled(vlm, mesh)
+        self.programs = compiled(vlm, mesh)
 
     def context(self):
         """Makes the mesh, if any, the ambient one."""
@@ -171,9 +206,24 @@ class Generator:
         longest = max(len(sample.tokens_T) for sample in samples)
         capacity = max(bucket(longest + self.room(new_tokens), 64), batch.text.tokens_BT.shape[1])
         with self.context():
-            batch = self.put(batch, rows=True)
-            logits_BV, state = self.prefill(self.params, batch, capacity, copies)
+            logits_BV, state = self._read(batch, capacity, copies)
         return Session(self, state, logits_BV, len(samples) * copies, longest, capacity)
+
+    def _read(self, batch: Batch, capacity: int, copies: int) -> tuple[jax.Array, DecodeState]:
+        """Scores after the prompts of a batch on the host, and the state; long prompts are read in chunks."""
+        T = batch.text.tokens_BT.shape[1]
+        if T <= PREFILL_CHUNK or self.vlm.speech:  # a memory that speaks observes prompts whole
+            return self.programs.prefill(self.params, self.put(batch, rows=True), capacity, copies)
+        chunks = [
+            self.put(jax.tree.map(lambda x, at=at: x[:, at : at + PREFILL_CHUNK], batch.text), rows=True)
+            for at in range(0, T, PREFILL_CHUNK)
+        ]
+        views, lengths_B = self.put((batch.views, (batch.text.segments_BT > 0).sum(-1, dtype=np.int32)), rows=True)
+        logits_BV, state, visual = self.programs.first(self.params, chunks[0], views, lengths_B, capacity)
+        for n, text in enumerate(chunks[1:], 2):
+            last = copies if n == len(chunks) else 1
+            logits_BV, state = self.programs.chunk(self.params, state, logits_BV, text, visual, last)
+        return logits_BV, state
 
     def generate(
         self,
@@ -289,7 +339,7 @@ class Session:
         # waiting takes steps, too: how many it will be is not known where a memory speaks
         for _ in itertools.count() if speech else range(sampling.max_new_tokens):
             with generator.context():
-                self.state, self.logits_BV, finished_B, tokens_B, logp_B, calls = generator.step(
+                self.state, self.logits_BV, finished_B, tokens_B, logp_B, calls = generator.programs.step(
                     generator.params, self.state, self.logits_BV, finished_B, choice, greedy, calls, rule
                 )
             if late is not None:
@@ -315,18 +365,23 @@ class Session:
         self._observed_B[: self.prompts] += taken_B
         return tokens_B, logp_B
 
-    def append(self, ids: Sequence[int]) -> None:
-        """Adds the same tokens to every row. Raises ValueError if there is no room for them."""
-        if len(ids) > self.free:
-            raise ValueError(f"the cache has room for {self.free} more tokens, got {len(ids)}")
-        rows = self.logits_BV.shape[0]
-        tokens_BT = np.zeros((rows, bucket(len(ids), EXTENSION_BUCKET)), np.int32)
-        tokens_BT[:, : len(ids)] = ids
-        with self.generator.context():
-            self.logits_BV, self.state = self.generator.extend(
-                self.generator.params, self.state, tokens_BT, np.full(rows, len(ids), np.int32)
-            )
-        self._taken_B += len(ids)
+    def append(self, sample: Sample) -> None:
+        """Adds the same tokens, and what they show, to every row; positions count from 0.
+
+        Raises ValueError if there is no room for them, or the memory cannot see what comes after text.
+        """
+        count, generator = len(sample.tokens_T), self.generator
+        if count > self.free:
+            raise ValueError(f"the cache has room for {self.free} more tokens, got {count}")
+        shows = len(sample.pixels_ISSc) > 0
+        if shows and not generator.vlm.late_views:
+            raise ValueError("images must come before the first token is read, since all tokens read this memory")
+        batch = pad_prompts([sample] * len(self._taken_B), len(self._taken_B), generator.vlm.tile, EXTENSION_BUCKET)
+        text = batch.text if shows else Text(batch.text.tokens_BT, batch.text.segments_BT)
+        with generator.context():
+            more = generator.put((text, batch.views) if shows else (text,), rows=True)
+            self.logits_BV, self.state = generator.programs.extend(generator.params, self.state, *more)
+        self._taken_B += count
         self._observed_B[:] = 0
 
 

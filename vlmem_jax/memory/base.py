@@ -26,6 +26,8 @@ from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
 class Memory(nnx.Module):
     """Base of all memories, which meet the model at some of the doors below."""
 
+    late_views: bool = False
+    """Whether images may come after text that has been read; if not, a conversation is read again."""
     vision_layer: int | None = None
     """The layer of the vision tower whose inputs the memory keeps. None: none."""
 

@@ -119,6 +119,11 @@ class VLM:
         return speech_of(self.config)
 
     @property
+    def late_views(self) -> bool:
+        """Whether images may come after text that has been read."""
+        return self.config.memory == "none" or MEMORIES[self.config.memory].late_views
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """Ids of tokens that the memory has of its own, which a tokenizer must know, by their text."""
         return self.speech.tokens if self.speech else {}

@@ -194,11 +194,20 @@ class Processor:
         chat.check_text(text, self.template)
         return [*self._encode([text]), self.stop_id]
 
-    def follow_up(self, question: str) -> list[int]:
-        """Ids that go on from an answer without its closing token to the start of the next answer."""
+    def follow_up(
+        self, question: str | chat.Message, images: Sequence[Image.Image] = (), *, rope_dhr: bool | None = None
+    ) -> Sample:
+        """What goes on from an answer without its closing token to the start of the next answer.
+
+        Positions and visual tokens count from 0. The rest as in `prompt`.
+        """
         template = self.template
-        turn = template.turn(template.user, (question,))
-        return self._encode([chat.Control(template.end), template.after_turn, *turn, *template.answer_start])
+        dialogue = self._laid_out(chat.Dialogue((self.message(question, images),)))
+        turn = template.turn(template.user, dialogue.messages[0])
+        pieces = [chat.Control(template.end), template.after_turn, *turn, *template.answer_start]
+        ids = np.array(self._encode(pieces), np.int32)
+        grids = self._grids(dialogue.shown, training=False)
+        return self._sample(ids, np.zeros(len(ids), bool), dialogue.shown, grids, rope_dhr, "follow-up")
 
     def choose_frames(
         self, clip: Clip, minimum: int = 4, maximum: int = 24, rng: np.random.Generator | None = None

@@ -1,0 +1,49 @@
+"""Attention of tokens that are appended to a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmem_jax.nn import attention
+from vlmem_jax.nn.attention import attend, cached_attention, merged
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def arrays(tokens: int, slots: int, rows: int = 2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q_BTHC = jax.random.normal(keys[0], (rows, tokens, HEADS, WIDTH))
+    return q_BTHC, *(jax.random.normal(key, (rows, slots, KV_HEADS, WIDTH)) for key in keys[1:])
+
+
+@pytest.mark.parametrize("tokens, slots, starts", [(20, 61, (0, 37)), (33, 40, (3, 7)), (16, 5, (0, 0))])
+def test_blocks_give_what_all_scores_at_once_give(monkeypatch, tokens, slots, starts):
+    q_BTHC, k_BSKC, v_BSKC = arrays(tokens, slots)
+    index_BT = jnp.array(starts)[:, None] + jnp.arange(tokens)
+    allowed_BTS = jnp.arange(slots) <= index_BT[..., None]
+    expected = attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    found = jax.jit(cached_attention)(q_BTHC, k_BSKC, v_BSKC, index_BT)
+    inside = np.asarray(index_BT < slots)
+    np.testing.assert_allclose(found[inside], expected[inside], atol=2e-6)
+
+
+def test_scores_of_a_long_cache_never_exist_at_once():
+    tokens, slots = 4096, 32768
+    shapes = jax.eval_shape(functools.partial(arrays, tokens, slots, 1))
+    index_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    program = jax.jit(cached_attention).lower(*shapes, index_BT).compile()
+    scores = HEADS * tokens * slots * 4
+    assert program.memory_analysis().temp_size_in_bytes < scores / 40
+
+
+def test_parts_of_the_keys_are_merged():
+    q_BTHC, k_BSKC, v_BSKC = arrays(3, 10)
+    nothing = jnp.zeros(q_BTHC.shape), jnp.full((2, HEADS, 3), -jnp.inf)
+    parts = [attention.reference.attend(q_BTHC, k_BSKC[:, s], v_BSKC[:, s]) for s in (slice(4), slice(4, None))]
+    out_BTHC, _ = functools.reduce(merged, parts, nothing)
+    np.testing.assert_allclose(out_BTHC, attend(q_BTHC, k_BSKC, v_BSKC, None), atol=1e-6)
+    np.testing.assert_array_equal(merged(nothing, nothing)[0], 0)
