@@ -1,4 +1,4 @@
-"""One decoder for every family: what stands beside its layers, which axis a pair turns by, norms of queries and keys."""
+"""One decoder for every family: what stands beside its layers, what a pair turns by, norms of queries and keys."""
 
 import dataclasses
 
@@ -92,14 +92,10 @@ def test_layers_add_to_visual_tokens_alone(decoder, inputs):
     visual = VisualTokens(jnp.zeros((B, 4, CONFIG.width)), jnp.zeros((B, 4, 3), int), jnp.ones((B, 4), int), deep_NBMD)
     # placeholders of tokens 2, 0 and 3; 4 is a latent token, to which nothing is added
     index_BT = jnp.array([[-1, 2, 0, -1, 3, 4], [-1, -1, -1, -1, -1, -1]])
-    added_NBTD = (
-        jnp.zeros((3, B, T, CONFIG.width)).at[:, 0, jnp.array([1, 2, 4])].set(deep_NBMD[:, 0, jnp.array([2, 0, 3])])
-    )
-    plain = Tap((0, 1, 2), added_NBTD, lambda added, x: x + added, after=True)
-    found, expected = (
-        jax.jit(lambda x, tap=tap: decoder(x, *rest, taps=[tap])[0])(x_BTD)
-        for tap in (deep_tap(visual, index_BT), plain)
-    )
+    added_NBTD = jnp.zeros((3, B, T, CONFIG.width))
+    added_NBTD = added_NBTD.at[:, 0, jnp.array([1, 2, 4])].set(deep_NBMD[:, 0, jnp.array([2, 0, 3])])
+    taps = deep_tap(visual, index_BT), Tap((0, 1, 2), added_NBTD, lambda added, x: x + added, after=True)
+    found, expected = (jax.jit(lambda x, tap=tap: decoder(x, *rest, taps=[tap])[0])(x_BTD) for tap in taps)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

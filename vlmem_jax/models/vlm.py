@@ -281,7 +281,7 @@ class VLM:
         counts_B = real_BT.sum(-1, dtype=jnp.int32)
         capacity = state.cache.k_LBSKC.shape[2]
         if capacity < T:
-            raise ValueError(f"the cache must hold the {T} token slots that are read, got a capacity of {capacity}")
+            raise ValueError(f"the cache must hold the prompts of {T} token slots, got a capacity of {capacity}")
         place_BT = state.length_B[:, None] + offsets_T
         index_BT = None if state.empty else jnp.where(real_BT, place_BT, capacity + offsets_T)
         goes_on = text.positions_BT is None
