@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmem_jax.models import VLM
-from vlmem_jax.train.stages import flatten, unflatten
+from vlmem_jax.trees import flatten, unflatten
 
 TABLES = ("embed", "position_embedding", "special_in", "special_out", "q_init", "pos_emb", "m_init")
 

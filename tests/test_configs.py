@@ -8,7 +8,8 @@ from vlmem_jax.config import load, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import TASKS
 from vlmem_jax.train.config import experiment
-from vlmem_jax.train.stages import Split, flatten
+from vlmem_jax.train.stages import Split
+from vlmem_jax.trees import flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]

@@ -66,7 +66,9 @@ def test_parts_stand_as_the_flags_do_and_texts_are_texts(checkpoint, monkeypatch
     gap = processor.template.before_text
     wanted = processor.prompt(["a ", open_image(one), f"{gap}b ", open_image(two), f"{gap}c"])
     for sample in asked:
-        length = len(asked[0].tokens_T) if sample is not asked[2] else np.flatnonzero(sample.slots_T >= 0)[-1] + 3
+        length = (
+            len(asked[0].tokens_T) if sample is not asked[2] else np.flatnonzero(sample.visual_index_T >= 0)[-1] + 3
+        )
         np.testing.assert_array_equal(sample.tokens_T[:length], wanted.tokens_T[:length])
         np.testing.assert_array_equal(sample.pixels_ISSc, wanted.pixels_ISSc)
     for token in (*processor.control_ids, processor.stop_id):
@@ -212,9 +214,9 @@ def test_what_is_typed_in_a_chat_is_text(model, picture):
     assert chat._session is not None and chat.history[1] == ((typed,), second)
     sample = model.processor.prompt(typed, history=[([picture, "\n", typed], first)])
     read = model.processor.prompt(typed, [picture]).tokens_T
-    went_on = [*model.processor.tokenizer.encode(first), *model.processor.follow_up(typed)]
+    went_on = [*model.processor.tokenizer.encode(first), *model.processor.follow_up(typed).tokens_T]
     np.testing.assert_array_equal(sample.tokens_T, [*read, *went_on])
-    assert len(np.unique(sample.slots_T)) - 1 == (sample.tokens_T == model.processor.context_id).sum()
+    assert len(np.unique(sample.visual_index_T)) - 1 == (sample.tokens_T == model.processor.context_id).sum()
 
 
 def test_a_new_image_makes_the_chat_read_all_again(model, picture):

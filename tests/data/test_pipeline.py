@@ -35,18 +35,18 @@ def test_a_step_is_what_the_plan_says(folder, processor):
     host = data[3]
     names = [data.plan.samples.name(key) for row in (6, 7) for key in data.plan.row(row)]
     assert host.step == 3 and host.sample_ids == names
-    assert host.batch.tokens_BT.shape == (1, 2, 300) and host.batch.pixels_BISSc.shape == (1, 2, 8, 8, 8, 3)
-    assert host.batch.pixels_BISSc.dtype == np.uint8
-    assert host.tokens == (host.batch.segments_BT > 0).sum()
+    assert host.batch.text.tokens_BT.shape == (1, 2, 300) and host.batch.views.pixels_BISSc.shape == (1, 2, 8, 8, 8, 3)
+    assert host.batch.views.pixels_BISSc.dtype == np.uint8
+    assert host.tokens == (host.batch.text.segments_BT > 0).sum()
     assert [sum(of) for of in zip(*host.sizes, strict=True)] == [host.tokens, host.tiles] and len(host.sizes) > 2
-    assert host.tiles * processor.tokens_per_side**2 == (host.batch.memory_segments_BM > 0).sum()
+    assert host.tiles * processor.tokens_per_side**2 == (host.batch.views.segments_BM > 0).sum()
     assert host.images == sum(int(name.rpartition(":")[2]) % 3 != 1 for name in names)  # see `lines`
-    np.testing.assert_allclose(host.denominator, host.batch.weights_BT.sum(dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(host.denominator, host.batch.text.weights_BT.sum(dtype=np.float64), rtol=1e-6)
 
 
 def test_pixels_are_those_of_the_image(folder, processor):
     config = folder.config(folder.talk(image=folder.image("a.png", 8, 8)), rows=1)
-    pixels = train(config, processor)[0].batch.pixels_BISSc
+    pixels = train(config, processor)[0].batch.views.pixels_BISSc
     np.testing.assert_array_equal(pixels[0, 0, 0], np.asarray(Image.open(folder.path / "a.png")))
 
 
@@ -66,7 +66,7 @@ def test_iteration_resumes_at_any_step_with_any_threads(folder, processor, threa
 def test_accumulation_splits_the_same_rows(folder, processor):
     config = folder.config(*lines(folder), rows=4)
     whole, split = train(config, processor)[1], train(config, processor, accumulation=2)[1]
-    assert split.batch.tokens_BT.shape == (2, 2, 300)
+    assert split.batch.text.tokens_BT.shape == (2, 2, 300)
     assert split.denominator == whole.denominator and split.sample_ids == whole.sample_ids
     jax.tree.map(lambda one, two: np.testing.assert_array_equal(one.reshape(two.shape), two), whole.batch, split.batch)
     with pytest.raises(ValueError, match="accumulation 3 must divide data.rows 4"):
@@ -91,24 +91,24 @@ def test_evaluation_pads_the_last_step_with_empty_rows(folder, processor):
     assert sorted(names) == sorted(f"{config.eval[0].path}:{i + 1}" for i in range(10))
     empty = len(data) * 4 - len(data.plan)
     last = hosts[-1].batch
-    assert not last.weights_BT[0, -empty:].any() and not last.segments_BT[0, -empty:].any()
-    assert last.segments_BT[0, :-empty].any(axis=1).all()
-    np.testing.assert_allclose(hosts[-1].denominator, last.weights_BT.sum(), rtol=1e-6)
+    assert not last.text.weights_BT[0, -empty:].any() and not last.text.segments_BT[0, -empty:].any()
+    assert last.text.segments_BT[0, :-empty].any(axis=1).all()
+    np.testing.assert_allclose(hosts[-1].denominator, last.text.weights_BT.sum(), rtol=1e-6)
 
 
 def test_text_without_images_has_a_blank_tile_or_no_memory(folder, processor):
     config = folder.config(folder.talk(), rows=1)
     batch = train(config, processor)[0].batch
-    assert np.all(batch.slots_BT == -1) and np.all(batch.pixels_BISSc[0, 0, 0] == 255)
-    assert set(batch.memory_segments_BM[0, 0, :4]) == {1}
+    assert np.all(batch.text.visual_index_BT == -1) and np.all(batch.views.pixels_BISSc[0, 0, 0] == 255)
+    assert set(batch.views.segments_BM[0, 0, :4]) == {1}
     masked = train(dataclasses.replace(config, mask_text_only=True), processor)[0].batch
-    assert not masked.memory_segments_BM.any() and not masked.pixels_BISSc.any()
+    assert not masked.views.segments_BM.any() and not masked.views.pixels_BISSc.any()
 
 
 def test_jpeg_augmentation_changes_pixels_the_same_way_each_time(folder, processor):
     config = folder.config(folder.talk(image=folder.image("a.png", 8, 8)), rows=1)
     augmented = dataclasses.replace(config, jpeg_augment=True)
-    plain, first, again = (train(c, processor)[0].batch.pixels_BISSc for c in (config, augmented, augmented))
+    plain, first, again = (train(c, processor)[0].batch.views.pixels_BISSc for c in (config, augmented, augmented))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != plain)
     assert np.any(first[0, 0, 0] != first[0, 0, 1])  # each time the image is seen
@@ -145,9 +145,9 @@ def test_a_skipped_sample_keeps_its_place_and_the_denominator(folder, processor,
     for step in range(len(data)):
         host = data[step]
         rows = [data.plan.row(row) for row in (2 * step, 2 * step + 1)]
-        np.testing.assert_allclose(host.denominator, host.batch.weights_BT.sum(dtype=np.float64), rtol=1e-6)
+        np.testing.assert_allclose(host.denominator, host.batch.text.weights_BT.sum(dtype=np.float64), rtol=1e-6)
         for row, keys in enumerate(rows):
-            segments_T, weights_T = host.batch.segments_BT[0, row], host.batch.weights_BT[0, row]
+            segments_T, weights_T = host.batch.text.segments_BT[0, row], host.batch.text.weights_BT[0, row]
             np.testing.assert_allclose(weights_T.sum(), data.plan.weight(keys), rtol=1e-6)
             sizes = [data.plan.samples.size(key) for key in keys]
             assert np.bincount(segments_T)[1:].tolist() == [size.tokens for size in sizes]
@@ -170,9 +170,9 @@ def test_a_row_with_nothing_readable_is_replaced_by_the_row_before_it(folder, pr
     rows = [data.plan.row(row) for row in range(40)]
     lonely = next(row for row in range(1, 40) if rows[row] == [(0, 1)] and rows[row - 1] != [(0, 1)])
     host, before = data[lonely], data[lonely - 1]
-    np.testing.assert_array_equal(host.batch.tokens_BT, before.batch.tokens_BT)
+    np.testing.assert_array_equal(host.batch.text.tokens_BT, before.batch.text.tokens_BT)
     assert host.sample_ids == before.sample_ids and host.denominator == data.plan.weight([(0, 1)])
-    np.testing.assert_allclose(host.batch.weights_BT.sum(), host.denominator, rtol=1e-6)
+    np.testing.assert_allclose(host.batch.text.weights_BT.sum(), host.denominator, rtol=1e-6)
 
 
 def test_nothing_readable_at_all_is_an_error(folder, processor):
@@ -202,7 +202,7 @@ def test_batches_arrive_on_the_devices_in_order(folder, processor, mesh_config):
         sent = list(data.on_devices(mesh, start=1))
     assert [host.step for host in sent] == [1, 2]
     for host in sent:
-        pixels = host.batch.pixels_BISSc
+        pixels = host.batch.views.pixels_BISSc
         assert pixels.shape == (2, 8, 8, 8, 8, 3) and pixels.dtype == np.uint8
         assert pixels.sharding.shard_shape(pixels.shape)[1] == 8 // (mesh_config.data * mesh_config.fsdp)
         assert_equal(host, data[host.step])

@@ -91,13 +91,13 @@ def test_a_raw_prompt_is_used_as_it_stands(prompts, processor):
     assert text(processor, sample) == raw.replace("<|image_pad|>", "<|image_pad|>" * 4).replace(
         "<|video_pad|>", "<|video_pad|>" * (len(sample.pixels_ISSc) - 4)
     )
-    assert (sample.slots_T >= 0).sum() == len(sample.pixels_ISSc) > 4
+    assert (sample.visual_index_T >= 0).sum() == len(sample.pixels_ISSc) > 4
     with pytest.raises(
         ValueError, match=r"this one holds 1 <\|(image|video)_pad\|> for 0 \(sample .*prompts.jsonl:1\)"
     ):
         prompts({"prompt": raw, "prompt_is_raw": True}).sample((0, 0))
     typed = prompts({"prompt": raw, "image": "0.png"}).sample((0, 0))
-    assert raw in text(processor, typed) and (typed.slots_T >= 0).sum() == len(typed.pixels_ISSc) == 4
+    assert raw in text(processor, typed) and (typed.visual_index_T >= 0).sum() == len(typed.pixels_ISSc) == 4
     with pytest.raises(ValueError, match=r"jsonl:1: a `prompt` that `prompt_is_raw` must be a text"):
         prompts({"prompt": [raw], "prompt_is_raw": True})[0, 0]
 

@@ -58,7 +58,7 @@ def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
         for sent in data.on_devices(mesh):
             whole, part = everything[sent.step], data[sent.step]
             assert (sent.denominator, sent.tokens, sent.tiles) == (whole.denominator, whole.tokens, whole.tiles)
-            np.testing.assert_array_equal(part.batch.tokens_BT, whole.batch.tokens_BT[:, rows])
+            np.testing.assert_array_equal(part.batch.text.tokens_BT, whole.batch.text.tokens_BT[:, rows])
             jax.tree.map(check_shards, sent.batch, whole.batch)
     print("rows agree", flush=True)
 

@@ -52,7 +52,7 @@ def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
     batch = pad_prompts([sample], 1, model.vlm.tile)
     jax.block_until_ready(jax.jit(model.vlm.hidden)(jax.device_get(model.params), jax.tree.map(jnp.asarray, batch)))
     jax.effects_barrier()
-    M = len(sample.memory_positions_M)
+    M = len(sample.visual_positions_M)
     np.testing.assert_allclose(seen.memory_LHM, np.stack(recorded)[..., :M], atol=1e-5)
     np.testing.assert_allclose(seen.memory_LHM.sum(-1), 1, atol=1e-5)
     assert seen.context_LHM.shape == (4, 3, M)

@@ -40,9 +40,9 @@ def make_prompt(vlm):
             tokens_T=rng.integers(5, 100, length + m).astype(np.int32),
             labels_T=np.full(length + m, -100, np.int32),
             positions_T=np.concatenate([np.arange(3), image_positions, rest]).astype(np.int32),
-            slots_T=slots,
+            visual_index_T=slots,
             pixels_ISSc=rng.integers(0, 256, (tiles, size, size, 3)).astype(np.uint8),
-            memory_positions_M=image_positions.astype(np.int32),
+            visual_positions_M=image_positions.astype(np.int32),
             name=f"prompt {seed}",
         )
 

@@ -14,7 +14,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import serving_mesh
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch
 
 TINY = {"decoder": {"layers": 2}, "vision": {"layers": 1}}
@@ -48,7 +48,7 @@ class Programs:
             prompts(self.generator.vlm),
         )
         with self.generator.context():
-            return self._exchanges(self.generator.prefill.lower(self.generator.params, batch, CAPACITY))
+            return self._exchanges(self.generator.programs.prefill.lower(self.generator.params, batch, CAPACITY))
 
     def step(self) -> list:
         """The exchanges of a token, in a session with all that it carries."""
@@ -57,13 +57,13 @@ class Programs:
             logits_BV, state = jax.jit(
                 lambda: laid_out(*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), after_prompts(vlm)))
             )()
-        step, lowered = self.generator.step, []
+        programs, lowered = self.generator.programs, []
 
         def catch(*arguments):
-            lowered.append(step.lower(*arguments))
+            lowered.append(programs.step.lower(*arguments))
             raise Caught
 
-        self.generator.step = catch
+        self.generator.programs = programs._replace(step=catch)
         with pytest.raises(Caught):
             next(Session(self.generator, state, logits_BV, ROWS, 0, CAPACITY).draw(SamplingConfig(max_new_tokens=4)))
         return self._exchanges(lowered[0])

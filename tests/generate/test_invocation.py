@@ -6,7 +6,7 @@ from vlmem_jax.generate.invocation import InvocationConfig, Rule, delimiters
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
 
-SPEECH = Speech((10, 12), (11, 13), (3, 5), max_invocations=4, max_states=64, start_id=0)
+SPEECH = Speech(("a", "b"), (10, 12), (11, 13), (3, 5), max_invocations=4, max_states=64, start_id=0)
 
 
 def rule(config=InvocationConfig(), forced=(), rows=2):

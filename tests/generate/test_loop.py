@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -6,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.verbs import extended
 from vlmem_jax.compiler import OPTIONS
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.types import Sample
 
 GREEDY = SamplingConfig(max_new_tokens=10)
 SAMPLED = SamplingConfig(max_new_tokens=10, temperature=1.0, top_k=40, top_p=0.9, seed=3)
@@ -42,7 +45,7 @@ def test_incremental_decoding_equals_full_forward(vlm, params, generator, make_p
             prompt,
             tokens_T=np.append(prompt.tokens_T, np.int32(token)),
             positions_T=np.append(prompt.positions_T, prompt.positions_T[-1] + 1),
-            slots_T=np.append(prompt.slots_T, np.int32(-1)),
+            visual_index_T=np.append(prompt.visual_index_T, np.int32(-1)),
             labels_T=np.append(prompt.labels_T, np.int32(-100)),
         )
 
@@ -73,12 +76,26 @@ def test_scores_are_those_of_the_row_alone(vlm, params, generator, prompts):
         np.testing.assert_allclose(generator.start([prompt], 4).logits_BV[0], together[row], atol=1e-5)
 
 
+def text(ids):
+    """Tokens that go on from where a session stands."""
+    empty, T = np.zeros(0, np.int32), len(ids)
+    tiles = np.zeros((0, 28, 28, 3), np.uint8)
+    return Sample(
+        np.array(ids, np.int32),
+        np.zeros(T, np.int32),
+        np.arange(T, dtype=np.int32),
+        np.full(T, -1, np.int32),
+        tiles,
+        empty,
+    )
+
+
 def test_appending_at_once_equals_token_by_token(generator, make_prompt):
     prompt, ids = make_prompt(9, 2), [7, 8, 9, 10, 11]
     at_once, one_by_one = generator.start([prompt], 8), generator.start([prompt], 8)
-    at_once.append(ids)
+    at_once.append(text(ids))
     for token in ids:
-        one_by_one.append([token])
+        one_by_one.append(text([token]))
     np.testing.assert_allclose(at_once.logits_BV, one_by_one.logits_BV, atol=1e-5)
     np.testing.assert_array_equal(at_once.state.position_B, one_by_one.state.position_B)
 
@@ -128,9 +145,9 @@ def test_no_room_is_an_error_with_the_knob(generator, make_prompt):
     with pytest.raises(ValueError, match="room for .* new_tokens"):
         next(session.stream(SamplingConfig(max_new_tokens=1000)))
     with pytest.raises(ValueError, match="room for"):
-        session.append(range(1000))
+        session.append(text(range(1000)))
     with pytest.raises(ValueError, match="must hold the prompts of 64 token slots, got a capacity of 63"):
-        generator.prefill(generator.params, pad_prompts([make_prompt(64, 0)], 1, generator.vlm.tile), 63)
+        generator.programs.prefill(generator.params, pad_prompts([make_prompt(64, 0)], 1, generator.vlm.tile), 63)
 
 
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)])
@@ -151,7 +168,7 @@ def test_each_program_is_compiled_with_the_options_of_its_device(vlm, params, ge
     compiled.cache_clear()
     programs = {
         "prefill": lambda: session.generator.start(prompts, GREEDY.max_new_tokens),
-        "extend": lambda: session.append([5]),
+        "extend": lambda: session.append(text([5])),
         "step": lambda: next(session.stream(GREEDY)),
     }
     for run in programs.values():
@@ -169,7 +186,7 @@ def test_nothing_compiles_after_warm_up(generator, make_prompt):
 
 def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):
     session = generator.start([make_prompt(9, 1)] * 2, 3000)  # large, so that the cache outweighs the parameters
-    extend = jax.jit(vlm.extend, donate_argnums=1)
+    extend = jax.jit(functools.partial(extended, vlm), donate_argnums=1)
     one = jnp.ones((2, 1), jnp.int32)
     compiled = extend.lower(params, session.state, one, jnp.ones(2, jnp.int32)).compile()
     shape = ",".join(map(str, session.state.cache.k_LBSKC.shape))

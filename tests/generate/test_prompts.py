@@ -36,7 +36,7 @@ def test_images_of_many_sizes_share_a_shape(vlm):
     grids = [PatchGrid(1, 8, 11), PatchGrid(1, 17, 5), PatchGrid(4, 7, 3), PatchGrid(1, 1, 81)]
     batches = [pad_prompts([sample(vlm, [grid], 20 - n)], 1, vlm.tile) for n, grid in enumerate(grids)]
     shapes = [[leaf.shape for leaf in jax.tree.leaves(batch)] for batch in batches]
-    assert all(shape == shapes[0] for shape in shapes) and batches[0].pixels_BISSc.shape[1] == 88
+    assert all(shape == shapes[0] for shape in shapes) and batches[0].views.pixels_BISSc.shape[1] == 88
 
 
 def test_rows_are_padded_on_the_right(vlm):
@@ -44,11 +44,11 @@ def test_rows_are_padded_on_the_right(vlm):
     batch = pad_prompts([short, long], 3, vlm.tile)
     for row, one in enumerate((short, long)):
         length, tiles = len(one.tokens_T), len(one.pixels_ISSc)
-        np.testing.assert_array_equal(batch.tokens_BT[row, :length], one.tokens_T)
-        np.testing.assert_array_equal(batch.segments_BT[row], np.arange(batch.segments_BT.shape[1]) < length)
-        np.testing.assert_array_equal(batch.layout_BI4[row, :tiles], one.layout_I4)
-        assert not batch.layout_BI4[row, tiles:].any() and not batch.pixels_BISSc[row, tiles:].any()
-    assert not batch.segments_BT[2].any()
+        np.testing.assert_array_equal(batch.text.tokens_BT[row, :length], one.tokens_T)
+        np.testing.assert_array_equal(batch.text.segments_BT[row], np.arange(batch.text.segments_BT.shape[1]) < length)
+        np.testing.assert_array_equal(batch.views.layout_BI4[row, :tiles], one.layout_I4)
+        assert not batch.views.layout_BI4[row, tiles:].any() and not batch.views.pixels_BISSc[row, tiles:].any()
+    assert not batch.text.segments_BT[2].any()
 
 
 def test_more_prompts_than_rows_are_refused(vlm):

@@ -18,10 +18,10 @@ from vlmem_jax.hub import internvl
 from vlmem_jax.hub.convert import export_folder, import_folder, load_folder, released
 from vlmem_jax.hub.internvl_config import write_config
 from vlmem_jax.hub.orbax_io import read_leaves
-from vlmem_jax.hub.rules import flat, nested
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.models import VLM, presets
 from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.trees import flatten, unflatten
 
 from .conftest import write_hf
 
@@ -35,7 +35,7 @@ def parameters(folder) -> dict[str, np.ndarray]:
     abstract = VLM(presets.resolve(checkpoint.model["model"])).abstract()
     dtype = dtype_of(checkpoint.step_folder)
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=CPU), abstract)
-    return {path: np.asarray(leaf) for path, leaf in flat(load_params(checkpoint.step_folder, target)).items()}
+    return {path: np.asarray(leaf) for path, leaf in flatten(load_params(checkpoint.step_folder, target)).items()}
 
 
 def dtype_of(step_folder) -> np.dtype:
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_what_was_trained_is_exported_with_its_base(hf_folder, t
     import_folder(hf_folder, tmp_path / "ours")
     run, whole = tmp_path / "run", parameters(tmp_path / "ours")
     trained = {path: 2 * leaf for path, leaf in whole.items() if path.startswith("memory/")}
-    save_params(run / "tune" / "3", nested(trained))
+    save_params(run / "tune" / "3", unflatten(trained))
     set_base(run, tmp_path / "ours" / "0")
     (run / "model.json").write_bytes((tmp_path / "ours" / "model.json").read_bytes())
     (run / "config.json").write_text('{"stages": [{"name": "tune"}]}')
@@ -106,7 +106,7 @@ def test_what_is_imported_is_what_the_table_says(hf_folder, tmp_path, weights):
     import_folder(hf_folder, tmp_path / "ours")
     expected = internvl.from_arrays(released(hf_folder).model, weights)
     for path, leaf in parameters(tmp_path / "ours").items():
-        np.testing.assert_array_equal(leaf, flat(expected)[path].astype(ml_dtypes.bfloat16), strict=True)
+        np.testing.assert_array_equal(leaf, flatten(expected)[path].astype(ml_dtypes.bfloat16), strict=True)
 
 
 # --- straight into arrays ---------------------------------------------------------------------------------------------
@@ -118,9 +118,9 @@ def test_load_folder_gives_sharded_arrays(hf_folder, weights, mesh):
     shardings = sharding.param_shardings(make_mesh(**mesh), vlm.abstract(), vlm.axes())
     params = load_folder(hf_folder, vlm, shardings)
     expected = internvl.from_arrays(vlm.config, weights)
-    for path, leaf in flat(params).items():
-        assert leaf.sharding == flat(shardings)[path]
-        np.testing.assert_array_equal(leaf, flat(expected)[path].astype(ml_dtypes.bfloat16), strict=True)
+    for path, leaf in flatten(params).items():
+        assert leaf.sharding == flatten(shardings)[path]
+        np.testing.assert_array_equal(leaf, flatten(expected)[path].astype(ml_dtypes.bfloat16), strict=True)
 
 
 def test_load_folder_casts(hf_folder, weights):
@@ -145,20 +145,20 @@ def test_a_plain_checkpoint_gets_fresh_memory_blocks(plain_folder, tmp_path):
     summary = import_folder(plain_folder, tmp_path / "ours", model=model, seed=1)
     found = parameters(tmp_path / "ours")
     assert set(summary.fresh) == {path for path in found if path.startswith("memory/")}
-    expected = flat(internvl.from_arrays(released(plain_folder).model, dict(Tensors(plain_folder))))
+    expected = flatten(internvl.from_arrays(released(plain_folder).model, dict(Tensors(plain_folder))))
     for path, leaf in expected.items():
         np.testing.assert_array_equal(found[path], leaf, strict=True)
     assert not found["memory/blocks/attn_gate"].any() and not found["memory/blocks/mlp_gate"].any()
     assert (found["memory/blocks/attn_norm/scale"] == 1).all()
     # each block drawn apart, as wide as the model's own init draws them
-    q, drawn = (x["memory/blocks/attn/q/kernel"] for x in (found, flat(VLM(model).fresh(jax.random.key(5)))))
+    q, drawn = (x["memory/blocks/attn/q/kernel"] for x in (found, flatten(VLM(model).fresh(jax.random.key(5)))))
     assert q.shape == drawn.shape and not np.array_equal(q[0], q[1])
     assert q.std() == pytest.approx(float(drawn.std()), rel=0.1)
     # the same straight into sharded arrays
     vlm = VLM(model)
     shardings = sharding.param_shardings(make_mesh(fsdp=4, tensor=2), vlm.abstract(), vlm.axes())
-    for path, leaf in flat(load_folder(plain_folder, vlm, shardings, seed=1)).items():
-        assert leaf.sharding == flat(shardings)[path]
+    for path, leaf in flatten(load_folder(plain_folder, vlm, shardings, seed=1)).items():
+        assert leaf.sharding == flatten(shardings)[path]
         np.testing.assert_array_equal(leaf, found[path], strict=True)
 
 

@@ -15,11 +15,11 @@ from vlmem_jax.config import to_dict
 from vlmem_jax.hub import families, memories
 from vlmem_jax.hub.convert import export_folder, import_folder, released
 from vlmem_jax.hub.orbax_io import read_leaves
-from vlmem_jax.hub.rules import flat
 from vlmem_jax.hub.safetensors_io import Tensors
 from vlmem_jax.memory import MEMORIES
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import PRESETS, resolve
+from vlmem_jax.trees import flatten
 
 FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl"}
 OTHERS = {
@@ -66,7 +66,7 @@ def there(request, tmp_path_factory):
 def test_every_parameter_has_its_shape_and_every_element_a_place(there):
     """Writing all leaves into empty tensors fills them: nothing is left out, nothing is written twice."""
     rules = families.of_model(there.model).name_table(there.model, None, None)
-    assert {rule.ours: rule.our_shape for rule in rules} == {path: x.shape for path, x in flat(there.params).items()}
+    assert {rule.ours: rule.our_shape for rule in rules} == {path: x.shape for path, x in flatten(there.params).items()}
     counts = {name: np.zeros(rule.shape, np.int8) for rule in rules for name in rule.names}
     for rule in rules:
         for name in rule.names:
@@ -88,7 +88,7 @@ def test_a_memory_stands_beside_the_tensors_of_the_family(there):
 
 def test_there_and_back_is_bit_equal(there):
     back = {path: leaf.read(()) for path, leaf in read_leaves(there.folder / "back" / "0" / "params").items()}
-    before = flat(there.params)
+    before = flatten(there.params)
     assert back.keys() == before.keys()
     for path, leaf in before.items():
         assert back[path].dtype == jnp.bfloat16 and back[path].tobytes() == np.asarray(leaf).tobytes(), path

@@ -18,9 +18,9 @@ from vlmem_jax.hub import qwen2_5_vl
 from vlmem_jax.hub.convert import export_folder, import_folder, load_folder, released
 from vlmem_jax.hub.orbax_io import read_leaves
 from vlmem_jax.hub.qwen2_5_vl_config import read_config, write_config, write_preprocessor
-from vlmem_jax.hub.rules import flat
 from vlmem_jax.models import VLM, presets
 from vlmem_jax.processing import PatchConfig, Tokenizer
+from vlmem_jax.trees import flatten
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen2_5_vl"  # the set that is kept here
 VISION = {"memory": "vismem", "vismem": {"former": "lora_vision", "vision_layer": 1}}
@@ -147,7 +147,7 @@ def test_new_rows_of_a_tied_table(tmp_path):
     rules = {rule.ours: rule for rule in qwen2_5_vl.name_table(model)}
     (tmp_path / "hf").mkdir()
     stored = {}
-    for path, leaf in flat(params).items():
+    for path, leaf in flatten(params).items():
         rule = rules[path]
         for n, name in enumerate(rule.names):
             stored[name] = np.zeros(rule.shape, ml_dtypes.bfloat16)
@@ -178,8 +178,8 @@ def test_straight_into_arrays(hf_folder):
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params = load_folder(hf_folder, vlm, jax.tree.map(lambda _: cpu, vlm.abstract()))
     expected = qwen2_5_vl.from_arrays(vlm.config, tensors(hf_folder))
-    for path, leaf in flat(params).items():
-        np.testing.assert_array_equal(leaf, flat(expected)[path], strict=True)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, flatten(expected)[path], strict=True)
 
 
 # --- JSON files -------------------------------------------------------------------------------------------------------

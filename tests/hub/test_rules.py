@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from vlmem_jax.hub.rules import Rule, flat, nested
+from vlmem_jax.hub.rules import Rule
+from vlmem_jax.trees import flatten, unflatten
 
 
 def rule(pattern, sizes, **more):
@@ -47,5 +48,5 @@ def test_stacked_shapes_lead_with_the_number_of_layers():
 
 def test_nested_and_flat_are_inverse():
     leaves = {"a/b/c": 1, "a/d": 2, "e": 3}
-    assert nested(leaves) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
-    assert flat(nested(leaves)) == leaves
+    assert unflatten(leaves) == {"a": {"b": {"c": 1}, "d": 2}, "e": 3}
+    assert flatten(unflatten(leaves)) == leaves

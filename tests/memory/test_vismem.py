@@ -10,6 +10,7 @@ import pytest
 
 from tests import drawn
 from tests.patches_world import sample
+from tests.verbs import embeddings, extended
 from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
@@ -24,8 +25,9 @@ from vlmem_jax.positions import PatchGrid
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.config import StageConfig
 from vlmem_jax.train.next_token import next_token_loss
-from vlmem_jax.train.stages import Split, flatten
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.train.stages import Split
+from vlmem_jax.trees import flatten
+from vlmem_jax.types import Batch, FormationInputs
 from vlmem_jax.vision import normalise
 
 ROWS = 4
@@ -247,7 +249,7 @@ def test_without_a_call_the_model_is_the_plain_one(answers, vlm, params, plain, 
     base = Generator(*plain, stop_ids=[], banned_ids=banned).generate(prompts, GREEDY, batch_size=ROWS)
     for config in (InvocationConfig("never"), RULE):
         assert answers(prompts, GREEDY, config)[0] == base
-    assert jax.eval_shape(lambda params: plain[0].prefill(params, batch, 64)[1], plain[1]).listening is None
+    assert jax.eval_shape(lambda params: plain[0].prefill(params, batch, 64)[1], plain[1]).memory is None
 
 
 def test_nothing_compiles_as_calls_come(answers, vlm, prompts, speech, forced):
@@ -303,8 +305,8 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
     def everything(params, batch):
         _, state = model.prefill(params, batch, 96)
         latents, heard = model.form(params, state, jnp.arange(ROWS), jnp.arange(ROWS) % 2, 64)
-        logits, after = model.extend(params, state, jnp.zeros((ROWS, N), jnp.int32), counts, latents, counts)
-        batch = dataclasses.replace(batch, heard=heard)
+        logits, after = extended(model, params, state, jnp.zeros((ROWS, N), jnp.int32), counts, latents, counts)
+        batch = batch.replace(formation=heard)
         return state, after, latents, logits, jax.grad(lambda params: model.logits(params, batch).sum())(params)
 
     batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
@@ -312,11 +314,6 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
     assert latents.dtype == state.cache.k_LBSKC.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
-
-
-def embeddings(model, params, batch):
-    """What goes into the decoder in a training forward: of a batch, the only thing that memories change."""
-    return model._run(model._merge(params), batch, None, None)[1]
 
 
 # --- what it hears ----------------------------------------------------------------------------------------------------
@@ -338,12 +335,12 @@ def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
         tokens_T=np.append(prompt.tokens_T, np.array(said, np.int32)),
         labels_T=np.append(prompt.labels_T, np.array(said, np.int32)),
         positions_T=np.concatenate([prompt.positions_T, np.repeat(positions[:, None], 3, axis=1)]).astype(np.int32),
-        slots_T=np.append(prompt.slots_T, np.full(len(said), -1, np.int32)),
+        visual_index_T=np.append(prompt.visual_index_T, np.full(len(said), -1, np.int32)),
     )
     batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, short.tile))
     hidden = jax.jit(short.hidden)(params, batch)[0]
-    seen = jax.jit(short.encode_images)(params, batch.pixels_BISSc, None, batch.layout_BI4)[0]
-    slots = prompt.slots_T[prompt.slots_T >= 0]
+    seen = jax.jit(lambda *given: short.see(*given).tokens_BMD)(params, batch.views)[0]
+    slots = prompt.visual_index_T[prompt.visual_index_T >= 0]
     assert len(slots) == 16 and len(formed.states_LD) == 8 + 5
     np.testing.assert_allclose(formed.states_LD[:8], seen[slots].reshape(8, 2, -1).mean(axis=1), atol=1e-5)
     end = len(longer.tokens_T)
@@ -367,8 +364,8 @@ def test_of_too_many_visual_states_neighbours_are_averaged():
 def test_a_call_that_is_padding_leaves_no_trace(vlm, params, prompts):
     """Rows of a training batch differ in how often a memory spoke: what a row reads, and gradients, do not."""
     batch, length = pad_prompts(prompts[2:3], 1, vlm.tile), len(prompts[2].tokens_T)
-    M = batch.memory_segments_BM.shape[1]
-    batch.slots_BT[0, length - 3 : length] = M + np.arange(3)
+    M = batch.views.segments_BM.shape[1]
+    batch.text.visual_index_BT[0, length - 3 : length] = M + np.arange(3)
     states = jax.random.normal(jax.random.key(0), (1, 2, 9, vlm.config.decoder.width))
 
     @jax.jit
@@ -376,8 +373,8 @@ def test_a_call_that_is_padding_leaves_no_trace(vlm, params, prompts):
         return (embeddings(vlm, params | {"memory": memory}, batch)[0, :length] ** 2).mean()
 
     def value_and_gradient(count, kinds, lengths):
-        heard = Heard(states[:, :count], jnp.array([lengths]), jnp.array([kinds]))
-        moved = jax.tree.map(jnp.asarray, dataclasses.replace(batch, heard=heard))
+        heard = FormationInputs(states[:, :count], jnp.array([lengths]), jnp.array([kinds]))
+        moved = jax.tree.map(jnp.asarray, batch.replace(formation=heard))
         return jax.jit(jax.value_and_grad(loss))(params["memory"], moved)
 
     alone, padded = value_and_gradient(1, [0], [9]), value_and_gradient(2, [0, -1], [9, 0])
@@ -414,9 +411,9 @@ def test_the_loss_of_next_tokens_scores_the_tokens_of_the_memory(vlm, params, pr
     batch = jax.tree.map(lambda *x: jnp.stack(x), *rows)
     loss = jax.jit(lambda params: next_token_loss(vlm, params, batch, 32))(params)
     logp_BTV = jax.nn.log_softmax(jax.jit(vlm.logits)(params, batch))
-    wanted = jnp.take_along_axis(logp_BTV, batch.targets_BT[..., None], axis=2)[..., 0]
-    assert np.isin(batch.targets_BT, calls).sum() > 8
-    np.testing.assert_allclose(loss, -(wanted * batch.weights_BT).sum(), rtol=1e-5)
+    wanted = jnp.take_along_axis(logp_BTV, batch.text.targets_BT[..., None], axis=2)[..., 0]
+    assert np.isin(batch.text.targets_BT, calls).sum() > 8
+    np.testing.assert_allclose(loss, -(wanted * batch.text.weights_BT).sum(), rtol=1e-5)
 
 
 def test_it_learns_on_another_family():
@@ -426,24 +423,25 @@ def test_it_learns_on_another_family():
     rng, T, width = np.random.default_rng(0), 24, model.config.decoder.width
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32), model.abstract())
     empty = Batch.empty((2,), T, 1, model.tile)
-    M, images = empty.memory_segments_BM.shape[1], np.arange(1, 1 + empty.memory_segments_BM.shape[1])
-    slots = empty.slots_BT.copy()
+    M, images = empty.views.segments_BM.shape[1], np.arange(1, 1 + empty.views.segments_BM.shape[1])
+    slots = empty.text.visual_index_BT.copy()
     slots[:, images] = np.arange(M)
     slots[:, 14:17] = M + np.arange(3)  # a memory after the image and some text
     tokens = rng.integers(5, 120, (2, T)).astype(np.int32)
     tokens[:, 18:22] = own.token_ids
-    heard = Heard(rng.normal(size=(2, 1, 9, width)).astype(np.float32), np.full((2, 1), 9), np.array([[0], [1]]))
-    batch = dataclasses.replace(
-        empty,
+    heard = FormationInputs(
+        rng.normal(size=(2, 1, 9, width)).astype(np.float32), np.full((2, 1), 9), np.array([[0], [1]])
+    )
+    batch = empty.replace(
         tokens_BT=tokens,
         targets_BT=np.roll(tokens, -1, axis=1),
         weights_BT=np.full((2, T), 0.5 / T, np.float32),
         positions_BT=np.broadcast_to(np.arange(T, dtype=np.int32), (2, T)),
         segments_BT=np.ones_like(tokens),
-        slots_BT=slots,
-        pixels_BISSc=rng.integers(0, 256, empty.pixels_BISSc.shape).astype(np.uint8),
-        memory_segments_BM=np.ones_like(empty.memory_segments_BM),
-        heard=heard,
+        visual_index_BT=slots,
+        pixels_BISSc=rng.integers(0, 256, empty.views.pixels_BISSc.shape).astype(np.uint8),
+        segments_BM=np.ones_like(empty.views.segments_BM),
+        formation=heard,
     )
     batch = jax.tree.map(jnp.asarray, batch)
     step = jax.jit(jax.value_and_grad(lambda memory: next_token_loss(model, params | {"memory": memory}, batch, T)))
@@ -472,9 +470,9 @@ def seeing(vlm, params):
 def patches(model, params, batch):
     """Those that short memories are formed from, and their rotations."""
     c, vision = model.config.vision, model._merge(params).vision
-    pixels = normalise(batch.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
-    kept_BND = vision.keeping(pixels, batch.layout_BI4, model.config.vismem.vision_layer, "none")[1]
-    return kept_BND, vision._rotation(batch.layout_BI4[..., 2:])
+    pixels = normalise(batch.views.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
+    kept_BND = vision.keeping(pixels, batch.views.layout_BI4, model.config.vismem.vision_layer, "none")[1]
+    return kept_BND, vision._rotation(batch.views.layout_BI4[..., 2:])
 
 
 def spelt_out(model, params, layout_I4, kept_ND, tables, rows_ED):
@@ -545,7 +543,7 @@ def test_the_vision_tower_forms_short_memories(seeing, prompts, formed):
             assert not short[row].any()
             continue
         extra, own = np.concatenate([queries[row], memory["m_init"]]), [table[row] for table in tables]
-        rows = spelt_out(model, params, batch.layout_BI4[row], kept_BND[row], own, extra)
+        rows = spelt_out(model, params, batch.views.layout_BI4[row], kept_BND[row], own, extra)
         wanted.append(project(params, rows[None, -out:])[0])
         np.testing.assert_allclose(short[row], wanted[-1], atol=2e-4)
         assert np.abs(wanted[-1] - wanted[0]).max() > 0.01 or row == 0
@@ -561,20 +559,20 @@ def test_in_a_packed_row_it_sees_the_images_of_its_own_sample(seeing, prompts, f
             tokens_T=np.append(prompts[n].tokens_T, np.zeros(4 * slots, np.int32)),
             labels_T=np.append(prompts[n].labels_T, np.full(4 * slots, -100, np.int32)),
             positions_T=np.concatenate([prompts[n].positions_T, np.zeros((4 * slots, 3), np.int32)]),
-            slots_T=np.append(prompts[n].slots_T, np.full(4 * slots, -1, np.int32)),
+            visual_index_T=np.append(prompts[n].visual_index_T, np.full(4 * slots, -1, np.int32)),
         )
         for n in range(3)
     ]
     row = pack_row(samples, DataConfig(), model.tile, 160, 48)
-    M, J, ends = row.memory_segments_BM.shape[0], 8, np.cumsum([len(s.tokens_T) for s in samples])
+    M, J, ends = row.views.segments_BM.shape[0], 8, np.cumsum([len(s.tokens_T) for s in samples])
     states, lengths, kinds = np.zeros((J, *heard.states_BJLD.shape[2:]), np.float32), np.zeros(J), np.full(J, -1)
     places = []
     for j, (n, kind) in enumerate(calls):
         states[j], lengths[j], kinds[j] = heard.states_BJLD[n, 0], heard.lengths_BJ[n, 0], kind
         before = sum(m == n for m, _ in calls[:j])
         places.append(ends[n] - (before + 1) * slots + np.arange(model.speech.lengths[kind]))
-        row.slots_BT[places[-1]] = M + j * slots + np.arange(len(places[-1]))
-    batch = dataclasses.replace(row, heard=Heard(states, lengths.astype(np.int32), kinds.astype(np.int32)))
+        row.text.visual_index_BT[places[-1]] = M + j * slots + np.arange(len(places[-1]))
+    batch = row.replace(formation=FormationInputs(states, lengths.astype(np.int32), kinds.astype(np.int32)))
 
     [x_TD] = jax.jit(functools.partial(embeddings, model))(params, jax.tree.map(lambda x: x[None], batch))
     for place, (n, kind) in zip(places, calls, strict=True):
@@ -592,7 +590,7 @@ def test_seeing_again_costs_a_model_that_never_calls_nothing_but_room(answers, s
         jax.eval_shape(lambda params, m=m: m.prefill(params, batch, 96)[1], p).patches
         for m, p in ((vlm, params), (model, own))
     ]
-    assert kept[0] is None and kept[1].x_BNE.shape[1] == batch.pixels_BISSc.shape[1] * vlm.config.vision.merge**2
+    assert kept[0] is None and kept[1].x_BNE.shape[1] == batch.views.pixels_BISSc.shape[1] * vlm.config.vision.merge**2
 
 
 def test_rows_that_see_again_are_apart(answers, seeing, prompts, forced):
@@ -618,12 +616,12 @@ def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
     batch, kinds = pad_prompts(prompts, ROWS, model.tile), np.array([[0], [1], [0], [0]], np.int32)
     for row, prompt in enumerate(prompts):
         N, length = model.speech.lengths[kinds[row, 0]], len(prompt.tokens_T)
-        batch.slots_BT[row, length - N : length] = batch.memory_segments_BM.shape[1] + np.arange(N)
-    batch = dataclasses.replace(batch, heard=dataclasses.replace(heard, kinds_BJ=kinds))
+        batch.text.visual_index_BT[row, length - N : length] = batch.views.segments_BM.shape[1] + np.arange(N)
+    batch = batch.replace(formation=dataclasses.replace(heard, kinds_BJ=kinds))
 
     def loss(memory, params, batch):
         x_BTD = embeddings(model, params | {"memory": memory}, batch)
-        return ((x_BTD * (batch.segments_BT > 0)[..., None]) ** 2).mean(), x_BTD
+        return ((x_BTD * (batch.text.segments_BT > 0)[..., None]) ** 2).mean(), x_BTD
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, one), gradient = step(params["memory"], params, jax.tree.map(jnp.asarray, batch))
@@ -631,7 +629,7 @@ def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
     with jax.set_mesh(mesh):
         sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, model.abstract(), model.axes()))
         (_, many), other = step(sharded["memory"], sharded, jax.device_put(batch, batch_sharding(mesh)))
-    real = batch.segments_BT > 0
+    real = batch.text.segments_BT > 0
     np.testing.assert_allclose(np.asarray(many)[real], np.asarray(one)[real], atol=1e-4)
     assert np.abs(gradient["short"]["query"]["kernel"]).max() > 1e-6
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient["short"]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from vlmem_jax.models import VLM, flops, presets
-from vlmem_jax.types import Batch
+from vlmem_jax.types import Batch, Text, Views
 
 ROWS, TOKENS, TILES = 2, 64, 3
 
@@ -23,11 +23,8 @@ def test_forward_flops_are_those_that_xla_counts(memory):
     side, slots = settings.vision.image_size, TILES * model.tokens_per_tile
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     row = ints(ROWS, TOKENS)
-    batch = Batch(
-        *(row, row, jax.ShapeDtypeStruct(row.shape, jnp.float32), row, row, row),
-        jax.ShapeDtypeStruct((ROWS, TILES, side, side, 3), jnp.uint8),
-        *(ints(ROWS, slots), ints(ROWS, slots)),
-    )
+    views = Views(jax.ShapeDtypeStruct((ROWS, TILES, side, side, 3), jnp.uint8), ints(ROWS, slots), ints(ROWS, slots))
+    batch = Batch(Text(row, row, row, row), views)
     counted = jax.jit(model.logits).lower(model.abstract(), batch).compile().cost_analysis()["flops"]
     causal = flops.decoder_flops(settings, TOKENS)[1]  # XLA computes the half of the pairs that is not used, too
     assert 1.0 < counted / (flops.train_flops(settings, [(TOKENS, TILES)] * ROWS, ()) + ROWS * causal) < 1.15

@@ -11,8 +11,8 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.next_token import next_token_loss
-from vlmem_jax.train.stages import flatten
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.trees import flatten
+from vlmem_jax.types import Batch, FormationInputs
 
 ROWS, TOKENS, TILES, TIMES = 8, 256, 8, 2
 COMMON = 7
@@ -41,7 +41,7 @@ def random_params(vlm: VLM) -> dict:
 
 def batch(vlm: VLM) -> Batch:
     """Rows of one sample each: visual tokens, latent ones where a memory speaks, then text, most of it one token."""
-    rng, tile = np.random.default_rng(0), vlm.tile
+    rng, tile = np.random.default_rng(5), vlm.tile  # the gradients of gains nearly cancel in others
     b, M = Batch.empty((ROWS,), TOKENS, TILES, tile), TILES * tile.tokens
     T = np.arange(TOKENS, dtype=np.int32)
     tokens = np.where(rng.random((ROWS, TOKENS)) < 0.9, COMMON, rng.integers(5, 100, (ROWS, TOKENS))).astype(np.int32)
@@ -53,23 +53,23 @@ def batch(vlm: VLM) -> Batch:
         tokens[:, M + N : M + N + 2] = speech.invoke_ids
         states = rng.normal(size=(ROWS, TIMES, 32, D)).astype(np.float32)
         kinds = np.tile(np.arange(TIMES, dtype=np.int32), (ROWS, 1))
-        heard = Heard(states, np.full((ROWS, TIMES), 30, np.int32), kinds)
-    positions = np.broadcast_to(T if b.positions_BT.ndim == 2 else T[:, None], b.positions_BT.shape)
-    if b.layout_BI4 is not None:
+        heard = FormationInputs(states, np.full((ROWS, TIMES), 30, np.int32), kinds)
+    positions = np.broadcast_to(T if b.text.positions_BT.ndim == 2 else T[:, None], b.text.positions_BT.shape)
+    if b.views.layout_BI4 is not None:
         I = np.arange(TILES, dtype=np.int32)
-        b.layout_BI4[:] = np.stack([1 + I // 4 * 4, np.ones_like(I), I // 4, I % 4], axis=-1)
-    b = dataclasses.replace(
-        b, tokens_BT=tokens, targets_BT=np.roll(tokens, -1, 1), weights_BT=b.weights_BT + 1, positions_BT=positions,
-        segments_BT=b.segments_BT + 1, slots_BT=slots, memory_segments_BM=b.memory_segments_BM + 1, heard=heard,
-        pixels_BISSc=rng.integers(0, 256, b.pixels_BISSc.shape, np.uint8),
-        memory_positions_BM=positions[:, :M],
+        b.views.layout_BI4[:] = np.stack([1 + I // 4 * 4, np.ones_like(I), I // 4, I % 4], axis=-1)
+    b = b.replace(
+        tokens_BT=tokens, targets_BT=np.roll(tokens, -1, 1), weights_BT=b.text.weights_BT + 1, positions_BT=positions,
+        segments_BT=b.text.segments_BT + 1, visual_index_BT=slots, segments_BM=b.views.segments_BM + 1, formation=heard,
+        pixels_BISSc=rng.integers(0, 256, b.views.pixels_BISSc.shape, np.uint8),
+        positions_BM=positions[:, :M],
     )  # fmt: skip
     return jax.tree.map(jnp.asarray, b)
 
 
 def gradients(vlm: VLM, params: dict, rows: Batch) -> dict[str, np.ndarray]:
     """Of the mean loss, on the ambient mesh if there is one; a layer's own, and q, k, v of a fused map apart."""
-    loss = lambda params: next_token_loss(vlm, params, rows, 128) / rows.weights_BT.size  # noqa: E731
+    loss = lambda params: next_token_loss(vlm, params, rows, 128) / rows.text.weights_BT.size  # noqa: E731
     found, axes, each = flatten(jax.jit(jax.grad(loss))(params)), flatten(vlm.axes()), {}
     for path, leaf in found.items():
         leaf = np.asarray(leaf)

@@ -76,7 +76,7 @@ def test_a_packed_sample_equals_that_sample_alone(vlm, params, logits, samples):
 def test_positions_of_each_axis_matter(vlm, params, logits, samples):
     batch = packed(vlm, samples[:2])
     for axis in range(3):
-        moved = dataclasses.replace(batch, positions_BT=batch.positions_BT.at[..., axis].multiply(2))
+        moved = batch.replace(positions_BT=batch.text.positions_BT.at[..., axis].multiply(2))
         assert np.abs(logits(params, moved) - logits(params, batch)).max() > 1e-3
 
 
@@ -90,7 +90,7 @@ def test_decoding_with_the_cache_equals_reading_all_again(vlm, params, samples):
             tokens_T=np.append(one.tokens_T, np.int32(answer)),
             labels_T=np.append(one.labels_T, np.int32(answer)),
             positions_T=np.append(one.positions_T, np.stack([after] * 3, axis=1), axis=0),
-            slots_T=np.append(one.slots_T, np.full(len(answer), -1, np.int32)),
+            visual_index_T=np.append(one.visual_index_T, np.full(len(answer), -1, np.int32)),
         )
         batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, vlm.tile))
         scores = jax.jit(vlm.logits)(params, batch)[0]

@@ -11,8 +11,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from tests import drawn
+from tests.verbs import embeddings
 from vlmem_jax.config import ConfigError
-from vlmem_jax.memory import VisualTokens
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import PRESETS, resolve
 from vlmem_jax.nn.attention import causal_attention
@@ -53,10 +53,10 @@ def row(vlm, samples, T, I, seed=0):
         "tokens_BT": np.zeros(T, np.int32),
         "positions_BT": np.zeros(T, np.int32),
         "segments_BT": np.zeros(T, np.int32),
-        "slots_BT": np.full(T, -1, np.int32),
+        "visual_index_BT": np.full(T, -1, np.int32),
         "pixels_BISSc": np.zeros((I, size, size, 3), np.uint8),
-        "memory_positions_BM": np.zeros(I * P, np.int32),
-        "memory_segments_BM": np.zeros(I * P, np.int32),
+        "positions_BM": np.zeros(I * P, np.int32),
+        "segments_BM": np.zeros(I * P, np.int32),
     }
     t = tile = 0
     for number, (text, tiles, sample_seed) in enumerate(samples, 1):
@@ -65,13 +65,13 @@ def row(vlm, samples, T, I, seed=0):
         a["tokens_BT"][span] = rng.integers(5, 100, n + text)
         a["positions_BT"][span] = np.arange(n + text)
         a["segments_BT"][span] = number
-        a["slots_BT"][t : t + n] = tile * P + np.arange(n)
+        a["visual_index_BT"][t : t + n] = tile * P + np.arange(n)
         a["pixels_BISSc"][tile : tile + tiles] = rng.integers(0, 256, (tiles, size, size, 3))
-        a["memory_positions_BM"][tile * P : tile * P + n] = np.arange(n)
-        a["memory_segments_BM"][tile * P : tile * P + n] = number
+        a["positions_BM"][tile * P : tile * P + n] = np.arange(n)
+        a["segments_BM"][tile * P : tile * P + n] = number
         t, tile = t + n + text, tile + tiles
     a |= {"targets_BT": np.zeros(T, np.int32), "weights_BT": np.zeros(T, np.float32)}
-    return Batch(**{key: jnp.asarray(value[None]) for key, value in a.items()})
+    return Batch.of(**{key: jnp.asarray(value[None]) for key, value in a.items()})
 
 
 FIRST, TEXT, LAST = (7, 2, 11), (9, 0, 12), (5, 1, 13)
@@ -138,8 +138,8 @@ def test_a_sample_without_memory_skips_the_whole_block(vlm, params):
 def test_memory_is_not_causal(vlm, params):
     """A token before an image reads it through the memory, though not through self-attention."""
     batch = row(vlm, [FIRST], 48, 4)
-    text_first = dataclasses.replace(batch, slots_BT=jnp.roll(batch.slots_BT, FIRST[0], axis=1))
-    dark = dataclasses.replace(text_first, pixels_BISSc=jnp.zeros_like(text_first.pixels_BISSc))
+    text_first = batch.replace(visual_index_BT=jnp.roll(batch.text.visual_index_BT, FIRST[0], axis=1))
+    dark = text_first.replace(pixels_BISSc=jnp.zeros_like(text_first.views.pixels_BISSc))
     moved = np.abs(logits(vlm, params, text_first) - logits(vlm, params, dark))[0].max(axis=-1)
     assert moved[: FIRST[0]].min() > 1e-4
     closed = with_open_gates(params, 0.0)
@@ -157,28 +157,23 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
     @jax.jit
     def plain_loop(params):
         modules = vlm._merge(params)
-        seen_by = modules.memory.attend(vlm_seen(vlm, modules, batch), batch.positions_BT, batch.segments_BT)
-        x = vlm._splice(modules, batch, vlm._encode(modules, batch.pixels_BISSc, None)[0])
-        tables = rotation(batch.positions_BT, vlm._frequencies(batch.segments_BT))
+        visual = vlm.see(params, batch.views)
+        seen_by = modules.memory.attend(visual, batch.text.positions_BT, batch.text.segments_BT)
+        x = embeddings(vlm, params, batch)
+        tables = rotation(batch.text.positions_BT, vlm._frequencies(batch.text.segments_BT))
         graph, states = nnx.split(modules.decoder.layers)
 
         def core(q, k, v):
-            return causal_attention(q, k, v, batch.segments_BT), None
+            return causal_attention(q, k, v, batch.text.segments_BT), None
 
         for number in range(layers):
             if (number + 1) % every == 0:
-                block = jax.tree.map(lambda leaf, n=number: leaf[n // every], seen_by.blocks)
-                x = seen_by.apply(block, None, x)
+                x = seen_by.apply(jax.tree.map(lambda leaf, n=number: leaf[n // every], seen_by.xs), x)
             layer = nnx.merge(graph, jax.tree.map(lambda leaf, n=number: leaf[n], states))
             x, _ = layer(x, tables, core)
         return modules.decoder.logits(modules.decoder.norm(x))
 
     np.testing.assert_allclose(logits(vlm, params, batch), plain_loop(params), atol=1e-5)
-
-
-def vlm_seen(vlm, modules, batch):
-    features, _ = vlm._encode(modules, batch.pixels_BISSc, None)
-    return VisualTokens(features, batch.memory_positions_BM, batch.memory_segments_BM)
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +195,13 @@ def test_recomputation_changes_no_gradient(gradient, policy):
 
 
 def test_drop_path_depends_on_the_key_and_not_on_a_rate_of_zero(vlm, params):
-    pixels = row(vlm, [FIRST], 48, 4).pixels_BISSc
+    views = row(vlm, [FIRST], 48, 4).views
     dropping = VLM(dataclasses.replace(vlm.config, vision=dataclasses.replace(vlm.config.vision, drop_path=0.5)))
-    drop, keep = jax.jit(dropping.encode_images), jax.jit(vlm.encode_images)
-    first, second = (drop(params, pixels, jax.random.key(n)) for n in range(2))
+    drop, keep = (jax.jit(lambda *given, see=model.see: see(*given).tokens_BMD) for model in (dropping, vlm))
+    first, second = (drop(params, views, jax.random.key(n)) for n in range(2))
     assert not np.allclose(first, second)
-    np.testing.assert_array_equal(drop(params, pixels), keep(params, pixels))
-    np.testing.assert_array_equal(keep(params, pixels, jax.random.key(0)), keep(params, pixels))
+    np.testing.assert_array_equal(drop(params, views), keep(params, views))
+    np.testing.assert_array_equal(keep(params, views, jax.random.key(0)), keep(params, views))
 
 
 def test_half_precision_stays_near_full_precision(vlm, params):

@@ -60,14 +60,14 @@ def prompt_batch(arrays: dict, mode: str) -> Batch:
     """The one prompt of `full_model.npz` as a batch of a row, positions by `mode`: dhr or plain."""
     tokens_T = arrays["input_ids"][0]
     side, context = int(arrays["side"]), int(arrays["special_ids"][2])
-    positions_T, memory_positions_M = sequence_positions(
+    positions_T, visual_positions_M = sequence_positions(
         tokens_T, [tuple(map(int, grid)) for grid in arrays["grids"]], side, context, rope_dhr=mode == "dhr"
     )
     pixels = arrays["pixel_values"].transpose(0, 2, 3, 1)
-    return text_batch(tokens_T, positions_T, context, pixels, memory_positions_M)
+    return text_batch(tokens_T, positions_T, context, pixels, visual_positions_M)
 
 
-def text_batch(tokens_T, positions_T, context=-1, pixels=None, memory_positions_M=()) -> Batch:
+def text_batch(tokens_T, positions_T, context=-1, pixels=None, visual_positions_M=()) -> Batch:
     """A row of one segment, every tile spliced at its placeholders."""
     tokens_T = np.asarray(tokens_T)
     placeholder_T = tokens_T == context
@@ -77,12 +77,12 @@ def text_batch(tokens_T, positions_T, context=-1, pixels=None, memory_positions_
         weights_BT=np.zeros(tokens_T.shape, np.float32),
         positions_BT=np.asarray(positions_T),
         segments_BT=np.ones_like(tokens_T),
-        slots_BT=np.where(placeholder_T, np.cumsum(placeholder_T) - 1, -1),
+        visual_index_BT=np.where(placeholder_T, np.cumsum(placeholder_T) - 1, -1),
         pixels_BISSc=np.zeros((0, 1, 1, 3), np.float32) if pixels is None else pixels,
-        memory_positions_BM=np.asarray(memory_positions_M),
-        memory_segments_BM=np.ones(len(memory_positions_M)),
+        positions_BM=np.asarray(visual_positions_M),
+        segments_BM=np.ones(len(visual_positions_M)),
     )
-    return Batch(**{
+    return Batch.of(**{
         key: jnp.asarray(value[None], jnp.float32 if key in ("weights_BT", "pixels_BISSc") else jnp.int32)
         for key, value in row.items()
     })  # fmt: skip

@@ -73,16 +73,16 @@ def batch(vlm: VLM, found: list[SimpleNamespace], T: int = 0, I: int = 0) -> Bat
     T = max(T, *(len(row.tokens_T) for row in found))
     I = max(I, *(int(row.is_visual.sum()) for row in found))
     packed = Batch.empty((len(found),), T, I, vlm.tile)
-    pixels = np.zeros(packed.pixels_BISSc.shape, np.float32)
+    pixels = np.zeros(packed.views.pixels_BISSc.shape, np.float32)
     for n, row in enumerate(found):
         t, m, placed = len(row.tokens_T), int(row.is_visual.sum()), row.placed
-        packed.tokens_BT[n, :t] = row.tokens_T
-        packed.positions_BT[n, :t] = placed.positions_T
-        packed.segments_BT[n, :t] = 1
-        packed.slots_BT[n, :t][row.is_visual] = placed.slot_M
-        packed.memory_positions_BM[n, :m] = placed.memory_positions_M
-        packed.memory_segments_BM[n, :m] = 1
-        packed.layout_BI4[n, :m] = placed.layout_I4
+        packed.text.tokens_BT[n, :t] = row.tokens_T
+        packed.text.positions_BT[n, :t] = placed.positions_T
+        packed.text.segments_BT[n, :t] = 1
+        packed.text.visual_index_BT[n, :t][row.is_visual] = placed.slot_M
+        packed.views.positions_BM[n, :m] = placed.visual_positions_M
+        packed.views.segments_BM[n, :m] = 1
+        packed.views.layout_BI4[n, :m] = placed.layout_I4
         if m:
             pixels[n, :m][placed.slot_M] = np.concatenate(row.pixels)
-    return jax.tree.map(jnp.asarray, Batch(**(vars(packed) | {"pixels_BISSc": pixels})))
+    return jax.tree.map(jnp.asarray, packed.replace(pixels_BISSc=pixels))

@@ -13,6 +13,7 @@ from flax import nnx
 
 from kernels_pallas import rotary_tables
 from kernels_pallas.rotary import rotate
+from tests.verbs import extended
 from vlmem_jax.memory import CoMemoConfig
 from vlmem_jax.memory.comemo import MemoryBlock
 from vlmem_jax.models import VLM
@@ -21,6 +22,10 @@ from vlmem_jax.vision.projector import pixel_shuffle
 
 LOGITS = dict(atol=2e-4, rtol=1e-4)
 EXACTER = dict(atol=2e-5, rtol=1e-4)
+
+
+POSITIONS = "length", "continue"
+"""Of generated tokens as memory queries."""
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +42,15 @@ def programs(model):
         config = dataclasses.replace(model.vlm.config, attention=AttentionConfig(implementation))
         vlm = VLM(config)
 
-        def prefill(position):
+        def model_of(position):
             comemo = dataclasses.replace(config.comemo, decode_position=position)
-            return jax.jit(VLM(dataclasses.replace(config, comemo=comemo)).prefill, static_argnums=2)
+            return VLM(dataclasses.replace(config, comemo=comemo))
 
         return SimpleNamespace(
             logits=jax.jit(vlm.logits),
             hidden=jax.jit(vlm.hidden),
-            prefill={position: prefill(position) for position in ("length", "continue")},
-            extend=jax.jit(vlm.extend),
+            prefill=jax.jit(vlm.prefill, static_argnums=2),
+            extend={position: jax.jit(functools.partial(extended, model_of(position))) for position in POSITIONS},
         )
 
     return build
@@ -60,7 +65,8 @@ def test_vision_tower_shuffle_and_projector(model):
     for version in ("v1", "v2"):
         wanted = a[f"pixel_shuffle_{version}"]
         np.testing.assert_allclose(pixel_shuffle(hidden[:, 1:], version).reshape(wanted.shape), wanted, **EXACTER)
-    features = jax.jit(vlm.encode_images)(model.params, pixels[None])
+    views = comemo_golden.prompt_batch(a, "plain").views
+    features = jax.jit(lambda *given: vlm.see(*given).tokens_BMD)(model.params, views)
     np.testing.assert_allclose(features.reshape(a["vit_embeds"].shape), a["vit_embeds"], **EXACTER)
 
 
@@ -69,8 +75,8 @@ def test_vision_tower_shuffle_and_projector(model):
 def test_prefill_logits(model, programs, mode, implementation):
     run = programs(implementation)
     batch = comemo_golden.prompt_batch(model.arrays, mode)
-    np.testing.assert_array_equal(batch.positions_BT, model.arrays[f"{mode}/position_ids"])
-    np.testing.assert_array_equal(batch.memory_positions_BM, model.arrays[f"{mode}/media_position_ids"])
+    np.testing.assert_array_equal(batch.text.positions_BT, model.arrays[f"{mode}/position_ids"])
+    np.testing.assert_array_equal(batch.views.positions_BM, model.arrays[f"{mode}/media_position_ids"])
     logits = run.logits(model.params, batch)
     np.testing.assert_allclose(logits, model.arrays[f"{mode}/prefill_logits"], **LOGITS)
     hidden = run.hidden(model.params, batch)
@@ -84,14 +90,16 @@ def test_greedy_decoding(model, programs, mode, decode_position, prefix, impleme
     a, run = model.arrays, programs(implementation)
     wanted_tokens, wanted_logits = a[f"{mode}/{prefix}_tokens"], a[f"{mode}/{prefix}_step_logits"]
     batch = comemo_golden.prompt_batch(a, mode)
-    capacity = batch.tokens_BT.shape[1] + len(wanted_tokens)
-    logits, state = run.prefill[decode_position](model.params, batch, capacity)
+    capacity = batch.text.tokens_BT.shape[1] + len(wanted_tokens)
+    logits, state = run.prefill(model.params, batch, capacity)
     if prefix == "gen":
-        assert int(state.memory_position_B[0]) == a[f"{mode}/gen_cross_attn_qpos"][1]
+        assert int(state.length_B[0]) == a[f"{mode}/gen_cross_attn_qpos"][1], "what the memory is asked from"
     for token, wanted in zip(wanted_tokens, wanted_logits, strict=True):
         np.testing.assert_allclose(logits[0], wanted, **LOGITS)
         assert int(logits[0].argmax()) == token
-        logits, state = run.extend(model.params, state, jnp.array([[token]], jnp.int32), jnp.array([1], jnp.int32))
+        logits, state = run.extend[decode_position](
+            model.params, state, jnp.array([[token]], jnp.int32), jnp.array([1], jnp.int32)
+        )
 
 
 def test_text_only_skips_the_memory(model, programs):

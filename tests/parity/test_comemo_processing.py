@@ -169,11 +169,11 @@ def test_training_samples(processor, packed):
         np.testing.assert_array_equal(sample.tokens_T, expected["input_ids"], err_msg=name)
         np.testing.assert_array_equal(sample.labels_T, expected["labels"], err_msg=name)
         np.testing.assert_array_equal(sample.positions_T, expected["position_ids"], err_msg=name)
-        np.testing.assert_array_equal(sample.memory_positions_M, expected["cross_attention_media_position_ids"])
+        np.testing.assert_array_equal(sample.visual_positions_M, expected["cross_attention_media_position_ids"])
         tiles = len(sample.pixels_ISSc)
         assert [tiles] == expected["seq_imgs"].tolist(), name
         spliced = np.zeros(tiles, int)
-        spliced[np.unique(sample.slots_T[sample.slots_T >= 0]) // processor.tokens_per_side**2] = 1
+        spliced[np.unique(sample.visual_index_T[sample.visual_index_T >= 0]) // processor.tokens_per_side**2] = 1
         np.testing.assert_array_equal(spliced, expected["image_flags"], err_msg=name)
         plan = processor.plan(messages, [image.size for image in images])
         assert plan == (len(expected["input_ids"]), tiles, (expected["labels"] != IGNORED).sum()), name

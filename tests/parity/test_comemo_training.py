@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from tests.parity import test_comemo_packing as packing
 from vlmem_jax.hub import internvl
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.train.next_token import next_token_loss
+from vlmem_jax.trees import flatten
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_logits_of_a_packed_row(case):
 def mean_loss(case):
     """The mean loss of a batch, with logits of so many tokens at once."""
     total = jax.jit(lambda rows, chunk: next_token_loss(case.vlm, case.params, rows, chunk), static_argnums=1)
-    return lambda rows, chunk: total(rows, chunk) / rows.weights_BT.sum()
+    return lambda rows, chunk: total(rows, chunk) / rows.text.weights_BT.sum()
 
 
 @pytest.mark.parametrize("chunk", [16, 10_000])
@@ -48,7 +48,7 @@ def test_loss(case, mean_loss, loss_weight, chunk):
 
 def test_loss_of_the_plain_mean_over_targets(case, mean_loss):
     rows = batch(case.arrays, "token")
-    rows = dataclasses.replace(rows, weights_BT=(rows.weights_BT > 0).astype(jnp.float32))
+    rows = rows.replace(weights_BT=(rows.text.weights_BT > 0).astype(jnp.float32))
     np.testing.assert_allclose(mean_loss(rows, 16), case.arrays["loss_plain_mean"], rtol=1e-5)
 
 
@@ -59,13 +59,13 @@ def test_gradient_of_every_parameter(case, remat, implementation):
     changes = dict(remat=remat, attention=AttentionConfig(implementation))
     vlm = dataclasses.replace(case.vlm, config=dataclasses.replace(case.vlm.config, **changes))
     rows = batch(case.arrays, "square")
-    total = float(rows.weights_BT.sum())
+    total = float(rows.text.weights_BT.sum())
     grads = jax.jit(jax.grad(lambda params: next_token_loss(vlm, params, rows, 32) / total))(case.params)
     arrays = {
         key.removeprefix("grad_square/"): value for key, value in case.arrays.items() if key.startswith("grad_square/")
     }
-    expected = flatten_dict(internvl.from_arrays(vlm.config, arrays), sep="/")
-    grads = flatten_dict(grads, sep="/")
+    expected = flatten(internvl.from_arrays(vlm.config, arrays))
+    grads = flatten(grads)
     assert grads.keys() == expected.keys()
     for path, value in expected.items():
         np.testing.assert_allclose(grads[path], value, atol=2e-5, rtol=1e-4, err_msg=path)

@@ -1,6 +1,7 @@
 """Qwen2.5-VL against numbers of the published implementation."""
 
 import dataclasses
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ from flax import nnx
 from PIL import Image
 from qwen_golden import PROMPTS
 
+from tests.verbs import embeddings, extended
 from vlmem_jax.hub import qwen2_5_vl
-from vlmem_jax.hub.rules import flat
 from vlmem_jax.hub.safetensors_io import Tensors
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.processing import PatchConfig
 from vlmem_jax.processing.patches import image_grid, smart_resize, write_blocks
+from vlmem_jax.trees import flatten
 from vlmem_jax.vision import normalise
 from vlmem_jax.vision.qwen_vit import Segments
 
@@ -90,7 +92,7 @@ def test_positions(prompt, name):
         np.testing.assert_array_equal(row.placed.positions_T, arrays["position_ids"][:, n, row.mask].T)
         assert row.placed.positions_T.max() + 1 == arrays["next_position"][n]
         assert arrays["rope_deltas"][n, 0] == arrays["next_position"][n] - len(row.tokens_T)
-        np.testing.assert_array_equal(row.placed.memory_positions_M, row.placed.positions_T[row.is_visual][order(row)])
+        np.testing.assert_array_equal(row.placed.visual_positions_M, row.placed.positions_T[row.is_visual][order(row)])
 
 
 def test_positions_are_not_those_of_newer_libraries(prompt):
@@ -139,11 +141,11 @@ def layer_outputs(model, seen):
     """Outputs of the patch embedding and of each layer, one after the other."""
     vision = model.vlm._merge(model.params).vision
     c, (graph, layers) = vision.config, nnx.split(vision.layers)
-    B, I, S = seen.pixels_BISSc.shape[:3]
-    segments = Segments(*(jnp.repeat(seen.layout_BI4[..., n], S * S, axis=1) for n in range(2)))
-    tables = vision._rotation(seen.layout_BI4[..., 2:])
+    B, I, S = seen.views.pixels_BISSc.shape[:3]
+    segments = Segments(*(jnp.repeat(seen.views.layout_BI4[..., n], S * S, axis=1) for n in range(2)))
+    tables = vision._rotation(seen.views.layout_BI4[..., 2:])
     run = jax.jit(lambda state, x, full: nnx.merge(graph, state)(x, tables, segments, full))
-    outputs = [vision.patch(seen.pixels_BISSc.reshape(B, I * S * S, *vision.patch.kernel.shape[:-1]))]
+    outputs = [vision.patch(seen.views.pixels_BISSc.reshape(B, I * S * S, *vision.patch.kernel.shape[:-1]))]
     for n in range(c.layers):
         state = jax.tree.map(lambda leaf, n=n: leaf[n], layers)
         outputs.append(run(state, outputs[-1], jnp.bool_(n in c.full_layers)))
@@ -164,7 +166,7 @@ def test_each_layer_of_the_vision_tower(prompt, model, layer_outputs, name):
 @pytest.mark.parametrize("implementation", ["xla", "tpu_interpret", "gpu_interpret"])
 def test_visual_tokens(prompt, model, seen, implementation):
     vlm = VLM(dataclasses.replace(model.vlm.config, attention=AttentionConfig(implementation)))
-    merged = jax.jit(vlm.encode_images)(model.params, seen.pixels_BISSc, None, seen.layout_BI4)
+    merged = jax.jit(lambda *given: vlm.see(*given).tokens_BMD)(model.params, seen.views)
     for n, name in enumerate(SEEN):
         arrays, [row] = prompt(name)
         np.testing.assert_allclose(merged[n, row.placed.slot_M], arrays["vision_merged"], **TOWER)
@@ -211,12 +213,7 @@ def test_embeddings_and_each_layer(of_file, model, everything):
     vlm, c = model.vlm, model.vlm.config.decoder
     named = [row for name in PROMPTS for row in of_file(name)]
 
-    @jax.jit
-    def embeddings(params, batch):
-        features = vlm.encode_images(params, batch.pixels_BISSc, None, batch.layout_BI4)
-        return vlm._splice(vlm._merge(params), batch, features)
-
-    found = embeddings(model.params, everything)
+    found = jax.jit(functools.partial(embeddings, vlm))(model.params, everything)
     for b, n, arrays, row in named:
         np.testing.assert_allclose(found[b, : len(row.tokens_T)], arrays["inputs_embeds"][n], **LOGITS)
     for layer in range(1, c.layers):
@@ -237,12 +234,12 @@ def test_greedy_decoding_with_the_cache(of_file, model, everything):
     vlm = model.vlm
     known = [row for name in FILES for row in of_file(name) if "greedy_ids" in row[2]]
     steps = {row[2]["greedy_ids"].shape[1] for row in known}.pop()
-    ids = np.zeros((len(everything.tokens_BT), steps), np.int32)
+    ids = np.zeros((len(everything.text.tokens_BT), steps), np.int32)
     for b, n, arrays, _ in known:
         ids[b] = arrays["greedy_ids"][n]
-    capacity = everything.tokens_BT.shape[1] + steps
+    capacity = everything.text.tokens_BT.shape[1] + steps
     logits, state = jax.jit(vlm.prefill, static_argnums=2)(model.params, everything, capacity)
-    step = jax.jit(vlm.extend)
+    step = jax.jit(functools.partial(extended, vlm))
     for b, n, arrays, _ in known:
         assert state.position_B[b] == arrays["next_position"][n]
     for t in range(steps):
@@ -278,5 +275,5 @@ def test_both_layouts_of_a_checkpoint_are_the_same_parameters(model, folder, tmp
     assert in_memory == set(names) - copies == set(model.weights) - copies
     (tmp_path / "model.safetensors").symlink_to(folder.resolve() / "checkpoint_hub_layout.safetensors")
     found = qwen2_5_vl.from_arrays(model.vlm.config, dict(Tensors(tmp_path)))
-    for path, leaf in flat(found).items():
-        np.testing.assert_array_equal(leaf, flat(model.params)[path], strict=True, err_msg=path)
+    for path, leaf in flatten(found).items():
+        np.testing.assert_array_equal(leaf, flatten(model.params)[path], strict=True, err_msg=path)

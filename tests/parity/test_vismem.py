@@ -12,10 +12,11 @@ import vismem_golden
 from flax import nnx
 from vismem_golden import TRACES, part
 
+from tests.verbs import extended
 from vlmem_jax.generate import SamplingConfig
 from vlmem_jax.generate.loop import TEXT_BUCKET
 from vlmem_jax.generate.prompts import bucket
-from vlmem_jax.types import Batch, Heard
+from vlmem_jax.types import Batch, FormationInputs
 
 LOGITS = dict(atol=2e-4, rtol=1e-4)
 STATES = dict(atol=1e-4, rtol=1e-4)
@@ -39,9 +40,9 @@ def queries(memory):
     return jax.jit(lambda *x: memory().query_builder(*x))
 
 
-def heard(states_BLD, kind: int) -> Heard:
+def heard(states_BLD, kind: int) -> FormationInputs:
     states = jnp.asarray(states_BLD)[:, None]
-    return Heard(states, jnp.full((len(states), 1), states.shape[2]), jnp.full((len(states), 1), kind))
+    return FormationInputs(states, jnp.full((len(states), 1), states.shape[2]), jnp.full((len(states), 1), kind))
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def traced(model):
 def compiled(vlm):
     """What decoding is made of: to extend rows, to form memories, and queries."""
     builder = jax.jit(lambda params, *x: vlm._merge(params).memory.query_builder(*x))
-    return jax.jit(vlm.extend), jax.jit(vlm.form, static_argnums=4), builder
+    return jax.jit(functools.partial(extended, vlm)), jax.jit(vlm.form, static_argnums=4), builder
 
 
 @functools.cache
@@ -202,7 +203,7 @@ def test_scores_positions_and_memories_step_by_step(traced, name):
 def written(vlm, prompt: Batch, length: int, pieces: list, states: list[tuple[np.ndarray, int]]) -> Batch:
     """The prompt in the first row of a batch with tokens, or numbers of latent ones, behind it; from what these were
     formed."""
-    speech, M = vlm.speech, prompt.memory_segments_BM.shape[1]
+    speech, M = vlm.speech, prompt.views.segments_BM.shape[1]
     ids, slots, time = [], [], itertools.count()
     for piece in pieces:
         if isinstance(piece, tuple):  # (count,) of latent tokens
@@ -213,22 +214,22 @@ def written(vlm, prompt: Batch, length: int, pieces: list, states: list[tuple[np
             ids.append(piece)
             slots.append(-1)
     T = length + len(ids)
-    arrays = {name: np.array(value) for name, value in vars(prompt).items() if value is not None}
-    for name in ("tokens_BT", "slots_BT", "segments_BT", "positions_BT", "targets_BT", "weights_BT"):
+    arrays = {name: np.array(x) for part in vars(prompt).values() for name, x in vars(part).items() if x is not None}
+    for name in ("tokens_BT", "visual_index_BT", "segments_BT", "positions_BT", "targets_BT", "weights_BT"):
         wide = np.zeros((1, T, *arrays[name].shape[2:]), arrays[name].dtype)
         wide[:, :length] = arrays[name][:, :length]
         arrays[name] = wide
-    arrays["tokens_BT"][0, length:], arrays["slots_BT"][0, length:] = ids, slots
+    arrays["tokens_BT"][0, length:], arrays["visual_index_BT"][0, length:] = ids, slots
     arrays["segments_BT"][0, length:] = 1
     after = arrays["positions_BT"][0, :length].max() + 1
     arrays["positions_BT"][0, length:] = (after + np.arange(len(ids)))[:, None]
     longest = max(len(x) for x, _ in states)
-    heard = Heard(
+    heard = FormationInputs(
         jnp.stack([jnp.pad(x, ((0, longest - len(x)), (0, 0))) for x, _ in states])[None],
         jnp.array([[len(x) for x, _ in states]]),
         jnp.array([[kind for _, kind in states]]),
     )
-    return Batch(**jax.tree.map(jnp.asarray, arrays), heard=heard)
+    return Batch.of(**jax.tree.map(jnp.asarray, arrays), formation=heard)
 
 
 @pytest.mark.parametrize("name", TRACES)

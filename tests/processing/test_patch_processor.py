@@ -76,7 +76,7 @@ def test_an_unmarked_image_stands_right_before_the_question(processor):
 
 def test_a_follow_up_goes_on_as_the_whole_prompt_does(processor):
     whole = processor.prompt("And now?", history=[([picture(16, 16), "What?"], "Yes.")])
-    start, follow_up = processor.prompt("What?", [picture(16, 16)]), processor.follow_up("And now?")
+    start, follow_up = processor.prompt("What?", [picture(16, 16)]), processor.follow_up("And now?").tokens_T
     answer = processor.tokenizer.encode("Yes.")
     assert whole.tokens_T.tolist() == [*start.tokens_T, *answer, *follow_up]
 
@@ -86,8 +86,8 @@ def test_an_image_is_as_many_placeholders_as_blocks(processor, size):
     sample = processor.prompt("a", [picture(*size)])
     is_image = sample.tokens_T == processor.context_id
     assert is_image.sum() == len(sample.pixels_ISSc) == len(sample.layout_I4)
-    assert sorted(sample.slots_T[is_image]) == list(range(is_image.sum()))
-    assert (sample.slots_T[~is_image] == -1).all()
+    assert sorted(sample.visual_index_T[is_image]) == list(range(is_image.sum()))
+    assert (sample.visual_index_T[~is_image] == -1).all()
 
 
 def test_visual_tokens_come_by_window_and_placeholders_by_row(processor):
@@ -95,14 +95,14 @@ def test_visual_tokens_come_by_window_and_placeholders_by_row(processor):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (24, 40, 3), np.uint8)  # 3 x 5 blocks of 8 pixels
     sample = processor.prompt("a", [picture(16, 16), Image.fromarray(pixels)])
-    slots = sample.slots_T[sample.tokens_T == processor.context_id][4:]
+    slots = sample.visual_index_T[sample.tokens_T == processor.context_id][4:]
     for n, slot in enumerate(slots):
         row, col = divmod(n, 5)
         assert sample.layout_I4[slot, 2:].tolist() == [row, col]
         first = sample.pixels_ISSc[slot, 0, 0].reshape(3, 2, 4, 4)[:, 0]
         np.testing.assert_array_equal(first, pixels[8 * row : 8 * row + 4, 8 * col : 8 * col + 4].transpose(2, 0, 1))
     np.testing.assert_array_equal(
-        sample.memory_positions_M[slots], sample.positions_T[sample.tokens_T == processor.context_id][4:]
+        sample.visual_positions_M[slots], sample.positions_T[sample.tokens_T == processor.context_id][4:]
     )
     windows = sample.layout_I4[slots].reshape(3, 5, 4)[..., 0]
     assert (
@@ -140,10 +140,10 @@ def test_the_plan_is_what_encode_gives(processor, conversation, sizes, frames, m
     sample = processor.encode(conversation, [picture(*size) for size in sizes], videos, **options)
     plan = processor.plan(conversation, sizes, [video.size for video in videos], **options)
     assert plan == (len(sample.tokens_T), len(sample.pixels_ISSc), int((sample.labels_T != IGNORED).sum()))
-    assert len(sample.memory_positions_M) == len(sample.pixels_ISSc)
-    assert len(sample.positions_T) == len(sample.slots_T) == plan.tokens
+    assert len(sample.visual_positions_M) == len(sample.pixels_ISSc)
+    assert len(sample.positions_T) == len(sample.visual_index_T) == plan.tokens
     blank = not sizes and not frames
-    assert (sample.slots_T.max() == -1) == blank and plan.tiles >= (not (blank and mask_text_only))
+    assert (sample.visual_index_T.max() == -1) == blank and plan.tiles >= (not (blank and mask_text_only))
 
 
 def test_what_a_model_must_not_generate(processor):
@@ -234,4 +234,4 @@ def test_a_template_with_a_start_token_needs_one(processor, tmp_path):
 def test_blank_tiles_see_nothing_of_each_other(processor):
     sample = processor.encode(talk("a"))
     assert sample.pixels_ISSc.min() == 255 and sample.layout_I4.tolist() == [[1, 1, 0, 0]]
-    assert sample.memory_positions_M.tolist() == [[0, 0, 0]]
+    assert sample.visual_positions_M.tolist() == [[0, 0, 0]]

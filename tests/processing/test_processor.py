@@ -63,9 +63,9 @@ def test_answers_and_their_ends_are_targets(tokenizer):
 def test_each_placeholder_names_its_visual_token(processor):
     sample = processor.encode(QUESTION, [image(16, 8)])
     is_placeholder = sample.tokens_T == processor.context_id
-    assert sample.slots_T[is_placeholder].tolist() == list(range(3 * SIDE * SIDE))
-    assert set(sample.slots_T[~is_placeholder].tolist()) == {-1}
-    np.testing.assert_array_equal(sample.memory_positions_M, sample.positions_T[is_placeholder])
+    assert sample.visual_index_T[is_placeholder].tolist() == list(range(3 * SIDE * SIDE))
+    assert set(sample.visual_index_T[~is_placeholder].tolist()) == {-1}
+    np.testing.assert_array_equal(sample.visual_positions_M, sample.positions_T[is_placeholder])
 
 
 def test_images_of_a_sample_share_the_tiles(processor):
@@ -84,14 +84,14 @@ def test_pixels_stand_in_the_order_of_the_images(processor):
 def test_a_text_sample_sees_a_blank_tile_that_no_token_stands_for(processor):
     sample = processor.encode(QUESTION)
     assert sample.pixels_ISSc.shape == (1, SIZE, SIZE, 3) and sample.pixels_ISSc.min() == 255
-    assert sample.memory_positions_M.tolist() == list(range(SIDE * SIDE))
-    assert sample.slots_T.max() == -1
+    assert sample.visual_positions_M.tolist() == list(range(SIDE * SIDE))
+    assert sample.visual_index_T.max() == -1
     assert sample.positions_T.tolist() == list(range(len(sample.tokens_T)))
 
 
 def test_a_text_sample_can_do_without(processor):
     sample = processor.encode(QUESTION, mask_text_only=True)
-    assert sample.pixels_ISSc.shape == (0, SIZE, SIZE, 3) and sample.memory_positions_M.shape == (0,)
+    assert sample.pixels_ISSc.shape == (0, SIZE, SIZE, 3) and sample.visual_positions_M.shape == (0,)
 
 
 def test_video_frames_have_one_tile_each(processor):
@@ -103,7 +103,7 @@ def test_video_frames_have_one_tile_each(processor):
 def test_no_thumbnail(char_tokenizer):
     processor = make(char_tokenizer, thumbnail=False)
     sample = processor.encode(QUESTION, [image(16, 8)])
-    assert len(sample.pixels_ISSc) == 2 and len(sample.memory_positions_M) == 2 * SIDE * SIDE
+    assert len(sample.pixels_ISSc) == 2 and len(sample.visual_positions_M) == 2 * SIDE * SIDE
     assert processor.plan(QUESTION, [(16, 8)]).tokens == len(sample.tokens_T)
 
 
@@ -136,8 +136,8 @@ def test_the_plan_is_what_encode_gives(tokenizer, sample, rope_dhr, kind, most):
         encoded = processor.encode(conversation, [image(*size) for size in sizes], **options)
         plan = processor.plan(conversation, sizes, **options)
     assert plan == (len(encoded.tokens_T), len(encoded.pixels_ISSc), int((encoded.labels_T != IGNORED).sum()))
-    assert len(encoded.memory_positions_M) == plan.tiles * SIDE * SIDE
-    lengths = {len(x) for x in (encoded.tokens_T, encoded.labels_T, encoded.positions_T, encoded.slots_T)}
+    assert len(encoded.visual_positions_M) == plan.tiles * SIDE * SIDE
+    lengths = {len(x) for x in (encoded.tokens_T, encoded.labels_T, encoded.positions_T, encoded.visual_index_T)}
     assert lengths == {plan.tokens}
     assert len(targets(processor, encoded)) == len(conversation) // 2
 
@@ -168,7 +168,7 @@ def test_every_image_of_a_prompt_gets_all_tiles(processor):
 
 def test_a_text_prompt_has_no_tiles(processor):
     sample = processor.prompt("What is it?")
-    assert sample.pixels_ISSc.shape == (0, SIZE, SIZE, 3) and sample.memory_positions_M.shape == (0,)
+    assert sample.pixels_ISSc.shape == (0, SIZE, SIZE, 3) and sample.visual_positions_M.shape == (0,)
 
 
 def test_history_images_come_first(processor):
@@ -199,7 +199,7 @@ def test_a_follow_up_goes_on_as_the_whole_prompt_does(tokenizer):
     asked = processor.message("What is it?", [image(16, 8)])
     whole = processor.prompt("And the picture?", history=[(asked, "It is seven")])
     start = processor.prompt("What is it?", [image(16, 8)])
-    follow_up = processor.follow_up("And the picture?")
+    follow_up = processor.follow_up("And the picture?").tokens_T
     answer = whole.tokens_T[len(start.tokens_T) : -len(follow_up)]
     assert tokenizer.decode(answer).strip() == "It is seven"
     assert whole.tokens_T.tolist() == [*start.tokens_T, *answer, *follow_up]
@@ -227,7 +227,7 @@ def test_what_a_user_types_is_text(tokenizer):
         plain = processor.prompt("a", [image(8, 8)], [("a", "a")], system="a")
         found, wanted = (one.tokens_T[np.isin(one.tokens_T, ids)] for one in (sample, plain))
         np.testing.assert_array_equal(found, wanted)
-        assert len(sample.pixels_ISSc) == 1 and (sample.slots_T >= 0).sum() == SIDE * SIDE
+        assert len(sample.pixels_ISSc) == 1 and (sample.visual_index_T >= 0).sum() == SIDE * SIDE
     if "<unk>" not in tokenizer.decode(tokenizer.encode("<|>/"), skip_special=False):
         decoded = tokenizer.decode(processor.prompt(TYPED, [image(8, 8)]).tokens_T, skip_special=False)
         assert decoded.count(TYPED) == 1
@@ -235,7 +235,7 @@ def test_what_a_user_types_is_text(tokenizer):
 
 def test_what_a_user_types_later_is_text(tokenizer):
     processor = make(tokenizer)
-    plain, typed = processor.follow_up("a"), processor.follow_up(TYPED)
+    plain, typed = (processor.follow_up(text).tokens_T.tolist() for text in ("a", TYPED))
     for special in (processor.context_id, processor.stop_id, *control(tokenizer)):
         assert typed.count(special) == plain.count(special)
 

@@ -19,7 +19,7 @@ from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.rl.task import Lesson, _as_json, _from_json
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 
 G, BANNED, STOP = 2, (3, 4), (1, *range(90, 100))
 SAMPLING = SamplingConfig(max_new_tokens=14, temperature=1.0)
@@ -121,9 +121,9 @@ def check_log_probabilities(vlm, params, config, trajectories):
     rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: grpo(vlm, config).log_probs(params, x), batch))
     logp_BT = np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch)))
-    counts_BT = rows.batch.weights_BT > 0
+    counts_BT = rows.batch.text.weights_BT > 0
     assert counts_BT.sum() == sum(t.loss_T.sum() for t in trajectories)
-    assert (rows.batch.segments_BT.max(-1) > 1).any(), "some rows hold several trajectories"
+    assert (rows.batch.text.segments_BT.max(-1) > 1).any(), "some rows hold several trajectories"
     np.testing.assert_allclose(logp_BT[counts_BT], rows.old_logp_BT[counts_BT], atol=1e-5)
 
 
@@ -148,15 +148,15 @@ def test_what_was_put_there_is_not_learned(vlm, drawn):
 def test_gradients_reach_what_forms_memories_and_nothing_goes_into_what_they_heard(vlm, params, objective, drawn):
     config, trajectories = drawn
     rows = pack_trajectories(trajectories, [1.0, -1.0] * (len(trajectories) // 2), DATA, vlm, at_once=1)
-    kinds = [set(kinds_BJ.ravel()) for kinds_BJ in rows.batch.heard.kinds_BJ]
+    kinds = [set(kinds_BJ.ravel()) for kinds_BJ in rows.batch.text.formation.kinds_BJ]
     with_both = next(n for n, of_part in enumerate(kinds) if {0, 1} <= of_part)
     rows = jax.tree.map(lambda x: jnp.asarray(x)[with_both], rows)
 
     def loss(params, heard):
-        batch = dataclasses.replace(rows.batch, heard=heard)
+        batch = rows.batch.replace(formation=heard)
         return objective(config).loss(params, dataclasses.replace(rows, batch=batch), None)[0]
 
-    by_params, by_heard = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(params, rows.batch.heard)
+    by_params, by_heard = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(params, rows.batch.text.formation)
     flat = flatten(by_params["memory"])
     for path in ("query_builder/q_init", "short/m_init", "long/m_init", "short/lora/q/b", "long/lora/q/a"):
         assert float(jnp.abs(flat[path]).max()) > 0, path

@@ -27,15 +27,15 @@ def tiles(vlm, length, count, seed):
     """A prompt of `length` random tokens and `count` random tiles after its third."""
     rng = np.random.default_rng(seed)
     size, m = vlm.config.vision.image_size, count * vlm.tokens_per_tile
-    slots_T = np.full(length + m, -1, np.int32)
-    slots_T[3 : 3 + m] = np.arange(m)
+    visual_index_T = np.full(length + m, -1, np.int32)
+    visual_index_T[3 : 3 + m] = np.arange(m)
     return Sample(
         tokens_T=rng.integers(5, 90, length + m).astype(np.int32),
         labels_T=np.full(length + m, -100, np.int32),
         positions_T=np.arange(length + m, dtype=np.int32),
-        slots_T=slots_T,
+        visual_index_T=visual_index_T,
         pixels_ISSc=rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8),
-        memory_positions_M=np.arange(3, 3 + m, dtype=np.int32),
+        visual_positions_M=np.arange(3, 3 + m, dtype=np.int32),
         name=f"prompt {seed}",
     )
 
@@ -73,11 +73,11 @@ def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(drawn):
     trajectories = [trajectory for group in groups for trajectory in group]
     assert {t.stopped for t in trajectories} == {True, False} and len({len(t.tokens_T) for t in trajectories}) > 2
     logp_BT, rows = log_probs(vlm, params, trajectories)
-    counts_BT = rows.batch.weights_BT > 0
+    counts_BT = rows.batch.text.weights_BT > 0
     assert counts_BT.sum() == sum(len(t.tokens_T) for t in trajectories), "of each token drawn, the stop id too"
-    assert (rows.batch.segments_BT.max(-1) > 1).any(), "some rows hold several trajectories"
+    assert (rows.batch.text.segments_BT.max(-1) > 1).any(), "some rows hold several trajectories"
     np.testing.assert_allclose(logp_BT[counts_BT], rows.old_logp_BT[counts_BT], atol=1e-5)
-    np.testing.assert_allclose(rows.batch.weights_BT.sum(), len(trajectories), rtol=1e-6)
+    np.testing.assert_allclose(rows.batch.text.weights_BT.sum(), len(trajectories), rtol=1e-6)
     assert not np.isin(np.concatenate([t.tokens_T for t in trajectories]), BANNED).any()
 
 
@@ -116,12 +116,14 @@ def test_rows_keep_what_is_known_of_each_token(drawn):
         before = start + len(trajectory.prompt.tokens_T) - 1
         span = slice(before, before + len(trajectory.tokens_T))
         kept = trajectory.loss_T
-        np.testing.assert_array_equal(rows.batch.targets_BT[0, row, span], np.where(kept, trajectory.tokens_T, 0))
+        np.testing.assert_array_equal(rows.batch.text.targets_BT[0, row, span], np.where(kept, trajectory.tokens_T, 0))
         np.testing.assert_array_equal(rows.old_logp_BT[0, row, span], np.where(kept, trajectory.logp_T, 0))
         np.testing.assert_array_equal(rows.advantage_BT[0, row, span], np.where(kept, advantage, 0))
-        np.testing.assert_allclose(rows.batch.weights_BT[0, row, span], kept / kept.sum(), rtol=1e-6)
+        np.testing.assert_allclose(rows.batch.text.weights_BT[0, row, span], kept / kept.sum(), rtol=1e-6)
     assert (
-        (rows.advantage_BT != 0).sum() == (rows.batch.weights_BT > 0).sum() == first.loss_T.sum() + len(second.tokens_T)
+        (rows.advantage_BT != 0).sum()
+        == (rows.batch.text.weights_BT > 0).sum()
+        == first.loss_T.sum() + len(second.tokens_T)
     )
     assert rows.beta_B.tolist() == [[np.float32(0.1)] * 2]
 
@@ -129,7 +131,7 @@ def test_rows_keep_what_is_known_of_each_token(drawn):
 def _find(rows, trajectory):
     """Row and first slot of a trajectory."""
     tokens_T = trajectory.sample().tokens_T
-    for row, tokens in enumerate(rows.batch.tokens_BT[0]):
+    for row, tokens in enumerate(rows.batch.text.tokens_BT[0]):
         for start in range(len(tokens) - len(tokens_T) + 1):
             if (tokens[start : start + len(tokens_T)] == tokens_T).all():
                 return row, start
@@ -146,12 +148,12 @@ def test_shapes_are_few_whatever_was_drawn():
             Trajectory(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False) for n in lengths
         ]
         rows = pack_trajectories(trajectories, [0.0] * len(lengths), DATA, vlm, at_once=2)
-        assert (rows.batch.weights_BT > 0).sum() == lengths.sum()
+        assert (rows.batch.text.weights_BT > 0).sum() == lengths.sum()
         shapes.add(rows.advantage_BT.shape)
-        assert rows.batch.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
+        assert rows.batch.views.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
     assert len(shapes) < 20
     empty = pack_trajectories([], [], DATA, vlm, at_once=2)
-    assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.segments_BT.any()
+    assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.text.segments_BT.any()
 
 
 def test_keys_are_those_of_seed_stage_phase_prompt_and_sample():

@@ -1,5 +1,6 @@
 """The supervised warm-up of a memory: what is learned from what, and that it learns, alone, and resumes."""
 
+import functools
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from tests import parameters
 from tests.rl import memory_world
 from tests.rl.memory_world import FORMATION
 from tests.train import world
+from tests.verbs import extended
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.config import ConfigError, override
@@ -22,7 +24,7 @@ from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import eval_program
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def losses_by_decoding(generator, samples, answers, kind):
     """Mean negative log-probability of the tokens of each answer after a memory, one after the other from the cache."""
     vlm, params, B = generator.vlm, generator.params, len(samples)
     slots, speech, ones_B = vlm.speech.lengths[kind], vlm.speech, jnp.ones(B, jnp.int32)
-    state, extend = generator.start(samples, 1).state, jax.jit(vlm.extend)
+    state, extend = generator.start(samples, 1).state, jax.jit(functools.partial(extended, vlm))
     _, state = extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
     latents_BND, _ = jax.jit(vlm.form, static_argnums=4)(params, state, jnp.arange(B), ones_B * kind, 64)
     memory_BT = jnp.zeros((B, speech.slots + 1), jnp.int32).at[:, slots].set(speech.end_ids[kind])
@@ -99,7 +101,7 @@ def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, para
         generator = trainer_generator(task.model, params, processor, mesh)
         wanted_KP = np.array([losses_by_decoding(generator, samples, answers, kind) for kind in range(2)])
         work = task.work(0, params)
-        parts = [jax.tree.map(lambda x, n=n: x[n : n + 1], work.batch) for n in range(len(work.batch.tokens_BT))]
+        parts = [jax.tree.map(lambda x, n=n: x[n : n + 1], work.batch) for n in range(len(work.batch.text.tokens_BT))]
         total = sum(float(eval_program(task._mesh)(task.model, params, part, task.chunk)) for part in parts)
         evaluated = task.evaluate(params)
     task.close()
@@ -118,14 +120,14 @@ def test_answers_alone_are_learned(make, mesh, params):
         work = task.work(0, params)
     task.close()
     speech, batch = task.model.speech, jax.device_get(work.batch)
-    weighted = batch.weights_BT > 0
+    weighted = batch.text.weights_BT > 0
     texts = [task._stream.prompts[0, n].answers[0] for n in range(6)]
     assert work.denominator == weighted.sum() == sum(len(text) + 1 for text in texts)
     own = speech.invoke_ids + speech.end_ids
-    assert not np.isin(batch.targets_BT[weighted], own).any()
-    ends = np.isin(batch.tokens_BT, speech.end_ids) & (batch.segments_BT > 0)
+    assert not np.isin(batch.text.targets_BT[weighted], own).any()
+    ends = np.isin(batch.text.tokens_BT, speech.end_ids) & (batch.text.segments_BT > 0)
     assert ends.sum() == 6 and weighted[ends].all(), "the first token of an answer is foretold by the end token"
-    assert (batch.heard.kinds_BJ >= 0).sum() == 6
+    assert (batch.text.formation.kinds_BJ >= 0).sum() == 6
 
 
 def run(config, folder):

@@ -25,7 +25,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

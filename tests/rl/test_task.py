@@ -137,7 +137,7 @@ def test_groups_without_variance_are_dropped_and_counted(settings, mesh, params)
             task.close()
             assert work.numbers["rollout/zero_variance_groups"] == 5
             assert work.denominator == kept and len(work.sample_ids) == kept / 4
-            assert work.counts["tokens"] == (work.batch.batch.segments_BT > 0).sum()
+            assert work.counts["tokens"] == (work.batch.batch.text.segments_BT > 0).sum()
 
 
 def override_rl(config, **keys):
@@ -208,7 +208,7 @@ def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh, param
         rows = task.work(0, params).batch
     task.close()
     allowed = config.model.decoder.vocab - len(set(task.banned_ids))
-    counts = rows.batch.weights_BT > 0
+    counts = rows.batch.text.weights_BT > 0
     np.testing.assert_allclose(rows.ref_logp_BT[counts], -math.log(allowed), rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ from tests.train.test_loop import losses, mesh_of, train
 from vlmem_jax.checkpoint import CheckpointConfig, Store
 from vlmem_jax.train.config import OptimizerConfig
 from vlmem_jax.train.optimizer import in_bfloat16, make_optimizer, round_by_chance
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 
 
 def configs(name="adamw", **changes):

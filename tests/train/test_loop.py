@@ -16,7 +16,7 @@ from vlmem_jax.train.config import OptimizerConfig
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import NonFiniteError, fit, interruption
 from vlmem_jax.train.profile import ProfileConfig
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 
 
 def mesh_of(data, fsdp, tensor):

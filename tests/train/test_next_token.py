@@ -5,7 +5,6 @@ import math
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from tests.train import world
 from vlmem_jax import sharding
@@ -17,6 +16,7 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import origin, run
+from vlmem_jax.trees import flatten
 
 GATES = {"memory/blocks/attn_gate", "memory/blocks/mlp_gate"}
 ALL = dict(name="all", steps=4, learning_rate=1e-2)
@@ -46,7 +46,7 @@ def trained(folder):
 
 def params(folder, stage, step):
     model = VLM(experiment(world.config(folder)).model)
-    return flatten_dict(load_params(folder / "run" / stage / str(step), model.abstract()), sep="/")
+    return flatten(load_params(folder / "run" / stage / str(step), model.abstract()))
 
 
 def changed(before, after):

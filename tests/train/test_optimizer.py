@@ -7,7 +7,7 @@ import pytest
 from vlmem_jax.models import VLM, presets
 from vlmem_jax.train.config import OptimizerConfig, StageConfig
 from vlmem_jax.train.optimizer import clip, global_norm, make_optimizer, make_schedule, matrix_axes
-from vlmem_jax.train.stages import flatten
+from vlmem_jax.trees import flatten
 
 
 def rates(**changes):

@@ -116,14 +116,14 @@ def test_rows_hold_patches_and_tokens_on_their_own_axes(folder):
     data, processor = rows_of(config(folder))
     host = data[0]
     batch = host.batch
-    assert batch.pixels_BISSc.shape == (1, 8, 96, 2, 2, 96) and batch.positions_BT.shape == (1, 8, 256, 3)
-    shown = np.isin(batch.tokens_BT, (processor.context_id, processor.video_id))
-    np.testing.assert_array_equal(shown, batch.slots_BT >= 0)
+    assert batch.views.pixels_BISSc.shape == (1, 8, 96, 2, 2, 96) and batch.text.positions_BT.shape == (1, 8, 256, 3)
+    shown = np.isin(batch.text.tokens_BT, (processor.context_id, processor.video_id))
+    np.testing.assert_array_equal(shown, batch.text.visual_index_BT >= 0)
     for row in np.ndindex(1, 8):
-        used, segments = batch.memory_segments_BM[row], batch.segments_BT[row]
-        slots = batch.slots_BT[row][shown[row]]
+        used, segments = batch.views.segments_BM[row], batch.text.segments_BT[row]
+        slots = batch.text.visual_index_BT[row][shown[row]]
         np.testing.assert_array_equal(used[slots], segments[shown[row]])
-        windows, frames = batch.layout_BI4[row][:, 0], batch.layout_BI4[row][:, 1]
+        windows, frames = batch.views.layout_BI4[row][:, 0], batch.views.layout_BI4[row][:, 1]
         assert ((windows > 0) == (used > 0)).all() and ((frames > 0) == (used > 0)).all()
         for ids in (windows, frames):  # no window or frame belongs to two samples
             assert all(len(set(used[ids == one])) == 1 for one in set(ids))
@@ -154,10 +154,12 @@ def test_an_unreadable_sample_leaves_a_gap(folder, tmp_path):
     data = TrainData(Plan.train(built.data, experiment_processor(built, VLM(built.model)), 0), 1)
     batch = data[0].batch
     assert data.unreadable.keys() == {f"{tmp_path / 'train.jsonl'}:2"}
-    tokens, segments, tiles = (x[0, 0] for x in (batch.tokens_BT, batch.segments_BT, batch.memory_segments_BM))
+    tokens, segments, tiles = (x[0, 0] for x in (batch.text.tokens_BT, batch.text.segments_BT, batch.views.segments_BM))
     [gap] = [one for one in (1, 2) if not tokens[segments == one].any()]
-    assert batch.pixels_BISSc[0, 0][tiles == gap].min() == 255 and (tiles == gap).sum() == (tiles == 3 - gap).sum()
-    assert len(set(batch.layout_BI4[0, 0][tiles == gap, 0])) == (tiles == gap).sum()
+    assert (
+        batch.views.pixels_BISSc[0, 0][tiles == gap].min() == 255 and (tiles == gap).sum() == (tiles == 3 - gap).sum()
+    )
+    assert len(set(batch.views.layout_BI4[0, 0][tiles == gap, 0])) == (tiles == gap).sum()
 
 
 @pytest.mark.parametrize(

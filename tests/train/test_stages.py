@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import pytest
 
 from vlmem_jax.train.config import StageConfig
-from vlmem_jax.train.stages import Split, flatten, storage, unflatten
+from vlmem_jax.train.stages import Split, storage
+from vlmem_jax.trees import flatten, unflatten
 
 PATHS = ["vision/patch/kernel", "projector/fc1/kernel", "memory/blocks/attn_gate", "memory/blocks/attn/q/kernel"]
 

@@ -198,7 +198,7 @@ def _load(step_folder: AnyPath, target: Tree, concurrent_gb: float, partial: boo
     if not rest:
         return found
     more = _load(base, unflatten(rest), concurrent_gb, partial=True)
-    return unflatten({**flatten_dict(found), **flatten(more)}, sep="/")
+    return unflatten({**flatten(found), **flatten(more)})
 
 
 def parameter_paths(step_folder: AnyPath) -> set[str]:

@@ -444,7 +444,7 @@ class GRPO(GRPOLoss):
         if self.config.adaptive_kl and first_time:
             self._kl += float(jnp.sum(k3(rows.old_logp_BT, ref_BT), where=rows.batch.text.weights_BT > 0))
             self._kl_tokens += count
-        return rows.replace(ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
+        return dataclasses.replace(rows, ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
 
     def _at_start(self, params: dict) -> Flat:
         """The trained parameters as they were at the start of the stage, in the dtype they are used in."""
