@@ -20,7 +20,7 @@ def run(checkpoint, output, *arguments):
 
 
 def test_a_table_is_printed_and_the_same_command_goes_on(checkpoint, tmp_path, capsys):
-    flags = "--metric", "substr", "--invocation", "learned", "--max-invocations", "1", "--disable-long"
+    flags = "--metric", "substr", "--invocation", "learned", "--max-invocations", "1", "--disable", "long"
     assert run(checkpoint, tmp_path, *flags, "--without-memory") == 0
     table = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in table.splitlines()}
@@ -34,7 +34,7 @@ def test_a_table_is_printed_and_the_same_command_goes_on(checkpoint, tmp_path, c
     assert captured.out == table and "samples.jsonl: 5 of 5 prompts are there" in captured.err
     assert run(checkpoint, tmp_path, "--metric", "substr") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "invocation.max_invocations was 1, now None; invocation.disable_long was True, now False" in error
+    assert "invocation.max_invocations was 1, now None; invocation.disabled was ['long'], now []" in error
 
 
 def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):

@@ -146,7 +146,9 @@ def test_memories_are_shown_where_they_were_inserted(speaker, capsys):
     assert 0 < shown.index(long) < shown.index(short)
     assert out() == shown.replace(short, "").replace(long, "")
     assert out("--show-memory", "--reverse-types").startswith(shown.partition(long)[0] + short)
-    assert long in out("--show-memory", "--disable-short") and short not in out("--show-memory", "--disable-short")
+    assert long in out("--show-memory", "--disable", "short") and short not in out(
+        "--show-memory", "--disable", "short"
+    )
     assert out("--show-memory", "--max-invocations", "1").count(" memory, ") == 1
     assert " memory, " not in out("--show-memory", "--invocation", "never")
     ruled = out("--show-memory", "--invocation", "always").replace(short, long).split(long)
@@ -165,7 +167,7 @@ def test_a_chat_shows_memories_and_keeps_them_out_of_its_history(speaker, capsys
 
     monkeypatch.setattr("vlmem_jax.cli.chat.Chat", Kept)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\nAnd this?\n"))
-    assert main(["chat", "--checkpoint", str(speaker), *HOT[2:], "--show-memory", "--disable-long"]) == 0
+    assert main(["chat", "--checkpoint", str(speaker), *HOT[2:], "--show-memory", "--disable", "long"]) == 0
     shown, note = capsys.readouterr().out, "[short memory, 3 latent tokens]"
     assert note in shown and len(chats[0].history) == 2
     assert shown.replace(note, "") == "".join(f"{answer}\n" for _, answer in chats[0].history)

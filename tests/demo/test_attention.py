@@ -12,7 +12,7 @@ from vlmem_jax.demo import attention
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.generate.prompts import pad_prompts
-from vlmem_jax.memory import comemo
+from vlmem_jax.memory.comemo import blocks
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.nn.attention import same_segment
@@ -48,7 +48,7 @@ def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
         jax.debug.callback(lambda last: recorded.append(np.asarray(last)), weights[0, :, len(sample.tokens_T) - 1])
         return jnp.einsum("BHTM,BMHC->BTHC", weights, v_BMHC)
 
-    monkeypatch.setattr(comemo, "memory_attention", read)
+    monkeypatch.setattr(blocks, "memory_attention", read)
     batch = pad_prompts([sample], 1, model.vlm.tile)
     jax.block_until_ready(jax.jit(model.vlm.hidden)(jax.device_get(model.params), jax.tree.map(jnp.asarray, batch)))
     jax.effects_barrier()

@@ -21,7 +21,7 @@ def test_accuracy_is_a_mean_over_scored_prompts_and_of_sources():
 
 def test_invocations_are_counted_by_kind_and_place():
     memories = [["short", 0], ["short", 9]], [["long", 5]], []
-    found = summarise([line("a", 1.0, of) for of in memories])["invocation"]
+    found = summarise([line("a", 1.0, of) for of in memories], ("short", "long"))["invocation"]
     assert found["ratio"] == {"short": 1 / 3, "long": 1 / 3} and found["per_sample"] == 1.0
     assert found["positions"] == {"short": [1] + [0] * 8 + [1], "long": [0] * 5 + [1] + [0] * 4}
 
@@ -47,8 +47,8 @@ def test_the_table_has_a_row_for_each_source_and_columns_for_what_there_is():
         ["zoo", "1", "100.0", "%", "1.000"],
         ["all", "2", "100.0", "%", "1.000"],
     ]
-    spoken = summarise([line("zoo", 1.0, [["long", 1]])])
-    spoken["without_memory"] = summarise([line("zoo", 0.0, [], seconds=0.5)])
+    spoken = summarise([line("zoo", 1.0, [["long", 1]])], ("short", "long"))
+    spoken["without_memory"] = summarise([line("zoo", 0.0, [], seconds=0.5)], ("short", "long"))
     header, zoo, _ = (re.split("  +", row) for row in table(spoken).splitlines())
     assert header[:5] == ["source", "samples", "accuracy", "short calls", "long calls"]
     assert header[5:] == ["s/sample", "without memory", "s/sample"]

@@ -10,7 +10,7 @@ SPEECH = Speech(("a", "b"), (10, 12), (11, 13), (3, 5), max_invocations=4, max_s
 
 
 def rule(config=InvocationConfig(), forced=(), rows=2):
-    return Rule.make(config, 8, 20, [1, 2], forced, rows)
+    return Rule.make(config, SPEECH, 8, 20, [1, 2], forced, rows)
 
 
 def test_delimiters_end_phrases(tmp_path):
@@ -22,10 +22,12 @@ def test_who_may_call_and_how_often():
     learned, never = InvocationConfig(), InvocationConfig("never")
     assert learned.banned_ids(SPEECH) == (11, 13) and learned.budget(SPEECH) == 4
     assert set(never.banned_ids(SPEECH)) == {10, 11, 12, 13} and never.budget(SPEECH) == 0
-    chance = InvocationConfig("delimiter_random", max_invocations=2, disable_short=True)
+    chance = InvocationConfig("delimiter_random", max_invocations=2, disabled=("a",))
     assert set(chance.banned_ids(SPEECH)) == {10, 11, 12, 13} and chance.budget(SPEECH) == 2
-    assert chance.heeded() == (False, True) and rule(chance).share_K.tolist() == [0, 1]
-    assert InvocationConfig(disable_short=True, disable_long=True).budget(SPEECH) == 0
+    assert chance.heeded(SPEECH) == (False, True) and rule(chance).share_K.tolist() == [0, 1]
+    assert InvocationConfig(disabled=("a", "b")).budget(SPEECH) == 0
+    with pytest.raises(ValueError, match="disabled must name kinds of the memory, a, b; got 'c'"):
+        InvocationConfig(disabled=("a", "c")).budget(SPEECH)
 
 
 def test_probabilities_are_those_of_the_mode():

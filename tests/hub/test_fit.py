@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.rules import Rule
+from vlmem_jax.records import Rule
 
 RULES = [
     Rule("kernel", tuple(f"layers.{i}.fc.weight" for i in range(4)), "F D -> D F", {"F": 2, "D": 3}, stacked=True),

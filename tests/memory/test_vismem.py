@@ -17,7 +17,7 @@ from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
-from vlmem_jax.memory.vismem import ROWS_NOISE, kept
+from vlmem_jax.memory.vismem.latent import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
 from vlmem_jax.models.presets import resolve
 from vlmem_jax.nn.encoder import EncoderConfig
@@ -154,9 +154,9 @@ def test_kinds_can_be_reversed_and_switched_off(answers, prompts, forced, speech
     short, long = speech.end_ids
     assert ends() == ([[short], [long, short], [], [long, short]], [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1)])
     assert ends(reverse_types=True)[0] == [[long], [short, long], [], [short, long]]
-    assert ends(disable_short=True) == ([[], [long], [], [long]], [(1, 1), (3, 1)])
-    assert ends(disable_long=True)[0] == [[short], [short], [], [short]]
-    assert ends(disable_short=True, disable_long=True)[1] == []
+    assert ends(disabled=("short",)) == ([[], [long], [], [long]], [(1, 1), (3, 1)])
+    assert ends(disabled=("long",))[0] == [[short], [short], [], [short]]
+    assert ends(disabled=("short", "long"))[1] == []
 
 
 def test_memories_change_what_follows(answers, prompts, speech):
@@ -219,7 +219,7 @@ def test_chance_calls_as_often_as_it_should(generator, prompts, speech):
     """Of both kinds, unless one is off."""
     kinds = []
     for seed in range(12):
-        config = InvocationConfig("delimiter_random", 0.5, 0.5, max_invocations=1, disable_long=seed % 2 == 1)
+        config = InvocationConfig("delimiter_random", 0.5, 0.5, max_invocations=1, disabled=("long",) * (seed % 2))
         drawn = generator.start(prompts, NEW, ROWS).draw(dataclasses.replace(SAMPLED, seed=100 * seed), None, config)
         first, _ = next(drawn)
         kinds += [(seed % 2, t) for t in first.tolist() if t in speech.invoke_ids]

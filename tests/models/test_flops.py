@@ -26,7 +26,7 @@ def test_forward_flops_are_those_that_xla_counts(memory):
     views = Views(jax.ShapeDtypeStruct((ROWS, TILES, side, side, 3), jnp.uint8), ints(ROWS, slots), ints(ROWS, slots))
     batch = Batch(Text(row, row, row, row), views)
     counted = jax.jit(model.logits).lower(model.abstract(), batch).compile().cost_analysis()["flops"]
-    causal = flops.decoder_flops(settings, TOKENS)[1]  # XLA computes the half of the pairs that is not used, too
+    causal = settings.decoder.flops(TOKENS)[1]  # XLA computes the half of the pairs that is not used, too
     assert 1.0 < counted / (flops.train_flops(settings, [(TOKENS, TILES)] * ROWS, ()) + ROWS * causal) < 1.15
 
 
@@ -44,7 +44,7 @@ def test_flops_of_forming_memories_are_those_that_xla_counts(former):
     program = jax.jit(model.form, static_argnums=4).lower(params, state, rows_R, rows_R, states)
     counted = program.compile().cost_analysis()["flops"]
     T = states + settings.vismem.query_len + max(settings.vismem.lengths)
-    causal = flops.decoder_flops(settings, T)[1] if former == "lora_llm" else 0
+    causal = settings.decoder.flops(T)[1] if former == "lora_llm" else 0
     forward = flops.formation_flops(settings, states, ())
     assert 1.0 < counted / (ROWS * (forward + causal)) < 1.15
     assert flops.formation_flops(settings, states, ["memory/special_in", "decoder/embed"]) == forward
@@ -61,7 +61,7 @@ def test_a_backward_pass_costs_what_is_trained():
     forward = cost()
     assert cost(*paths) == 3 * forward
     assert forward < cost("decoder/head/kernel") < 1.5 * forward
-    tower = TILES * sum(flops.vision_flops(settings))
+    tower = TILES * sum(settings.vision.flops)
     assert cost("projector/k") < 3 * (forward - tower) + tower, "nothing goes back through a frozen tower"
     assert cost("projector/k", "memory/blocks/k") < cost("projector/k", "memory/blocks/k", "decoder/layers/k")
 
@@ -69,7 +69,7 @@ def test_a_backward_pass_costs_what_is_trained():
 def test_flops_grow_with_what_they_are_for():
     settings = config()
     wide = dataclasses.replace(settings, decoder=dataclasses.replace(settings.decoder, layers=2))
-    assert flops.decoder_flops(wide, 8)[0] == 2 * flops.decoder_flops(settings, 8)[0]
+    assert wide.decoder.flops(8)[0] == 2 * settings.decoder.flops(8)[0]
 
 
 SAMPLES = (64, 3), (16, 0), (1, 1), (200, 7)

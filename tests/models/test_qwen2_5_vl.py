@@ -166,7 +166,7 @@ def test_bad_models_name_the_key():
         ({"vision": {"heads": 3}}, "width must be a multiple of 4 [*] heads 3, got 32"),
         ({"vision": {"image_size": 3}}, "unknown key config.model.vision.image_size"),
         ({"decoder": {"rope_sections": (2, 3, 4)}}, "three numbers that add up to head_dim / 2 = 8"),
-        ({"decoder": {"rope_sections": ()}}, "rope_sections belong to vision.kind qwen_vit"),
+        ({"decoder": {"rope_sections": ()}}, "rope_sections belong to a tower that places tokens on three axes"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolve({"preset": "tiny_qwen2_5_vl", **changes})

@@ -15,7 +15,7 @@ from kernels_pallas import rotary_tables
 from kernels_pallas.rotary import rotate
 from tests.verbs import extended
 from vlmem_jax.memory import CoMemoConfig
-from vlmem_jax.memory.comemo import MemoryBlock
+from vlmem_jax.memory.comemo.blocks import MemoryBlock
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segment
 from vlmem_jax.vision.projector import pixel_shuffle

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         help="positions of tiled images: compressed or not (default: as trained; off helps reading text in images)",
     )
     add_mesh(parser)
-    group = parser.add_argument_group("latent memory", "for models whose memory speaks while they answer (VisMem)")
+    group = parser.add_argument_group("latent memory", "for models whose memory speaks while they answer")
     group.add_argument(
         "--invocation",
         choices=MODES,
@@ -50,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         help=f"of a call after a phrase, with delimiter_random ({InvocationConfig().probability})",
     )
     group.add_argument("--max-invocations", type=int, metavar="N", help="in one answer (default: the model's own)")
-    group.add_argument("--disable-short", action="store_true", help="calls for a short memory have no effect")
-    group.add_argument("--disable-long", action="store_true", help="calls for a long memory have no effect")
+    group.add_argument(
+        "--disable",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="calls for memories of this kind, such as long, have no effect; may be given several times",
+    )
     group.add_argument("--reverse-types", action="store_true", help="a call for one kind is answered by the other")
     if streams:
         group.add_argument("--show-memory", action="store_true", help="show where a memory was inserted, and how long")
@@ -98,8 +103,7 @@ def invocation(args: argparse.Namespace) -> InvocationConfig:
         "mode": args.invocation,
         "probability": args.invocation_probability,
         "max_invocations": args.max_invocations,
-        "disable_short": args.disable_short,
-        "disable_long": args.disable_long,
+        "disabled": tuple(args.disable),
         "reverse_types": args.reverse_types,
     }
     return InvocationConfig(**{key: value for key, value in given.items() if value is not None})
@@ -124,7 +128,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
         wanted.budget(speech)
     elif wanted != InvocationConfig() or args.invocation or getattr(args, "show_memory", False):
         raise ValueError(
-            "the flags of latent memory (--invocation, --disable-short, --show-memory ...) are for models whose memory "
+            "the flags of latent memory (--invocation, --disable, --show-memory ...) are for models whose memory "
             f"speaks while they answer, but model.memory of {args.checkpoint} is {model.vlm.config.memory}; leave them "
             "out"
         )

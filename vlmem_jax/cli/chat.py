@@ -13,9 +13,9 @@ from vlmem_jax.cli import answering
 from vlmem_jax.generate import Chat
 from vlmem_jax.processing.images import open_image
 
-EXAMPLE = """vlmem chat --checkpoint runs/comemo
-  vlmem chat --checkpoint runs/vismem --show-memory --max-invocations 2
-  printf '/image a.jpg\\nWhat is this?\\nAnd what colour?\\n' | vlmem chat --checkpoint runs/comemo"""
+EXAMPLE = """vlmem chat --checkpoint RUN
+  vlmem chat --checkpoint RUN --show-memory --max-invocations 2
+  printf '/image a.jpg\\nWhat is this?\\nAnd what colour?\\n' | vlmem chat --checkpoint RUN"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from vlmem_jax.cli.data import progress_bar
 from vlmem_jax.data import SourceConfig
 from vlmem_jax.evals import EvalConfig, evaluate, table
 
-EXAMPLE = """vlmem evaluate --checkpoint runs/comemo --data my/mmstar.jsonl --data my/blink.jsonl --output runs/scores
-  vlmem evaluate --checkpoint runs/vismem --data my/mmvet.jsonl --output runs/vismem/eval --without-memory
-  vlmem evaluate --checkpoint runs/vismem --data my/mmvet.jsonl --output runs/vismem/short --disable-long"""
+EXAMPLE = """vlmem evaluate --checkpoint RUN --data my/mmstar.jsonl --data my/blink.jsonl --output runs/scores
+  vlmem evaluate --checkpoint RUN --data my/mmvet.jsonl --output RUN/eval --without-memory
+  vlmem evaluate --checkpoint RUN --data my/mmvet.jsonl --output RUN/short --disable long"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

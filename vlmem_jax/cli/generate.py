@@ -7,11 +7,11 @@ from typing import Any
 from vlmem_jax.cli import answering
 from vlmem_jax.processing.images import open_image
 
-EXAMPLE = """vlmem generate --checkpoint runs/comemo --image a.jpg --image b.jpg --prompt "What differs?"
-  vlmem generate --checkpoint runs/comemo --text "image 1: " --image a.jpg --prompt "What is in image 1?"
+EXAMPLE = """vlmem generate --checkpoint RUN --image a.jpg --image b.jpg --prompt "What differs?"
+  vlmem generate --checkpoint RUN --text "image 1: " --image a.jpg --prompt "What is in image 1?"
   vlmem generate --checkpoint runs/qwen --video a.mp4 --prompt "What happens?"
-  vlmem generate --checkpoint runs/comemo --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1
-  vlmem generate --checkpoint runs/vismem --image a.jpg --prompt "What differs?" --show-memory --disable-long"""
+  vlmem generate --checkpoint RUN --prompt "Say hello." --temperature 0.7 --top-p 0.9 --seed 1
+  vlmem generate --checkpoint RUN --image a.jpg --prompt "What differs?" --show-memory --disable long"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

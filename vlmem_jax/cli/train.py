@@ -12,9 +12,9 @@ from vlmem_jax.train.run import TASKS
 from vlmem_jax.train.run import run as train
 
 EXAMPLE = """vlmem train --config configs/tiny/comemo.py --workdir /tmp/run --config.stages.pretrain.steps=100
-  vlmem train --config configs/comemo_2b.py --workdir runs/comemo --profile 10:13
-  vlmem train --config configs/comemo_9b.py --workdir gs://bucket/comemo --multihost     # on every host of a TPU pod
-  vlmem train --config configs/comemo_9b.py --workdir /nfs/comemo \\
+  vlmem train --config configs/comemo_2b.py --workdir RUN --profile 10:13
+  vlmem train --config configs/comemo_9b.py --workdir gs://bucket/run --multihost     # on every host of a TPU pod
+  vlmem train --config configs/comemo_9b.py --workdir /nfs/run \\
       --coordinator 10.0.0.1:8476 --processes 2 --process 0                              # and --process 1 elsewhere"""
 
 

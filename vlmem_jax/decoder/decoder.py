@@ -74,6 +74,12 @@ class DecoderConfig:
             axes[axis : 3 * pairs : 3] = [axis] * pairs
         return tuple(axes)
 
+    def flops(self, tokens: Any) -> tuple[Any, Any]:
+        """Forward FLOPs of the layers for a sample of so many tokens: in their weights, and in attention. The head is
+        apart."""
+        weights = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 3 * self.width * self.mlp_width
+        return self.layers * 2 * tokens * weights, self.layers * 2 * tokens**2 * self.heads * self.head_dim
+
     @property
     def adapter_shapes(self) -> Shapes:
         """What adapters of the layers' maps take and give."""

@@ -49,8 +49,8 @@ DEFAULT_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
 COMPARED_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
     "random_50": ("vismem", "after stage II, at random, 50 %", dataclasses.replace(RANDOM, probability=0.5)),
     "random_75": ("vismem", "after stage II, at random, 75 %", dataclasses.replace(RANDOM, probability=0.75)),
-    "short_only": ("vismem", "after stage II, short alone", InvocationConfig(disable_long=True)),
-    "long_only": ("vismem", "after stage II, long alone", InvocationConfig(disable_short=True)),
+    "short_only": ("vismem", "after stage II, short alone", InvocationConfig(disabled=("long",))),
+    "long_only": ("vismem", "after stage II, long alone", InvocationConfig(disabled=("short",))),
     "reversed": ("vismem", "after stage II, kinds reversed", InvocationConfig(reverse_types=True)),
 }
 """What `--compare` adds."""

@@ -1,6 +1,6 @@
 """Our models in lmms-eval (the extra `lmms`), where benchmarks are tasks:
 
-    lmms_eval --model vlmem --model_args checkpoint=runs/vismem --tasks mmstar --batch_size 16
+    lmms_eval --model vlmem --model_args checkpoint=RUN --tasks mmstar --batch_size 16
 
 `model_args` are those of `LmmsModel`. Requests to generate are answered, `num_beams` of 1; `until` cuts an answer, but
 for a blank line, which the harness stops at by default and answers that reason may hold.

@@ -57,9 +57,10 @@ def evaluate(
         mirror.local.mkdir(parents=True, exist_ok=True)
         check_settings(mirror.local / SETTINGS, settings(model, config, prompts), output)
         found = {name: evaluation.run(name, invocation, mirror, report) for name, invocation in passes.items()}
-        summary = summarise(found[SAMPLES])
+        kinds = model.vlm.speech.kinds if model.vlm.speech else ()
+        summary = summarise(found[SAMPLES], kinds)
         if config.without_memory:
-            summary["without_memory"] = summarise(found[WITHOUT])
+            summary["without_memory"] = summarise(found[WITHOUT], kinds)
         write_whole(mirror.local / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 

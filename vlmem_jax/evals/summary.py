@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from vlmem_jax.generate.transcript import KINDS
-
 Line = dict[str, Any]
 """Of one prompt, as in samples.jsonl: what was answered, or the error for which it was skipped."""
 
@@ -14,8 +12,8 @@ TENTHS = 10
 """Bins of the histogram of positions."""
 
 
-def summarise(lines: Sequence[Line]) -> dict[str, Any]:
-    """Numbers of all prompts and, in `sources`, of each source.
+def summarise(lines: Sequence[Line], kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """Numbers of all prompts and, in `sources`, of each source. `kinds` are those of a memory that speaks.
 
     `accuracy` is the mean score, `mean_of_sources` that of their accuracies; `seconds` are wall time of a batch over
     its prompts. `invocation` is there where the memory speaks: the share of answers with at least one memory of a kind,
@@ -26,9 +24,9 @@ def summarise(lines: Sequence[Line]) -> dict[str, Any]:
         if "output" in line:
             sources.setdefault(line["source"], []).append(line)
     answered = [line for source in sources.values() for line in source]
-    each = {source: _numbers(sources[source]) for source in sorted(sources)}
+    each = {source: _numbers(sources[source], kinds) for source in sorted(sources)}
     return {
-        **_numbers(answered),
+        **_numbers(answered, kinds),
         "mean_of_sources": _mean([numbers["accuracy"] for numbers in each.values()]),
         "skipped": len(lines) - len(answered),
         "peak_memory_gb": max((line["peak_memory_gb"] for line in answered), default=None),
@@ -36,7 +34,7 @@ def summarise(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def _numbers(lines: Sequence[Line]) -> dict[str, Any]:
+def _numbers(lines: Sequence[Line], kinds: Sequence[str] = ()) -> dict[str, Any]:
     scores = [line["score"] for line in lines]
     warm = [line for line in lines if not line["compiled"]]
     numbers = {
@@ -49,13 +47,13 @@ def _numbers(lines: Sequence[Line]) -> dict[str, Any]:
         "seconds_with_compilation": not warm,
     }
     if lines and "memories" in lines[0]:
-        numbers["invocation"] = _invocation(lines)
+        numbers["invocation"] = _invocation(lines, kinds)
     return numbers
 
 
-def _invocation(lines: Sequence[Line]) -> dict[str, Any]:
+def _invocation(lines: Sequence[Line], kinds: Sequence[str]) -> dict[str, Any]:
     ratio, positions = {}, {}
-    for kind in KINDS:
+    for kind in kinds:
         places = [[place / line["tokens"] for k, place in line["memories"] if k == kind] for line in lines]
         ratio[kind] = _mean([float(bool(of_line)) for of_line in places])
         tenths = np.array([place for of_line in places for place in of_line]) * TENTHS
@@ -76,12 +74,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def table(summary: dict[str, Any]) -> str:
     """A line for each source and one for all, ready to print."""
     other = summary.get("without_memory")
-    speaks = "invocation" in summary
-    header = ["source", "samples", "accuracy", *(f"{kind} calls" for kind in KINDS if speaks), "s/sample"]
+    kinds = list(summary["invocation"]["ratio"]) if "invocation" in summary else []
+    header = ["source", "samples", "accuracy", *(f"{kind} calls" for kind in kinds), "s/sample"]
     rows = [header + ["without memory", "s/sample"] * bool(other)]
     for source in (*summary["sources"], None):
         of = _of(summary, source)
-        calls = [_percent(of["invocation"]["ratio"][kind]) for kind in KINDS if speaks]
+        calls = [_percent(of["invocation"]["ratio"][kind]) for kind in kinds]
         row = [source or "all", str(of["samples"]), _percent(of["accuracy"]), *calls, _seconds(of)]
         if other:
             without = _of(other, source)

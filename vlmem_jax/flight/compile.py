@@ -125,7 +125,7 @@ class Learning:
             return jax.ShapeDtypeStruct((*shape, *axes), dtype, sharding=sharding)
 
         batch = _batch(model, shape, T, I, sharding)
-        if model.speech and any(config.invocation.heeded()):
+        if model.speech and any(config.invocation.heeded(model.speech)):
             states = leaf(J, L, model.config.decoder.width, dtype=model.dtype)
             batch = batch.replace(formation=FormationInputs(states, leaf(J, dtype=jnp.int32), leaf(J, dtype=jnp.int32)))
         return Rows(batch, leaf(T), leaf(T), leaf(T), leaf())

@@ -32,11 +32,10 @@ class InvocationConfig:
     """Probability of delimiter_random after any other token."""
     max_invocations: int | None = None
     """In one answer; None: as the memory's config says, which is the most that there is room for."""
-    disable_short: bool = False
-    """A call for this kind, if the model makes it, is a token like any other."""
-    disable_long: bool = False
+    disabled: tuple[str, ...] = ()
+    """Kinds of memory: a call for one of them, if the model makes it, is a token like any other."""
     reverse_types: bool = False
-    """A call for one kind is answered by the other."""
+    """A call for one kind is answered by the next, the last by the first."""
 
     def __post_init__(self):
         for key in ("probability", "anywhere"):
@@ -45,10 +44,11 @@ class InvocationConfig:
         if self.max_invocations is not None and self.max_invocations < 0:
             raise ValueError(f"max_invocations must be at least 0, got {self.max_invocations}")
 
-    def heeded(self) -> tuple[bool, bool]:
-        """Whether a call for a short and for a long memory is answered."""
-        on = self.mode != "never"
-        return on and not self.disable_short, on and not self.disable_long
+    def heeded(self, speech: Speech) -> tuple[bool, ...]:
+        """Whether a call for each kind of memory is answered. Raises ValueError for a kind that there is not."""
+        if unknown := set(self.disabled).difference(speech.kinds):
+            raise ValueError(f"disabled must name kinds of the memory, {', '.join(speech.kinds)}; got {min(unknown)!r}")
+        return tuple(self.mode != "never" and kind not in self.disabled for kind in speech.kinds)
 
     def banned_ids(self, speech: Speech) -> tuple[int, ...]:
         """Tokens that the model may not choose: those that end a memory, and, where others call, those that call."""
@@ -62,7 +62,7 @@ class InvocationConfig:
                 f"max_invocations must be at most that of the model, {speech.max_invocations}, got {wanted}; raise the "
                 "memory's own max_invocations"
             )
-        return wanted if any(self.heeded()) else 0
+        return wanted if any(self.heeded(speech)) else 0
 
 
 class Rule(NamedTuple):
@@ -83,6 +83,7 @@ class Rule(NamedTuple):
     def make(
         cls,
         config: InvocationConfig,
+        speech: Speech,
         limit: int,
         vocab: int,
         delimiter_ids: Sequence[int],
@@ -96,7 +97,7 @@ class Rule(NamedTuple):
         delimiter_V[list(delimiter_ids)] = True
         chance = {"delimiter_random": config.probability, "always": 1.0}.get(config.mode, 0.0)
         anywhere = config.anywhere if config.mode == "delimiter_random" else 0.0
-        heeded_K = np.array(config.heeded())
+        heeded_K = np.array(config.heeded(speech))
         longest = bucket(max(1, *map(len, forced)), FORCED_BUCKET) if forced else 0
         forced_BS = np.full((rows, longest), -1, np.int32)
         for row, ids in enumerate(forced):

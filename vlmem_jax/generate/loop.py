@@ -248,7 +248,7 @@ class Invocation(NamedTuple):
 
     row: int
     kind: int
-    """0 short, 1 long."""
+    """Its number among `Speech.kinds`."""
     states_LD: np.ndarray
     """What it was formed from."""
 
@@ -319,7 +319,7 @@ class Session:
             budget = invocation.budget(speech)
             room += budget * (speech.slots + 1)
             calls = generator.put(Calls.none(rows, budget), rows=True)
-            rule = Rule.make(invocation, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
+            rule = Rule.make(invocation, speech, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
             rule = generator.put(rule)
             answer = _Answer(self, invocation, budget, record)
         elif forced:
@@ -391,7 +391,7 @@ class _Answer:
     def __init__(self, session: Session, config: InvocationConfig, budget: int, record: bool):
         self.session = session
         self.speech: Speech = session.generator.vlm.speech
-        self.heeded = config.heeded()
+        self.heeded = config.heeded(self.speech)
         self.reversed = config.reverse_types
         self.record = record
         rows = session.logits_BV.shape[0]
@@ -405,7 +405,7 @@ class _Answer:
         kinds_B = np.full(len(self._left_B), -1, np.int32)
         for kind, token in enumerate(self.speech.invoke_ids):
             if self.heeded[kind]:
-                kinds_B[: len(tokens_B)][tokens_B == token] = 1 - kind if self.reversed else kind
+                kinds_B[: len(tokens_B)][tokens_B == token] = (kind + self.reversed) % len(self.heeded)
         kinds_B[self._left_B == 0] = -1
         return kinds_B if (kinds_B >= 0).any() else None
 

@@ -5,15 +5,12 @@ from typing import NamedTuple
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
 
-KINDS = ("short", "long")
-"""Names of the kinds of memory, by their number."""
-
 
 class Inserted(NamedTuple):
     """A memory that was inserted."""
 
     kind: str
-    """One of KINDS: that of the memory itself, which is not that of the call where types are reversed."""
+    """Its name among `Speech.kinds`: of the memory itself, which is not that of the call where types are reversed."""
     place: int
     """Which of the answer's chosen tokens called for it, from 0."""
 
@@ -31,15 +28,16 @@ class Transcript:
         self._stream = tokenizer.stream()
         self._calls = speech.invoke_ids if speech else ()
         self._ends = speech.end_ids if speech else ()
-        self._lengths = speech.lengths if speech else ()
+        self._speech = speech
         self._show = show_memory
 
     def push(self, token: int) -> str:
         """What to show when `token` comes, perhaps nothing."""
         if token in self._ends:
-            kind = self._ends.index(token)
-            self.memories.append(Inserted(KINDS[kind], self.chosen - 1))
-            return f"[{KINDS[kind]} memory, {self._lengths[kind]} latent tokens]" if self._show else ""
+            number = self._ends.index(token)
+            kind, length = self._speech.kinds[number], self._speech.lengths[number]
+            self.memories.append(Inserted(kind, self.chosen - 1))
+            return f"[{kind} memory, {length} latent tokens]" if self._show else ""
         self.chosen += 1
         return "" if token in self._calls else self._said(self._stream.push(token))
 

@@ -24,7 +24,7 @@ from vlmem_jax.hub.leaves import Extended, FromTensors, Leaf, Maker
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.settings import Released
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
-from vlmem_jax.memory import TokenStart
+from vlmem_jax.memory import MEMORIES, TokenStart
 from vlmem_jax.models import VLM, ModelConfig, presets
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
@@ -222,38 +222,26 @@ def _leaves(
     fresh = [path for path in flatten(vlm.abstract()) if path not in leaves]
     if fresh:
         start = _token_start(leaves, vlm.speech.start_id) if vlm.speech else None
-        maker = _blocks(config, dtype, seed) if config.memory == "comemo" else _memory(config, start, dtype, seed)
+        maker = _maker(config, start, dtype, seed)
         leaves |= {path: maker.leaves[path] for path in fresh}
     return leaves, tuple(fresh), new_rows
 
 
-def _blocks(config: ModelConfig, dtype: np.dtype, seed: int) -> Maker:
-    """The memory blocks as the model initialises them, a block at a time."""
-    every = config.comemo.every
-    one_block = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, layers=every))
+def _maker(config: ModelConfig, start: TokenStart | None, dtype: np.dtype, seed: int) -> Maker:
+    """A memory as the model initialises it, piece by piece where it has equal ones; its own tokens start from one that
+    there is."""
+    decoder, count = MEMORIES[config.memory].pieces(getattr(config, config.memory), config.decoder) or (None, None)
+    config = config if decoder is None else dataclasses.replace(config, decoder=decoder)
 
-    def init(block):
-        memory = make_memory(one_block, nnx.Rngs(jax.random.fold_in(jax.random.key(seed), block)))
-        return {path: leaf[0].astype(dtype) for path, leaf in _by_path(memory).items()}
-
-    return Maker(init, config.decoder.layers // every)
-
-
-def _memory(config: ModelConfig, start: TokenStart | None, dtype: np.dtype, seed: int) -> Maker:
-    """A memory as the model initialises it; its tokens start from one that there is."""
-
-    def init(_):
-        rngs = nnx.Rngs(seed)
+    def init(piece):
+        rngs = nnx.Rngs(seed if count is None else jax.random.fold_in(jax.random.key(seed), piece))
         memory = make_memory(config, rngs)
         if start is not None:
             memory.adopt(start, rngs.params())
-        return {path: leaf.astype(dtype) for path, leaf in _by_path(memory).items()}
+        leaves = flatten({"memory": nnx.to_pure_dict(nnx.state(memory))})
+        return {path: (leaf if count is None else leaf[0]).astype(dtype) for path, leaf in leaves.items()}
 
-    return Maker(init)
-
-
-def _by_path(memory: nnx.Module) -> dict[str, jax.Array]:
-    return flatten({"memory": nnx.to_pure_dict(nnx.state(memory))})
+    return Maker(init, count)
 
 
 def _token_start(leaves: Mapping[str, Leaf], token: int) -> TokenStart:
@@ -280,16 +268,17 @@ _FREE = ("vision.drop_path", "vision.layer_scale_init", "decoder.vocab")
 
 def _check_settings(config: ModelConfig, released: ModelConfig, source: Path) -> None:
     """Shapes do not tell rotary bases, norms or head counts; a model that differs there would load, and be wrong."""
-    parts = ["vision", "projector", "decoder"]
+    parts, free = ["vision", "projector", "decoder"], _FREE
     if config.memory == released.memory != "none":
         parts.append(config.memory)
+        free += tuple(f"{config.memory}.{key}" for key in MEMORIES[config.memory].free_keys)
     wrong = []
     for part in parts:
         ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(released, part))
         wrong += [
             f"model.{part}.{key} is {ours[key]!r}, there it is {theirs.get(key)!r}"
             for key in ours
-            if ours[key] != theirs.get(key) and f"{part}.{key}" not in _FREE and key != "decode_position"
+            if ours[key] != theirs.get(key) and f"{part}.{key}" not in free
         ]
     if wrong:
         lines = "\n  ".join(wrong)

@@ -6,12 +6,12 @@ from typing import Any
 
 from vlmem_jax.checkpoint.folder import CONFIG_FILE
 from vlmem_jax.hub import internvl, internvl_config, qwen2_5_vl, qwen2_5_vl_config
-from vlmem_jax.hub.rules import Rule
 from vlmem_jax.hub.settings import Released
 from vlmem_jax.hub.tokenizer_files import ADDED
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.processing.tokenizer import Tokenizer
+from vlmem_jax.records import Rule
 
 
 @dataclasses.dataclass(frozen=True)

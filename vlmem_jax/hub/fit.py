@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from vlmem_jax.hub.leaves import FromTensors
-from vlmem_jax.hub.rules import Rule
+from vlmem_jax.records import Rule
 from vlmem_jax.trees import unflatten
 
 BUFFERS = (".rotary_emb.inv_freq",)

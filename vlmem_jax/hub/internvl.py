@@ -6,8 +6,9 @@ import numpy as np
 
 from vlmem_jax.hub import memories
 from vlmem_jax.hub.fit import assemble
-from vlmem_jax.hub.rules import Rule, section
+from vlmem_jax.memory import MEMORIES
 from vlmem_jax.models import ModelConfig
+from vlmem_jax.records import Rule, section
 
 LAYER = "language_model.model.layers.{}."
 NESTED = "decoder_layer."
@@ -24,10 +25,11 @@ def is_wrapped(names: Iterable[str]) -> bool:
 def name_table(config: ModelConfig, wrapped: bool | None = None, vocab: int | None = None) -> list[Rule]:
     """Every leaf of the model's parameters and the tensor(s) it comes from; linear weights there are [out, in].
 
-    wrapped: decoder layers have the extra level NESTED (default: exactly with CoMemo's memory).
+    wrapped: decoder layers have the extra level NESTED (default: as with the memory, see `Memory.wraps_layers`).
     vocab: rows of the checkpoint's embedding, if not the model's.
     """
-    wrapped = config.memory == "comemo" if wrapped is None else wrapped
+    if wrapped is None:
+        wrapped = config.memory != "none" and MEMORIES[config.memory].wraps_layers
     rules = _vision(config.vision) + _projector(config) + _decoder(config.decoder, NESTED * wrapped, vocab)
     return rules + memories.rules(config, LAYER)
 

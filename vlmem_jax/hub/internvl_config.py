@@ -5,10 +5,11 @@ from typing import Any
 
 from vlmem_jax.config import build
 from vlmem_jax.hub import memories
-from vlmem_jax.hub.settings import Released, check_fixed, check_needed, ours, theirs
+from vlmem_jax.hub.settings import Released
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing.chat import TEMPLATES
 from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.records import check_fixed, check_needed, ours, theirs
 
 # Our key -> theirs. A key of theirs that is left out gets our default, which is what the released models have.
 VISION = {

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vlmem_jax.compiler import once
-from vlmem_jax.hub.rules import Rule
+from vlmem_jax.records import Rule
 
 Index = tuple[slice, ...]
 

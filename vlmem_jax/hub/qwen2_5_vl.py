@@ -6,8 +6,8 @@ import numpy as np
 
 from vlmem_jax.hub import memories
 from vlmem_jax.hub.fit import assemble
-from vlmem_jax.hub.rules import Rule, section
 from vlmem_jax.models import ModelConfig
+from vlmem_jax.records import Rule, section
 
 HEAD = "lm_head.weight"
 

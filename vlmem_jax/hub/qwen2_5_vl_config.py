@@ -6,10 +6,11 @@ from typing import Any
 from vlmem_jax.config import build
 from vlmem_jax.hub import memories
 from vlmem_jax.hub.qwen2_5_vl import HEAD
-from vlmem_jax.hub.settings import Released, check_fixed, check_needed, ours, theirs
+from vlmem_jax.hub.settings import Released
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing import PatchConfig
 from vlmem_jax.processing.tokenizer import Tokenizer
+from vlmem_jax.records import check_fixed, check_needed, ours, theirs
 
 TEMPLATE = "qwen2-vl"
 # Our key -> theirs. A key of theirs that is left out gets our default, which is what the released models have.

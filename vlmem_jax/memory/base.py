@@ -9,18 +9,23 @@ is laid out, repeated, inserted and saved like a key/value cache.
 """
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Int64
 
-from vlmem_jax.decoder import Tap
+from vlmem_jax.decoder import DecoderConfig, Tap
 from vlmem_jax.nn.lora import Adapters
-from vlmem_jax.trees import State
+from vlmem_jax.records import Rule
+from vlmem_jax.trees import Flat, State
 from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
+
+Count = int | Int64[np.ndarray, "samples"]
+"""A number, or one of each of many samples."""
 
 
 class Memory(nnx.Module):
@@ -39,6 +44,52 @@ class Memory(nnx.Module):
     @classmethod
     def rates(cls, config: Any) -> dict[str, np.ndarray]:
         """Per-row learning-rate multipliers, by parameter path."""
+        return {}
+
+    @classmethod
+    def flops(cls, config: Any, decoder: DecoderConfig, tokens: Count, slots: Count) -> tuple[Count, Count]:
+        """Forward FLOPs beside the decoder's layers of samples with so many tokens and visual tokens: in weights, and
+        in attention."""
+        return 0, 0
+
+    @classmethod
+    def formation_flops(cls, config: Any, decoder: DecoderConfig, states: int, trained: Collection[str]) -> int:
+        """FLOPs of forming one memory from `states` states, and of the gradient where it is trained; `trained` are
+        paths in the memory."""
+        return 0
+
+    @classmethod
+    def check_drawn_as_trained(cls, config: Any) -> None:
+        """Raises ValueError, naming the key, where answers are drawn from other scores than training computes."""
+
+    # in checkpoints
+
+    wraps_layers: bool = False
+    """Whether released checkpoints with it wrap every layer of the decoder."""
+    free_keys: tuple[str, ...] = ()
+    """Keys that may differ from those of a checkpoint."""
+
+    @classmethod
+    def pieces(cls, config: Any, decoder: DecoderConfig) -> tuple[DecoderConfig, int] | None:
+        """A smaller decoder, and how many of its memories, stacked, are the whole: so it is made piece by piece. None:
+        it is made at once."""
+        return None
+
+    @classmethod
+    def tensors(cls, config: Any, decoder: DecoderConfig, leaves: Flat, layer: str) -> list[Rule]:
+        """The memory's part of a name table. `leaves`: its parameters (shapes are enough) by path; `layer`: the name of
+        a decoder layer, with {} for its number."""
+        raise NotImplementedError(f"{cls.__name__} has no place in checkpoints")
+
+    @classmethod
+    def read_config(cls, content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """Our keys, as a config.json tells them; None of a checkpoint without this memory. `shapes` of its tensors fill
+        in what is left out. Raises ValueError naming what neither tells."""
+        return None
+
+    @classmethod
+    def write_config(cls, config: Any, decoder: DecoderConfig) -> dict[str, Any]:
+        """What config.json tells of the memory."""
         return {}
 
     def metrics(self) -> dict[str, jax.Array]:

@@ -41,12 +41,8 @@ class ModelConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {value!r}")
-        if bool(self.decoder.rope_sections) != isinstance(self.vision, QwenViTConfig):
+        if bool(self.decoder.rope_sections) != (self.vision.tile.axes > 1):
             raise ValueError(
-                "decoder.rope_sections belong to vision.kind qwen_vit, which places tokens on three axes; "
-                f"got rope_sections {self.decoder.rope_sections} and kind {self.vision.kind}"
-            )
-        if isinstance(self.vision, VisionConfig) and self.vision.grid % 2:
-            raise ValueError(
-                f"vision.image_size / vision.patch_size must be even for pixel shuffle, got {self.vision.grid}"
+                "decoder.rope_sections belong to a tower that places tokens on three axes, such as that of vision.kind "
+                f"qwen_vit; got rope_sections {self.decoder.rope_sections} and kind {self.vision.kind}"
             )

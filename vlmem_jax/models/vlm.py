@@ -33,7 +33,7 @@ from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
 from vlmem_jax.sharding import constrain, lay_out
 from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import Batch, DecodeState, FormationInputs, KVCache, Patches, Text, TileShape, Views, VisualTokens
-from vlmem_jax.vision import InternViT, Merger, Projector, QwenViT, QwenViTConfig, normalise
+from vlmem_jax.vision import TOWERS, normalise
 
 Params = dict[str, Any]
 """Nested dict of arrays; layers of one kind are stacked on a leading axis."""
@@ -41,22 +41,13 @@ Params = dict[str, Any]
 
 class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.vision, self.projector = _tower(config, rngs)
+        tower, width = TOWERS[config.vision.kind], config.decoder.width
+        self.vision = tower.tower(config.vision, config.attention, rngs=rngs)
+        self.projector = tower.projector(config.vision, config.projector, width, rngs=rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
         self.memory = make_memory(config, rngs)
         if speech := speech_of(config):
             self.memory.adopt(TokenStart.of(*self.decoder.tables(), speech.start_id), rngs.params())
-
-
-def _tower(config: ModelConfig, rngs: nnx.Rngs) -> tuple[nnx.Module, nnx.Module]:
-    """Vision tower and projector."""
-    c, width = config.vision, config.decoder.width
-    if isinstance(c, QwenViTConfig):
-        return (
-            QwenViT(c, config.attention, rngs=rngs),
-            Merger(c.merge**2, c.width, width, c.norm_eps, rngs=rngs),
-        )
-    return InternViT(c, config.attention, rngs=rngs), Projector(config.projector, c.width, width, rngs=rngs)
 
 
 def make_memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:

@@ -28,6 +28,11 @@ class EncoderConfig:
         if min(self.layers, self.heads, self.ff_mult) < 1:
             raise ValueError(f"layers, heads and ff_mult must be at least 1, got {self}")
 
+    def flops(self, width: int, tokens: int) -> tuple[int, int]:
+        """Forward FLOPs of a row of so many tokens of this width: in weights, and in attention."""
+        weights = self.layers * 2 * tokens * width * width * (4 + 2 * self.ff_mult)
+        return weights, self.layers * 4 * tokens**2 * width
+
 
 class SelfAttention(nnx.Module):
     """Multi-head attention without positions; all maps have biases."""

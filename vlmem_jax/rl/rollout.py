@@ -28,7 +28,7 @@ class Spoken:
     place: int
     """Its latent tokens stand before this token of the trajectory, which ends them."""
     kind: int
-    """0 short, 1 long."""
+    """Its number among `Speech.kinds`."""
     slots: int
     """Latent tokens."""
     states_LD: np.ndarray

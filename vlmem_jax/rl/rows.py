@@ -57,7 +57,7 @@ def pack_trajectories(
     was drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each trajectory. What
     memories were formed from goes along, but for `invocation` under which there are none.
     """
-    tile, speech = vlm.tile, vlm.speech if any(invocation.heeded()) else None
+    tile, speech = vlm.tile, vlm.speech if vlm.speech and any(invocation.heeded(vlm.speech)) else None
     samples = [trajectory.sample() for trajectory in trajectories]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
     T, I = row_slots(max(tokens, default=1), max(tiles, default=0), data, split)

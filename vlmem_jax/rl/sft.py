@@ -74,8 +74,8 @@ class MemorySFT(NextTokenLoss):
         check_prompted(experiment, stage)
         if VLM(experiment.model).speech is None:
             raise ConfigError(
-                f"config.stages.{stage.name}.task memory_sft is for a memory that speaks, such as vismem; model.memory "
-                f"is {experiment.model.memory}"
+                f"config.stages.{stage.name}.task memory_sft is for a memory that speaks; model.memory is "
+                f"{experiment.model.memory}"
             )
 
     # --- the loop's side ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.hub.convert import released
-from vlmem_jax.memory import Speech
+from vlmem_jax.memory import MEMORIES, Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.nn.linear import held_dtype
@@ -118,7 +118,7 @@ class GRPO(GRPOLoss):
         self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
         self._rollout_mesh = rollout_mesh(config.rollout_mesh, model, mesh)
-        self._speaks = model.speech is not None and any(config.invocation.heeded())
+        self._speaks = model.speech is not None and any(config.invocation.heeded(model.speech))
         self._rewards = Rewards(config.rewards)
         self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
         self._stream = PromptStream(
@@ -160,8 +160,8 @@ class GRPO(GRPOLoss):
         of_memory = config.invocation != InvocationConfig(), config.invocation_penalty is not None, config.paired_base
         if speech is None and any(of_memory):
             raise ConfigError(
-                f"{where}.rl.invocation, invocation_penalty and paired_base are for a memory that speaks, such as "
-                f"vismem; model.memory is {experiment.model.memory}"
+                f"{where}.rl.invocation, invocation_penalty and paired_base are for a memory that speaks; model.memory "
+                f"is {experiment.model.memory}"
             )
         try:
             longest = longest_answer(config, speech)
@@ -178,11 +178,13 @@ class GRPO(GRPOLoss):
                 f"{where}.rl.invocation_penalty teaches when to call for memories, but none have been formed yet: "
                 "train a stage that forms them before, or set init to a checkpoint of one"
             )
-        if experiment.model.memory == "comemo" and experiment.model.comemo.decode_position != "continue":
-            raise ConfigError(
-                f"{where}: model.comemo.decode_position must be continue, so that tokens are drawn as they are "
-                f"trained; got {experiment.model.comemo.decode_position}"
-            )
+        if (name := experiment.model.memory) != "none":
+            try:
+                MEMORIES[name].check_drawn_as_trained(getattr(experiment.model, name))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{where}: so that tokens are drawn as they are trained, model.{name}.{error}"
+                ) from error
 
     # --- the loop's side ----------------------------------------------------------------------------------------------
 

@@ -1,11 +1,35 @@
 """Vision towers: normalised pixels in, visual tokens of the decoder's width out."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flax import nnx
+
 from vlmem_jax.vision.intern_vit import InternViT, VisionConfig
 from vlmem_jax.vision.pixels import normalise
 from vlmem_jax.vision.projector import Merger, Projector, ProjectorConfig
 from vlmem_jax.vision.qwen_vit import QwenViT, QwenViTConfig
 
+
+class Tower(NamedTuple):
+    """How a kind of tower, and the projector behind it, are made."""
+
+    tower: Callable[..., nnx.Module]
+    """`tower(config, attention, rngs=)`."""
+    projector: Callable[..., nnx.Module]
+    """`projector(config of the tower, config of the projector, width, rngs=)`."""
+
+
+TOWERS = {
+    "intern_vit": Tower(InternViT, lambda c, projector, width, rngs: Projector(projector, c.width, width, rngs=rngs)),
+    "qwen_vit": Tower(
+        QwenViT, lambda c, projector, width, rngs: Merger(c.merge**2, c.width, width, c.norm_eps, rngs=rngs)
+    ),
+}
+"""By `vision.kind`."""
+
 __all__ = [
+    "TOWERS",
     "InternViT",
     "Merger",
     "Projector",

@@ -48,6 +48,8 @@ class VisionConfig:
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}")
+        if self.grid % 2:
+            raise ValueError(f"image_size / patch_size must be even for pixel shuffle, got {self.grid}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}, got {self.width}")
         if not -self.layers - 1 <= self.select_layer <= self.layers:
@@ -70,6 +72,18 @@ class VisionConfig:
     def channels(self, colours: tuple[float, float, float]) -> tuple[float, ...]:
         """A number of each colour as one of each channel of a tile."""
         return colours
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """Forward FLOPs of a tile: in weights, and in attention."""
+        patches, queries = self.grid**2, self.grid**2 + 1
+        weights = 2 * patches * 3 * self.patch_size**2 * self.width
+        weights += self.layers_used * 2 * queries * self.width * (4 * self.width + 2 * self.mlp_width)
+        return weights, self.layers_used * 4 * queries**2 * self.width
+
+    def projector_flops(self, width: int) -> int:
+        """Forward FLOPs of the projector to a decoder of this width, for a tile."""
+        return 2 * self.tile.tokens * (4 * self.width * width + width * width)
 
     @property
     def layers_used(self) -> int:

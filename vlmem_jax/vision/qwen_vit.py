@@ -73,6 +73,19 @@ class QwenViTConfig:
         channels = 3 * self.patch_frames * self.patch_size**2
         return TileShape(side=self.merge, channels=channels, tokens=1, layout=True, axes=3)
 
+    @property
+    def flops(self) -> tuple[int, int]:
+        """Forward FLOPs of a tile: in weights, and in attention. Layers that attend within frames count as those within
+        windows, since it depends on the images how large frames are."""
+        patches, near = self.merge**2, (self.geometry.window * self.merge) ** 2
+        weights = patches * self.width * (self.tile.channels + self.layers * (4 * self.width + 3 * self.mlp_width))
+        return 2 * weights, self.layers * 4 * patches * near * self.width
+
+    def projector_flops(self, width: int) -> int:
+        """Forward FLOPs of the merger to a decoder of this width, for a tile."""
+        inner = self.merge**2 * self.width
+        return 2 * (inner * inner + inner * width)
+
     def channels(self, colours: tuple[float, float, float]) -> tuple[float, ...]:
         """A number of each colour as one of each value of a patch."""
         return tuple(np.repeat(colours, self.patch_frames * self.patch_size**2).tolist())

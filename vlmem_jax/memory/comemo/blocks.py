@@ -6,8 +6,8 @@ block alone, so decoding computes them once a prompt.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,36 +17,19 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas import Tables, rotary_tables, tables_of_angles
 from kernels_pallas.rotary import rotate
 from vlmem_jax.decoder import DecoderConfig, Tap
-from vlmem_jax.memory.base import Memory
+from vlmem_jax.memory.base import Count, Memory
+from vlmem_jax.memory.comemo import released
+from vlmem_jax.memory.comemo.config import CoMemoConfig
 from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segment
 from vlmem_jax.nn.linear import Linear, param, zeros
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import angles, frequencies
 from vlmem_jax.nn.stack import stack
+from vlmem_jax.records import Rule
 from vlmem_jax.sharding import constrain
-from vlmem_jax.trees import State, axes
+from vlmem_jax.trees import Flat, State, axes
 from vlmem_jax.types import VisualTokens
-
-
-@dataclasses.dataclass(frozen=True)
-class CoMemoConfig:
-    """Sizes of the memory blocks; width is the decoder's."""
-
-    every: int = 4
-    """A block stands before each decoder layer l with (l + 1) % every == 0."""
-    heads: int = 16
-    head_dim: int = 128
-    mlp_width: int = 8192
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-5
-    decode_position: Literal["continue", "length"] = "continue"
-    """Position of generated tokens as memory queries: the next rotary position, or (as the published inference code
-    does, unlike its training) the number of tokens so far."""
-
-    def __post_init__(self):
-        if min(self.every, self.heads, self.head_dim, self.mlp_width) < 1 or self.head_dim % 2:
-            raise ValueError(f"comemo sizes must be positive and head_dim even, got {self}")
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +89,9 @@ class MemoryBlock(nnx.Module):
 
 class CoMemo(Memory):
     """The stacked blocks and their door."""
+
+    wraps_layers = True
+    free_keys = ("decode_position",)
 
     def __init__(
         self, config: CoMemoConfig, decoder: DecoderConfig, vision: Any, attention: AttentionConfig, *, rngs: nnx.Rngs
@@ -168,6 +154,34 @@ class CoMemo(Memory):
         _, kv = jax.lax.scan(body, None, blocks)
         k_LBMHC, v_LBMHC = (constrain(x, None, "batch", None, "heads", None) for x in kv)
         return Precomputed(k_LBMHC, v_LBMHC, visual.segments_BM)
+
+    @classmethod
+    def pieces(cls, config: CoMemoConfig, decoder: DecoderConfig) -> tuple[DecoderConfig, int]:
+        return dataclasses.replace(decoder, layers=config.every), decoder.layers // config.every
+
+    @classmethod
+    def check_drawn_as_trained(cls, config: CoMemoConfig) -> None:
+        if config.decode_position != "continue":
+            raise ValueError(f"decode_position must be continue, got {config.decode_position}")
+
+    @classmethod
+    def flops(cls, config: CoMemoConfig, decoder: DecoderConfig, tokens: Count, slots: Count) -> tuple[Count, Count]:
+        """Tokens of a sample without visual tokens pass the blocks unchanged."""
+        blocks, inner, tokens = decoder.layers // config.every, config.heads * config.head_dim, tokens * (slots > 0)
+        weights = 2 * decoder.width * (2 * inner * (tokens + slots) + 3 * config.mlp_width * tokens)
+        return blocks * weights, blocks * 4 * tokens * slots * inner
+
+    @classmethod
+    def tensors(cls, config: CoMemoConfig, decoder: DecoderConfig, leaves: Flat, layer: str) -> list[Rule]:
+        return released.tensors(config, decoder, layer)
+
+    @classmethod
+    def read_config(cls, content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        return released.read(content, shapes)
+
+    @classmethod
+    def write_config(cls, config: CoMemoConfig, decoder: DecoderConfig) -> dict[str, Any]:
+        return released.write(config, decoder)
 
     def metrics(self) -> dict[str, jax.Array]:
         """tanh of both gates of each block, by the decoder layer that it stands before."""

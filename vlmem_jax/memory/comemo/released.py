@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vlmem_jax.hub import settings
-from vlmem_jax.hub.rules import Rule, section
-from vlmem_jax.models import ModelConfig
+from vlmem_jax.decoder import DecoderConfig
+from vlmem_jax.memory.comemo.config import CoMemoConfig
+from vlmem_jax.records import Rule, check_needed, ours, section, theirs
 
 LAYER = "gated_cross_attn_layer."
 """Level of a decoder layer's tensors that those of the block before it have."""
@@ -20,10 +20,9 @@ KEYS = {
 }
 
 
-def rules(config: ModelConfig, layer: str) -> list[Rule]:
+def tensors(config: CoMemoConfig, decoder: DecoderConfig, layer: str) -> list[Rule]:
     """The blocks' part of a name table; `layer` is the name of a decoder layer, with {} for its number."""
-    comemo = config.comemo
-    sizes = {"D": config.decoder.width, "F": comemo.mlp_width, "H": comemo.heads, "C": comemo.head_dim}
+    sizes = {"D": decoder.width, "F": config.mlp_width, "H": config.heads, "C": config.head_dim}
     rows = [
         ("attn_gate", "attn_gate", "g -> g"),
         ("mlp_gate", "ff_gate", "g -> g"),
@@ -37,7 +36,7 @@ def rules(config: ModelConfig, layer: str) -> list[Rule]:
         ("mlp/up/kernel", "ffn_2.w3.weight", "F D -> D F"),
         ("mlp/down/kernel", "ffn_2.w2.weight", "D F -> F D"),
     ]
-    layers = range(comemo.every - 1, config.decoder.layers, comemo.every)
+    layers = range(config.every - 1, decoder.layers, config.every)
     return section("memory/blocks/", layer + LAYER, sizes | {"g": 1, "kv": 2}, rows, layers)
 
 
@@ -50,20 +49,19 @@ def read(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> d
     blocks = {name: shape for name, shape in shapes.items() if f".{LAYER}" in name}
     if not mixin and not blocks:
         return None
-    comemo = settings.ours(KEYS, mixin or {})
-    comemo.setdefault("head_dim", 128)  # assumed: shapes give only heads * head_dim
+    found = ours(KEYS, mixin or {})
+    found.setdefault("head_dim", 128)  # assumed: shapes give only heads * head_dim
     tensors = {name.split(f".{LAYER}")[1]: shape for name, shape in blocks.items()}
     if blocks:
-        comemo.setdefault("every", 1 + min(int(name.split(f".{LAYER}")[0].rsplit(".", 1)[1]) for name in blocks))
+        found.setdefault("every", 1 + min(int(name.split(f".{LAYER}")[0].rsplit(".", 1)[1]) for name in blocks))
     if "cross_attn.to_q.weight" in tensors:
-        comemo.setdefault("heads", tensors["cross_attn.to_q.weight"][0] // comemo["head_dim"])
+        found.setdefault("heads", tensors["cross_attn.to_q.weight"][0] // found["head_dim"])
     if "ffn_2.w1.weight" in tensors:
-        comemo.setdefault("mlp_width", tensors["ffn_2.w1.weight"][0])
-    settings.check_needed("mixin_config", KEYS, comemo, "every heads mlp_width")
-    return comemo
+        found.setdefault("mlp_width", tensors["ffn_2.w1.weight"][0])
+    check_needed("mixin_config", KEYS, found, "every heads mlp_width")
+    return found
 
 
-def write(model: ModelConfig) -> dict[str, Any]:
+def write(config: CoMemoConfig, decoder: DecoderConfig) -> dict[str, Any]:
     """What config.json tells of a model with memory blocks."""
-    width = {"language_dim": model.decoder.width, "vision_dim": model.decoder.width}
-    return {"mixin_config": settings.theirs(KEYS, model.comemo) | width}
+    return {"mixin_config": theirs(KEYS, config) | {"language_dim": decoder.width, "vision_dim": decoder.width}}

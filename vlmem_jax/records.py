@@ -1,9 +1,13 @@
-"""One tensor name table in, both directions out: a rule says which part of a foreign tensor is which of our leaves."""
+"""Plain records that memories and families hand upward, so that no layer is crossed: what checkpoints call things.
+
+One tensor name table serves both directions: a rule says which part of a foreign tensor is which of our leaves.
+"""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -81,3 +85,32 @@ def section(
 
 def _groups(axes: str) -> list[list[str]]:
     return [(joined or single).split() for joined, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
+
+
+def ours(names: Mapping[str, str], section: Mapping[str, Any]) -> dict[str, Any]:
+    """Our keys of what a section says; `names` maps our key to theirs."""
+    return {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
+
+
+def theirs(names: Mapping[str, str], config: Any) -> dict[str, Any]:
+    """Their keys of what our dataclass says."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+
+
+def check_needed(section: str, names: Mapping[str, str], found: Mapping[str, Any], needed: str) -> None:
+    """Raises ValueError naming the keys that are needed and missing."""
+    missing = [f"{section}.{names[key]}".lstrip(".") for key in needed.split() if found.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json must have {', '.join(missing)}")
+
+
+def check_fixed(fixed: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Raises ValueError where a key, `section.key` or `key`, is there and has another value than the supported one."""
+    wrong = []
+    for key, value in fixed.items():
+        *section, name = key.split(".")
+        found = (content.get(section[0], {}) if section else content).get(name, value)
+        if found != value:
+            wrong.append(f"{key} must be {value!r}, got {found!r}")
+    if wrong:
+        raise ValueError(f"config.json describes a model that is not supported: {'; '.join(wrong)}")

@@ -6,7 +6,8 @@ as embeddings. The model's own weights stay as they are.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from vlmem_jax.config import to_dict
 from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory.base import Decode, Memory, Speech, ThroughTower, TokenStart
+from vlmem_jax.memory.vismem import released
+from vlmem_jax.memory.vismem.config import VisMemConfig
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.embedding import look_up
-from vlmem_jax.nn.encoder import Encoder, EncoderConfig
+from vlmem_jax.nn.encoder import Encoder
 from vlmem_jax.nn.linear import Linear, ones, param, spread
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
+from vlmem_jax.records import Rule
 from vlmem_jax.sharding import constrain
-from vlmem_jax.trees import State, axes
+from vlmem_jax.trees import Flat, State, axes
 from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
 from vlmem_jax.vision import QwenViTConfig
 
@@ -33,72 +38,6 @@ ROWS_NOISE = 1e-3
 """Standard deviation of what the rows of special tokens start apart by."""
 ATTENTION_BLOCK = 128
 """Long sequences of a former are padded to a multiple of it, which attention kernels ask for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VisMemConfig:
-    """Defaults: those of the paper's main text (tables 10 and 11) for Qwen2.5-VL."""
-
-    query_len: int = 8
-    short_len: int = 8
-    long_len: int = 16
-    """Latent tokens of a memory."""
-    former: Literal["lora_llm", "tiny_transformer", "lora_vision"] = "lora_llm"
-    """The model's own decoder with an adapter a kind; a small encoder a kind; or, for short memories, the last layers
-    of the model's own vision tower with an adapter of q and v, and lora_llm for long ones."""
-    vision_layer: int = 24
-    """The first of those layers of the tower."""
-    query_builder: EncoderConfig = EncoderConfig()
-    tiny: EncoderConfig = EncoderConfig()
-    """Of each kind's encoder under tiny_transformer."""
-    lora: LoRAConfig = LoRAConfig()
-    visual_states: Literal["vision_encoder", "llm_hidden_first_span"] = "vision_encoder"
-    """What is kept of images: their tokens as the decoder sees them, or the decoder's last states of the first of them,
-    from its start token to its end token."""
-    max_visual_hidden: int = 2048
-    """Most states kept of a row's images; of more, neighbours are averaged."""
-    max_prompt_hidden: int = 1024
-    """Most states of the text; the newest are kept."""
-    max_positions: int = 4096
-    """Learned positions of the query builder."""
-    memory_output: Literal["raw", "rescaled"] = "raw"
-    """Whether latent tokens are scaled to the size of embeddings, by a gain that is trained."""
-    max_invocations: int = 8
-    """In one answer."""
-    token_ids: tuple[int, int, int, int] = (151665, 151666, 151667, 151668)
-    """Of TOKENS."""
-    span_ids: tuple[int, int] = (151652, 151653)
-    """Tokens before and after an image, for llm_hidden_first_span."""
-    end_rate: float = 0.1
-    """The learning rate of the rows of end tokens, which are never chosen, as a part of the others'."""
-    invoke_bias: float = -4.0
-    """Start of the bias on calls: an untrained model that ends a sentence should not call instead."""
-    start_id: int = 13
-    """The token from whose rows those of the four start: a full stop."""
-
-    def __post_init__(self):
-        if min(self.query_len, self.short_len, self.long_len, self.max_prompt_hidden, self.max_invocations) < 1:
-            raise ValueError(f"lengths and limits must be at least 1, got {self}")
-        if self.max_visual_hidden < 0:
-            raise ValueError(f"max_visual_hidden must be at least 0, got {self.max_visual_hidden}")
-        longest = self.max_visual_hidden + self.max_prompt_hidden + self.query_len
-        if longest > self.max_positions:
-            raise ValueError(
-                f"max_positions must be at least max_visual_hidden + max_prompt_hidden + query_len = {longest}, got "
-                f"{self.max_positions}"
-            )
-        if len(set(self.token_ids)) < 4:
-            raise ValueError(f"token_ids must be four different ids, got {self.token_ids}")
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Latent tokens of each kind."""
-        return self.short_len, self.long_len
-
-    @property
-    def kinds(self) -> tuple[Literal["short", "long"], ...]:
-        """Names of the kinds of memory by their number."""
-        return "short", "long"
 
 
 @jax.tree_util.register_dataclass
@@ -195,10 +134,11 @@ class VisMem(Memory):
         self.config = config
         self.query_builder = QueryBuilder(config, decoder.width, rngs=rngs)
         if config.former == "lora_vision":
-            if not isinstance(vision, QwenViTConfig) or not 0 <= config.vision_layer < vision.layers:
+            if not vision.tile.layout or not 0 <= config.vision_layer < vision.layers:
                 raise ValueError(
-                    "vismem.former lora_vision needs vision.kind qwen_vit and vismem.vision_layer below vision.layers, "
-                    f"got {vision.kind} and {config.vision_layer} of {vision.layers}"
+                    "vismem.former lora_vision needs a tower whose tiles see each other, such as vision.kind qwen_vit, "
+                    f"and vismem.vision_layer below vision.layers; got {vision.kind} and {config.vision_layer} of "
+                    f"{vision.layers}"
                 )
             self.vision_layer = config.vision_layer
             self.short = VisionFormer(config, decoder, vision, rngs=rngs)
@@ -229,6 +169,36 @@ class VisMem(Memory):
     def rates(cls, config: VisMemConfig) -> dict[str, np.ndarray]:
         rows = np.array([[1.0], [config.end_rate]] * 2)
         return {"special_in": rows, "special_out": rows}
+
+    @classmethod
+    def formation_flops(
+        cls, config: VisMemConfig, decoder: DecoderConfig, states: int, trained: Collection[str]
+    ) -> int:
+        """Of the longer kind. Adapters, which are little, are left out, as is the share of lora_vision in the vision
+        tower; small formers are counted once a kind, since all of them run."""
+        queried = states + config.query_len
+        T = queried + max(config.lengths)
+        encoders = [config.query_builder.flops(decoder.width, queried)]
+        through = 0, 0
+        if config.former == "tiny_transformer":
+            encoders += [config.tiny.flops(decoder.width, T)] * len(config.lengths)
+        else:
+            through = decoder.flops(T)
+        gradient = any(path.startswith(("query_builder", "short", "long")) for path in trained)
+        decoded = through[0] * (1 + gradient) + through[1] * (1 + 2 * gradient)
+        return decoded + sum(map(sum, encoders)) * (1 + 2 * gradient)
+
+    @classmethod
+    def tensors(cls, config: VisMemConfig, decoder: DecoderConfig, leaves: Flat, layer: str) -> list[Rule]:
+        return released.tensors(leaves)
+
+    @classmethod
+    def read_config(cls, content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        return content.get(released.KEY)
+
+    @classmethod
+    def write_config(cls, config: VisMemConfig, decoder: DecoderConfig) -> dict[str, Any]:
+        return {released.KEY: to_dict(config)}
 
     # --- the tokens ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vlmem_jax.hub.rules import Rule
+from vlmem_jax.records import Rule
 from vlmem_jax.trees import flatten, unflatten
 
 

@@ -1,0 +1,43 @@
+"""The demos by the memory that they show."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vlmem_jax.demo import run, vismem
+from vlmem_jax.demo.config import Recipe
+
+
+class Demo(NamedTuple):
+    """What `vlmem demo` runs."""
+
+    about: str
+    run: Callable[..., Any]
+    """`run(workdir, recipe, compare)` gives a summary."""
+    closing_words: Callable[..., str]
+    """`closing_words(summary, workdir)`."""
+    recipe: Any
+    folder: str
+    """Where it works by default."""
+    more: str
+    """What --compare adds."""
+
+
+DEMOS = {
+    "comemo": Demo(
+        "many images and high resolution",
+        run.run_demo,
+        run.closing_words,
+        Recipe,
+        "runs/demo",
+        "also train without memory and with other positions, in as many steps",
+    ),
+    "vismem": Demo(
+        "answers in several steps, learned from examples and then by reward",
+        vismem.run_demo,
+        vismem.closing_words,
+        vismem.VisMemRecipe,
+        "runs/demo_vismem",
+        "also answer with more ways to call for memories",
+    ),
+}
+DEFAULT = "comemo"

@@ -1,0 +1,24 @@
+"""Sizes of CoMemo's blocks."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class CoMemoConfig:
+    """Sizes of the memory blocks; width is the decoder's."""
+
+    every: int = 4
+    """A block stands before each decoder layer l with (l + 1) % every == 0."""
+    heads: int = 16
+    head_dim: int = 128
+    mlp_width: int = 8192
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-5
+    decode_position: Literal["continue", "length"] = "continue"
+    """Position of generated tokens as memory queries: the next rotary position, or (as the published inference code
+    does, unlike its training) the number of tokens so far."""
+
+    def __post_init__(self):
+        if min(self.every, self.heads, self.head_dim, self.mlp_width) < 1 or self.head_dim % 2:
+            raise ValueError(f"comemo sizes must be positive and head_dim even, got {self}")
