@@ -30,13 +30,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from benchmarks.measure import RUNS, Row, compilations, in_turns, packed_batch, report, unrolled
+from vlmem_jax import families
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate.invocation import Calls
 from vlmem_jax.generate.loop import Generator, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts, tile_bucket
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
-from vlmem_jax.models import VLM, presets
+from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.processing import PatchConfig, TileProcessor, Tokenizer, make_processor
 from vlmem_jax.processing.images import ImageConfig, open_image, tile_grid
@@ -66,7 +67,7 @@ def wide(layers: int, width: int = 256, **changes) -> dict:
 
 def make(config: dict) -> tuple[VLM, dict]:
     """A model and its parameters, sharded as the command line would have them."""
-    vlm = VLM(presets.resolve(config))
+    vlm = VLM(families.resolve(config))
     shardings = param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes())
     return vlm, jax.jit(vlm.init, out_shardings=shardings)(jax.random.key(0))
 
@@ -242,7 +243,7 @@ def write_jpegs(folder: Path, sizes: list[tuple[int, int]]) -> DataConfig:
 
 def pipeline(count=16, steps=16, runs=RUNS) -> list[Row]:
     """Tiles of 640x480 JPEGs: the packed, threaded pipeline against one image after the other."""
-    image, vision = ImageConfig(), presets.resolve({"preset": "comemo_2b"}).vision
+    image, vision = ImageConfig(), families.resolve({"preset": "comemo_2b"}).vision
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         written = write_jpegs(folder, [(640, 480)] * count)

@@ -11,10 +11,11 @@ import pytest
 
 from tests.cli.test_train import ONE_STAGE, start
 from tests.train import world
+from vlmem_jax import families
 from vlmem_jax.checkpoint import find, load_params
 from vlmem_jax.cli.main import main
 from vlmem_jax.hub.convert import export_folder
-from vlmem_jax.models import VLM, presets
+from vlmem_jax.models import VLM
 from vlmem_jax.paths import as_path
 
 pytestmark = pytest.mark.usefixtures("one_device")  # checkpoint/test_bucket.py has meshes
@@ -64,7 +65,7 @@ def run(runs):
 
 def params(path):
     checkpoint = find(path)
-    model = VLM(presets.resolve(checkpoint.model["model"]))
+    model = VLM(families.resolve(checkpoint.model["model"]))
     return load_params(checkpoint.step_folder, model.abstract())
 
 

@@ -6,17 +6,18 @@ import jax
 import pytest
 import safetensors.numpy
 
+from vlmem_jax import families
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.cli.convert import _bytes
 from vlmem_jax.cli.main import main
 from vlmem_jax.config import to_dict
-from vlmem_jax.models import VLM, presets
+from vlmem_jax.models import VLM
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A workdir as training leaves it, without memory blocks."""
-    model = presets.resolve({"preset": "tiny", "memory": "none"})
+    model = families.resolve({"preset": "tiny", "memory": "none"})
     folder = tmp_path_factory.mktemp("run")
     save_params(folder / "finetune" / "5", VLM(model).fresh(jax.random.key(0)))
     about = {"model": to_dict(model), "image": {"size": 28}, "template": "internlm2-chat", "system": None}
@@ -62,7 +63,7 @@ def test_an_experiment_says_what_to_make(run_folder, tmp_path):
     config = f"--config={tmp_path / 'experiment.py'}"
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "ours"), config]) == 0
     about = json.loads((tmp_path / "ours" / "model.json").read_text())
-    assert about["model"] == to_dict(presets.resolve({"preset": "tiny"})) and about["image"]["max_tiles"] == 5
+    assert about["model"] == to_dict(families.resolve({"preset": "tiny"})) and about["image"]["max_tiles"] == 5
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from tests.train import world
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.cli.main import main
 from vlmem_jax.config import to_dict
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import Chat, SamplingConfig, load_model
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.processing.images import open_image
 
 

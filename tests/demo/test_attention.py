@@ -10,11 +10,11 @@ from kernels_pallas.rotary import rotate
 from tests import parameters
 from vlmem_jax.demo import attention
 from vlmem_jax.demo.tokenizer import write_tokenizer
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory.comemo import blocks
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings

@@ -6,9 +6,9 @@ import pytest
 from vlmem_jax.config import load
 from vlmem_jax.demo.steps import END, KEPT, MEMORY, PAUSE, StepsConfig, ask, final, hesitating, token_ids, write_steps
 from vlmem_jax.demo.vismem import ANSWER_TOKENS, VisMemRecipe, base_experiment
+from vlmem_jax.families import resolve
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.processing.images import image_size
 from vlmem_jax.rl.rewards import extract_answer
 from vlmem_jax.train.config import experiment

@@ -10,9 +10,9 @@ from PIL import Image
 from tests import patches_world
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.config import build, to_dict
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.processing import PatchConfig, Tokenizer, make_processor
 from vlmem_jax.sharding import MeshConfig, make_mesh
 

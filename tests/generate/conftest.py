@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests import drawn
+from vlmem_jax.families import resolve
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.types import Sample
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.patches_world import sample
+from vlmem_jax.families import resolve
 from vlmem_jax.generate.prompts import BLOCK_BUCKET, bucket, pad_prompts, tile_bucket
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.types import TileShape
 

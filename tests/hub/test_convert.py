@@ -10,16 +10,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vlmem_jax import sharding
+from vlmem_jax import families, sharding
 from vlmem_jax.checkpoint import find, load_params, save_params
 from vlmem_jax.checkpoint.folder import set_base
 from vlmem_jax.config import to_dict
-from vlmem_jax.hub import internvl
+from vlmem_jax.families import internvl
+from vlmem_jax.families.internvl import write_config
 from vlmem_jax.hub.convert import export_folder, import_folder, load_folder, released
-from vlmem_jax.hub.internvl_config import write_config
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.hub.orbax_io import read_leaves
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
-from vlmem_jax.models import VLM, presets
+from vlmem_jax.models import VLM
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.trees import flatten, unflatten
 
@@ -32,7 +33,7 @@ CPU = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 def parameters(folder) -> dict[str, np.ndarray]:
     """What the checkpoint layer restores from a checkpoint folder, in the stored dtype."""
     checkpoint = find(folder)
-    abstract = VLM(presets.resolve(checkpoint.model["model"])).abstract()
+    abstract = VLM(families.resolve(checkpoint.model["model"])).abstract()
     dtype = dtype_of(checkpoint.step_folder)
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=CPU), abstract)
     return {path: np.asarray(leaf) for path, leaf in flatten(load_params(checkpoint.step_folder, target)).items()}
@@ -58,7 +59,7 @@ def assert_same_tensors(ours: Path, theirs: Path):
 
 def with_memory(folder, **comemo):
     """The model of a folder without memory blocks, with some."""
-    return presets.resolve(
+    return families.resolve(
         to_dict(released(folder).model) | {"memory": "comemo", "comemo": dict(every=2, heads=2, head_dim=16) | comemo}
     )
 
@@ -104,7 +105,7 @@ def test_dtype_is_kept_or_cast(hf_folder, tmp_path, weights):
 
 def test_what_is_imported_is_what_the_table_says(hf_folder, tmp_path, weights):
     import_folder(hf_folder, tmp_path / "ours")
-    expected = internvl.from_arrays(released(hf_folder).model, weights)
+    expected = from_arrays(released(hf_folder).model, weights)
     for path, leaf in parameters(tmp_path / "ours").items():
         np.testing.assert_array_equal(leaf, flatten(expected)[path].astype(ml_dtypes.bfloat16), strict=True)
 
@@ -117,7 +118,7 @@ def test_load_folder_gives_sharded_arrays(hf_folder, weights, mesh):
     vlm = VLM(released(hf_folder).model)
     shardings = sharding.param_shardings(make_mesh(**mesh), vlm.abstract(), vlm.axes())
     params = load_folder(hf_folder, vlm, shardings)
-    expected = internvl.from_arrays(vlm.config, weights)
+    expected = from_arrays(vlm.config, weights)
     for path, leaf in flatten(params).items():
         assert leaf.sharding == flatten(shardings)[path]
         np.testing.assert_array_equal(leaf, flatten(expected)[path].astype(ml_dtypes.bfloat16), strict=True)
@@ -145,7 +146,7 @@ def test_a_plain_checkpoint_gets_fresh_memory_blocks(plain_folder, tmp_path):
     summary = import_folder(plain_folder, tmp_path / "ours", model=model, seed=1)
     found = parameters(tmp_path / "ours")
     assert set(summary.fresh) == {path for path in found if path.startswith("memory/")}
-    expected = flatten(internvl.from_arrays(released(plain_folder).model, dict(Tensors(plain_folder))))
+    expected = flatten(from_arrays(released(plain_folder).model, dict(Tensors(plain_folder))))
     for path, leaf in expected.items():
         np.testing.assert_array_equal(found[path], leaf, strict=True)
     assert not found["memory/blocks/attn_gate"].any() and not found["memory/blocks/mlp_gate"].any()
@@ -164,7 +165,7 @@ def test_a_plain_checkpoint_gets_fresh_memory_blocks(plain_folder, tmp_path):
 
 def test_new_vocabulary_rows(plain_folder, tmp_path, weights):
     old = released(plain_folder).model
-    model = presets.resolve(to_dict(old) | {"decoder": to_dict(old.decoder) | {"vocab": old.decoder.vocab + 40}})
+    model = families.resolve(to_dict(old) | {"decoder": to_dict(old.decoder) | {"vocab": old.decoder.vocab + 40}})
     assert import_folder(plain_folder, tmp_path / "ours", model=model).new_rows == 40
     found = parameters(tmp_path / "ours")
     embed, head = found["decoder/embed"], found["decoder/head/kernel"]
@@ -209,7 +210,7 @@ def test_wrong_shapes_and_names_are_listed_and_nothing_is_written(hf_folder, tmp
 
 
 def test_a_checkpoint_with_memory_does_not_fit_a_model_without(hf_folder, tmp_path):
-    model = presets.resolve(to_dict(released(hf_folder).model) | {"memory": "none"})
+    model = families.resolve(to_dict(released(hf_folder).model) | {"memory": "none"})
     with pytest.raises(ValueError, match=r"unknown: .*gated_cross_attn_layer.*\(layers 1, 3\)"):
         import_folder(hf_folder, tmp_path / "ours", model=model)
 
@@ -219,7 +220,7 @@ def test_settings_that_shapes_do_not_tell_must_agree(hf_folder, tmp_path):
     found["decoder"] |= {"rope_theta": 1e4, "vocab": 160}
     found["vision"] |= {"drop_path": 0.3}
     with pytest.raises(ValueError) as error:
-        import_folder(hf_folder, tmp_path / "ours", model=presets.resolve(found))
+        import_folder(hf_folder, tmp_path / "ours", model=families.resolve(found))
     assert "model.decoder.rope_theta is 10000.0, there it is 1000000.0" in str(error.value)
     assert "drop_path" not in str(error.value)
 
@@ -295,7 +296,7 @@ def test_a_disk_that_fails_while_writing(hf_folder, tmp_path, direction):
 def test_memory_follows_the_largest_leaf(tmp_path):
     """At most 1.3 x the largest stacked leaf + 500 MB, mapped files apart, to and fro, fresh blocks and all."""
     sizes = dict(vocab=32003, width=1024, layers=24, heads=8, kv_heads=4, head_dim=128, mlp_width=4096)
-    write_random(tmp_path / "plain", presets.resolve(dict(preset="tiny", memory="none", decoder=sizes)))
+    write_random(tmp_path / "plain", families.resolve(dict(preset="tiny", memory="none", decoder=sizes)))
     bound = 1.3 * 24 * 1024 * 4096 * 2 / 2**20 + 500
     assert peak_mb("import", tmp_path / "plain", tmp_path / "ours") <= bound
     assert peak_mb("export", tmp_path / "ours", tmp_path / "back") <= bound

@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 
-from vlmem_jax.hub import internvl
-from vlmem_jax.hub.internvl_config import read_config
-from vlmem_jax.models import presets
+from vlmem_jax import families
+from vlmem_jax.families import internvl
+from vlmem_jax.families.internvl import read_config
+from vlmem_jax.hub.fit import from_arrays
 
 
 def test_published_sizes():
     """Number of parameters of the released sizes' language model and tower, from their published configs."""
-    rules = internvl.name_table(presets.resolve({"preset": "comemo_2b", "memory": "none"}))
+    rules = internvl.name_table(families.resolve({"preset": "comemo_2b", "memory": "none"}))
     tensors = {name: rule.shape for rule in rules for name in rule.names}
     assert tensors["language_model.model.layers.23.attention.wqkv.weight"] == (4096, 2048)
     assert tensors["language_model.model.tok_embeddings.weight"] == (92553, 2048)
@@ -18,14 +19,14 @@ def test_published_sizes():
 
 
 def test_blocks_stand_before_every_fourth_layer_and_wrap_all():
-    names = {name for rule in internvl.name_table(presets.resolve({"preset": "comemo_9b"})) for name in rule.names}
+    names = {name for rule in internvl.name_table(families.resolve({"preset": "comemo_9b"})) for name in rule.names}
     gates = {name for name in names if name.endswith("attn_gate")}
     assert gates == {f"language_model.model.layers.{i}.gated_cross_attn_layer.attn_gate" for i in range(3, 32, 4)}
     assert "language_model.model.layers.0.decoder_layer.attention.wo.weight" in names
 
 
 def test_arrays_go_to_their_leaves(weights, released_config):
-    params = internvl.from_arrays(read_config(released_config, {}).model, weights)
+    params = from_arrays(read_config(released_config, {}).model, weights)
     block = "language_model.model.layers.1.gated_cross_attn_layer."
     to_kv = weights[block + "cross_attn.to_kv.weight"]
     heads = released_config["mixin_config"]["num_heads"]
@@ -40,4 +41,4 @@ def test_arrays_that_do_not_fit_are_listed(weights, released_config):
     config = read_config(released_config, {}).model
     broken = {name: value for name, value in weights.items() if not name.startswith("mlp1.0")}
     with pytest.raises(ValueError, match=r"(?s)2 differences.*missing: mlp1\.0\.weight.*missing: mlp1\.0\.bias"):
-        internvl.from_arrays(config, broken)
+        from_arrays(config, broken)

@@ -2,8 +2,8 @@ import copy
 
 import pytest
 
-from vlmem_jax.hub.internvl_config import read_config, write_config
-from vlmem_jax.models import presets
+from vlmem_jax import families
+from vlmem_jax.families.internvl import read_config, write_config
 from vlmem_jax.processing.images import ImageConfig
 
 INTERNVL2_2B = {
@@ -61,7 +61,7 @@ def changed(key: str, value) -> dict:
 
 def test_a_released_config_is_the_preset_of_its_size():
     found = read_config(INTERNVL2_2B, {})
-    assert found.model == presets.resolve({"preset": "comemo_2b", "memory": "none", "comemo": {}})
+    assert found.model == families.resolve({"preset": "comemo_2b", "memory": "none", "comemo": {}})
     assert found.image == ImageConfig(size=448, max_tiles=12)
     assert found.template == "internlm2-chat"
 
@@ -88,7 +88,7 @@ def test_the_golden_config_is_read_whole(released_config):
     ],
 )
 def test_what_is_written_reads_back_equal(model):
-    model = presets.resolve(model)
+    model = families.resolve(model)
     image = ImageConfig(size=model.vision.image_size, min_tiles=2, max_tiles=7, thumbnail=False)
     found = read_config(write_config(model, image, "internlm2-chat", model.compute_dtype), {})
     assert found.model == model if model.memory == "comemo" else found.model.decoder == model.decoder

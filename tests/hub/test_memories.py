@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmem_jax import families
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.config import to_dict
-from vlmem_jax.hub import families, memories
+from vlmem_jax.families import PRESETS, resolve
 from vlmem_jax.hub.convert import export_folder, import_folder, released
 from vlmem_jax.hub.orbax_io import read_leaves
 from vlmem_jax.hub.safetensors_io import Tensors
 from vlmem_jax.memory import MEMORIES
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import PRESETS, resolve
 from vlmem_jax.trees import flatten
 
 FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl"}
@@ -99,7 +99,3 @@ def test_the_memory_comes_back_with_its_settings(there):
     for found in (released(there.folder / "hf").model, resolve(imported)):
         unused = {name: getattr(found, name) for name in MEMORIES if name != there.model.memory}
         assert found == dataclasses.replace(there.model, compute_dtype="bfloat16", **unused)
-
-
-def test_every_memory_has_rules():
-    assert memories.MEMORIES.keys() == MEMORIES.keys()

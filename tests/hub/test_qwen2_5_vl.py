@@ -12,13 +12,15 @@ import pytest
 import safetensors.numpy
 
 from tests.patches_world import save_tokenizer
+from vlmem_jax import families
 from vlmem_jax.config import to_dict
+from vlmem_jax.families import qwen2_5_vl
+from vlmem_jax.families.qwen2_5_vl import read_config, write_config, write_preprocessor
 from vlmem_jax.generate import load_model
-from vlmem_jax.hub import qwen2_5_vl
 from vlmem_jax.hub.convert import export_folder, import_folder, load_folder, released
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.hub.orbax_io import read_leaves
-from vlmem_jax.hub.qwen2_5_vl_config import read_config, write_config, write_preprocessor
-from vlmem_jax.models import VLM, presets
+from vlmem_jax.models import VLM
 from vlmem_jax.processing import PatchConfig, Tokenizer
 from vlmem_jax.trees import flatten
 
@@ -31,11 +33,11 @@ PREPROCESSOR = {"min_pixels": 3136, "max_pixels": 100352, "image_mean": [0.5, 0.
 
 
 def tiny(changes):
-    return presets.resolve({"preset": "tiny_qwen2_5_vl", **changes})
+    return families.resolve({"preset": "tiny_qwen2_5_vl", **changes})
 
 
 def test_published_names():
-    tables = {name: qwen2_5_vl.name_table(presets.resolve({"preset": f"qwen2_5_vl_{name}"})) for name in ("3b", "7b")}
+    tables = {name: qwen2_5_vl.name_table(families.resolve({"preset": f"qwen2_5_vl_{name}"})) for name in ("3b", "7b")}
     small, large = ({name: rule.shape for rule in table for name in rule.names} for table in tables.values())
     assert len(large) == 729 and "lm_head.weight" in large and "lm_head.weight" not in small
     assert large["visual.patch_embed.proj.weight"] == (1280, 3, 2, 14, 14)
@@ -108,7 +110,7 @@ def test_control_tokens_and_limits_of_pixels_come_back(hf_folder, tmp_path):
 def test_fresh_memory_blocks_on_a_released_checkpoint(hf_folder, tmp_path):
     found = to_dict(released(hf_folder).model)
     blocks = dict(every=2, heads=2, head_dim=found["decoder"]["head_dim"], mlp_width=40)
-    model = presets.resolve(found | {"memory": "comemo", "comemo": blocks})
+    model = families.resolve(found | {"memory": "comemo", "comemo": blocks})
     summary = import_folder(hf_folder, tmp_path / "ours", model=model)
     assert set(summary.fresh) == {path for path in parameters(tmp_path / "ours") if path.startswith("memory/")}
     export_folder(tmp_path / "ours", tmp_path / "back")
@@ -119,7 +121,7 @@ def test_fresh_memory_blocks_on_a_released_checkpoint(hf_folder, tmp_path):
 def test_a_fresh_memory_whose_tokens_start_from_one_of_a_released_checkpoint(hf_folder, tmp_path):
     found = to_dict(released(hf_folder).model)
     memory = to_dict(tiny({}).vismem) | {"token_ids": (310, 311, 312, 313), "start_id": 5, "memory_output": "rescaled"}
-    model = presets.resolve(found | {"memory": "vismem", "vismem": memory})
+    model = families.resolve(found | {"memory": "vismem", "vismem": memory})
     save_tokenizer(hf_folder)
     summary = import_folder(hf_folder, tmp_path / "ours", model=model)
     made = parameters(tmp_path / "ours")
@@ -177,7 +179,7 @@ def test_straight_into_arrays(hf_folder):
     vlm = VLM(released(hf_folder).model)
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     params = load_folder(hf_folder, vlm, jax.tree.map(lambda _: cpu, vlm.abstract()))
-    expected = qwen2_5_vl.from_arrays(vlm.config, tensors(hf_folder))
+    expected = from_arrays(vlm.config, tensors(hf_folder))
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(leaf, flatten(expected)[path], strict=True)
 
@@ -208,13 +210,13 @@ def changed(key, value):
 
 def test_a_released_config():
     found = read_config(RELEASED, {})
-    assert found.model == presets.resolve({"preset": "qwen2_5_vl_7b"}) and found.template == "qwen2-vl"
+    assert found.model == families.resolve({"preset": "qwen2_5_vl_7b"}) and found.template == "qwen2-vl"
     assert found.image == PatchConfig()
 
 
 def test_what_a_released_config_leaves_out_is_as_released():
     content = changed("vision_config", {"hidden_size": 1280, "in_chans": 3, "spatial_patch_size": 14})
-    assert read_config(content, {}).model == presets.resolve({"preset": "qwen2_5_vl_7b"})
+    assert read_config(content, {}).model == families.resolve({"preset": "qwen2_5_vl_7b"})
     shapes = {"visual.blocks.0.mlp.gate_proj.weight": (3456, 1280), "lm_head.weight": (1, 1)}
     assert read_config(content, shapes).model.vision.mlp_width == 3456
     untold = {key: value for key, value in content.items() if key != "tie_word_embeddings"}

@@ -5,7 +5,7 @@ import sentencepiece
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from vlmem_jax.hub.tokenizer_files import ADDED, TokenizerFiles
+from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.processing.tokenizer import Tokenizer
 
 
@@ -41,29 +41,29 @@ def language_tokenizer(request, tmp_path):
 
 def test_image_tokens_are_appended_in_their_order(language_tokenizer, tmp_path):
     before = Tokenizer.load(language_tokenizer)
-    files = TokenizerFiles.of(language_tokenizer)
-    assert files.added == ADDED and files.new_size == before.vocab_size + 9
+    files = TokenizerFiles.of(language_tokenizer, FAMILY.added_tokens)
+    assert files.added == FAMILY.added_tokens and files.new_size == before.vocab_size + 9
     files.copy(tmp_path / "copy", {})
     after = Tokenizer.load(tmp_path / "copy")
-    assert [after.id(token) for token in ADDED] == list(range(before.vocab_size, before.vocab_size + 9))
+    assert [after.id(token) for token in FAMILY.added_tokens] == list(range(before.vocab_size, before.vocab_size + 9))
     assert after.encode("ab<img><IMG_CONTEXT></img>") == before.encode("ab") + [
         before.vocab_size + i for i in (0, 2, 1)
     ]
     assert after.id("<|im_end|>") == before.id("<|im_end|>")
-    assert TokenizerFiles.of(tmp_path / "copy").added == ()
+    assert TokenizerFiles.of(tmp_path / "copy", FAMILY.added_tokens).added == ()
 
 
 def test_a_tokenizer_that_has_them_is_copied_byte_for_byte(language_tokenizer, tmp_path):
-    TokenizerFiles.of(language_tokenizer).copy(tmp_path / "once", {})
+    TokenizerFiles.of(language_tokenizer, FAMILY.added_tokens).copy(tmp_path / "once", {})
     (tmp_path / "once" / "modeling.py").write_text("print('never copied')")
-    TokenizerFiles.of(tmp_path / "once").copy(tmp_path / "twice", {})
+    TokenizerFiles.of(tmp_path / "once", FAMILY.added_tokens).copy(tmp_path / "twice", {})
     for path in (tmp_path / "twice").iterdir():
         assert path.read_bytes() == (tmp_path / "once" / path.name).read_bytes()
     assert not (tmp_path / "twice" / "modeling.py").exists()
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    files = TokenizerFiles.of(tmp_path)
+    files = TokenizerFiles.of(tmp_path, FAMILY.added_tokens)
     assert files.new_size == 0
     files.copy(tmp_path / "copy", {})
     assert not (tmp_path / "copy").exists()

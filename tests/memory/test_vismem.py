@@ -14,12 +14,12 @@ from tests.verbs import embeddings, extended
 from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory.vismem.latent import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vlmem_jax.models import VLM, flops, presets
+from vlmem_jax import families
+from vlmem_jax.models import VLM, flops
 from vlmem_jax.types import Batch, Text, Views
 
 ROWS, TOKENS, TILES = 2, 64, 3
@@ -13,7 +14,7 @@ ROWS, TOKENS, TILES = 2, 64, 3
 def config(**changes):
     """One layer of each kind: what a loop repeats, XLA counts once."""
     one = {"decoder": {"layers": 1}, "vision": {"layers": 1}, "comemo": {"every": 1}}
-    return presets.resolve({"preset": "tiny", **one, **changes})
+    return families.resolve({"preset": "tiny", **one, **changes})
 
 
 @pytest.mark.parametrize("memory", ["comemo", "none"])
@@ -35,7 +36,7 @@ def test_flops_of_forming_memories_are_those_that_xla_counts(former):
     one = {"decoder": {"layers": 1}, "vision": {"layers": 1, "full_layers": (0,)}}
     encoders = {"query_builder": {"layers": 1}, "tiny": {"layers": 1, "ff_mult": 1}}
     own = {"former": former, "max_visual_hidden": 0, "lora": {"rank": 1}, **encoders}
-    settings = presets.resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": own, **one})
+    settings = families.resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": own, **one})
     model, states = VLM(settings), settings.vismem.max_prompt_hidden
     params = model.abstract()
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Batch.empty((ROWS,), TOKENS, 0, model.tile)))
@@ -76,9 +77,9 @@ SAMPLES = (64, 3), (16, 0), (1, 1), (200, 7)
 
 
 @pytest.mark.parametrize("trained", [(), ("memory/blocks/k", "decoder/layers/k")])
-@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("preset", families.PRESETS)
 def test_a_pack_costs_what_its_samples_cost_alone(preset, trained):
-    settings = presets.resolve({"preset": preset})
+    settings = families.resolve({"preset": preset})
     alone = [flops.train_flops(settings, [sample], trained) for sample in SAMPLES]
     assert flops.train_flops(settings, SAMPLES, trained) == sum(alone) > 0 == flops.train_flops(settings, (), trained)
     whole = flops.train_flops(settings, [tuple(map(sum, zip(*SAMPLES, strict=True)))], trained)
@@ -86,7 +87,7 @@ def test_a_pack_costs_what_its_samples_cost_alone(preset, trained):
 
 
 def test_sizes_of_a_large_model_are_counted_exactly():
-    settings = presets.resolve({"preset": "comemo_9b"})
+    settings = families.resolve({"preset": "comemo_9b"})
     one = flops.train_flops(settings, [(16384, 48)], ("decoder/layers/k",))
     assert flops.train_flops(settings, [(16384, 48)] * 10_000, ("decoder/layers/k",)) == 10_000 * one > 2**63
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlmem_jax.families import resolve
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten

@@ -12,10 +12,10 @@ from tests.patches_world import one_row, sample
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
 

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from tests import drawn
 from tests.verbs import embeddings
 from vlmem_jax.config import ConfigError
+from vlmem_jax.families import PRESETS, resolve
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import PRESETS, resolve
 from vlmem_jax.nn.attention import causal_attention
 from vlmem_jax.nn.rope import rotation
 from vlmem_jax.types import Batch

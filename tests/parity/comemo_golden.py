@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmem_jax.hub import internvl
+from vlmem_jax.families import resolve
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.models import VLM, ModelConfig
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import sequence_positions
 from vlmem_jax.types import Batch
 
@@ -52,7 +52,7 @@ def load(folder: Path, name: str) -> SimpleNamespace:
     arrays = dict(np.load(folder / f"{name}.npz"))
     config = model_config(folder)
     weights = {key.removeprefix("w/"): value for key, value in arrays.items() if key.startswith("w/")}
-    params = jax.tree.map(jnp.asarray, internvl.from_arrays(config, weights))
+    params = jax.tree.map(jnp.asarray, from_arrays(config, weights))
     return SimpleNamespace(arrays=arrays, vlm=VLM(config), params=params)
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmem_jax.hub import qwen2_5_vl
-from vlmem_jax.hub.qwen2_5_vl_config import read_config
+from vlmem_jax.families.qwen2_5_vl import read_config
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.processing.patch_processor import place
@@ -24,7 +24,7 @@ def load(folder: Path) -> SimpleNamespace:
     weights = dict(np.load(folder / "weights.npz"))
     shapes = {name: value.shape for name, value in weights.items()}
     config = read_config(content | {"torch_dtype": "float32"}, shapes).model
-    params = jax.tree.map(jnp.asarray, qwen2_5_vl.from_arrays(config, weights))
+    params = jax.tree.map(jnp.asarray, from_arrays(config, weights))
     return SimpleNamespace(vlm=VLM(config), params=params, weights=weights, content=content, folder=folder)
 
 

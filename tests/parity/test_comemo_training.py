@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.parity import test_comemo_packing as packing
-from vlmem_jax.hub import internvl
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten
@@ -64,7 +64,7 @@ def test_gradient_of_every_parameter(case, remat, implementation):
     arrays = {
         key.removeprefix("grad_square/"): value for key, value in case.arrays.items() if key.startswith("grad_square/")
     }
-    expected = flatten(internvl.from_arrays(vlm.config, arrays))
+    expected = flatten(from_arrays(vlm.config, arrays))
     grads = flatten(grads)
     assert grads.keys() == expected.keys()
     for path, value in expected.items():

@@ -16,7 +16,8 @@ from PIL import Image
 from qwen_golden import PROMPTS
 
 from tests.verbs import embeddings, extended
-from vlmem_jax.hub import qwen2_5_vl
+from vlmem_jax.families import qwen2_5_vl
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.hub.safetensors_io import Tensors
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import AttentionConfig
@@ -274,6 +275,6 @@ def test_both_layouts_of_a_checkpoint_are_the_same_parameters(model, folder, tmp
     in_memory = {name for rule in qwen2_5_vl.name_table(model.vlm.config, nested=True) for name in rule.names}
     assert in_memory == set(names) - copies == set(model.weights) - copies
     (tmp_path / "model.safetensors").symlink_to(folder.resolve() / "checkpoint_hub_layout.safetensors")
-    found = qwen2_5_vl.from_arrays(model.vlm.config, dict(Tensors(tmp_path)))
+    found = from_arrays(model.vlm.config, dict(Tensors(tmp_path)))
     for path, leaf in flatten(found).items():
         np.testing.assert_array_equal(leaf, flatten(model.params)[path], strict=True, err_msg=path)

@@ -13,7 +13,7 @@ import qwen_golden
 from vlmem_jax.generate import Generator, InvocationConfig
 from vlmem_jax.generate.loop import Session
 from vlmem_jax.generate.prompts import bucket, tile_bucket
-from vlmem_jax.hub import qwen2_5_vl
+from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.memory import VisMemConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.encoder import EncoderConfig
@@ -40,7 +40,7 @@ def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "v
     params = dict(base.params)
     if (folder / "base_weights.npz").exists():
         weights = dict(np.load(folder / "base_weights.npz"))
-        params = jax.tree.map(jnp.asarray, qwen2_5_vl.from_arrays(base.vlm.config, weights))
+        params = jax.tree.map(jnp.asarray, from_arrays(base.vlm.config, weights))
     files = {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
     builder = part(files["query_builder"], "w.")
     tiny, lora = files["tiny_memory_former"], files[f"lora_former_{adapter}"]

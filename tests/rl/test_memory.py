@@ -11,9 +11,9 @@ import pytest
 from tests import parameters
 from tests.patches_world import sample
 from vlmem_jax.data import DataConfig
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import rollout_keys, rollouts

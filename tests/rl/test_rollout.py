@@ -9,9 +9,9 @@ import pytest
 
 from tests import parameters, patches_world
 from vlmem_jax.data import DataConfig
+from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.models import VLM
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmem_jax import sharding
+from vlmem_jax import families, sharding
 from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.data import DataConfig
-from vlmem_jax.models import presets
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 
@@ -103,5 +102,5 @@ def experiment(tokenizer=".", **changes):
     fields = {field.name for field in dataclasses.fields(StageConfig)} - {"optimizer", "data"}
     stage = dataclasses.replace(stage, **{key: changes.pop(key) for key in list(changes) if key in fields})
     defaults = {"eval_every": 4, "log_every": 1, "data": DataConfig(rows=ROWS)}
-    values = {"model": presets.resolve({"preset": "tiny"}), "tokenizer": tokenizer, "stages": (stage,), **defaults}
+    values = {"model": families.resolve({"preset": "tiny"}), "tokenizer": tokenizer, "stages": (stage,), **defaults}
     return Experiment(**{**values, "checkpoint": CHECKPOINT, **changes})

@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from vlmem_jax.models import VLM, presets
+from vlmem_jax import families
+from vlmem_jax.models import VLM
 from vlmem_jax.train.config import OptimizerConfig, StageConfig
 from vlmem_jax.train.optimizer import clip, global_norm, make_optimizer, make_schedule, matrix_axes
 from vlmem_jax.trees import flatten
@@ -40,7 +41,7 @@ def test_weight_decay_reaches_every_parameter(config):
 
 
 def test_muon_takes_the_matrices_inside_layers_and_nothing_else():
-    flat = flatten(VLM(presets.resolve({"preset": "tiny"})).axes())
+    flat = flatten(VLM(families.resolve({"preset": "tiny"})).axes())
     muon = {path for path, axes in flat.items() if matrix_axes(path, axes)}
     assert muon >= {"decoder/layers/attn/q/kernel", "vision/layers/mlp/fc1/kernel", "memory/blocks/attn/o/kernel"}
     assert not muon & {"decoder/embed", "decoder/head/kernel", "vision/patch/kernel", "vision/position_embedding"}

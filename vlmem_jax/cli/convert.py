@@ -3,7 +3,7 @@ files) to ours, or any of ours (a workdir, a stage, a step, a converted folder) 
 
 Memory follows the size of a layer, not of the model. TARGET is a new folder; it appears whole or not at all. A
 checkpoint of ours may lie in a bucket (gs://BUCKET/...).
-A plain InternVL2 checkpoint gets fresh memory blocks with --config.model.memory=comemo.
+A plain checkpoint gets a fresh memory with --config.model.memory=NAME.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from vlmem_jax import families
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import override, to_dict
 from vlmem_jax.hub.convert import SHARD_BYTES, Summary, export_folder, import_folder, released
-from vlmem_jax.models import presets
 from vlmem_jax.paths import AnyPath, as_path
 from vlmem_jax.processing import image_config
 
-EXAMPLE = "vlmem convert CoMemo-2B checkpoints/comemo-2b\n  vlmem convert runs/mine CoMemo-2B-mine --dtype bfloat16"
+EXAMPLE = "vlmem convert downloads/CoMemo-2B checkpoints/mine\n  vlmem convert RUN CoMemo-2B-mine --dtype bfloat16"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -82,7 +82,7 @@ def _wanted(args: argparse.Namespace, source: AnyPath):
     for key in ("model", "image"):
         if key not in wanted:
             raise ValueError(f"config.{key} must be given; {args.config} has none")
-    return presets.resolve(wanted["model"]), image_config(wanted["image"], "config.image")
+    return families.resolve(wanted["model"]), image_config(wanted["image"], "config.image")
 
 
 def _is_ours(source: AnyPath) -> bool:

@@ -8,11 +8,11 @@ import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
+from vlmem_jax.families import resolve
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
-from vlmem_jax.models.presets import resolve
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor, Tokenizer, image_config, make_processor
 from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings

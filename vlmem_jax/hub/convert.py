@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vlmem_jax import families
 from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
 from vlmem_jax.config import to_dict
-from vlmem_jax.hub import families, orbax_io
+from vlmem_jax.families import Released
+from vlmem_jax.hub import orbax_io
 from vlmem_jax.hub.fit import check_fit
 from vlmem_jax.hub.leaves import Extended, FromTensors, Leaf, Maker
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
-from vlmem_jax.hub.settings import Released
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
 from vlmem_jax.memory import MEMORIES, TokenStart
-from vlmem_jax.models import VLM, ModelConfig, presets
+from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
 from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, image_config
@@ -126,7 +127,7 @@ def export_folder(
         raise ValueError(f"a folder in the Hugging Face layout is written to a disk; got {target}")
     checkpoint = find(source)
     about = checkpoint.model
-    model = presets.resolve(about["model"])
+    model = families.resolve(about["model"])
     family = families.of_model(model)
     rules = family.name_table(model, None, None)
     stored = _stored(checkpoint.step_folder)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from vlmem_jax import families
 from vlmem_jax.hub.leaves import FromTensors
+from vlmem_jax.models import ModelConfig
 from vlmem_jax.records import Rule
 from vlmem_jax.trees import unflatten
 
@@ -43,6 +45,12 @@ def check_fit(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], what: st
     if lines:
         lines = list(dict.fromkeys(lines))
         raise ValueError(f"{what} does not fit the model; {len(lines)} differences:\n  " + "\n  ".join(lines))
+
+
+def from_arrays(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
+    """Tensors by their Hugging Face name -> the model's parameters; see `assemble`."""
+    family = families.of_model(config)
+    return assemble(family.name_table(config, family.layout(tensors), None), tensors)
 
 
 def assemble(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray]) -> dict:

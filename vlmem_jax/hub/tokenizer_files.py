@@ -16,8 +16,6 @@ FILES = (
     "added_tokens.json",
 )
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
-ADDED = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-"""What InternVL adds to the tokenizer of its language model, in the order of their ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ class TokenizerFiles:
     added: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folder: str | os.PathLike, wanted: Sequence[str] = ADDED) -> "TokenizerFiles":
+    def of(cls, folder: str | os.PathLike, wanted: Sequence[str]) -> "TokenizerFiles":
         """Finds out which of `wanted` are missing. A folder without a tokenizer has size 0 and gets none."""
         folder = as_path(folder)
         if not any((folder / name).is_file() for name in FILES[:2]):

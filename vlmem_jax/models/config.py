@@ -12,13 +12,13 @@ from vlmem_jax.vision import ProjectorConfig, QwenViTConfig, VisionConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One model; `presets.resolve` fills it from a preset's name and the keys that differ."""
+    """One model; `families.resolve` fills it from a preset's name and the keys that differ."""
 
     vision: VisionConfig | QwenViTConfig
-    """Its key `kind` says which: intern_vit or qwen_vit."""
+    """Its key `kind` says which, see `vision.TOWERS`."""
     decoder: DecoderConfig
     projector: ProjectorConfig = ProjectorConfig()
-    """Of intern_vit; qwen_vit has a merger without keys of its own."""
+    """Of towers that see tiles; those that see patches have a merger without keys of its own."""
     memory: str = "comemo"
     """Which memory lives in the model: a name of memory.MEMORIES, or none."""
     comemo: CoMemoConfig = CoMemoConfig()
@@ -43,6 +43,6 @@ class ModelConfig:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {value!r}")
         if bool(self.decoder.rope_sections) != (self.vision.tile.axes > 1):
             raise ValueError(
-                "decoder.rope_sections belong to a tower that places tokens on three axes, such as that of vision.kind "
-                f"qwen_vit; got rope_sections {self.decoder.rope_sections} and kind {self.vision.kind}"
+                "decoder.rope_sections belong to a tower that places tokens on three axes; "
+                f"got rope_sections {self.decoder.rope_sections} and kind {self.vision.kind}"
             )

@@ -7,10 +7,11 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vlmem_jax import families
 from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.config import ConfigError, build, to_dict
 from vlmem_jax.data.config import DataConfig
-from vlmem_jax.models import ModelConfig, presets
+from vlmem_jax.models import ModelConfig
 from vlmem_jax.models.placement import check_heads
 from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.sharding import MeshConfig, batch_shards
@@ -95,7 +96,7 @@ class Experiment:
     stages: tuple[StageConfig, ...]
     data: DataConfig = DataConfig()
     image: ImageConfig | PatchConfig = ImageConfig()
-    """Its key `kind` says which: tiles for intern_vit, patches for qwen_vit."""
+    """Its key `kind` says which: tiles or patches, as the tower of the model takes them."""
     template: Literal["internlm2-chat", "qwen2-vl"] = "internlm2-chat"
     system: str | None = None
     """System message of the prompt; None: that of the template."""
@@ -169,5 +170,5 @@ def experiment(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     """Experiment from a ConfigDict, or from the dict of a config.json. Raises ConfigError, which names the key."""
     values = to_dict(config)
     if "model" in values:
-        values["model"] = presets.resolve(values["model"])
+        values["model"] = families.resolve(values["model"])
     return build(Experiment, values)

@@ -1,0 +1,50 @@
+"""The families of backbones, by `model_type` of their config.json. A new one is one file and one line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlmem_jax.config import ConfigError, build
+from vlmem_jax.families import internvl, qwen2_5_vl
+from vlmem_jax.families.base import PREPROCESSOR_FILE, Family, Released
+from vlmem_jax.models import ModelConfig
+
+__all__ = ["FAMILIES", "PREPROCESSOR_FILE", "PRESETS", "Family", "Released", "of_config", "of_model", "resolve"]
+
+FAMILIES = {"internvl_chat": internvl.FAMILY, "qwen2_5_vl": qwen2_5_vl.FAMILY}
+PRESETS = {name: keys for family in FAMILIES.values() for name, keys in family.sizes.items()}
+"""Keys of `config.model` by the name of a model. A config names one and changes what it must."""
+
+
+def of_model(model: ModelConfig) -> Family:
+    """The family that a model's tower belongs to."""
+    return next(family for family in FAMILIES.values() if family.tower == model.vision.kind)
+
+
+def of_config(content: Mapping[str, Any]) -> Family:
+    """The family of a parsed config.json. Raises ValueError with those there are."""
+    kind = content.get("model_type", "internvl_chat")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type of config.json must be one of {', '.join(FAMILIES)}; got {kind!r}")
+    return FAMILIES[kind]
+
+
+def resolve(config: ConfigDict | Mapping[str, Any], where: str = "config.model") -> ModelConfig:
+    """ModelConfig from `config.preset` (optional) overlaid with the other keys of `config`.
+
+    Raises ConfigError (a ValueError) that names the key: unknown preset or key, wrong type, value out of range.
+    """
+    given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    name = given.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        raise ConfigError(f"{where}.preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    return build(ModelConfig, _overlay(PRESETS.get(name, {}), given), where)
+
+
+def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged

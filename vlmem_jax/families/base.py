@@ -1,0 +1,65 @@
+"""What a family of backbones is to the hub, and what a memory has in its checkpoints."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from vlmem_jax.memory import MEMORIES
+from vlmem_jax.models import VLM, ModelConfig
+from vlmem_jax.processing import ImageConfig, PatchConfig
+from vlmem_jax.records import Rule
+from vlmem_jax.trees import flatten
+
+CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """What a released config.json says."""
+
+    model: ModelConfig
+    image: ImageConfig | PatchConfig
+    template: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A backbone: the tower it has, what its tensors are called, what its JSON files say, and its sizes."""
+
+    tower: str
+    """`vision.kind`."""
+    name_table: Callable[[ModelConfig, bool | None, int | None], list[Rule]]
+    """`name_table(model, layout, vocab)`; see the modules."""
+    layout: Callable[[Iterable[str]], bool]
+    """Which of a family's two ways of naming the names of a checkpoint follow."""
+    read_config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]], Mapping[str, Any]], Released]
+    """`read_config(config.json, shapes of tensors, preprocessor_config.json)`."""
+    write_files: Callable[..., dict[str, dict[str, Any]]]
+    """`write_files(model, image, template, dtype, tokenizer)`: content of the JSON files, by name."""
+    sizes: Mapping[str, dict[str, Any]]
+    """Keys of `config.model` by the name of a model."""
+    added_tokens: tuple[str, ...] = ()
+    """What is added to the tokenizer of a language model that knows no images, in the order of ids."""
+
+
+def memory_tensors(config: ModelConfig, layer: str) -> list[Rule]:
+    """The memory's part of a name table; `layer` is the name of a decoder layer, with {} for its number."""
+    if config.memory == "none":
+        return []
+    leaves = flatten(VLM(config).abstract()["memory"])
+    return MEMORIES[config.memory].tensors(getattr(config, config.memory), config.decoder, leaves, layer)
+
+
+def read_memory(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Keys of the model that a config.json tells; `shapes` of the checkpoint's tensors fill in what it leaves out."""
+    for name, memory in MEMORIES.items():
+        if (found := memory.read_config(content, shapes)) is not None:
+            return {"memory": name, name: found}
+    return {"memory": "none"}
+
+
+def write_memory(model: ModelConfig) -> dict[str, Any]:
+    """What config.json tells of a model's memory."""
+    if model.memory == "none":
+        return {}
+    return MEMORIES[model.memory].write_config(getattr(model, model.memory), model.decoder)
