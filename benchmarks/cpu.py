@@ -35,7 +35,7 @@ from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate.invocation import Calls
 from vlmem_jax.generate.loop import Generator, compiled_speech
-from vlmem_jax.generate.prompts import pad_prompts, tile_bucket
+from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import decode_flops, formation_flops
@@ -44,7 +44,8 @@ from vlmem_jax.processing.images import ImageConfig, open_image, tile_grid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.shapes import tile_bucket
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import run as train

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from vlmem_jax.sharding import MeshConfig, lay_out, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, lay_out, make_mesh
 from vlmem_jax.trees import State, axes, flatten, from_host, insert_rows, map_axes, repeat_rows, to_host, unflatten
 
 ROWS = 4

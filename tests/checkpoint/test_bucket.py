@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax import sharding
 from vlmem_jax.checkpoint import CheckpointError, Store, find, load_params, save_params
 from vlmem_jax.paths import as_path, write_whole
+from vlmem_jax.runtime import sharding
 
 
 def tree(value):

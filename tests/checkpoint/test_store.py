@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import limits
 
-from vlmem_jax import sharding
 from vlmem_jax.checkpoint import CheckpointError, Store, find, load_params, save_params
 from vlmem_jax.evals.measure import compilations
+from vlmem_jax.runtime import sharding
 
 
 def tree(value=1.0, shape=(8, 4)):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlmem_jax.data import EvalData, Plan, TrainData, local_rows
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 
 def lines(folder, count=24):

@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows, store  # noqa: E402
 from vlmem_jax.data.samples import Samples  # noqa: E402
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer  # noqa: E402
-from vlmem_jax.sharding import MeshConfig, make_mesh  # noqa: E402
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh  # noqa: E402
 
 
 def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:

@@ -17,7 +17,7 @@ from vlmem_jax.memory.comemo import blocks
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 
 @pytest.fixture(scope="module")

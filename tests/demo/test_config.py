@@ -4,7 +4,7 @@ import pytest
 
 from vlmem_jax.demo import config, vismem
 from vlmem_jax.demo.compare import OTHER_POSITIONS
-from vlmem_jax.sharding import make_mesh
+from vlmem_jax.runtime.sharding import make_mesh
 from vlmem_jax.train.config import experiment
 
 RECIPE = config.Recipe.scaled(0.01)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmem_jax.evals import digest as module
 from vlmem_jax.evals.digest import digest
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 SHAPE = (2, 512, 128)
 """More values than an earlier fingerprint looked at: 65,536."""

@@ -14,7 +14,7 @@ from vlmem_jax.families import resolve
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.models import VLM
 from vlmem_jax.processing import PatchConfig, Tokenizer, make_processor
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 IMAGE = dict(kind="patches", min_pixels=64, max_pixels=1024)
 

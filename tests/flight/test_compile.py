@@ -9,8 +9,6 @@ import jax
 import pytest
 
 from tests.train import world
-from vlmem_jax import sharding
-from vlmem_jax.compiler import OPTIONS
 from vlmem_jax.flight import compile as compile_module
 from vlmem_jax.flight.compile import (
     LAST_WRITTEN,
@@ -26,6 +24,8 @@ from vlmem_jax.flight.compile import (
 from vlmem_jax.flight.program import KINDS, HloProgram
 from vlmem_jax.generate.loop import compiled
 from vlmem_jax.models import VLM
+from vlmem_jax.runtime import sharding
+from vlmem_jax.runtime.compiler import OPTIONS
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 

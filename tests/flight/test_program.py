@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmem_jax.flight.program import HloProgram, _groups
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 LAYERS = 5
 

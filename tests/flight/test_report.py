@@ -13,7 +13,7 @@ from vlmem_jax.flight.memory import buffers, temporary_bytes
 from vlmem_jax.flight.program import Collective, HloProgram
 from vlmem_jax.flight.remedies import remedies
 from vlmem_jax.flight.report import activation_gathers, kernel_seconds
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.train.config import experiment
 
 HLO = """HloModule jit_step

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.flight.command import compile_step
-from vlmem_jax.sharding import LOGICAL_AXES
+from vlmem_jax.runtime.sharding import LOGICAL_AXES
 
 pytest.importorskip("libtpu")
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]

@@ -8,7 +8,7 @@ import pytest
 
 from vlmem_jax.generate import Generator, SamplingConfig, loop
 from vlmem_jax.models import VLM
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 GREEDY = SamplingConfig(max_new_tokens=6)
 

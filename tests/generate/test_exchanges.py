@@ -13,7 +13,7 @@ from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import Session, laid_out
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import serving_mesh
-from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tests.verbs import extended
-from vlmem_jax.compiler import OPTIONS
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import FINISHED, compiled
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.compiler import OPTIONS
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.types import Sample
 
 GREEDY = SamplingConfig(max_new_tokens=10)

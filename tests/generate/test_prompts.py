@@ -6,9 +6,10 @@ import pytest
 
 from tests.patches_world import sample
 from vlmem_jax.families import resolve
-from vlmem_jax.generate.prompts import BLOCK_BUCKET, bucket, pad_prompts, tile_bucket
+from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
+from vlmem_jax.runtime.shapes import BLOCK_BUCKET, bucket, tile_bucket
 from vlmem_jax.types import TileShape
 
 PATCHES = TileShape(side=2, channels=96, tokens=1, layout=True, axes=3)

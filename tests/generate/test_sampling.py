@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose, filter_logits
+from vlmem_jax.runtime.shapes import bucket
 
 
 def kept(probabilities, top_k, top_p):

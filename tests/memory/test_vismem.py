@@ -22,7 +22,7 @@ from vlmem_jax.memory.vismem.latent import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.positions import PatchGrid
-from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.config import StageConfig
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.train.stages import Split

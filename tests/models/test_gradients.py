@@ -9,7 +9,7 @@ import pytest
 
 from vlmem_jax.families import resolve
 from vlmem_jax.models import VLM
-from vlmem_jax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch, FormationInputs

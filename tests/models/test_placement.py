@@ -7,7 +7,7 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.families import resolve
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh, whole_heads
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 
 def model(preset, **changes):

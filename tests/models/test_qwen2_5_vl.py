@@ -17,7 +17,7 @@ from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 IMAGE, TALL, VIDEO = PatchGrid(1, 3, 5), PatchGrid(1, 7, 2), PatchGrid(3, 2, 3, 0.7)
 SHAPE = dict(pack_tokens=128, pack_tiles=80)

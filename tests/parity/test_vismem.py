@@ -15,7 +15,7 @@ from vismem_golden import TRACES, part
 from tests.verbs import extended
 from vlmem_jax.generate import SamplingConfig
 from vlmem_jax.generate.loop import TEXT_BUCKET
-from vlmem_jax.generate.prompts import bucket
+from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.types import Batch, FormationInputs
 
 LOGITS = dict(atol=2e-4, rtol=1e-4)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.rl import rewards
 from vlmem_jax.rl.advantages import group_advantages
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
+from vlmem_jax.scoring import rewards
 
 CLOSE = dict(rtol=0, atol=1e-9)
 

@@ -12,12 +12,12 @@ import qwen_golden
 
 from vlmem_jax.generate import Generator, InvocationConfig
 from vlmem_jax.generate.loop import Session
-from vlmem_jax.generate.prompts import bucket, tile_bucket
 from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.memory import VisMemConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.nn.lora import LoRAConfig
+from vlmem_jax.runtime.shapes import bucket, tile_bucket
 
 TRACES = {
     "trace_tiny_llm_hidden": ("tiny_transformer", "llm_hidden_first_span"),

@@ -11,7 +11,7 @@ from vlmem_jax.config import override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
 from vlmem_jax.rl.penalties import invocation_reward
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.train.config import experiment
 
 G = 4

@@ -20,7 +20,7 @@ from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import MemorySFT
 from vlmem_jax.rl.rollout import trainer_generator
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import eval_program

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.train import standin
-from vlmem_jax import sharding
 from vlmem_jax.checkpoint import Store, load_params
+from vlmem_jax.runtime import sharding
 from vlmem_jax.train import loop
 from vlmem_jax.train.config import OptimizerConfig
 from vlmem_jax.train.goodput import Goodput

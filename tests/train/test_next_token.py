@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.train import world
-from vlmem_jax import sharding
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.config import override
 from vlmem_jax.flight.program import HloProgram
 from vlmem_jax.models import VLM
+from vlmem_jax.runtime import sharding
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextToken

@@ -6,7 +6,7 @@ import typing
 
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
 from vlmem_jax.models.placement import asked_mesh, whole_heads
-from vlmem_jax.sharding import MESH_AXES, MeshConfig
+from vlmem_jax.runtime.sharding import MESH_AXES, MeshConfig
 
 MODES = typing.get_args(typing.get_type_hints(InvocationConfig)["mode"])
 

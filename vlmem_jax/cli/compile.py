@@ -27,7 +27,7 @@ from vlmem_jax.flight import (
 )
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import serving_mesh, whole_heads
-from vlmem_jax.sharding import batch_shards, make_mesh
+from vlmem_jax.runtime.sharding import batch_shards, make_mesh
 from vlmem_jax.train.config import Experiment, StageConfig, experiment
 
 EXAMPLE = "vlmem compile --config configs/comemo_9b.py --topology v5p:4x4x4"

@@ -6,7 +6,7 @@ import contextlib
 from vlmem_jax import rl
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError, override
-from vlmem_jax.train import cluster
+from vlmem_jax.runtime import cluster
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.run import TASKS
 from vlmem_jax.train.run import run as train

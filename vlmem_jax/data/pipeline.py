@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vlmem_jax.data.plan import SKIP_HINT, Plan
 from vlmem_jax.data.rows import blank_sample, pack_row
 from vlmem_jax.data.samples import Key
-from vlmem_jax.sharding import batch_sharding
+from vlmem_jax.runtime.sharding import batch_sharding
 from vlmem_jax.types import Batch, Sample
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vlmem_jax.data import hosts
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.jsonl import JsonLines, Record
 from vlmem_jax.data.records import SUFFIX, PackedLines
 from vlmem_jax.processing import Processor, images, video
 from vlmem_jax.processing.media import Encoded
+from vlmem_jax.runtime import hosts
 from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]

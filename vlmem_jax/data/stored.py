@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from vlmem_jax.data import hosts
 from vlmem_jax.data.plan import Plan
 from vlmem_jax.paths import AnyPath, as_path, write_whole
+from vlmem_jax.runtime import hosts
 
 VERSION = 1
 """Of the file and of the way to pack: a change of either makes older files of no use."""

@@ -14,7 +14,7 @@ class EvalConfig:
     data: tuple[SourceConfig, ...]
     """JSONL files of prompts, see `data.prompts`; weights play no part."""
     metric: str = "answer"
-    """What an answer is worth: a reward, see `rl.rewards.RewardConfig.name`."""
+    """What an answer is worth: a reward, see `scoring.RewardConfig.name`."""
     sampling: SamplingConfig = SamplingConfig()
     """Each prompt has its own draws, whatever else is in its batch."""
     invocation: InvocationConfig = InvocationConfig()

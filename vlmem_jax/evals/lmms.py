@@ -23,7 +23,7 @@ from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
 from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.models.placement import asked_mesh
 from vlmem_jax.processing.images import open_image
-from vlmem_jax.sharding import MESH_AXES
+from vlmem_jax.runtime.sharding import MESH_AXES
 from vlmem_jax.types import Sample
 
 

@@ -20,7 +20,7 @@ from vlmem_jax.evals.summary import Line, summarise
 from vlmem_jax.generate import InvocationConfig, LoadedModel
 from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.paths import Mirror, write_whole
-from vlmem_jax.rl.rewards import ERROR_HINT, RewardConfig, RewardError, Rewards
+from vlmem_jax.scoring.rewards import ERROR_HINT, RewardConfig, RewardError, Rewards
 from vlmem_jax.types import Sample
 
 SETTINGS, SAMPLES, WITHOUT, SUMMARY = "settings.json", "samples.jsonl", "without_memory.jsonl", "summary.json"

@@ -25,7 +25,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
 from vlmem_jax.rl.rows import Rows, memory_slots, row_slots
-from vlmem_jax.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
+from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss

@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vlmem_jax.sharding import batch_shards
+from vlmem_jax.runtime.sharding import batch_shards
 from vlmem_jax.train.config import Experiment, StageConfig
 
 Remedy = dict[str, Any]

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
+from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.trees import State, axes
 
 DELIMITERS = (".", ",", ";", ":", "!", "?")

@@ -15,7 +15,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor, Tokenizer, image_config, make_processor
-from vlmem_jax.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)

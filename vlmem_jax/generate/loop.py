@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlmem_jax.compiler import options
 from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule
-from vlmem_jax.generate.prompts import bucket, like_sized, pad_prompts
+from vlmem_jax.generate.prompts import like_sized, pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.sharding import batch_sharding, batch_shards, constrain, lay_out, put, replicate
+from vlmem_jax.runtime.compiler import options
+from vlmem_jax.runtime.shapes import bucket
+from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, constrain, lay_out, put, replicate
 from vlmem_jax.trees import repeat_rows, repeated
 from vlmem_jax.types import Batch, DecodeState, FormationInputs, Sample, Text
 

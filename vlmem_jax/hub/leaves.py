@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
-from vlmem_jax.compiler import once
 from vlmem_jax.records import Rule
+from vlmem_jax.runtime.compiler import once
 
 Index = tuple[slice, ...]
 

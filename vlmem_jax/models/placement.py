@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.models.vlm import VLM
-from vlmem_jax.sharding import MeshConfig, param_shardings, shards, slices
+from vlmem_jax.runtime.sharding import MeshConfig, param_shardings, shards, slices
 
 HEADS = ("heads", "kv_heads")
 

@@ -23,14 +23,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.compiler import once
 from vlmem_jax.decoder import Decoder, Tap
 from vlmem_jax.memory import MEMORIES, Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
-from vlmem_jax.sharding import constrain, lay_out
+from vlmem_jax.runtime.compiler import once
+from vlmem_jax.runtime.sharding import constrain, lay_out
 from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import Batch, DecodeState, FormationInputs, KVCache, Patches, Text, TileShape, Views, VisualTokens
 from vlmem_jax.vision import TOWERS, normalise

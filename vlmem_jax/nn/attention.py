@@ -19,7 +19,7 @@ from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.blocks import LANES, up
 from kernels_pallas.memory_attention.problem import Inputs
-from vlmem_jax.sharding import constrain, even_spec, shards
+from vlmem_jax.runtime.sharding import constrain, even_spec, shards
 
 KERNEL_KEYS = 512
 """Keys that a kernel reads for a run of queries in windows: those of the run and of a window on either side."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -11,7 +11,7 @@ from vlmem_jax.nn.linear import Linear, fan_in_uniform
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm
 from vlmem_jax.nn.stack import remat, stack
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 
 NORM_EPS = 1e-5
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
-from vlmem_jax.rl.rewards import RewardConfig
-from vlmem_jax.sharding import MeshConfig
+from vlmem_jax.runtime.sharding import MeshConfig
+from vlmem_jax.scoring.rewards import RewardConfig
 from vlmem_jax.train.config import Experiment, StageConfig
 
 LossMean = Literal["sequence", "token"]

@@ -16,7 +16,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor
-from vlmem_jax.sharding import MeshConfig, batch_shards, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, batch_shards, make_mesh, param_shardings
 from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import IGNORED, Sample
 

@@ -12,10 +12,10 @@ from vlmem_jax.data import DataConfig
 from vlmem_jax.data.plan import pack
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import InvocationConfig
-from vlmem_jax.generate.prompts import bucket
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import formation_flops, train_flops
 from vlmem_jax.rl.rollout import Spoken, Trajectory
+from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.types import Batch, FormationInputs
 
 SHORTEST_ROW = 64

@@ -20,7 +20,7 @@ from vlmem_jax.rl.config import LOSS_WEIGHTS, check_prompted, sft_config
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
 from vlmem_jax.rl.rows import flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
-from vlmem_jax.sharding import batch_sharding, put, shards
+from vlmem_jax.runtime.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.next_token import NextTokenLoss, eval_program, experiment_processor

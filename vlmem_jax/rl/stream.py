@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from vlmem_jax.data import DataConfig, Prompt, Prompts, hosts
+from vlmem_jax.data import DataConfig, Prompt, Prompts
 from vlmem_jax.data.plan import SKIP_HINT, draws
 from vlmem_jax.data.samples import Key
 from vlmem_jax.processing import Processor
+from vlmem_jax.runtime import hosts
 from vlmem_jax.types import Sample
 
 

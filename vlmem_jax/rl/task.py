@@ -18,9 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vlmem_jax.compiler import options
 from vlmem_jax.config import ConfigError
-from vlmem_jax.data import Prompt, hosts
+from vlmem_jax.data import Prompt
 from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
@@ -34,11 +33,13 @@ from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
-from vlmem_jax.rl.rewards import RewardError, Rewards, imported
 from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollout_mesh, rollouts, trainer_generator
 from vlmem_jax.rl.rows import Rows, flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
-from vlmem_jax.sharding import batch_sharding, param_shardings, put, shards
+from vlmem_jax.runtime import hosts
+from vlmem_jax.runtime.compiler import options
+from vlmem_jax.runtime.sharding import batch_sharding, param_shardings, put, shards
+from vlmem_jax.scoring.rewards import RewardError, Rewards, imported
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import log_probs

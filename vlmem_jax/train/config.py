@@ -14,7 +14,7 @@ from vlmem_jax.data.config import DataConfig
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.models.placement import check_heads
 from vlmem_jax.processing import ImageConfig, PatchConfig
-from vlmem_jax.sharding import MeshConfig, batch_shards
+from vlmem_jax.runtime.sharding import MeshConfig, batch_shards
 from vlmem_jax.train.profile import ProfileConfig
 
 

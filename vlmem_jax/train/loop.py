@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from vlmem_jax.checkpoint import Store
-from vlmem_jax.compiler import options
-from vlmem_jax.data import hosts
 from vlmem_jax.paths import AnyPath, Mirror
-from vlmem_jax.sharding import batch_sharding, param_shardings
+from vlmem_jax.runtime import hosts
+from vlmem_jax.runtime.compiler import options
+from vlmem_jax.runtime.sharding import batch_sharding, param_shardings
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.metrics import Recorder, SampleLog

@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.sharding import constrain, shards
+from vlmem_jax.runtime.sharding import constrain, shards
 
 
 def cross_entropy(

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from vlmem_jax.compiler import options
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
 from vlmem_jax.paths import as_path
 from vlmem_jax.processing import Processor, Tokenizer, make_processor
+from vlmem_jax.runtime.compiler import options
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Work
 from vlmem_jax.train.loss import cross_entropy, log_probs

@@ -16,12 +16,12 @@ import vlmem_jax
 from vlmem_jax.checkpoint import Store, find, load_params, save_params
 from vlmem_jax.checkpoint.folder import BASE_FILE, CONFIG_FILE, MODEL_FILE, committed_steps, set_base
 from vlmem_jax.config import ConfigError, to_dict
-from vlmem_jax.data import hosts
 from vlmem_jax.hub.convert import load_folder
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.paths import AnyPath, as_path, is_remote
-from vlmem_jax.sharding import make_mesh
+from vlmem_jax.runtime import hosts
+from vlmem_jax.runtime.sharding import make_mesh
 from vlmem_jax.train import workdir as folder
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.goodput import Goodput

@@ -15,7 +15,7 @@ from vlmem_jax.nn.linear import Linear, param, spread, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.types import TileGeometry, TileShape
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

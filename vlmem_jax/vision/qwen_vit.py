@@ -21,7 +21,7 @@ from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import Rotation, frequencies, rotate, rotation
 from vlmem_jax.nn.stack import remat, stack
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.types import PatchGeometry, TileShape
 
 

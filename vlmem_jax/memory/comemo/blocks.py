@@ -27,7 +27,7 @@ from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import angles, frequencies
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.records import Rule
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.trees import Flat, State, axes
 from vlmem_jax.types import VisualTokens
 

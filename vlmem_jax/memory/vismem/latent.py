@@ -27,7 +27,7 @@ from vlmem_jax.nn.linear import Linear, ones, param, spread
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.records import Rule
-from vlmem_jax.sharding import constrain
+from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.trees import Flat, State, axes
 from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
 from vlmem_jax.vision import QwenViTConfig

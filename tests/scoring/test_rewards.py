@@ -4,8 +4,8 @@ import pytest
 
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt
-from vlmem_jax.rl import rewards
-from vlmem_jax.rl.rewards import RewardConfig, RewardError, Rewards, choice, extract_answer, number
+from vlmem_jax.scoring import rewards
+from vlmem_jax.scoring.rewards import RewardConfig, RewardError, Rewards, choice, extract_answer, number
 
 
 def prompt(*answers, **fields):

@@ -9,11 +9,25 @@ import math
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from vlmem_jax.config import ConfigError
-from vlmem_jax.data import Prompt
 
-Reward = Callable[[str, Prompt], float]
+
+class Asked(Protocol):
+    """What is known of a prompt: `data.Prompt` is one."""
+
+    name: str
+    """For error messages."""
+    answers: tuple[str, ...]
+    """Accepted ones."""
+    answer_type: str
+    """text, choice or number."""
+    choices: tuple[str, ...]
+    """Of a question with choices."""
+
+
+Reward = Callable[[str, Asked], float]
 """`reward(output, prompt)`: what the text that a model wrote is worth."""
 
 RELATIVE_TOLERANCE = 1e-3
@@ -125,11 +139,11 @@ _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*/\s*(\d+
 # --- rewards by name --------------------------------------------------------------------------------------------------
 
 
-def _best(compare: Callable[[str, str], float], output: str, prompt: Prompt) -> float:
+def _best(compare: Callable[[str, str], float], output: str, prompt: Asked) -> float:
     return max((compare(output, reference) for reference in prompt.answers), default=0.0)
 
 
-def _answer(kind: str, output: str, prompt: Prompt) -> float:
+def _answer(kind: str, output: str, prompt: Asked) -> float:
     """The answer in an output, compared as `kind` of answer."""
     comparisons = {
         "text": exact,
@@ -139,7 +153,7 @@ def _answer(kind: str, output: str, prompt: Prompt) -> float:
     return _best(comparisons[kind], extract_answer(output), prompt)
 
 
-def _format(output: str, prompt: Prompt) -> float:
+def _format(output: str, prompt: Asked) -> float:
     """1 if the output has an <answer>...</answer> or \\boxed{...}."""
     return float(bool(re.search(r"<answer>.*?</answer>", output, re.DOTALL)) or _last_boxed(output) is not None)
 
@@ -180,7 +194,7 @@ class Rewards:
         )
         """Whether prompts without an answer are of no use."""
 
-    def check(self, prompt: Prompt) -> None:
+    def check(self, prompt: Asked) -> None:
         """Raises ValueError, naming the prompt, where its answers are not of a kind that these rewards can judge."""
         for config in self.configs:
             kind = prompt.answer_type if config.name == "answer" else config.name
@@ -194,7 +208,7 @@ class Rewards:
                     f"an answer of answer_type number must be one, got {wrong[0]!r} (sample {prompt.name})"
                 )
 
-    def score(self, output: str, prompt: Prompt) -> float:
+    def score(self, output: str, prompt: Asked) -> float:
         """The weighted sum. Raises RewardError, which names the sample and the function."""
         total = 0.0
         for config, function in zip(self.configs, self._functions, strict=True):

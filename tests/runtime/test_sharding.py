@@ -2,8 +2,8 @@ import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from vlmem_jax import sharding
-from vlmem_jax.sharding import MeshConfig, make_mesh
+from vlmem_jax.runtime import sharding
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 
 def test_one_axis_takes_the_rest():
