@@ -18,7 +18,7 @@ from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
-from vlmem_jax.rl.task import Lesson, _as_json, _from_json
+from vlmem_jax.rl.task import WeightedTrajectory, _as_json, _from_json
 from vlmem_jax.trees import flatten
 
 G, BANNED, STOP = 2, (3, 4), (1, *range(90, 100))
@@ -185,12 +185,12 @@ def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generat
 
 def test_memories_survive_a_checkpoint_bit_for_bit(vlm, drawn):
     _, trajectories = drawn
-    lesson = Lesson((0, 1), max(trajectories, key=lambda t: len(t.spoken)), 0.25)
-    again = _from_json(json.loads(json.dumps(_as_json(lesson))), lesson.trajectory.prompt, vlm.dtype)
-    assert again.key == lesson.key and again.advantage == lesson.advantage
-    for old, new in zip(lesson.trajectory.spoken, again.trajectory.spoken, strict=True):
+    one = WeightedTrajectory((0, 1), max(trajectories, key=lambda t: len(t.spoken)), 0.25)
+    again = _from_json(json.loads(json.dumps(_as_json(one))), one.trajectory.prompt, vlm.dtype)
+    assert again.key == one.key and again.advantage == one.advantage
+    for old, new in zip(one.trajectory.spoken, again.trajectory.spoken, strict=True):
         assert (old.place, old.kind, old.slots) == (new.place, new.kind, new.slots)
         assert np.array_equal(old.states_LD, new.states_LD)
     for name in ("tokens_T", "logp_T", "loss_T"):
-        old, new = getattr(lesson.trajectory, name), getattr(again.trajectory, name)
+        old, new = getattr(one.trajectory, name), getattr(again.trajectory, name)
         assert np.array_equal(old, new, equal_nan=name == "logp_T") and old.dtype == new.dtype

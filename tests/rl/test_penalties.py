@@ -100,6 +100,6 @@ def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
             rewards[n, g] -= 0.3 * max(S[n].mean() - S[n, g], 0)
             if g in chosen_Pg[n]:
                 rewards[n, g] -= 0.3 * max(rev[n, chosen_Pg[n].tolist().index(g)] - S[n, g], 0)
-    advantages = [lesson.advantage for lesson in task._lessons]
+    advantages = [one.advantage for one in task._weighted]
     np.testing.assert_allclose(advantages, (rewards - rewards.mean(1, keepdims=True)).ravel(), atol=1e-9)
     assert work.numbers["score/base"] == pytest.approx(base.mean())

@@ -193,7 +193,7 @@ def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh, params):
             places = sharding.param_shardings(where, task.model.abstract(), task.model.axes())
             task.work(0, jax.device_put(params, places))
         task.close()
-        drawn.append([lesson.trajectory for lesson in task._lessons])
+        drawn.append([one.trajectory for one in task._weighted])
     assert drawn[0] and len(drawn[0]) == len(drawn[1]) == len(drawn[2])
     for a, *others in zip(*drawn, strict=True):
         for b in others:

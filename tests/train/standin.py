@@ -10,7 +10,7 @@ from vlmem_jax import families, sharding
 from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.data import DataConfig
 from vlmem_jax.train.config import Experiment, StageConfig
-from vlmem_jax.train.loop import Work
+from vlmem_jax.train.loop import StepInput
 
 ROWS, D, H, C = 8, 8, 4, 2
 CHECKPOINT = CheckpointConfig(every=4, keep_last=2, keep_best=1)
@@ -70,7 +70,7 @@ class Task:
         batch = jax.device_put({"x": x, "y": y}, sharding.batch_sharding(self.mesh, leading=1))
         ids = [f"numbers.jsonl:{step * ROWS + row}" for row in range(ROWS)]
         counts = {"tokens": 30, "images": 3, "tiles": 5, "slots": 40, "flops": 1_000_000, "shape_flops": 1_250_000}
-        return Work(batch, 0.0 if step in self.weightless else float(ROWS), ids, counts)
+        return StepInput(batch, 0.0 if step in self.weightless else float(ROWS), ids, counts)
 
     def loss(self, params, rows, key):
         hidden = jnp.einsum("bd,dhc->bhc", rows["x"], params["first"]["kernel"]) + params["first"]["bias"]

@@ -7,7 +7,7 @@ from vlmem_jax.config import build_kind
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.patch_processor import PatchProcessor
 from vlmem_jax.processing.patches import PatchConfig
-from vlmem_jax.processing.processor import Plan, Processor
+from vlmem_jax.processing.processor import Processor, SampleSize
 from vlmem_jax.processing.tile_processor import TileProcessor
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Video
@@ -17,7 +17,7 @@ __all__ = [
     "ImageConfig",
     "PatchConfig",
     "PatchProcessor",
-    "Plan",
+    "SampleSize",
     "Processor",
     "TileProcessor",
     "Tokenizer",

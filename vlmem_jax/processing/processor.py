@@ -21,7 +21,7 @@ ImageSize = tuple[int, int]
 """Width and height, pixels."""
 
 
-class Plan(NamedTuple):
+class SampleSize(NamedTuple):
     """Sizes of a training sample, known without decoding its images."""
 
     tokens: int
@@ -93,7 +93,7 @@ class Processor:
         *,
         mask_text_only: bool = False,
         name: str = "",
-    ) -> Plan:
+    ) -> SampleSize:
         """Sizes of what `encode` gives for images and videos of these sizes; raises what `encode` raises."""
         with _naming(name):
             dialogue = self._read(conversations, image_sizes, video_sizes)
@@ -102,7 +102,7 @@ class Processor:
             tiles = sum(map(self._tiles, self._grids(shown, training=True)))
             blank = not shown and not mask_text_only
             length = len(ids) - len(shown) + tiles * self.tile.tokens
-            return Plan(length, tiles + blank, int(targets.sum()))
+            return SampleSize(length, tiles + blank, int(targets.sum()))
 
     def encode(
         self,

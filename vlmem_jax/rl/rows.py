@@ -100,7 +100,7 @@ def pack_trajectories(
 
 
 def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained: Collection[str]) -> dict[str, int]:
-    """`flops` of trajectories and `shape_flops` of the `batch` that they were packed into, for `Work.counts`."""
+    """`flops` of trajectories and `shape_flops` of the `batch` that they were packed into, for `StepInput.counts`."""
     config = vlm.config
     sizes = [(len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1, len(t.prompt.pixels_ISSc)) for t in trajectories]
     states = [len(memory.states_LD) for t in trajectories for memory in t.spoken]

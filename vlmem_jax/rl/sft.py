@@ -22,7 +22,7 @@ from vlmem_jax.rl.rows import flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.runtime.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
-from vlmem_jax.train.loop import Work
+from vlmem_jax.train.loop import StepInput
 from vlmem_jax.train.next_token import NextTokenLoss, eval_program, experiment_processor
 from vlmem_jax.train.stages import Split
 from vlmem_jax.trees import flatten
@@ -80,7 +80,7 @@ class MemorySFT(NextTokenLoss):
 
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
-    def work(self, step: int, params: dict) -> Work:
+    def work(self, step: int, params: dict) -> StepInput:
         """The rows of `step`."""
         with jax.transfer_guard("allow"):
             loaded = self._stream.take_same(self.config.prompts)
@@ -95,7 +95,9 @@ class MemorySFT(NextTokenLoss):
             **flops_of(trajectories, batch, self.model, self._trained),
         }
         numbers = {"memory/long": float(kinds.mean()), "prompts/skipped": float(len(self._stream.skipped))}
-        return Work(placed, float(batch.text.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers)
+        return StepInput(
+            placed, float(batch.text.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers
+        )
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean loss on `data.eval`, weighted as in training; memories are short and long in turn."""

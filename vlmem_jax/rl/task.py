@@ -41,7 +41,7 @@ from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.sharding import batch_sharding, param_shardings, put, shards
 from vlmem_jax.scoring.rewards import RewardError, Rewards, imported
 from vlmem_jax.train.config import Experiment, StageConfig
-from vlmem_jax.train.loop import Work
+from vlmem_jax.train.loop import StepInput
 from vlmem_jax.train.loss import log_probs
 from vlmem_jax.train.next_token import experiment_processor
 from vlmem_jax.train.run import checkpoint_of, origin
@@ -87,7 +87,7 @@ class GRPOLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class WeightedTrajectory:
     """A trajectory and what is to be learned from it."""
 
     key: Key
@@ -136,7 +136,7 @@ class GRPO(GRPOLoss):
         self._restored = False
         self._step, self._phase = -1, -1
         self._beta, self._kl, self._kl_tokens = config.kl, 0.0, 0
-        self._lessons: list[Lesson] = []
+        self._weighted: list[WeightedTrajectory] = []
         self._rows: dict[int, Rows] = {}
         self._numbers: dict[str, float] = {}
         self._of_reference = jax.jit(
@@ -189,7 +189,7 @@ class GRPO(GRPOLoss):
 
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
-    def work(self, step: int, params: dict) -> Work:
+    def work(self, step: int, params: dict) -> StepInput:
         """The rows of `step`; where a phase begins, after its rollouts by `params`.
 
         The step has weight if one of its trajectories has an advantage, or is held to the reference. So one whose
@@ -205,8 +205,8 @@ class GRPO(GRPOLoss):
             if part not in self._rows:
                 self._rows[part] = self._make_rows(part, params, first_time=place < self.config.minibatches)
         self._step = step
-        rows, lessons = self._rows[part], self._part(part)
-        trajectories = [lesson.trajectory for lesson in lessons]
+        rows, weighted = self._rows[part], self._part(part)
+        trajectories = [item.trajectory for item in weighted]
         sizes = [len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1 for t in trajectories]
         drawn = sum(int(t.loss_T.sum()) for t in trajectories)
         counts = {
@@ -215,10 +215,10 @@ class GRPO(GRPOLoss):
             "slots": int(np.prod(rows.advantage_BT.shape)),
             **flops_of(trajectories, rows.batch, self.model, self._split.trainable),
         }
-        teaches = self.config.kl > 0 or any(lesson.advantage for lesson in lessons)
-        denominator = len(lessons) if self.config.loss_mean == "sequence" else drawn
+        teaches = self.config.kl > 0 or any(item.advantage for item in weighted)
+        denominator = len(weighted) if self.config.loss_mean == "sequence" else drawn
         names = list(dict.fromkeys(t.prompt.name for t in trajectories))
-        return Work(rows, float(teaches * denominator), names, counts, self._numbers)
+        return StepInput(rows, float(teaches * denominator), names, counts, self._numbers)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy answers to the prompts of `data.eval`, as `score`; `loss` is minus that."""
@@ -244,7 +244,7 @@ class GRPO(GRPOLoss):
             "numbers": self._numbers,
         }
         if (self._step + 1) % self.config.steps:
-            state["lessons"] = [_as_json(lesson) for lesson in self._lessons]
+            state["weighted"] = [_as_json(item) for item in self._weighted]
         return state
 
     def restore(self, state: dict) -> None:
@@ -252,11 +252,11 @@ class GRPO(GRPOLoss):
         self._restored = True
         self._stream.go_to(state["drawn"])
         self._beta, (self._kl, self._kl_tokens), self._numbers = state["beta"], state["kl"], state["numbers"]
-        if "lessons" in state:
-            keys = dict.fromkeys(tuple(fields["key"]) for fields in state["lessons"])
+        if "weighted" in state:
+            keys = dict.fromkeys(tuple(fields["key"]) for fields in state["weighted"])
             prompts = {key: self._stream.prompts.sample(key) for key in keys}
-            self._lessons = [
-                _from_json(fields, prompts[tuple(fields["key"])], self.model.dtype) for fields in state["lessons"]
+            self._weighted = [
+                _from_json(fields, prompts[tuple(fields["key"])], self.model.dtype) for fields in state["weighted"]
             ]
             self._phase = state["phase"]
 
@@ -270,7 +270,7 @@ class GRPO(GRPOLoss):
     def _begin(self, phase: int, params: dict) -> None:
         """Samples answers to the next prompts, and keeps what can be learned from them."""
         config = self.config
-        self._rows, self._lessons, self._phase = {}, [], phase
+        self._rows, self._weighted, self._phase = {}, [], phase
         if config.adaptive_kl and self._kl_tokens:
             measured = self._kl / self._kl_tokens
             self._beta *= 1.5 if measured > 1.5 * config.kl_target else 1.0
@@ -290,8 +290,8 @@ class GRPO(GRPOLoss):
         seconds = time.perf_counter() - start
         varied_P = varied(rewards_PG)
         advantages_PG = group_advantages(rewards_PG, config.advantage_std, config.advantage_eps)
-        self._lessons = [
-            Lesson(one.key, trajectory, float(advantage))
+        self._weighted = [
+            WeightedTrajectory(one.key, trajectory, float(advantage))
             for one, group, advantages, differs in zip(loaded, groups, advantages_PG, varied_P, strict=True)
             if differs or not config.drop_zero_variance
             for trajectory, advantage in zip(group, advantages, strict=True)
@@ -421,17 +421,17 @@ class GRPO(GRPOLoss):
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
-    def _part(self, part: int) -> list[Lesson]:
-        """The lessons of a minibatch."""
-        chosen = np.array_split(np.arange(len(self._lessons)), self.config.minibatches)[part]
-        return [self._lessons[n] for n in chosen]
+    def _part(self, part: int) -> list[WeightedTrajectory]:
+        """The trajectories of a minibatch."""
+        chosen = np.array_split(np.arange(len(self._weighted)), self.config.minibatches)[part]
+        return [self._weighted[n] for n in chosen]
 
     def _make_rows(self, part: int, params: dict, first_time: bool) -> Rows:
         """A minibatch on the devices, with what the reference says of it."""
-        lessons = self._part(part)
+        weighted = self._part(part)
         rows = pack_trajectories(
-            [lesson.trajectory for lesson in lessons],
-            [lesson.advantage for lesson in lessons],
+            [item.trajectory for item in weighted],
+            [item.advantage for item in weighted],
             self._data,
             self.model,
             self._at_once,
@@ -526,16 +526,16 @@ def _until_first_call(trajectory: Trajectory) -> list[int]:
     return trajectory.tokens_T[:end].tolist()
 
 
-def _as_json(lesson: Lesson) -> dict[str, Any]:
+def _as_json(item: WeightedTrajectory) -> dict[str, Any]:
     """Exact: a float32 is a float64, and JSON gives that back as it was."""
-    t = lesson.trajectory
+    t = item.trajectory
     return {
-        "key": list(lesson.key),
+        "key": list(item.key),
         "tokens": t.tokens_T.tolist(),
         "logp": [None if math.isnan(x) else x for x in t.logp_T.tolist()],
         "loss": t.loss_T.tolist(),
         "stopped": t.stopped,
-        "advantage": lesson.advantage,
+        "advantage": item.advantage,
         "spoken": [
             {
                 "place": memory.place,
@@ -549,7 +549,7 @@ def _as_json(lesson: Lesson) -> dict[str, Any]:
     }
 
 
-def _from_json(fields: dict[str, Any], prompt: Sample, dtype: Any) -> Lesson:
+def _from_json(fields: dict[str, Any], prompt: Sample, dtype: Any) -> WeightedTrajectory:
     """`dtype`: that of the model, in which the states of memories are."""
     logp_T = np.array([math.nan if x is None else x for x in fields["logp"]], np.float32)
     spoken = tuple(
@@ -563,4 +563,4 @@ def _from_json(fields: dict[str, Any], prompt: Sample, dtype: Any) -> Lesson:
     )
     tokens_T, loss_T = np.array(fields["tokens"], np.int32), np.array(fields["loss"], bool)
     trajectory = Trajectory(prompt, tokens_T, logp_T, loss_T, fields["stopped"], spoken)
-    return Lesson(tuple(fields["key"]), trajectory, fields["advantage"])
+    return WeightedTrajectory(tuple(fields["key"]), trajectory, fields["advantage"])

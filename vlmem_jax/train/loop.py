@@ -43,7 +43,7 @@ class Model(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepInput:
     """What one step works on."""
 
     batch: Any
@@ -74,7 +74,7 @@ class Objective(Protocol):
 class Task(Objective, Protocol):
     """What is learned. A task depends on the step and the parameters alone, plus what `state` gives."""
 
-    def work(self, step: int, params: dict) -> Work:
+    def work(self, step: int, params: dict) -> StepInput:
         """What to do at `step`, counted from 0. Called in order, from any first step."""
 
     def evaluate(self, params: dict) -> dict[str, float]:
@@ -135,7 +135,7 @@ def fit(
         ask_all = None if alone else any_host(mesh)
         programs: dict[tuple, jax.stages.Compiled] = {}
         stopping = False
-        in_flight: tuple[int, Work, dict] | None = None
+        in_flight: tuple[int, StepInput, dict] | None = None
 
         def settle() -> None:
             """Reads the numbers of the step in flight; that waits for it."""
@@ -311,7 +311,7 @@ def _everywhere(value: np.generic, replicated: NamedSharding) -> Array:
     return jax.make_array_from_single_device_arrays((), replicated, copies)
 
 
-def _non_finite(stage: StageConfig, step: int, values: dict[str, float], work: Work, last: int | None) -> str:
+def _non_finite(stage: StageConfig, step: int, values: dict[str, float], work: StepInput, last: int | None) -> str:
     ids = ", ".join(work.sample_ids)
     good = "no checkpoint has been written yet" if last is None else f"the last checkpoint, step {last}, is good"
     return (

@@ -75,7 +75,7 @@ class Recorder:
             self._terminal = Terminal(stage.name, stage.steps, done)
 
     def step(self, step: int, values: dict[str, float], counts: dict[str, int]) -> None:
-        """Numbers of the step that makes `step` steps done. `counts`: see `loop.Work`.
+        """Numbers of the step that makes `step` steps done. `counts`: see `loop.StepInput`.
 
         Of `skipped`, whether the step had nothing to learn and changed nothing, a record has the number since the last.
         """

@@ -19,7 +19,7 @@ from vlmem_jax.paths import as_path
 from vlmem_jax.processing import Processor, Tokenizer, make_processor
 from vlmem_jax.runtime.compiler import options
 from vlmem_jax.train.config import Experiment, StageConfig
-from vlmem_jax.train.loop import Work
+from vlmem_jax.train.loop import StepInput
 from vlmem_jax.train.loss import cross_entropy, log_probs
 from vlmem_jax.train.stages import Split
 from vlmem_jax.trees import flatten
@@ -78,7 +78,7 @@ class NextToken(NextTokenLoss):
         if stage.rl:
             raise ConfigError(f"config.stages.{stage.name}.rl is for grpo and memory_sft; the task is {stage.task}")
 
-    def work(self, step: int, params: dict) -> Work:
+    def work(self, step: int, params: dict) -> StepInput:
         """The packed rows of `step`."""
         if step != self._next:
             self.close()
@@ -89,7 +89,7 @@ class NextToken(NextTokenLoss):
         counts = {"tokens": host.tokens, "images": host.images, "tiles": host.tiles, "slots": c.rows * c.pack_tokens}
         counts["flops"] = train_flops(model, host.sizes, self._trained)
         counts["shape_flops"] = train_flops(model, [(c.pack_tokens, c.pack_tiles)] * c.rows, self._trained)
-        return Work(host.batch, host.denominator, host.sample_ids, counts)
+        return StepInput(host.batch, host.denominator, host.sample_ids, counts)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean loss on `data.eval`, weighted as in training."""
