@@ -9,6 +9,7 @@ Ratios hold on a noisy machine where times do not; still, nothing else should be
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json

@@ -5,6 +5,7 @@ import sentencepiece
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from vlmem_jax.families.internvl import FAMILY
 from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.processing.tokenizer import Tokenizer
 

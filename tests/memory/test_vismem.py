@@ -370,7 +370,8 @@ def test_a_call_that_is_padding_leaves_no_trace(vlm, params, prompts):
 
     @jax.jit
     def loss(memory, batch):
-        return (embeddings(vlm, params | {"memory": memory}, batch)[0, :length] ** 2).mean()
+        placed_TD = embeddings(vlm, params | {"memory": memory}, batch)[0, :length]
+        return (placed_TD * jax.random.normal(jax.random.key(1), placed_TD.shape)).mean()
 
     def value_and_gradient(count, kinds, lengths):
         heard = FormationInputs(states[:, :count], jnp.array([lengths]), jnp.array([kinds]))
@@ -587,7 +588,7 @@ def test_seeing_again_costs_a_model_that_never_calls_nothing_but_room(answers, s
     scores, plain_scores = jax.jit(model.logits)(own, batch), jax.jit(plain[0].logits)(plain[1], batch)
     np.testing.assert_array_equal(scores[..., ordinary], plain_scores[..., ordinary])
     kept = [
-        jax.eval_shape(lambda params, m=m: m.prefill(params, batch, 96)[1], p).patches
+        jax.eval_shape(lambda params, m=m: m.prefill(params, batch, 96)[1], p).memory.patches
         for m, p in ((vlm, params), (model, own))
     ]
     assert kept[0] is None and kept[1].x_BNE.shape[1] == batch.views.pixels_BISSc.shape[1] * vlm.config.vision.merge**2

@@ -148,7 +148,7 @@ def session(model, found: list[SimpleNamespace], new_tokens: int, **options) -> 
     T, I = bucket(longest, TEXT), tile_bucket(tiles, model.vlm.tile)
     batch = qwen_golden.batch(model.vlm, found, T, I)
     capacity = T + bucket(generator.room(new_tokens), TEXT)
-    logits_BV, state = generator.prefill(model.params, batch, capacity)
+    logits_BV, state = generator.programs.prefill(model.params, batch, capacity)
     return Session(generator, state, logits_BV, len(found), longest, capacity)
 
 

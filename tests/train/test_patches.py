@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -137,8 +138,7 @@ def test_packed_files_give_the_same_rows(folder, tmp_path):
     theirs, _ = rows_of(settings)
     assert len(ours) == len(theirs)
     for step in range(len(ours)):
-        for name, leaf in vars(ours[step].batch).items():
-            np.testing.assert_array_equal(leaf, getattr(theirs[step].batch, name), err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, ours[step].batch, theirs[step].batch)
 
 
 def test_an_unreadable_sample_leaves_a_gap(folder, tmp_path):

@@ -137,7 +137,7 @@ class VisMem(Memory):
             if not vision.tile.layout or not 0 <= config.vision_layer < vision.layers:
                 raise ValueError(
                     "vismem.former lora_vision needs a tower whose tiles see each other "
-                    f"and vismem.vision_layer below vision.layers; got {vision.kind} and {config.vision_layer} of "
+                    f"and vismem.vision_layer below vision.layers, got {vision.kind} and {config.vision_layer} of "
                     f"{vision.layers}"
                 )
             self.vision_layer = config.vision_layer
