@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vlmem_jax import families, sharding
+from vlmem_jax import families
 from vlmem_jax.checkpoint import find, load_params, save_params
 from vlmem_jax.checkpoint.folder import set_base
 from vlmem_jax.config import to_dict
@@ -22,6 +22,7 @@ from vlmem_jax.hub.orbax_io import read_leaves
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.models import VLM
 from vlmem_jax.processing.images import ImageConfig
+from vlmem_jax.runtime import sharding
 from vlmem_jax.trees import flatten, unflatten
 
 from .conftest import write_hf

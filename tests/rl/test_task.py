@@ -12,11 +12,12 @@ import pytest
 from tests import parameters
 from tests.rl import world
 from tests.train import world as supervised
-from vlmem_jax import rl, sharding
+from vlmem_jax import rl
 from vlmem_jax.checkpoint import Store, load_params
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
+from vlmem_jax.runtime import sharding
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.goodput import Goodput

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmem_jax import families, sharding
+from vlmem_jax import families
 from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.data import DataConfig
+from vlmem_jax.runtime import sharding
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import StepInput
 
