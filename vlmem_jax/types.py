@@ -213,14 +213,18 @@ class FormationInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache(State):
-    """Rotated keys and values of every decoder layer, S slots a row; slot = index of the token in its row."""
+    """Rotated keys and values of every decoder layer, S slots a row; slot = index of the token in its row.
 
-    k_LBSKC: Float[Array, "L B S K C"] = axes("layers", "batch", "slots", "kv_heads", "head_dim")
-    v_LBSKC: Float[Array, "L B S K C"] = axes("layers", "batch", "slots", "kv_heads", "head_dim")
+    Slots stand next to the numbers of a head, as attention reads them: with heads between, a TPU turns the whole cache
+    round for every layer of every token, and pads few heads to its tiles.
+    """
+
+    k_LBKSC: Float[Array, "L B K S C"] = axes("layers", "batch", "kv_heads", "slots", "head_dim")
+    v_LBKSC: Float[Array, "L B K S C"] = axes("layers", "batch", "kv_heads", "slots", "head_dim")
 
     @classmethod
     def empty(cls, layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype) -> "KVCache":
-        shape = (layers, rows, capacity, kv_heads, head_dim)
+        shape = (layers, rows, kv_heads, capacity, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def write(self, layer, k_BTKC, v_BTKC, index_BT=None) -> "KVCache":
@@ -229,25 +233,25 @@ class KVCache(State):
         # each row by itself: a scatter whose indices name rows, too, gathers the tokens of all devices; jax.vmap would
         # turn the cache round
         by_row = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(2, 3),
-            inserted_window_dims=(0, 2),
-            scatter_dims_to_operand_dims=(0, 2),
+            update_window_dims=(1, 3),
+            inserted_window_dims=(0, 3),
+            scatter_dims_to_operand_dims=(0, 3),
             operand_batching_dims=(1,),
             scatter_indices_batching_dims=(0,),
         )
 
-        def put(cache_LBSKC, new_BTKC):
-            new_BTKC = new_BTKC.astype(cache_LBSKC.dtype)
+        def put(cache_LBKSC, new_BTKC):
+            new_BKTC = new_BTKC.swapaxes(1, 2).astype(cache_LBKSC.dtype)
             if index_BT is None:
-                return jax.lax.dynamic_update_slice(cache_LBSKC, new_BTKC[None], (layer, 0, 0, 0, 0))
+                return jax.lax.dynamic_update_slice(cache_LBKSC, new_BKTC[None], (layer, 0, 0, 0, 0))
             place_BT2 = jnp.stack([jnp.full_like(index_BT, layer), index_BT], axis=-1)
-            return jax.lax.scatter(cache_LBSKC, place_BT2, new_BTKC, by_row, unique_indices=True, mode="drop")
+            return jax.lax.scatter(cache_LBKSC, place_BT2, new_BKTC, by_row, unique_indices=True, mode="drop")
 
-        return KVCache(put(self.k_LBSKC, k_BTKC), put(self.v_LBSKC, v_BTKC))
+        return KVCache(put(self.k_LBKSC, k_BTKC), put(self.v_LBKSC, v_BTKC))
 
     def layer(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, K, C] of one layer."""
-        return self.k_LBSKC[layer], self.v_LBSKC[layer]
+        return self.k_LBKSC[layer].swapaxes(1, 2), self.v_LBKSC[layer].swapaxes(1, 2)
 
 
 @jax.tree_util.register_dataclass

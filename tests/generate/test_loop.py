@@ -189,9 +189,9 @@ def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):
     extend = jax.jit(functools.partial(extended, vlm), donate_argnums=1)
     one = jnp.ones((2, 1), jnp.int32)
     compiled = extend.lower(params, session.state, one, jnp.ones(2, jnp.int32)).compile()
-    shape = ",".join(map(str, session.state.cache.k_LBSKC.shape))
+    shape = ",".join(map(str, session.state.cache.k_LBKSC.shape))
     assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
-    cache_bytes = 2 * session.state.cache.k_LBSKC.nbytes
+    cache_bytes = 2 * session.state.cache.k_LBKSC.nbytes
     assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
     # one layer's keys and values are read at a time
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * cache_bytes

@@ -191,7 +191,7 @@ def test_ends_are_never_chosen_and_calls_have_a_limit(answers, eager, prompts, s
             assert len(ends) == most == sum(token in speech.invoke_ids for token in ids)
             assert len(ids) == NEW + most and all(ids[n - 1] in speech.invoke_ids for n in ends)
             assert np.isnan(x).sum() == most  # the calls themselves were drawn
-        assert int(session.state.length_B.max()) <= session.state.cache.k_LBSKC.shape[2]
+        assert int(session.state.length_B.max()) <= session.state.cache.k_LBKSC.shape[3]
 
 
 def test_more_calls_than_there_is_room_for_name_the_key(answers, prompts, speech):
@@ -312,7 +312,7 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
     batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
     state, after, latents, logits, gradient = jax.eval_shape(everything, model.abstract(), batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
-    assert latents.dtype == state.cache.k_LBSKC.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert latents.dtype == state.cache.k_LBKSC.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 

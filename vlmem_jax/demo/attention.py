@@ -38,14 +38,15 @@ def last_token(model: LoadedModel, sample: Sample) -> Attention:
     @jax.jit
     def weights(params, state):
         def score(context_v, memory_v):
-            changed = dataclasses.replace(state, cache=dataclasses.replace(state.cache, v_LBSKC=context_v))
+            changed = dataclasses.replace(state, cache=dataclasses.replace(state.cache, v_LBKSC=context_v))
             if memory_v is not None:
                 changed = dataclasses.replace(changed, memory=dataclasses.replace(state.memory, v_LBMHC=memory_v))
             hidden_BD, _ = model.vlm.extend(params, changed, Text(token_BT, jnp.ones((rows, 1), jnp.int32)))
             return model.vlm.score(params, hidden_BD)[0].max()
 
         memory_v = None if state.memory is None else state.memory.v_LBMHC
-        return jax.tree.map(_shares, jax.grad(score, argnums=(0, 1))(state.cache.v_LBSKC, memory_v))
+        context, memory = jax.grad(score, argnums=(0, 1))(state.cache.v_LBKSC, memory_v)
+        return _shares(context.swapaxes(2, 3)), None if memory is None else _shares(memory)
 
     with generator.context():
         context_LHS, memory_LHM = jax.device_get(weights(model.params, state))

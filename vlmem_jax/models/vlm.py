@@ -270,7 +270,7 @@ class VLM:
         B, T = text.tokens_BT.shape
         real_BT, offsets_T = text.segments_BT > 0, jnp.arange(T, dtype=jnp.int32)
         counts_B = real_BT.sum(-1, dtype=jnp.int32)
-        capacity = state.cache.k_LBSKC.shape[2]
+        capacity = state.cache.k_LBKSC.shape[3]
         if capacity < T:
             raise ValueError(f"the cache must hold the prompts of {T} token slots, got a capacity of {capacity}")
         place_BT = state.length_B[:, None] + offsets_T
