@@ -191,7 +191,7 @@ def _timed(report: Report, code: Future[HloProgram | None], topology: Topology) 
 
 
 def _times(inside: float, exchange: float, flops: int, shape_flops: int, topology: Topology) -> dict[str, float]:
-    """Of a step that computes for `inside` seconds and exchanges for `exchange`."""
+    """The times of a step that computes for `inside` seconds and exchanges for `exchange`."""
     hidden, exposed = max(inside, exchange), inside + exchange
     peak_flops = topology.chips * topology.chip.peak.flops
     return dict(

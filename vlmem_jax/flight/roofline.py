@@ -14,7 +14,7 @@ from kernels_pallas.device import Peak
 from vlmem_jax.flight.program import HloProgram, Instruction, array_bytes
 
 PRODUCTS = 0.97
-"""Of the peak, that the compiler's estimates give large products."""
+"""The share of the peak that the compiler's estimates give large products."""
 _ARRAY = re.compile(r"\b(pred|bf16|c64|f\d+\w*|[su]\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _STILL = {
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "conditional", "call", "after-all",
@@ -41,7 +41,7 @@ class _Roofline:
         self.program = program
 
     def flops(self, i: Instruction) -> int:
-        """Of the products in an instruction."""
+        """FLOPs of the products in an instruction."""
         if i.opcode == "fusion":
             return sum(map(self.flops, self.program.inside(i)))
         return _product_flops(i, *(self._shape(name) for name in i.operands[:2])) if i.opcode in _PRODUCTS else 0
@@ -60,7 +60,7 @@ class _Roofline:
         return self.program.made[name].shapes[0][1]
 
     def _fusion(self, i: Instruction) -> int:
-        """Of what is sliced, the slices; of what is updated in place, the update."""
+        """Bytes that a fusion moves: slices of what is sliced, and updates of what is updated in place."""
         inside = {x.name: x for x in self.program.inside(i)}
         total, root = 0, list(inside.values())[-1]
         for x in inside.values():
@@ -110,7 +110,7 @@ def _uses(name: str, inside: dict[str, Instruction]) -> Iterator[tuple[Instructi
 
 
 def _product_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
-    """Of a dot, or of a convolution, for which the pairs of input and window that exist count."""
+    """FLOPs of a dot, or of a convolution, for which the pairs of input and window that exist count."""
     out = i.shapes[0][1]
     if i.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
