@@ -34,8 +34,8 @@ FINISHED = -1
 WAITING = -2
 """Within the loop, for the token of a row that waits for its memory."""
 
-PREFILL_CHUNK = 8192
-"""Tokens of a prompt that are read at once."""
+PREFILL_CHUNK = 32768
+"""Tokens of a prompt that are read at once, by the kernel of causal attention; later chunks attend by XLA's loops."""
 
 EXTENSION_BUCKET = 16
 """Smallest number of tokens appended to a conversation at once."""
