@@ -1,5 +1,6 @@
 """Parameters of tiny models, drawn on the host: for tests to which it does not matter how training starts."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +11,7 @@ TABLES = ("embed", "position_embedding", "special_in", "special_out", "q_init", 
 
 
 def params(vlm: VLM, seed: int = 0) -> dict:
-    """As `vlm.fresh` gives, in about the same sizes, without a program that is compiled to draw them."""
+    """Parameters like those of `vlm.fresh`, in about the same sizes; no program is compiled to draw them."""
     rng = np.random.default_rng(seed)
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -24,3 +25,14 @@ def params(vlm: VLM, seed: int = 0) -> dict:
         return rng.normal(0, 0.02 if name in TABLES else 0.08, shape)
 
     return unflatten({path: jnp.asarray(draw(path, x.shape), x.dtype) for path, x in flatten(vlm.abstract()).items()})
+
+
+def random_params(vlm: VLM, seed: int = 0) -> dict:
+    """Parameters of standard deviation 0.1, gates and biases too, as arrays of the host; scales of norms are 1."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+        values = np.ones(x.shape) if path[-1].key == "scale" else rng.normal(0, 0.1, x.shape)
+        return values.astype(x.dtype)
+
+    return jax.tree.map_with_path(leaf, vlm.abstract())

@@ -18,7 +18,7 @@ def extended(vlm, params, state, tokens_BT, counts_B, latents_BND=None, latent_c
 
 
 def embeddings(vlm, params, batch):
-    """What goes into the decoder where a batch is read."""
+    """The rows that go into the decoder where a batch is read."""
     modules, visual = vlm._merge(params), vlm.see(params, batch.views)
     latents = None if batch.text.formation is None else vlm._formed(modules, batch.text, visual, None)
     return vlm._spliced(modules, batch.text, visual, latents)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kernels_pallas.rotary import rotate
-from tests import parameters
+from tests.drawn import random_params
 from vlmem_jax.demo import attention
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.families import resolve
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     vlm = VLM(resolve({"preset": "digits"}))
-    params = parameters.random(vlm)
+    params = random_params(vlm)
     blocks = params["memory"]["blocks"]
     blocks["attn_gate"][:], blocks["mlp_gate"][:] = 0.4, -0.3
     params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))

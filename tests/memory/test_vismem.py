@@ -469,7 +469,7 @@ def seeing(vlm, params):
 
 
 def patches(model, params, batch):
-    """Those that short memories are formed from, and their rotations."""
+    """The patches that short memories are formed from, and their rotations."""
     c, vision = model.config.vision, model._merge(params).vision
     pixels = normalise(batch.views.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
     kept_BND = vision.keeping(pixels, batch.views.layout_BI4, model.config.vismem.vision_layer, "none")[1]

@@ -111,7 +111,7 @@ def test_a_mesh_gives_the_same_numbers(vlm, params, logits, samples):
 
 @pytest.mark.parametrize("vlm", ["none"], indirect=True)
 def test_recomputation_changes_no_gradient(vlm, params, samples):
-    """Of the tower that sees patches and of the decoder alone; `test_vlm` has the other tower, and a memory."""
+    """Gradients of the tower that sees patches stay as they were; `test_vlm` has the other tower, and a memory."""
     batch = packed(vlm, samples)
 
     def gradient(policy):

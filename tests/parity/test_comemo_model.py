@@ -25,7 +25,7 @@ EXACTER = dict(atol=2e-5, rtol=1e-4)
 
 
 POSITIONS = "length", "continue"
-"""Of generated tokens as memory queries."""
+"""The ways to place generated tokens as memory queries."""
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def traced(model):
 
 @functools.cache
 def compiled(vlm):
-    """What decoding is made of: to extend rows, to form memories, and queries."""
+    """The compiled parts of decoding: to extend rows, to form memories, and to build queries."""
     builder = jax.jit(lambda params, *x: vlm._merge(params).memory.query_builder(*x))
     return jax.jit(functools.partial(extended, vlm)), jax.jit(vlm.form, static_argnums=4), builder
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import parameters
+from tests.drawn import random_params
 from tests.patches_world import sample
 from vlmem_jax.data import DataConfig
 from vlmem_jax.families import resolve
@@ -34,7 +34,7 @@ def model(former):
 
 def with_calls(vlm):
     """Adapters have an effect; latent tokens and embeddings are of one size; calls are likely."""
-    params = parameters.random(vlm)
+    params = random_params(vlm)
     params["decoder"]["embed"] *= 6
     params["decoder"]["norm"]["scale"] *= 0.1
     memory = params["memory"]

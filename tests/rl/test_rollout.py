@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import parameters, patches_world
+from tests import patches_world
+from tests.drawn import random_params
 from vlmem_jax.data import DataConfig
 from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, SamplingConfig
@@ -50,7 +51,7 @@ def drawn(request):
         vlm = VLM(resolve({"preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}}))
         grids = [[PatchGrid(1, 2, 3)], [], [PatchGrid(2, 2, 2, 1.0)]]
         prompts = [patches_world.sample(vlm, shown, 9 + 3 * n, n) for n, shown in enumerate(grids)]
-    params = parameters.random(vlm)
+    params = random_params(vlm)
     for gate in ("attn_gate", "mlp_gate") if vlm.config.memory == "comemo" else ():
         params["memory"]["blocks"][gate] += 0.7
     params = jax.device_put(params)

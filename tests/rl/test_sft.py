@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import parameters
+from tests.drawn import random_params
 from tests.rl import memory_world
 from tests.rl.memory_world import FORMATION
 from tests.train import world
@@ -64,7 +64,7 @@ def mesh(one_mesh, monkeypatch):
 def params(make, one_mesh):
     """Adapters have an effect, and latent tokens and embeddings are of one size; they lie where those of a run do."""
     model = VLM(make().model)
-    params = parameters.random(model)
+    params = random_params(model)
     params["decoder"]["embed"] *= 6
     for kind in ("short", "long"):
         for adapter in params["memory"][kind]["lora"].values():

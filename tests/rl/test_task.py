@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import parameters
+from tests.drawn import random_params
 from tests.rl import world
 from tests.train import world as supervised
 from vlmem_jax import rl
@@ -57,10 +57,10 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def params(folder, mesh):
-    """Of the model that compiles fast, where a run has its own."""
+    """The parameters of the model that compiles fast, laid out where a run has its own."""
     model = VLM(experiment(override(world.config(folder), SMALL)).model)
     places = sharding.param_shardings(mesh, model.abstract(), model.axes())
-    return jax.device_put(parameters.random(model), places)
+    return jax.device_put(random_params(model), places)
 
 
 def make_task(settings, mesh, workdir="."):
