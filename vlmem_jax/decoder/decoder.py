@@ -45,7 +45,7 @@ class DecoderConfig:
     rope_sections: tuple[int, ...] = ()
     """M-RoPE: pairs of a head that turn by a token's time, row and column; none: one position a token."""
     rope_interleaved: bool = False
-    """Whether the three take turns over the pairs, or follow each other."""
+    """Whether the three sections take turns over the pairs; if not, each follows the one before it."""
     qkv_bias: bool = False
     qk_norm: bool = False
     """RMSNorm of each head's query and key before they turn."""
@@ -96,7 +96,7 @@ class Tap:
     layers: tuple[int, ...]
     """Numbers of the layers, rising."""
     xs: Any
-    """What it has of its own at each of them, stacked."""
+    """Arrays of the tap for each of these layers, stacked."""
     apply: Callable[[Any, jax.Array], jax.Array]
     after: bool = False
     every: int = 1
@@ -282,7 +282,7 @@ class Decoder(nnx.Module):
 
 
 def _at(tap: Tap, layers: range) -> Any:
-    """What a tap has of its own at these layers."""
+    """The arrays of a tap for these layers."""
     index = [tap.layers.index(layer) for layer in layers]
     step = index[1] - index[0] if len(index) > 1 else 1
     return jax.tree.map(lambda leaf: leaf[index[0] : index[-1] + 1 : step], tap.xs)

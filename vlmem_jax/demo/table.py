@@ -8,7 +8,7 @@ from vlmem_jax.demo.config import Recipe
 
 
 class Demo(NamedTuple):
-    """What `vlmem demo` runs."""
+    """One demo that `vlmem demo` runs."""
 
     about: str
     run: Callable[..., Any]
@@ -17,7 +17,7 @@ class Demo(NamedTuple):
     """`closing_words(summary, workdir)`."""
     recipe: Any
     folder: str
-    """Where it works by default."""
+    """The folder that it works in by default."""
     more: str
     """What --compare adds."""
 

@@ -31,7 +31,7 @@ from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
 from vlmem_jax.runtime.compiler import once
 from vlmem_jax.runtime.sharding import constrain, lay_out
-from vlmem_jax.trees import flatten, unflatten
+from vlmem_jax.trees import State, flatten, unflatten
 from vlmem_jax.types import Batch, DecodeState, FormationInputs, KVCache, Patches, Text, TileShape, Views, VisualTokens
 from vlmem_jax.vision import TOWERS, normalise
 
@@ -395,7 +395,7 @@ class VLM:
     def _taps(
         self,
         modules: _Modules,
-        seen: Any,
+        seen: VisualTokens | State | None,
         visual: VisualTokens | None,
         positions_BT: Array,
         segments_BT: Int32[Array, "B T"],
