@@ -56,15 +56,15 @@ from vlmem_jax.vision import VisionConfig
 
 def deep(layers: int) -> dict:
     """Many layers of tiny width: all that is left to measure is what does not depend on width."""
-    return {"preset": "tiny", "decoder": {"layers": layers}, "comemo": {"every": 4}}
+    return {"preset": "tiny", "decoder": {"layers": layers}, "memory": {"kind": "comemo", "every": 4}}
 
 
 def wide(layers: int, width: int = 256, **changes) -> dict:
     """A model whose time goes into matrix products."""
     heads, mlp_width = width // 64, 4 * width
     decoder = dict(layers=layers, width=width, heads=heads, kv_heads=heads // 2, head_dim=64, mlp_width=mlp_width)
-    comemo = dict(every=4, heads=heads, head_dim=64, mlp_width=mlp_width)
-    return {"preset": "tiny", "decoder": decoder, "comemo": comemo, **changes}
+    comemo = dict(kind="comemo", every=4, heads=heads, head_dim=64, mlp_width=mlp_width)
+    return {"preset": "tiny", "decoder": decoder, "memory": comemo, **changes}
 
 
 def make(config: dict) -> tuple[VLM, dict]:
@@ -250,7 +250,7 @@ def pipeline(count=16, steps=16, runs=RUNS) -> list[Row]:
         folder = Path(name)
         written = write_jpegs(folder, [(640, 480)] * count)
         config = DataConfig(train=written.train, pack_tokens=3584, pack_tiles=13)
-        processor = TileProcessor(Tokenizer.load(folder / "tokenizer"), image, tokens_per_side=16)
+        processor = TileProcessor(Tokenizer.load(folder / "tokenizer"), image, vision.geometry)
         plan = Plan.train(config, processor, seed=0)
         data = TrainData(plan, steps)
 
@@ -270,8 +270,8 @@ def pipeline(count=16, steps=16, runs=RUNS) -> list[Row]:
 
 def normalised_tiles(path: Path, config: ImageConfig, vision: VisionConfig) -> np.ndarray:
     """The usual way: decode, resize, crop each tile, and normalise it to channels-first fp32."""
-    picture, size = open_image(path), config.size
-    cols, rows = tile_grid(*picture.size, config)
+    picture, size = open_image(path), vision.image_size
+    cols, rows = tile_grid(*picture.size, size, config)
     resized = picture.resize((cols * size, rows * size), Image.Resampling.BICUBIC)
     corners = itertools.product(range(rows), range(cols))
     tiles = [resized.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r, c in corners]
@@ -302,7 +302,7 @@ def recompilations(count=64, longest=400, training=200, generations=50, lengths=
     with tempfile.TemporaryDirectory() as name, compilations() as seen:
         folder, warm, steps = Path(name), 5, 5 + training
         data = write_jpegs(folder, sizes)
-        image = {"size": 28, "max_tiles": 12}
+        image = {"max_tiles": 12}
         settings = {
             "model": {"preset": "tiny"},
             "image": image,
@@ -382,7 +382,7 @@ def image_sizes(shortest=64, longest=256, count=50) -> list[Row]:
 
 def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, runs=RUNS) -> list[Row]:
     """A phase of GRPO whose prompts are read once for a group, against reading them for each answer."""
-    vlm, params = make(wide(layers, width, memory="none"))
+    vlm, params = make(wide(layers, width, memory=None))
     batch = packed_batch(vlm, count, tokens, 8)
     prompts = [
         Sample(
@@ -428,8 +428,8 @@ def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, ru
 def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> list[Row]:
     """A memory formed and inserted, against decoding as many tokens, by what either takes of FLOPs."""
     decoder = wide(layers, width)["decoder"] | {"rope_sections": (8, 12, 12)}
-    vismem = dict(short_len=8, long_len=16, query_len=8, max_prompt_hidden=states, max_positions=1024)
-    vlm, params = make({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": decoder, "vismem": vismem})
+    vismem = dict(kind="vismem", short_len=8, long_len=16, query_len=8, max_prompt_hidden=states, max_positions=1024)
+    vlm, params = make({"preset": "tiny_qwen2_5_vl", "memory": vismem, "decoder": decoder})
     speech = vlm.speech
     empty = Batch.empty((rows,), tokens, 0, vlm.tile)
     index = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], (rows, tokens, 3))

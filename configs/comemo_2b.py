@@ -14,7 +14,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
             # a chat model of the InternVL family in the Hugging Face layout: start of training and tokenizer
             init="checkpoints/InternVL2-2B",
             tokenizer="checkpoints/InternVL2-2B",
-            image=dict(size=448, max_tiles=12, dhr_map="code" if profile == "released" else "raster"),
+            image=dict(max_tiles=12, dhr_map="code" if profile == "released" else "raster"),
             data=dict(
                 # JSONL in the InternVL/LLaVA form; add as many files as you have, each with a weight
                 train=[dict(path="data/train.jsonl", root="data/images", weight=1.0)],

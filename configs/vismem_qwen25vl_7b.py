@@ -23,12 +23,11 @@ ROLLOUTS = dict(prompts=8, group_size=16, max_new_tokens=512)
 
 WARMUP = dict(
     name="warmup",
-    task="memory_sft",
+    task=dict(kind="memory_sft", prompts=1),
     steps=1000,
     learning_rate=2e-4,
     warmup_fraction=0.0,
     trainable=FORMATION,
-    rl=dict(prompts=1),
 )
 """The released code's first stage, supervised; it does not train adapters and long memories, this does."""
 
@@ -41,12 +40,10 @@ def get_config(profile: str | None = None) -> ConfigDict:
     warmup = [WARMUP] if profile == "released" else []
     return ConfigDict(
         dict(
-            model=dict(preset="qwen2_5_vl_7b", memory="vismem", vismem=PROFILES[profile], remat="full"),
+            model=dict(preset="qwen2_5_vl_7b", memory=dict(kind="vismem", **PROFILES[profile]), remat="full"),
             # a Qwen2.5-VL-7B-Instruct in the Hugging Face layout: start of training and tokenizer
             init="checkpoints/Qwen2.5-VL-7B-Instruct",
             tokenizer="checkpoints/Qwen2.5-VL-7B-Instruct",
-            template="qwen2-vl",
-            image=dict(kind="patches"),
             # prompts with answers; rows of a step beside each other, what its trajectories fill
             data=dict(train=[dict(path="data/train.jsonl", root="data/images")], rows=8, pack_tiles=4096),
             optimizer=dict(name="adamw", weight_decay=0.01),
@@ -54,13 +51,13 @@ def get_config(profile: str | None = None) -> ConfigDict:
                 *warmup,
                 dict(
                     name="formation",
-                    task="grpo",
                     steps=1000,
                     learning_rate=5e-5,
                     schedule="cosine",
                     warmup_fraction=0.2,
                     trainable=FORMATION,
-                    rl=dict(
+                    task=dict(
+                        kind="grpo",
                         kl=0.015,
                         kl_target=0.03,
                         invocation=dict(mode="delimiter_random", probability=0.25, anywhere=0.02),
@@ -69,13 +66,12 @@ def get_config(profile: str | None = None) -> ConfigDict:
                 ),
                 dict(
                     name="invocation",
-                    task="grpo",
                     steps=1000,
                     learning_rate=1e-5,
                     schedule="cosine",
                     warmup_fraction=0.1,
                     trainable=INVOCATION,
-                    rl=dict(kl=0.03, kl_target=0.05, invocation_penalty=0.3, **ROLLOUTS),
+                    task=dict(kind="grpo", kl=0.03, kl_target=0.05, invocation_penalty=0.3, **ROLLOUTS),
                     optimizer=dict(name="adamw", weight_decay=0.0),
                 ),
             ],

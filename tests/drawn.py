@@ -21,7 +21,7 @@ def params(vlm: VLM, seed: int = 0) -> dict:
         if name in ("bias", "attn_gate", "mlp_gate", "b"):
             return np.zeros(shape)
         if name == "invoke_logit_bias":
-            return np.full(shape, vlm.config.vismem.invoke_bias)
+            return np.full(shape, vlm.config.memory.invoke_bias)
         return rng.normal(0, 0.02 if name in TABLES else 0.08, shape)
 
     return unflatten({path: jnp.asarray(draw(path, x.shape), x.dtype) for path, x in flatten(vlm.abstract()).items()})

@@ -6,6 +6,7 @@ import pytest
 
 from vlmem_jax.config import load, override
 from vlmem_jax.models import VLM
+from vlmem_jax.processing import PatchConfig
 from vlmem_jax.rl import TASKS
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import Split
@@ -20,11 +21,11 @@ SPECS += [f"vismem_qwen25vl_7b.py:{profile}" for profile in ("paper_supplement",
 @pytest.mark.parametrize("spec", SPECS)
 def test_configs_build(spec):
     built = experiment(load(str(CONFIGS / spec)))
-    if built.image.kind == "patches":
+    if isinstance(built.image, PatchConfig):
         assert (built.model.vision.kind, built.template) == ("qwen_vit", "qwen2-vl")
     else:
         assert built.image.dhr_map == ("code" if spec.endswith(":released") else "raster")
-        assert built.image.size == built.model.vision.image_size
+        assert (built.model.vision.kind, built.template) == ("intern_vit", "internlm2-chat")
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if ":" not in spec and "comemo" in spec])
@@ -40,8 +41,8 @@ def test_stages_train_what_the_paper_trains(spec):
 
 def test_profiles_of_the_smallest_qwen():
     plain, comemo = (experiment(load(str(CONFIGS / "tiny" / f"qwen2_5_vl.py{end}"))) for end in ("", ":comemo"))
-    assert (plain.model.memory, [stage.name for stage in plain.stages]) == ("none", ["finetune"])
-    assert (comemo.model.memory, [stage.name for stage in comemo.stages]) == ("comemo", ["pretrain", "finetune"])
+    assert (plain.model.memory_kind, [stage.name for stage in plain.stages]) == ("none", ["finetune"])
+    assert (comemo.model.memory_kind, [stage.name for stage in comemo.stages]) == ("comemo", ["pretrain", "finetune"])
     paths = list(flatten(VLM(comemo.model).abstract()))
     assert all(path.startswith(("projector/", "memory/")) for path in Split.of(comemo.stages[0], paths).trainable)
 
@@ -54,7 +55,7 @@ def test_profiles_of_vismem():
         (":released", (8, 16), 315_750_400, 10_092_544),
     ):
         built = experiment(load(str(CONFIGS / f"vismem_qwen25vl_7b.py{end}")))
-        assert built.model.vismem.lengths == lengths
+        assert built.model.memory.lengths == lengths
         sizes = {path: leaf.size for path, leaf in flatten(VLM(built.model).abstract()).items()}
         for part, size in (("query_builder/", builder), ("short/lora/", adapter), ("long/lora/", adapter)):
             assert sum(n for path, n in sizes.items() if path.startswith(f"memory/{part}")) == size
@@ -63,12 +64,12 @@ def test_profiles_of_vismem():
         assert ("warmup" in trained) == (end == ":released")
         assert trained.get("warmup", trained["formation"]) == trained["formation"]
         for stage in built.stages:
-            TASKS[stage.task].check(built, stage)
+            TASKS[stage.task_kind].check(built, stage)
 
 
 def test_the_last_layers_of_the_tower_may_form_short_memories():
     """Four slots a latent token, two adapters of rank 16 in each of 8 layers, a map of queries, and nothing else."""
-    built = experiment(override(load(str(CONFIGS / "vismem_qwen25vl_7b.py")), {"model.vismem.former": "lora_vision"}))
+    built = experiment(override(load(str(CONFIGS / "vismem_qwen25vl_7b.py")), {"model.memory.former": "lora_vision"}))
     shapes = flatten(VLM(built.model).abstract()["memory"]["short"])
     assert (shapes.pop("m_init").shape, shapes.pop("query/kernel").shape) == ((32, 1280), (3584, 1280))
     assert sum(leaf.size for leaf in shapes.values()) == 8 * 2 * 2 * 1280 * 16
@@ -78,5 +79,5 @@ def test_keys_change_from_the_command_line():
     config = load(str(CONFIGS / "comemo_9b.py"))
     changes = {"model.memory": "none", "stages.finetune.steps": "7", "data.train.0.path": "mine.jsonl"}
     built = experiment(override(config, changes))
-    assert built.model.memory == "none" and built.stages[2].steps == 7 and built.data.train[0].path == "mine.jsonl"
+    assert built.model.memory is None and built.stages[2].steps == 7 and built.data.train[0].path == "mine.jsonl"
     assert built.model.decoder.width == 4096

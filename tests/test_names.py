@@ -25,8 +25,7 @@ def hits(pattern: str, allowed: tuple[str, ...]) -> list[str]:
 
 
 def test_memories_are_named_where_they_are_kept():
-    # models/config.py still has a group of keys a memory
-    allowed = ("memory/", "families/", "agent/", "demo/", "rl/plays/", "models/config.py")
+    allowed = ("memory/", "families/", "agent/", "demo/", "rl/plays/")
     assert hits("comemo|vismem|vlm2|mm_mem", allowed) == []
 
 

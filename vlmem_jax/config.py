@@ -46,8 +46,8 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """A copy of `config` with dotted keys replaced, such as `{"stages.pretrain.steps": "30"}`.
 
     Text is read as a Python literal (or true, false), and stays text where it is none. A list element goes by its
-    index, or by its `name` in a list of groups. Keys that are not there yet are made: `build` knows which are valid.
-    Raises ConfigError for a path through something that is not a group or a list.
+    index, or by its `name` in a list of groups. Keys that are not there yet are made, and a name on the way is a group
+    of that `kind`: `build` knows which are valid. Raises ConfigError for a path through anything else.
     """
     config = copy.deepcopy(config)
     with config.unlocked():
@@ -60,13 +60,16 @@ def build(cls: type[T], config: Any, where: str = "config") -> T:
     """Frozen dataclass `cls` from a ConfigDict or dict, nested dataclasses included.
 
     Raises ConfigError, naming the full key below `where`, for an unknown or missing key, a wrong type, and for what
-    the `__post_init__` of a dataclass refuses.
+    the `__post_init__` of a dataclass refuses. A class attribute `moved` says of keys that there were what became of
+    them.
     """
     group = _group(config)
     if group is None:
         raise ConfigError(f"{where} must be a group of keys; got {_show(config)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in group:
+        if key in getattr(cls, "moved", {}):
+            raise ConfigError(f"{where}.{key} is no key any more: {cls.moved[key]}")
         if key not in fields:
             raise ConfigError(f"unknown key {where}.{key}; {_nearest(str(key), fields, prefix=f'{where}.')}")
     for name, field in fields.items():
@@ -86,9 +89,11 @@ def build(cls: type[T], config: Any, where: str = "config") -> T:
 def build_kind(kinds: Sequence[type[T]], config: Any, where: str = "config") -> T:
     """`build` of the dataclass whose default `kind` is that of `config`, or of the first where it names none.
 
-    Raises ConfigError for an unknown kind, and what `build` raises.
+    The name of a kind stands for a group that says no more. Raises ConfigError for an unknown kind, and what `build`
+    raises.
     """
     named = {cls.kind: cls for cls in kinds}
+    config = {"kind": config} if isinstance(config, str) else config
     kind = (_group(config) or {}).get("kind", kinds[0].kind)
     if kind not in named:
         raise ConfigError(f"{where}.kind must be one of {', '.join(named)}; got {_show(kind)}")
@@ -124,6 +129,8 @@ def _set(node: Any, keys: list[str], value: Any, where: str) -> None:
     if rest:
         if child is None:
             child = ConfigDict()
+        elif isinstance(child, str):
+            child = ConfigDict({"kind": child})
         elif isinstance(child, tuple):
             child = [copy.deepcopy(item) for item in child]
         elif not isinstance(child, list) and _group(child) is None:

@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
             model=dict(preset="digits", memory="comemo"),
             tokenizer="runs/demo/dataset/tokenizer",
             system="",
-            image=dict(size=32, dhr_map="raster"),
+            image=dict(dhr_map="raster"),
             data=dict(
                 train=[dict(path="runs/demo/dataset/mixture.jsonl")],
                 eval=[dict(path="runs/demo/dataset/heldout.jsonl")],

@@ -12,12 +12,11 @@ def get_config(profile: str | None = None) -> ConfigDict:
         stages.insert(0, dict(name="pretrain", steps=20, learning_rate=3e-3, trainable=("projector/", "memory/")))
     return ConfigDict(
         dict(
-            model=dict(preset="tiny_qwen2_5_vl", memory=profile or "none"),
+            model=dict(preset="tiny_qwen2_5_vl", memory=profile),
             tokenizer="runs/demo/dataset/tokenizer",
-            template="qwen2-vl",
             system="",
             # a token for each 8 x 8 pixels
-            image=dict(kind="patches", min_pixels=256, max_pixels=4096),
+            image=dict(min_pixels=256, max_pixels=4096),
             data=dict(
                 train=[dict(path="runs/demo/dataset/mixture.jsonl")],
                 eval=[dict(path="runs/demo/dataset/heldout.jsonl")],

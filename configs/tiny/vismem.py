@@ -15,11 +15,10 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             # the ids that the dataset's tokenizer gives to the memory's tokens and to a pause
-            model=dict(preset="tiny_qwen2_5_vl", memory="vismem", vismem=dict(token_ids=(78, 79, 80, 81), start_id=77)),
+            model=dict(preset="tiny_qwen2_5_vl", memory=dict(kind="vismem", token_ids=(78, 79, 80, 81), start_id=77)),
             tokenizer=f"{DATASET}/tokenizer",
-            template="qwen2-vl",
             system="",
-            image=dict(kind="patches", min_pixels=256, max_pixels=4096),
+            image=dict(min_pixels=256, max_pixels=4096),
             data=_data("prompts"),
             optimizer=dict(name="adamw", weight_decay=0.0),
             stages=[
@@ -33,19 +32,19 @@ def get_config() -> ConfigDict:
                 ),
                 dict(
                     name="formation",
-                    task="grpo",
                     steps=20,
                     learning_rate=1e-3,
                     trainable=FORMATION,
-                    rl=dict(invocation=dict(mode="delimiter_random", anywhere=0.02), kl=0.015, **ROLLOUTS),
+                    task=dict(
+                        kind="grpo", invocation=dict(mode="delimiter_random", anywhere=0.02), kl=0.015, **ROLLOUTS
+                    ),
                 ),
                 dict(
                     name="invocation",
-                    task="grpo",
                     steps=20,
                     learning_rate=1e-3,
                     trainable=("memory/special_", "memory/invoke_logit_bias"),
-                    rl=dict(invocation_penalty=0.3, kl=0.03, **ROLLOUTS),
+                    task=dict(kind="grpo", invocation_penalty=0.3, kl=0.03, **ROLLOUTS),
                 ),
             ],
             mesh=dict(data=-1, fsdp=1),

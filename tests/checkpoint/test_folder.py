@@ -9,7 +9,7 @@ from vlmem_jax.checkpoint import find, folder, load_params, save_params
 
 @pytest.fixture
 def workdir(tmp_path):
-    (tmp_path / "model.json").write_text(json.dumps({"model": {"memory": "none"}}))
+    (tmp_path / "model.json").write_text(json.dumps({"model": {"memory": None}}))
     (tmp_path / "config.json").write_text(json.dumps({"stages": [{"name": "b"}, {"name": "a"}, {"name": "later"}]}))
     for step in ("b/10", "a/5", "a/20"):
         (tmp_path / step / "params").mkdir(parents=True)
@@ -34,7 +34,7 @@ def test_a_converted_checkpoint_has_its_step_at_the_top(tmp_path):
 
 
 def test_model_json_is_read(workdir):
-    assert find(workdir / "b").model == {"model": {"memory": "none"}}
+    assert find(workdir / "b").model == {"model": {"memory": None}}
 
 
 def test_says_what_is_missing(tmp_path, workdir):

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.tpu_aot
 
 COMEMO = ("--config", "configs/tiny/comemo.py", "--topology", "v5e:2x2")
 # two layers, and an optimizer of few operations, to be quick
-COMEMO += ("--config.model.decoder.layers=2", "--config.model.comemo.every=1", "--config.optimizer.name=adamw")
+COMEMO += ("--config.model.decoder.layers=2", "--config.model.memory.every=1", "--config.optimizer.name=adamw")
 VISMEM = ("--config", "configs/tiny/vismem.py", "--topology", "v5e:2x2")
 ONE_ROW = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 

@@ -17,10 +17,10 @@ from vlmem_jax.models import VLM
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A workdir as training leaves it, without memory blocks."""
-    model = families.resolve({"preset": "tiny", "memory": "none"})
+    model = families.resolve({"preset": "tiny", "memory": None})
     folder = tmp_path_factory.mktemp("run")
     save_params(folder / "finetune" / "5", VLM(model).fresh(jax.random.key(0)))
-    about = {"model": to_dict(model), "image": {"size": 28}, "template": "internlm2-chat", "system": None}
+    about = {"model": to_dict(model), "image": {}, "system": None}
     (folder / "model.json").write_text(json.dumps(about))
     (folder / "config.json").write_text('{"stages": [{"name": "finetune"}]}')
     return folder
@@ -44,12 +44,12 @@ def test_export_options(run_folder, tmp_path):
 
 def test_keys_on_the_line_add_memory_blocks(run_folder, tmp_path, capsys):
     main(["convert", str(run_folder), str(tmp_path / "hf")])
-    keys = {"memory": "comemo", "comemo.every": 2, "comemo.heads": 2, "comemo.head_dim": 16, "comemo.mlp_width": 40}
+    keys = {"memory": "comemo", "memory.every": 2, "memory.heads": 2, "memory.head_dim": 16, "memory.mlp_width": 40}
     line = [f"--config.model.{key}={value}" for key, value in keys.items()]
     assert main(["convert", *line, str(tmp_path / "hf"), str(tmp_path / "ours"), "--seed=3"]) == 0
     assert "newly initialised: memory/blocks/attn" in capsys.readouterr().out
     model = json.loads((tmp_path / "ours" / "model.json").read_text())["model"]
-    assert model["memory"] == "comemo" and model["comemo"]["mlp_width"] == 40
+    assert (model["memory"]["kind"], model["memory"]["mlp_width"]) == ("comemo", 40)
 
 
 def test_an_experiment_says_what_to_make(run_folder, tmp_path):
@@ -57,7 +57,7 @@ def test_an_experiment_says_what_to_make(run_folder, tmp_path):
     text = """
     from ml_collections import ConfigDict
     def get_config():
-        return ConfigDict({"model": {"preset": "tiny", "memory": "comemo"}, "image": {"size": 28, "max_tiles": 5}})
+        return ConfigDict({"model": {"preset": "tiny", "memory": "comemo"}, "image": {"max_tiles": 5}})
     """
     (tmp_path / "experiment.py").write_text("\n".join(line[4:] for line in text.splitlines()))
     config = f"--config={tmp_path / 'experiment.py'}"

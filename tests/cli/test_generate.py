@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
     for gate in ("attn_gate", "mlp_gate"):
         params["memory"]["blocks"][gate] = jnp.full_like(params["memory"]["blocks"][gate], 0.7)
     save_params(folder / "0", params)
-    described = {"model": to_dict(vlm.config), "image": dict(config.image), "template": "internlm2-chat", "system": ""}
+    described = {"model": to_dict(vlm.config), "image": dict(config.image), "system": ""}
     (folder / "model.json").write_text(json.dumps(described))
     return folder
 

@@ -43,7 +43,7 @@ def finished(folder):
 def test_a_workdir_holds_all_that_inference_needs(finished):
     _, workdir = finished
     assert find(workdir).step_folder == workdir / "second" / "2"
-    assert find(workdir).model.keys() == {"model", "image", "template", "system"}
+    assert find(workdir).model.keys() == {"model", "image", "system"}
     assert (find(workdir).tokenizer / "tokenizer.json").is_file()
     assert list(world.losses(workdir)) == [("first", 1), ("first", 2), ("second", 1), ("second", 2)]
     assert any((workdir / "tensorboard").iterdir())
@@ -132,7 +132,7 @@ def test_a_workdir_is_not_made_of_a_converted_checkpoint(finished, tmp_path, cap
 def test_a_checkpoint_of_another_model_lists_what_differs(finished, folder, capsys):
     file, workdir = finished
     line = ["--config", file, "--workdir", folder / "other", f"--config.init={workdir}"]
-    text = error_of(capsys, *line, "--config.model.comemo.mlp_width=64")
+    text = error_of(capsys, *line, "--config.model.memory.mlp_width=64")
     assert "memory/blocks/mlp/gate/kernel: (1, 16, 32) in the checkpoint, (1, 16, 64) in the model" in text
     assert "3 arrays differ" in text
 

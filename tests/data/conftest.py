@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from vlmem_jax.data import DataConfig, SourceConfig
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer
+from vlmem_jax.types import TileGeometry
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 
@@ -22,7 +23,7 @@ def processor(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return TileProcessor(Tokenizer.load(folder), ImageConfig(size=8, max_tiles=4), tokens_per_side=2, system="s")
+    return TileProcessor(Tokenizer.load(folder), ImageConfig(max_tiles=4), TileGeometry(8, 2), system="s")
 
 
 class Folder:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from vlmem_jax.data import DataConfig, Plan, SourceConfig
 from vlmem_jax.data.plan import draws, pack
 from vlmem_jax.processing import TileProcessor
+from vlmem_jax.types import TileGeometry
 
 MAX_TOKENS, MAX_TILES = 64, 6
 sizes = st.lists(st.tuples(st.integers(1, MAX_TOKENS), st.integers(0, MAX_TILES)), max_size=60)
@@ -157,7 +158,7 @@ def bad_lines(folder):
 def strict_processor(processor):
     """A processor that refuses images of more than 50,000 pixels."""
     image = dataclasses.replace(processor.image, max_pixels=50_000)
-    return TileProcessor(processor.tokenizer, image, processor.tokens_per_side, system="s")
+    return TileProcessor(processor.tokenizer, image, TileGeometry(8, 2), system="s")
 
 
 def test_a_bad_sample_stops_the_plan_with_file_line_and_knob(folder, strict_processor):

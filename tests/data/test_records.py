@@ -12,6 +12,7 @@ from vlmem_jax.data import EvalData, Plan, SourceConfig, TrainData, store
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import PackedLines, pack
 from vlmem_jax.processing import TileProcessor
+from vlmem_jax.types import TileGeometry
 
 
 def packed(folder, lines, name="data.array_record", **options):
@@ -115,7 +116,9 @@ def test_files_are_not_written_over(folder):
 
 def test_too_large_an_image_names_the_knob(folder, processor):
     source = packed(folder, [folder.talk(), folder.talk(image=folder.image("big.png", 300, 30))])
-    small = TileProcessor(processor.tokenizer, dataclasses.replace(processor.image, max_pixels=5000), 2, system="s")
+    small = TileProcessor(
+        processor.tokenizer, dataclasses.replace(processor.image, max_pixels=5000), TileGeometry(8, 2), system="s"
+    )
     with pytest.raises(
         ValueError, match=r"big.png has 300x30 .* image.max_pixels .*data.array_record:2 \(.*packed.jsonl:2"
     ):

@@ -10,6 +10,7 @@ from tests.data.test_plan import mixed_lines
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, store
 from vlmem_jax.data.samples import Samples
 from vlmem_jax.processing import TileProcessor
+from vlmem_jax.types import TileGeometry
 
 
 def rows(plan):
@@ -86,7 +87,9 @@ def test_another_config_is_another_plan_and_both_stay(folder, processor):
         again, line = kept(folder, settings, processor, 9)
         assert "is that of" in line and rows(again) == rows(plan)
     image = dataclasses.replace(processor.image, max_tiles=2)
-    assert "none" in kept(folder, config, TileProcessor(processor.tokenizer, image, 2, system="s"), 9)[1]
+    assert (
+        "none" in kept(folder, config, TileProcessor(processor.tokenizer, image, TileGeometry(8, 2), system="s"), 9)[1]
+    )
     assert "none" in kept(folder, config, processor, 9, seed=1)[1]
     how = dataclasses.replace(config, threads=1, prefetch=7, rows=3, loss_weight="token", jpeg_augment=True)
     assert "is that of" in kept(folder, how, processor, 9)[1]  # these change no row

@@ -14,15 +14,14 @@ from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData, local_rows
 from vlmem_jax.data.samples import Samples  # noqa: E402
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer  # noqa: E402
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh  # noqa: E402
+from vlmem_jax.types import TileGeometry  # noqa: E402
 
 
 def main(host: int, coordinator: str, path: str, tokenizer: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, num_processes=2, process_id=host)
     jax.config.update("jax_transfer_guard", "disallow")
-    processor = TileProcessor(
-        Tokenizer.load(tokenizer), ImageConfig(size=8, max_tiles=4), tokens_per_side=2, system="s"
-    )
+    processor = TileProcessor(Tokenizer.load(tokenizer), ImageConfig(max_tiles=4), TileGeometry(8, 2), system="s")
     os.chdir(os.path.dirname(path))
     config = DataConfig(
         train=(SourceConfig(os.path.basename(path)),),

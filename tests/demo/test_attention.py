@@ -18,6 +18,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.types import TileGeometry
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def model(tmp_path_factory):
     blocks = params["memory"]["blocks"]
     blocks["attn_gate"][:], blocks["mlp_gate"][:] = 0.4, -0.3
     params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))
-    processor = TileProcessor(Tokenizer.load(folder), ImageConfig(size=32, dhr_map="raster"), 4, "")
+    processor = TileProcessor(Tokenizer.load(folder), ImageConfig(dhr_map="raster"), TileGeometry(32, 4), "")
     return LoadedModel(vlm, params, processor, make_mesh(MeshConfig()))
 
 

@@ -62,7 +62,7 @@ def test_an_answer_comes_back_from_the_tokenizer_with_its_delimiters(processor):
 
 def test_there_is_room_for_the_longest_answer_and_calls_for_memories(processor):
     longest = max(len(processor.tokenizer.encode(ask(kind, DIGITS_RC, "row", 2).answer)) for kind in ("sum", "largest"))
-    calls = resolve({"preset": "digits_qwen2_5_vl"}).vismem.max_invocations
+    calls = resolve({"preset": "digits_qwen2_5_vl", "memory": "vismem"}).memory.max_invocations
     assert longest + 1 + calls <= ANSWER_TOKENS
 
 
@@ -100,7 +100,7 @@ def test_pauses_leave_the_steps_as_they_are():
 
 def test_the_tiny_config_knows_the_tokens_of_the_memory():
     model = load("configs/tiny/vismem.py").model
-    assert (model.vismem.token_ids, model.vismem.start_id) == (token_ids(*MEMORY), *token_ids(PAUSE))
+    assert (model.memory.token_ids, model.memory.start_id) == (token_ids(*MEMORY), *token_ids(PAUSE))
 
 
 def test_the_largest_sum_is_a_token():

@@ -180,7 +180,7 @@ def test_a_metric_of_ones_own_that_raises(folder, model, config, tmp_path):
 
 
 def test_a_model_without_speech_has_no_numbers_of_invocations(config, tmp_path):
-    model = world.model(tmp_path, memory="none")
+    model = world.model(tmp_path, memory=None)
     summary = evaluate(model, config(tmp_path), tmp_path / "out")
     assert summary["samples"] == 5 and "invocation" not in summary
     assert all("memories" not in line for line in world.lines(tmp_path / "out" / "samples.jsonl"))

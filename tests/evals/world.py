@@ -16,7 +16,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.processing import PatchConfig, Tokenizer, make_processor
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
-IMAGE = dict(kind="patches", min_pixels=64, max_pixels=1024)
+IMAGE = dict(min_pixels=64, max_pixels=1024)
 
 
 def model(folder, memory="vismem", seed=1):
@@ -49,7 +49,7 @@ def checkpoint(folder, memory="vismem"):
     """What `vlmem convert` would leave of `model`, in the folder itself."""
     made = model(folder, memory)
     save_params(folder / "0", made.params)
-    described = {"model": to_dict(made.vlm.config), "image": IMAGE, "template": "qwen2-vl", "system": ""}
+    described = {"model": to_dict(made.vlm.config), "image": IMAGE, "system": ""}
     (folder / "model.json").write_text(json.dumps(described))
     return folder
 

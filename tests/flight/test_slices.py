@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 # packs so many that activations are not too small to be flagged
 TINY = ("--config", "configs/tiny/comemo.py", "--packs", "16", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
 # two layers, each with a memory block: they are scanned
-TINY += ("--config.model.decoder.layers=2", "--config.model.comemo.every=1", "--no-code", "--no-remedies")
+TINY += ("--config.model.decoder.layers=2", "--config.model.memory.every=1", "--no-code", "--no-remedies")
 
 
 def check(folder, topology, *words, before=None):

@@ -16,7 +16,7 @@ GREEDY = SamplingConfig(max_new_tokens=6)
 @pytest.fixture(scope="module")
 def plain(vlm, params):
     """The model without its memory, which images may reach late."""
-    model = VLM(dataclasses.replace(vlm.config, memory="none"))
+    model = VLM(dataclasses.replace(vlm.config, memory=None))
     return Generator(model, {name: part for name, part in params.items() if name != "memory"}, stop_ids=[])
 
 

@@ -19,7 +19,7 @@ from vlmem_jax.types import Batch
 
 TINY = {"decoder": {"layers": 2}, "vision": {"layers": 1}}
 MODELS = {
-    "plain": VLM(resolve({"preset": "tiny", "memory": "none", **TINY})),
+    "plain": VLM(resolve({"preset": "tiny", "memory": None, **TINY})),
     "comemo": VLM(resolve({"preset": "tiny", **TINY})),
     "vismem": VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", **TINY, "vision": {"layers": 2}})),
 }
@@ -102,7 +102,7 @@ def test_heads_apart_are_summed_twice_a_layer(name):
     found = [x for x in programs.step() if not (is_read(x) and x.axes == ("data",))]
     assert {x.axes for x in found} == {("tensor",)}
     whole = [x for x in found if math.prod(x.shape) == ROWS // 4 * c.decoder.width]
-    layers = c.decoder.layers + (c.decoder.layers // c.comemo.every if c.memory == "comemo" else 0)
+    layers = c.decoder.layers + (c.decoder.layers // c.memory.every if c.memory_kind == "comemo" else 0)
     assert {x.kind for x in whole} == {"all-reduce"}
     assert sum(x.times for x in whole) == 2 * layers + 1, "after attention and MLP, and of the token's row"
     assert all(math.prod(x.shape) <= 2 * ROWS // 4 for x in found if x not in whole), "what tokens are chosen by"

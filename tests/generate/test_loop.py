@@ -198,7 +198,7 @@ def test_a_step_does_not_copy_the_cache(vlm, params, generator, make_prompt):
 
 
 def test_without_images_the_program_is_that_of_a_plain_model(vlm, params, make_prompt):
-    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    plain = VLM(dataclasses.replace(vlm.config, memory=None))
     batch = jax.tree.map(jnp.asarray, pad_prompts([make_prompt(9, 0)], 1, vlm.tile))
     without_memory = {name: part for name, part in params.items() if name != "memory"}
 

@@ -7,6 +7,7 @@ import threading
 import jax
 
 from vlmem_jax.hub import convert
+from vlmem_jax.memory import CoMemoConfig
 
 
 def anonymous_mb() -> float:
@@ -43,8 +44,8 @@ def main(direction: str, source: str, target: str) -> None:
             convert.export_folder(source, target)
         else:
             found = convert.released(source).model
-            blocks = dataclasses.replace(found.comemo, **BLOCKS)
-            convert.import_folder(source, target, model=dataclasses.replace(found, memory="comemo", comemo=blocks))
+            blocks = CoMemoConfig(**BLOCKS)
+            convert.import_folder(source, target, model=dataclasses.replace(found, memory=blocks))
     print(peak.mb)
 
 

@@ -60,9 +60,8 @@ def assert_same_tensors(ours: Path, theirs: Path):
 
 def with_memory(folder, **comemo):
     """The model of a folder without memory blocks, with some."""
-    return families.resolve(
-        to_dict(released(folder).model) | {"memory": "comemo", "comemo": dict(every=2, heads=2, head_dim=16) | comemo}
-    )
+    blocks = dict(kind="comemo", every=2, heads=2, head_dim=16) | comemo
+    return families.resolve(to_dict(released(folder).model) | {"memory": blocks})
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ def test_wrong_shapes_and_names_are_listed_and_nothing_is_written(hf_folder, tmp
 
 
 def test_a_checkpoint_with_memory_does_not_fit_a_model_without(hf_folder, tmp_path):
-    model = families.resolve(to_dict(released(hf_folder).model) | {"memory": "none"})
+    model = families.resolve(to_dict(released(hf_folder).model) | {"memory": None})
     with pytest.raises(ValueError, match=r"unknown: .*gated_cross_attn_layer.*\(layers 1, 3\)"):
         import_folder(hf_folder, tmp_path / "ours", model=model)
 
@@ -297,7 +296,7 @@ def test_a_disk_that_fails_while_writing(hf_folder, tmp_path, direction):
 def test_memory_follows_the_largest_leaf(tmp_path):
     """At most 1.3 x the largest stacked leaf + 500 MB, mapped files apart, to and fro, fresh blocks and all."""
     sizes = dict(vocab=32003, width=1024, layers=24, heads=8, kv_heads=4, head_dim=128, mlp_width=4096)
-    write_random(tmp_path / "plain", families.resolve(dict(preset="tiny", memory="none", decoder=sizes)))
+    write_random(tmp_path / "plain", families.resolve(dict(preset="tiny", memory=None, decoder=sizes)))
     bound = 1.3 * 24 * 1024 * 4096 * 2 / 2**20 + 500
     assert peak_mb("import", tmp_path / "plain", tmp_path / "ours") <= bound
     assert peak_mb("export", tmp_path / "ours", tmp_path / "back") <= bound
@@ -318,7 +317,7 @@ def write_random(folder: Path, model) -> None:
     for tensor in writer.values():
         tensor.view(np.uint8)[...] = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
     writer.flush()
-    content = write_config(model, ImageConfig(size=model.vision.image_size), "internlm2-chat", "bfloat16")
+    content = write_config(model, ImageConfig(), "bfloat16")
     (folder / "config.json").write_text(json.dumps(content))
 
 

@@ -9,7 +9,7 @@ from vlmem_jax.hub.fit import from_arrays
 
 def test_published_sizes():
     """Number of parameters of the released sizes' language model and tower, from their published configs."""
-    rules = internvl.name_table(families.resolve({"preset": "comemo_2b", "memory": "none"}))
+    rules = internvl.name_table(families.resolve({"preset": "comemo_2b", "memory": None}))
     tensors = {name: rule.shape for rule in rules for name in rule.names}
     assert tensors["language_model.model.layers.23.attention.wqkv.weight"] == (4096, 2048)
     assert tensors["language_model.model.tok_embeddings.weight"] == (92553, 2048)

@@ -234,7 +234,7 @@ def test_chance_calls_as_often_as_it_should(generator, prompts, speech):
 @pytest.fixture(scope="module")
 def plain(vlm, params):
     """The same model without the memory."""
-    without = VLM(dataclasses.replace(vlm.config, memory="none"))
+    without = VLM(dataclasses.replace(vlm.config, memory=None))
     return without, {name: part for name, part in params.items() if name != "memory"}
 
 
@@ -284,8 +284,8 @@ def test_a_checkpoint_of_the_trained_part_gives_the_same_scores(vlm, params, pro
     back = params | load_params(tmp_path / "1", {"memory": shapes})
     logits = jax.jit(vlm.logits)
     np.testing.assert_array_equal(logits(back, batch), logits(params, batch))
-    other = dataclasses.replace(vlm.config.vismem, lora=dataclasses.replace(vlm.config.vismem.lora, rank=8))
-    wider = VLM(dataclasses.replace(vlm.config, vismem=other)).abstract()["memory"]
+    other = dataclasses.replace(vlm.config.memory, lora=dataclasses.replace(vlm.config.memory.lora, rank=8))
+    wider = VLM(dataclasses.replace(vlm.config, memory=other)).abstract()["memory"]
     wider = jax.tree.map(
         lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), wider, params["memory"]
     )
@@ -298,8 +298,8 @@ def test_a_checkpoint_of_the_trained_part_gives_the_same_scores(vlm, params, pro
 @pytest.mark.parametrize("former", ["lora_llm", "tiny_transformer", "lora_vision"])
 def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former):
     """In decoding and in training; parameters and their gradients are fp32."""
-    config = dataclasses.replace(vlm.config.vismem, former=former, vision_layer=1, memory_output="rescaled")
-    model = VLM(dataclasses.replace(vlm.config, vismem=config, compute_dtype="bfloat16"))
+    config = dataclasses.replace(vlm.config.memory, former=former, vision_layer=1, memory_output="rescaled")
+    model = VLM(dataclasses.replace(vlm.config, memory=config, compute_dtype="bfloat16"))
     N, counts = model.speech.slots, jnp.full(ROWS, model.speech.slots)
 
     def everything(params, batch):
@@ -321,8 +321,8 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
 
 def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
     """Once more than there is room for have been said, beside those of both images, of which there are too many."""
-    small = dataclasses.replace(vlm.config.vismem, max_prompt_hidden=5, max_visual_hidden=8)
-    short = VLM(dataclasses.replace(vlm.config, vismem=small))
+    small = dataclasses.replace(vlm.config.memory, max_prompt_hidden=5, max_visual_hidden=8)
+    short = VLM(dataclasses.replace(vlm.config, memory=small))
     generator, prompt = Generator(short, params, stop_ids=[]), prompts[0]
     session = generator.start([prompt], NEW)
     forced = [calls(short.speech, (8, 1))]
@@ -402,7 +402,7 @@ def test_eight_devices_give_the_answers_of_one(answers, vlm, params, prompts, fo
 
 
 def test_the_loss_of_next_tokens_scores_the_tokens_of_the_memory(vlm, params, prompts):
-    calls = vlm.config.vismem.token_ids
+    calls = vlm.config.memory.token_ids
     samples = [
         dataclasses.replace(p, labels_T=np.where(np.arange(len(p.labels_T)) % 3, p.tokens_T, calls[n]))
         for n, p in enumerate(prompts)
@@ -419,8 +419,10 @@ def test_the_loss_of_next_tokens_scores_the_tokens_of_the_memory(vlm, params, pr
 
 def test_it_learns_on_another_family():
     """On InternVL too, whose tokens have one position and whose images are tiles: a step lowers the loss."""
-    own = dataclasses.replace(resolve({"preset": "tiny_qwen2_5_vl"}).vismem, token_ids=(124, 125, 126, 127))
-    model = VLM(dataclasses.replace(resolve({"preset": "tiny", "decoder": {"layers": 2}}), memory="vismem", vismem=own))
+    own = dataclasses.replace(
+        resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem"}).memory, token_ids=(124, 125, 126, 127)
+    )
+    model = VLM(dataclasses.replace(resolve({"preset": "tiny", "decoder": {"layers": 2}}), memory=own))
     rng, T, width = np.random.default_rng(0), 24, model.config.decoder.width
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32), model.abstract())
     empty = Batch.empty((2,), T, 1, model.tile)
@@ -459,8 +461,8 @@ def test_it_learns_on_another_family():
 @pytest.fixture(scope="module")
 def seeing(vlm, params):
     """The model with that former, from the second of three layers on, where frames are more than a window."""
-    config = dataclasses.replace(vlm.config.vismem, former="lora_vision", vision_layer=1)
-    model = VLM(dataclasses.replace(vlm.config, vismem=config))
+    config = dataclasses.replace(vlm.config.memory, former="lora_vision", vision_layer=1)
+    model = VLM(dataclasses.replace(vlm.config, memory=config))
     short = drawn.params(model, 4)["memory"]["short"]
     short["m_init"] *= 50
     for n, target in enumerate("qv"):
@@ -472,13 +474,13 @@ def patches(model, params, batch):
     """The patches that short memories are formed from, and their rotations."""
     c, vision = model.config.vision, model._merge(params).vision
     pixels = normalise(batch.views.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
-    kept_BND = vision.keeping(pixels, batch.views.layout_BI4, model.config.vismem.vision_layer, "none")[1]
+    kept_BND = vision.keeping(pixels, batch.views.layout_BI4, model.config.memory.vision_layer, "none")[1]
     return kept_BND, vision._rotation(batch.views.layout_BI4[..., 2:])
 
 
 def spelt_out(model, params, layout_I4, kept_ND, tables, rows_ED):
     """What rows behind the patches of a prompt become, in numpy: all scores, all masks."""
-    c, first, memory = model.config.vision, model.config.vismem.vision_layer, model.config.vismem
+    c, first, memory = model.config.vision, model.config.memory.vision_layer, model.config.memory
     cos, sin = (table[:, None] for table in tables)
     windows, frames = (np.repeat(layout_I4[:, n], c.merge**2) for n in range(2))
     layers, lora = jax.device_get((params["vision"]["layers"], params["memory"]["short"]["lora"]))
@@ -520,13 +522,13 @@ def formed(seeing, prompts):
     _, state = jax.jit(model.prefill, static_argnums=2)(params, batch, 96)
     form, rows = jax.jit(model.form, static_argnums=4), jnp.arange(ROWS)
     (short, heard), (long, _) = (form(params, state, rows, jnp.full(ROWS, kind), 64) for kind in range(2))
-    return short[:, : model.config.vismem.short_len], long, heard
+    return short[:, : model.config.memory.short_len], long, heard
 
 
 def test_the_vision_tower_forms_short_memories(seeing, prompts, formed):
     """For each row whatever stands beside it, as spelt out; zeros without images."""
     (model, params), (short, _, heard) = seeing, formed
-    memory, out = params["memory"]["short"], model.config.vismem.short_len * model.config.vision.merge**2
+    memory, out = params["memory"]["short"], model.config.memory.short_len * model.config.vision.merge**2
 
     @jax.jit
     def queried(params, heard):
@@ -584,7 +586,7 @@ def test_seeing_again_costs_a_model_that_never_calls_nothing_but_room(answers, s
     """Its scores are the plain model's, bit by bit; other formers keep no patches."""
     model, own = seeing
     batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, vlm.tile))
-    ordinary = np.setdiff1d(np.arange(vlm.config.decoder.vocab), vlm.config.vismem.token_ids)
+    ordinary = np.setdiff1d(np.arange(vlm.config.decoder.vocab), vlm.config.memory.token_ids)
     scores, plain_scores = jax.jit(model.logits)(own, batch), jax.jit(plain[0].logits)(plain[1], batch)
     np.testing.assert_array_equal(scores[..., ordinary], plain_scores[..., ordinary])
     kept = [
@@ -642,8 +644,8 @@ def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
 
 def test_its_tokens_start_from_one_that_there_is(vlm):
     decoder = dataclasses.replace(vlm.config.decoder, tied=False)
-    rescaled = dataclasses.replace(vlm.config.vismem, memory_output="rescaled")
-    model = VLM(dataclasses.replace(vlm.config, decoder=decoder, vismem=rescaled))
+    rescaled = dataclasses.replace(vlm.config.memory, memory_output="rescaled")
+    model = VLM(dataclasses.replace(vlm.config, decoder=decoder, memory=rescaled))
 
     @jax.jit
     def fresh(key):
@@ -657,14 +659,14 @@ def test_its_tokens_start_from_one_that_there_is(vlm):
     for name, row in rows.items():
         apart = memory[name] - row
         assert 0.5 * ROWS_NOISE < apart.std() < 2 * ROWS_NOISE and len(np.unique(apart)) > 0.9 * apart.size
-    assert memory["invoke_logit_bias"].tolist() == [vlm.config.vismem.invoke_bias]
+    assert memory["invoke_logit_bias"].tolist() == [vlm.config.memory.invoke_bias]
     sizes = np.sqrt((embed**2).mean(-1))
     np.testing.assert_allclose(memory["gain"], sizes.mean(), rtol=1e-5)
 
 
 def test_rescaled_memories_have_the_size_of_the_gain(vlm, params, prompts):
-    config = dataclasses.replace(vlm.config.vismem, memory_output="rescaled")
-    model = VLM(dataclasses.replace(vlm.config, vismem=config))
+    config = dataclasses.replace(vlm.config.memory, memory_output="rescaled")
+    model = VLM(dataclasses.replace(vlm.config, memory=config))
     memory = params["memory"] | {
         k: params["memory"][k] | {"gain": jnp.full(1, g)} for k, g in [("short", 0.5), ("long", 2.0)]
     }
@@ -679,8 +681,8 @@ def test_rescaled_memories_have_the_size_of_the_gain(vlm, params, prompts):
 
 def test_small_formers_have_sizes_of_their_own(vlm):
     builder, tiny = EncoderConfig(layers=1, heads=4, ff_mult=2), EncoderConfig(layers=3, heads=2, ff_mult=5)
-    config = dataclasses.replace(vlm.config.vismem, former="tiny_transformer", query_builder=builder, tiny=tiny)
-    memory = VLM(dataclasses.replace(vlm.config, vismem=config)).abstract()["memory"]
+    config = dataclasses.replace(vlm.config.memory, former="tiny_transformer", query_builder=builder, tiny=tiny)
+    memory = VLM(dataclasses.replace(vlm.config, memory=config)).abstract()["memory"]
     width = vlm.config.decoder.width
     for part, sizes in (("query_builder", builder), ("short", tiny), ("long", tiny)):
         layers = memory[part]["encoder"]["layers"]
@@ -700,5 +702,5 @@ def test_small_formers_have_sizes_of_their_own(vlm):
 )
 def test_bad_settings_name_their_key(vlm, changes, message):
     with pytest.raises(ValueError, match=message):
-        config = dataclasses.replace(vlm.config.vismem, **changes)
-        VLM(dataclasses.replace(vlm.config, vismem=config)).abstract()
+        config = dataclasses.replace(vlm.config.memory, **changes)
+        VLM(dataclasses.replace(vlm.config, memory=config)).abstract()

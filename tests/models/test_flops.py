@@ -11,10 +11,11 @@ from vlmem_jax.types import Batch, Text, Views
 ROWS, TOKENS, TILES = 2, 64, 3
 
 
-def config(**changes):
+def config(memory="comemo"):
     """One layer of each kind: what a loop repeats, XLA counts once."""
-    one = {"decoder": {"layers": 1}, "vision": {"layers": 1}, "comemo": {"every": 1}}
-    return families.resolve({"preset": "tiny", **one, **changes})
+    blocks = {"kind": memory, "every": 1} if memory == "comemo" else None
+    one = {"decoder": {"layers": 1}, "vision": {"layers": 1}}
+    return families.resolve({"preset": "tiny", **one, "memory": blocks})
 
 
 @pytest.mark.parametrize("memory", ["comemo", "none"])
@@ -35,16 +36,16 @@ def test_forward_flops_are_those_that_xla_counts(memory):
 def test_flops_of_forming_memories_are_those_that_xla_counts(former):
     one = {"decoder": {"layers": 1}, "vision": {"layers": 1, "full_layers": (0,)}}
     encoders = {"query_builder": {"layers": 1}, "tiny": {"layers": 1, "ff_mult": 1}}
-    own = {"former": former, "max_visual_hidden": 0, "lora": {"rank": 1}, **encoders}
-    settings = families.resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": own, **one})
-    model, states = VLM(settings), settings.vismem.max_prompt_hidden
+    own = {"kind": "vismem", "former": former, "max_visual_hidden": 0, "lora": {"rank": 1}, **encoders}
+    settings = families.resolve({"preset": "tiny_qwen2_5_vl", "memory": own, **one})
+    model, states = VLM(settings), settings.memory.max_prompt_hidden
     params = model.abstract()
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Batch.empty((ROWS,), TOKENS, 0, model.tile)))
     _, state = jax.eval_shape(lambda params, batch: model.prefill(params, batch, 2 * TOKENS), params, batch)
     rows_R = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
     program = jax.jit(model.form, static_argnums=4).lower(params, state, rows_R, rows_R, states)
     counted = program.compile().cost_analysis()["flops"]
-    T = states + settings.vismem.query_len + max(settings.vismem.lengths)
+    T = states + settings.memory.query_len + max(settings.memory.lengths)
     causal = settings.decoder.flops(T)[1] if former == "lora_llm" else 0
     forward = flops.formation_flops(settings, states, ())
     assert 1.0 < counted / (ROWS * (forward + causal)) < 1.15

@@ -23,8 +23,8 @@ SMALL = 1e-3
 MODELS = {
     "comemo": {"preset": "tiny", "decoder": {"layers": 2, "qkv_bias": True}},
     "vismem": {
-        "preset": "tiny_qwen2_5_vl", "memory": "vismem", "decoder": {"layers": 2}, "vision": {"layers": 2},
-        "vismem": {"memory_output": "rescaled", "lora": {"dropout": 0.0}},
+        "preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}, "vision": {"layers": 2},
+        "memory": {"kind": "vismem", "memory_output": "rescaled", "lora": {"dropout": 0.0}},
     },
 }  # fmt: skip
 

@@ -19,9 +19,9 @@ def model(preset, **changes):
     [
         (model("qwen2_5_vl_7b"), 8, 2, 4),  # 4 kv heads
         (model("qwen2_5_vl_7b"), 6, 3, 2),
-        (model("qwen2_5_vl_7b", memory="vismem", vismem={"query_builder": {"heads": 2}}), 8, 4, 2),
+        (model("qwen2_5_vl_7b", memory={"kind": "vismem", "query_builder": {"heads": 2}}), 8, 4, 2),
         (model("comemo_2b"), 8, 1, 8),
-        (model("comemo_2b", comemo={"heads": 12}), 8, 2, 4),
+        (model("comemo_2b", memory={"heads": 12}), 8, 2, 4),
         (model("digits"), 8, 8, 1),  # 3 heads
         (model("comemo_2b"), 1, 1, 1),
     ],

@@ -37,7 +37,7 @@ def params(vlm):
     params["decoder"]["embed"] *= 10
     for name in ("q", "k"):
         params["decoder"]["layers"]["attn"][name]["kernel"] *= 3
-    if vlm.config.memory == "comemo":
+    if vlm.config.memory_kind == "comemo":
         for gate in ("attn_gate", "mlp_gate"):
             params["memory"]["blocks"][gate] = jnp.full_like(params["memory"]["blocks"][gate], 0.7)
     return params
@@ -171,4 +171,4 @@ def test_bad_models_name_the_key():
         with pytest.raises(ConfigError, match=message):
             resolve({"preset": "tiny_qwen2_5_vl", **changes})
     with pytest.raises(ValueError, match="comemo.head_dim must be decoder.head_dim 16"):
-        VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "comemo", "comemo": {"head_dim": 8}})).abstract()
+        VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": {"kind": "comemo", "head_dim": 8}})).abstract()

@@ -109,7 +109,7 @@ def test_padding_tiles_and_tokens_change_nothing(vlm, params):
 
 def test_with_closed_gates_the_model_is_the_plain_one(vlm, params):
     closed = with_open_gates(params, 0.0)
-    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    plain = VLM(dataclasses.replace(vlm.config, memory=None))
     batch = row(vlm, [FIRST, LAST], 48, 4)
     without = {name: part for name, part in params.items() if name != "memory"}
     np.testing.assert_array_equal(logits(vlm, closed, batch), logits(plain, without, batch))
@@ -117,7 +117,7 @@ def test_with_closed_gates_the_model_is_the_plain_one(vlm, params):
 
 
 def test_a_plain_model_has_no_memory_parameters_and_no_metrics(vlm, params):
-    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    plain = VLM(dataclasses.replace(vlm.config, memory=None))
     assert set(vlm.abstract()) - set(plain.abstract()) == {"memory"}
     assert plain.metrics({name: part for name, part in params.items() if name != "memory"}) == {}
     gates = vlm.metrics(params)
@@ -127,7 +127,7 @@ def test_a_plain_model_has_no_memory_parameters_and_no_metrics(vlm, params):
 
 def test_a_sample_without_memory_skips_the_whole_block(vlm, params):
     """Also its MLP: a text-only sample in a mixed row equals the plain model's answer to it."""
-    plain = VLM(dataclasses.replace(vlm.config, memory="none"))
+    plain = VLM(dataclasses.replace(vlm.config, memory=None))
     without = {name: part for name, part in params.items() if name != "memory"}
     mixed = logits(vlm, params, row(vlm, [FIRST, TEXT], 48, 4))[0]
     start = FIRST[0] + FIRST[1] * vlm.tokens_per_tile
@@ -149,7 +149,7 @@ def test_memory_is_not_causal(vlm, params):
 
 @pytest.mark.parametrize("layers, every", [(4, 1), (5, 2), (5, 4)])
 def test_scanned_groups_equal_a_plain_loop(layers, every):
-    config = resolve({"preset": "tiny", "decoder": {"layers": layers}, "comemo": {"every": every}})
+    config = resolve({"preset": "tiny", "decoder": {"layers": layers}, "memory": {"kind": "comemo", "every": every}})
     vlm = VLM(config)
     params = with_open_gates(drawn.params(vlm, 2))
     batch = row(vlm, [FIRST, LAST], 48, 4)
@@ -226,7 +226,7 @@ def test_published_sizes():
 def test_bad_models_name_the_key():
     for config, message in (
         ({"preset": "comemo_3b"}, "config.model.preset must be one of comemo_2b"),
-        ({"preset": "tiny", "memory": "comemoo"}, "memory must be one of none, comemo"),
+        ({"preset": "tiny", "memory": "comemoo"}, "config.model.memory.kind must be one of comemo, vismem"),
         (
             {"preset": "tiny", "decoder": {"kv_heads": 3}},
             "config.model.decoder.*heads must be a multiple of kv_heads 3",
@@ -237,13 +237,13 @@ def test_bad_models_name_the_key():
     ):
         with pytest.raises(ConfigError, match=message):
             resolve(config)
-    with pytest.raises(ValueError, match="comemo.every must be at most decoder.layers 4, got 9"):
-        VLM(resolve({"preset": "tiny", "comemo": {"every": 9}})).abstract()
+    with pytest.raises(ValueError, match="memory.every must be at most decoder.layers 4, got 9"):
+        VLM(resolve({"preset": "tiny", "memory": {"kind": "comemo", "every": 9}})).abstract()
 
 
 def test_a_config_changes_single_keys_of_a_preset():
-    changes = {"preset": "tiny", "decoder": {"layers": 6}, "memory": "none"}
+    changes = {"preset": "tiny", "decoder": {"layers": 6}, "memory": None}
     for config in (changes, ConfigDict(changes)):
         changed = resolve(config)
         assert changed.decoder == dataclasses.replace(resolve({"preset": "tiny"}).decoder, layers=6)
-        assert changed.memory == "none"
+        assert changed.memory is None

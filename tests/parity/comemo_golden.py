@@ -37,11 +37,10 @@ def model_config(folder: Path, **decoder) -> ModelConfig:
                 mlp_width=d["intermediate_size"], norm_eps=d["rms_norm_eps"], rope_theta=d["rope_theta"],
                 ntk_factor=d["rope_scaling"]["factor"], max_positions=d["max_position_embeddings"],
             ) | decoder,
-            comemo=dict(
-                every=m["mixin_every_n_layers"], heads=m["num_heads"], head_dim=m["head_dim"],
+            memory=dict(
+                kind="comemo", every=m["mixin_every_n_layers"], heads=m["num_heads"], head_dim=m["head_dim"],
                 mlp_width=m["intermediate_size"], rope_theta=m["rope_theta"], norm_eps=m["rms_norm_eps"],
             ),
-            memory="comemo",
             compute_dtype="float32",
         )
     )  # fmt: skip

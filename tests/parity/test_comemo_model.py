@@ -43,8 +43,8 @@ def programs(model):
         vlm = VLM(config)
 
         def model_of(position):
-            comemo = dataclasses.replace(config.comemo, decode_position=position)
-            return VLM(dataclasses.replace(config, comemo=comemo))
+            comemo = dataclasses.replace(config.memory, decode_position=position)
+            return VLM(dataclasses.replace(config, memory=comemo))
 
         return SimpleNamespace(
             logits=jax.jit(vlm.logits),

@@ -10,7 +10,7 @@ from PIL import Image
 from vlmem_jax.positions import dhr_map, sequence_positions
 from vlmem_jax.processing import ImageConfig, TileProcessor, Tokenizer, chat
 from vlmem_jax.processing.images import tile_grid, tile_image
-from vlmem_jax.types import IGNORED
+from vlmem_jax.types import IGNORED, TileGeometry
 from vlmem_jax.vision import VisionConfig, normalise
 
 MEAN, STD = VisionConfig.pixel_mean, VisionConfig.pixel_std
@@ -46,12 +46,11 @@ def test_positions_of_whole_sequences(folder, prefix, options):
 def test_tiling(folder):
     for row in json.loads((folder / "tiling.json").read_text()):
         config = ImageConfig(
-            size=row["image_size"],
             min_tiles=row["min_num"],
             max_tiles=max(row["max_num"], row["min_num"]),
             thumbnail=row["use_thumbnail"],
         )
-        cols, rows = tile_grid(row["width"], row["height"], config, max_tiles=row["max_num"])
+        cols, rows = tile_grid(row["width"], row["height"], row["image_size"], config, max_tiles=row["max_num"])
         assert (cols, rows) == (row["cols"], row["rows"]), row
         blank = Image.new("RGB", (row["width"], row["height"]))
         # the number of tiles does not depend on their size
@@ -62,10 +61,10 @@ def test_pixels(folder):
     data = np.load(folder / "preprocess_small.npz")
     for name in sorted({key.split("/")[0] for key in data.files}):
         image = Image.fromarray(data[f"{name}/image"])
-        config = ImageConfig(size=int(data[f"{name}/image_size"]), max_tiles=int(data[f"{name}/max_num"]))
-        grid = tile_grid(*image.size, config)
+        size, config = int(data[f"{name}/image_size"]), ImageConfig(max_tiles=int(data[f"{name}/max_num"]))
+        grid = tile_grid(*image.size, size, config)
         assert grid == tuple(data[f"{name}/grid"]), name
-        tiles = tile_image(image, grid, config.size)
+        tiles = tile_image(image, grid, size)
         # other versions of Pillow may round another way
         np.testing.assert_allclose(tiles.astype(int), data[f"{name}/tiles_u8"], atol=1, err_msg=name)
         normalised = np.asarray(normalise(tiles, MEAN, STD, np.float32))
@@ -139,8 +138,8 @@ def processor(packed, sizes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, vocab, special)
     text = "".join(map(character, system[len("system\n") :]))
-    image = ImageConfig(size=sizes["vision_config"]["image_size"])
-    return TileProcessor(Tokenizer.load(folder), image, int(packed["side"]), system=text)
+    geometry = TileGeometry(sizes["vision_config"]["image_size"], int(packed["side"]))
+    return TileProcessor(Tokenizer.load(folder), ImageConfig(), geometry, system=text)
 
 
 def conversation(processor, ids, packed):

@@ -61,7 +61,7 @@ def test_each_layer_of_the_query_builder(model, memory):
     cases = ("layer", np.broadcast_to(seen, padded.shape), "Q"), ("layer_masked", padded, "Q_masked")
     for name, allowed, output in cases:
         y = x
-        for n in range(model().vlm.config.vismem.query_builder.layers):
+        for n in range(model().vlm.config.memory.query_builder.layers):
             y = layer(n, y, jnp.asarray(allowed))
             np.testing.assert_allclose(y, file[f"{name}_{n}"], **STATES)
         np.testing.assert_allclose(builder.encoder.norm(y)[:, L:], file[output], **STATES)
@@ -298,7 +298,7 @@ def test_supervised_step_of_stage_one(model):
     close(builder["encoder"]["norm"]["scale"], wanted["qb.ln.weight"])
     close(gradient["short"]["m_init"], wanted["m_init_short"][0])
     packed = wanted["qb.encoder.layers.0.self_attn.in_proj_weight"]
-    attn, heads = builder["encoder"]["layers"]["attn"], vlm.config.vismem.query_builder.heads
+    attn, heads = builder["encoder"]["layers"]["attn"], vlm.config.memory.query_builder.heads
     for n, name in enumerate("qkv"):
         kernel, _ = vismem_golden.projection(packed, np.zeros(len(packed)), n, heads)
         close(attn[name]["kernel"][0], kernel)

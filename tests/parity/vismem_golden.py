@@ -80,7 +80,7 @@ def load(golden: Path, former: str = "tiny_transformer", visual_states: str = "v
         else:
             own = part(tiny, f"{kind}.")
             memory[kind] = {"m_init": own["m_init"], "encoder": encoder(own, config.tiny)}
-    vlm = VLM(dataclasses.replace(base.vlm.config, memory="vismem", vismem=config))
+    vlm = VLM(dataclasses.replace(base.vlm.config, memory=config))
     params = jax.tree.map(jnp.asarray, params | {"memory": memory})
     shapes = jax.tree.map(lambda x: x.shape, params)
     assert shapes == jax.tree.map(lambda x: x.shape, vlm.abstract())

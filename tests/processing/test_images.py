@@ -44,7 +44,7 @@ def png_header(width, height):
 @given(width=SIZES, height=SIZES, least=st.integers(1, 4), more=st.integers(0, 12))
 def test_grid_has_the_shape_nearest_to_the_images(width, height, least, more):
     config = ImageConfig(min_tiles=least, max_tiles=least + more)
-    cols, rows = tile_grid(width, height, config)
+    cols, rows = tile_grid(width, height, 448, config)
     assert least <= cols * rows <= least + more
     distances = [
         abs(width / height - c / r)
@@ -67,18 +67,18 @@ def test_grid_has_the_shape_nearest_to_the_images(width, height, least, more):
     ],
 )
 def test_of_grids_of_one_shape_the_number_of_pixels_decides(width, height, grid):
-    assert tile_grid(width, height, ImageConfig()) == grid
+    assert tile_grid(width, height, 448, ImageConfig()) == grid
 
 
 def test_a_limit_below_every_grid_gives_one_tile():
-    assert tile_grid(640, 480, ImageConfig(), max_tiles=0) == (1, 1)
-    assert tile_grid(640, 480, ImageConfig(min_tiles=3), max_tiles=2) == (1, 1)
+    assert tile_grid(640, 480, 448, ImageConfig(), max_tiles=0) == (1, 1)
+    assert tile_grid(640, 480, 448, ImageConfig(min_tiles=3), max_tiles=2) == (1, 1)
 
 
 @settings(max_examples=25, deadline=None)
 @given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.sampled_from([4, 9, 28]))
 def test_tiles_put_together_are_the_resized_image(width, height, size):
-    image, (cols, rows) = noise(width, height), tile_grid(width, height, ImageConfig(size=size))
+    image, (cols, rows) = noise(width, height), tile_grid(width, height, size, ImageConfig())
     tiles = tile_image(image, (cols, rows), size)
     assert tiles.shape == (cols * rows + (cols * rows > 1), size, size, 3) and tiles.dtype == np.uint8
     whole = np.concatenate([np.concatenate(tiles[r * cols : (r + 1) * cols], axis=1) for r in range(rows)])
@@ -116,7 +116,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path, suffix):
 def test_extreme_shapes_are_images_like_others(tmp_path, size):
     Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "a.png")
     image = open_image(tmp_path / "a.png")
-    tiles = tile_image(image, tile_grid(*image.size, ImageConfig(size=16)), 16)
+    tiles = tile_image(image, tile_grid(*image.size, 16, ImageConfig()), 16)
     assert tiles.reshape(-1, 3).tolist() == [[10, 20, 30]] * (len(tiles) * 256)
 
 
@@ -239,7 +239,6 @@ def test_paths_stay_below_the_root(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"size": 0}, "size"),
         ({"min_tiles": 7, "max_tiles": 6}, "min_tiles <= max_tiles"),
         ({"dhr_map": "spiral"}, "dhr_map must be one of"),
         ({"max_pixels": 10**9}, "max_pixels"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmem_jax.processing import ImageConfig, TileProcessor, Video
-from vlmem_jax.types import IGNORED
+from vlmem_jax.types import IGNORED, TileGeometry
 
 SIDE, SIZE = 2, 8
 QUESTION = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is seven"}]
@@ -21,7 +21,7 @@ def image(width, height, level=100):
 
 
 def make(tokenizer, **config):
-    return TileProcessor(tokenizer, ImageConfig(size=SIZE, **config), SIDE, system="system")
+    return TileProcessor(tokenizer, ImageConfig(**config), TileGeometry(SIZE, SIDE), system="system")
 
 
 @pytest.fixture

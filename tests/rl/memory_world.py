@@ -28,22 +28,22 @@ def config(folder):
     )
     stages = [
         dict(
-            name="formation", task="grpo", steps=2, learning_rate=1e-2, trainable=FORMATION,
-            rl=dict(rollouts, kl=0.015, invocation=dict(mode="delimiter_random", probability=0.9, anywhere=0.3),
-                    anywhere_from=0.0, drop_zero_variance=False),
+            name="formation", steps=2, learning_rate=1e-2, trainable=FORMATION,
+            task=dict(rollouts, kind="grpo", kl=0.015,
+                      invocation=dict(mode="delimiter_random", probability=0.9, anywhere=0.3),
+                      anywhere_from=0.0, drop_zero_variance=False),
         ),
         dict(
-            name="invocation", task="grpo", steps=2, learning_rate=1e-2, trainable=INVOCATION,
-            rl=dict(rollouts, kl=0.03, invocation_penalty=0.3, drop_zero_variance=False, minibatches=2),
+            name="invocation", steps=2, learning_rate=1e-2, trainable=INVOCATION,
+            task=dict(rollouts, kind="grpo", kl=0.03, invocation_penalty=0.3, drop_zero_variance=False, minibatches=2),
         ),
     ]  # fmt: skip
     return ConfigDict(
         dict(
             model=dict(preset="tiny_qwen2_5_vl", memory="vismem", decoder=dict(layers=2)),
             tokenizer=str(save_tokenizer(folder / "tokenizer")),
-            template="qwen2-vl",
             system="",
-            image=dict(kind="patches", min_pixels=256, max_pixels=1024),
+            image=dict(min_pixels=256, max_pixels=1024),
             data=dict(
                 train=[dict(path=str(folder / "prompts.jsonl"))], rows=4, pack_tokens=192, pack_tiles=64, threads=1
             ),

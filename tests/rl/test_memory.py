@@ -28,8 +28,8 @@ CALLED = InvocationConfig("delimiter_random", probability=0.4, anywhere=0.1)
 
 
 def model(former):
-    memory = {"former": former, "vision_layer": 1}
-    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", "vismem": memory, "decoder": {"layers": 2}}))
+    memory = {"kind": "vismem", "former": former, "vision_layer": 1}
+    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": memory, "decoder": {"layers": 2}}))
 
 
 def with_calls(vlm):
@@ -115,7 +115,7 @@ def test_they_do_where_the_vision_tower_forms_memories(prompts):
 
 
 def check_log_probabilities(vlm, params, config, trajectories):
-    assert vlm.config.vismem.lora.dropout > 0, "which neither of them applies"
+    assert vlm.config.memory.lora.dropout > 0, "which neither of them applies"
     kinds = [memory.kind for t in trajectories for memory in t.spoken]
     assert set(kinds) == {0, 1} and max(len(t.spoken) for t in trajectories) > 1
     rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)

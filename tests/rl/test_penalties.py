@@ -28,10 +28,10 @@ def test_each_trajectory_may_have_a_base_of_its_own():
 def make(tmp_path_factory):
     config = memory_world.config(tmp_path_factory.mktemp("world"))
     base = {
-        "model.decoder.layers": 1, "stages.1.rl.kl": 0.0,
-        "stages.1.rl.rewards": [{"name": "tests.rl.own:length"}],
+        "model.decoder.layers": 1, "stages.1.task.kl": 0.0,
+        "stages.1.task.rewards": [{"name": "tests.rl.own:length"}],
     }  # fmt: skip
-    return lambda **keys: experiment(override(config, {**base, **{f"stages.1.rl.{k}": v for k, v in keys.items()}}))
+    return lambda **keys: experiment(override(config, {**base, **{f"stages.1.task.{k}": v for k, v in keys.items()}}))
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def drawn(request):
         grids = [[PatchGrid(1, 2, 3)], [], [PatchGrid(2, 2, 2, 1.0)]]
         prompts = [patches_world.sample(vlm, shown, 9 + 3 * n, n) for n, shown in enumerate(grids)]
     params = random_params(vlm)
-    for gate in ("attn_gate", "mlp_gate") if vlm.config.memory == "comemo" else ():
+    for gate in ("attn_gate", "mlp_gate") if vlm.config.memory_kind == "comemo" else ():
         params["memory"]["blocks"][gate] += 0.7
     params = jax.device_put(params)
     generator = Generator(vlm, params, stop_ids=STOP, banned_ids=BANNED)
@@ -140,7 +140,7 @@ def _find(rows, trajectory):
 
 
 def test_shapes_are_few_whatever_was_drawn():
-    vlm = VLM(resolve({"preset": "tiny", "memory": "none"}))
+    vlm = VLM(resolve({"preset": "tiny", "memory": None}))
     prompt, rng = tiles(vlm, 10, 0, 0), np.random.default_rng(0)
     shapes = set()
     for _ in range(60):

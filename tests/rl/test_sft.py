@@ -32,8 +32,8 @@ def make(tmp_path_factory):
     """An Experiment of the warm-up alone, from keys that differ; each step has all 6 prompts."""
     folder = tmp_path_factory.mktemp("world")
     stage = dict(
-        name="warmup", task="memory_sft", steps=6, learning_rate=3e-2, warmup_fraction=0.0, trainable=FORMATION,
-        rl=dict(prompts=6),
+        name="warmup", steps=6, learning_rate=3e-2, warmup_fraction=0.0, trainable=FORMATION,
+        task=dict(kind="memory_sft", prompts=6),
     )  # fmt: skip
     config = memory_world.config(folder)
     config.stages = [stage]
@@ -43,7 +43,7 @@ def make(tmp_path_factory):
 
     def made(**changes):
         changes = {key.replace("__", "."): value for key, value in changes.items()}
-        base = {"data.eval": config.data.train, "model.vismem.lora.dropout": 0.0}
+        base = {"data.eval": config.data.train, "model.memory.lora.dropout": 0.0}
         return experiment(override(config, {**base, **changes}))
 
     return made
@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, para
 
 
 def test_answers_alone_are_learned(make, mesh, params):
-    config = make(stages__0__rl__loss_mean="token")
+    config = make(stages__0__task__loss_mean="token")
     task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
     with jax.set_mesh(mesh):
         work = task.work(0, params)
@@ -178,8 +178,8 @@ def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
     "changes, message",
     [
         ({"model__memory": "none", "stages__0__trainable": ("decoder",)}, "memory_sft is for a memory that speaks"),
-        ({"stages__0__rl__kl": 0.1}, "unknown key config.stages.warmup.rl.kl"),
-        ({"stages__0__rl__prompts": 0}, "config.stages.warmup.rl: prompts must be at least 1"),
+        ({"stages__0__task__kl": 0.1}, "unknown key config.stages.warmup.task.kl"),
+        ({"stages__0__task__prompts": 0}, "config.stages.warmup.task: prompts must be at least 1"),
         ({"data__train": []}, "data.train must name at least one JSONL file of prompts"),
     ],
 )

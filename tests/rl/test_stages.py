@@ -48,12 +48,12 @@ def file(tmp_path_factory):
     config = memory_world.config(folder)
     formation, invocation = config.stages
     for stage in config.stages:
-        stage["rl"] |= dict(prompts=6, group_size=3, rollout_rows=6)
-    formation["rl"] |= dict(
+        stage["task"] |= dict(prompts=6, group_size=3, rollout_rows=6)
+    formation["task"] |= dict(
         rewards=[dict(name="tests.rl.own:length")], adaptive_kl=True, rollout_mesh=dict(data=1, fsdp=2, tensor=2)
     )
     warmup = {key: formation[key] for key in ("learning_rate", "trainable")}
-    warmup |= dict(name="warmup", task="memory_sft", steps=1, rl=dict(prompts=6, rollout_rows=4))
+    warmup |= dict(name="warmup", steps=1, task=dict(kind="memory_sft", prompts=6, rollout_rows=4))
     config.mesh, config.data.eval = dict(data=2, fsdp=2), config.data.train
     config.stages = [warmup, formation, invocation]
     return world.save_config(folder, config)
@@ -137,18 +137,21 @@ def test_two_processes_draw_and_learn_what_one_does(trained, file, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model__memory": "none", "stages__1__rl__invocation_penalty": 0.3}, "are for a memory that speaks"),
-        ({"stages__0__rl__invocation_penalty": 0.3}, "none have been formed yet"),
+        ({"model__memory": "none", "stages__1__task__invocation_penalty": 0.3}, "are for a memory that speaks"),
+        ({"stages__0__task__invocation_penalty": 0.3}, "none have been formed yet"),
         (
-            {"stages__1__rl__invocation_penalty": 0.3, "stages__0__trainable": ("decoder/",)},
+            {"stages__1__task__invocation_penalty": 0.3, "stages__0__trainable": ("decoder/",)},
             "none have been formed yet",
         ),
-        ({"stages__0__rl__invocation__max_invocations": 40}, "max_invocations must be at most that of the model"),
-        ({"stages__1__rl__base": False}, "invocation_penalty must be at least 0, and needs base=True"),
-        ({"stages__0__rl__base": False, "stages__0__rl__paired_base": True}, "paired_base is of answers without"),
-        ({"stages__1__rl__rev_fraction": 1.5}, "rev_fraction must be from 0 to 1"),
-        ({"stages__0__rl__rev_fraction": 0.5}, "is of the rollouts that invocation_penalty takes; got 0.5 and .*None"),
-        ({"stages__0__rl__max_new_tokens": 180}, "with memories 198, must be less than data.pack_tokens 192"),
+        ({"stages__0__task__invocation__max_invocations": 40}, "max_invocations must be at most that of the model"),
+        ({"stages__1__task__base": False}, "invocation_penalty must be at least 0, and needs base=True"),
+        ({"stages__0__task__base": False, "stages__0__task__paired_base": True}, "paired_base is of answers without"),
+        ({"stages__1__task__rev_fraction": 1.5}, "rev_fraction must be from 0 to 1"),
+        (
+            {"stages__0__task__rev_fraction": 0.5},
+            "is of the rollouts that invocation_penalty takes; got 0.5 and .*None",
+        ),
+        ({"stages__0__task__max_new_tokens": 180}, "with memories 198, must be less than data.pack_tokens 192"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_done(make, tmp_path, changes, message):
@@ -164,7 +167,7 @@ def test_a_released_base_has_formed_no_memories(make, tmp_path):
         model = dataclasses.replace(make().model, memory=memory)
         run = tmp_path / memory
         save_params(run / "0", jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), VLM(model).abstract()))
-        about = {"model": to_dict(model), "image": {"kind": "patches"}, "template": "qwen2-vl", "system": None}
+        about = {"model": to_dict(model), "image": {}, "system": None}
         (run / "model.json").write_text(json.dumps(about))
         save_tokenizer(run / "tokenizer")
         export_folder(run, tmp_path / f"{memory}_hf")

@@ -102,7 +102,7 @@ def numbers(workdir):
 
 
 def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
-    train(settings(stages__rl__steps=20, stages__rl__rl__drop_zero_variance=False), tmp_path, mesh)
+    train(settings(stages__rl__steps=20, stages__rl__task__drop_zero_variance=False), tmp_path, mesh)
     lines = records(tmp_path)
     scores = [line["score/mean"] for line in lines]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.3 and max(scores) > 0.5
@@ -114,7 +114,7 @@ def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
 
 def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(settings, mesh, tmp_path):
     keys = {"minibatches": 2, "iterations": 2, "adaptive_kl": True, "kl_target": 1e-4, "drop_zero_variance": False}
-    config = settings(stages__rl__steps=9, **{f"stages__rl__rl__{key}": value for key, value in keys.items()})
+    config = settings(stages__rl__steps=9, **{f"stages__rl__task__{key}": value for key, value in keys.items()})
     train(config, tmp_path / "whole", mesh)
     for stop in (0, 2, 7):  # in the first pass of a phase, in the second, at the end of one
         train(config, tmp_path / "parts", mesh, until=stop)
@@ -129,8 +129,8 @@ def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(setting
 
 
 def test_groups_without_variance_are_dropped_and_counted(settings, mesh, params):
-    config = settings(**{"stages.rl.rl.rewards": [{"name": "tests.rl.own:first_prompt_alone"}]},
-                      stages__rl__rl__prompts=6, stages__rl__rl__kl=0.0)  # fmt: skip
+    config = settings(**{"stages.rl.task.rewards": [{"name": "tests.rl.own:first_prompt_alone"}]},
+                      stages__rl__task__prompts=6, stages__rl__task__kl=0.0)  # fmt: skip
     with jax.set_mesh(mesh):
         for drop, kept in ((True, 4), (False, 24)):
             task = make_task(override_rl(config, drop_zero_variance=drop), mesh)
@@ -142,9 +142,9 @@ def test_groups_without_variance_are_dropped_and_counted(settings, mesh, params)
 
 
 def override_rl(config, **keys):
-    """`config` with other keys of its only stage's `rl`."""
+    """`config` with other keys of its only stage's task."""
     stage = config.stages[0]
-    return dataclasses.replace(config, stages=(dataclasses.replace(stage, rl={**stage.rl, **keys}),))
+    return dataclasses.replace(config, stages=(dataclasses.replace(stage, task={**stage.task, **keys}),))
 
 
 @pytest.mark.parametrize("keys", [{"kl": 0.1, "minibatches": 2}, {"kl": 0.0, "drop_zero_variance": False}])
@@ -181,7 +181,7 @@ def test_sampling_uses_the_arrays_of_training(settings, mesh, params):
 
 def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh, params):
     """Of their own by default, where training splits weights; that of training, if it is asked for; one device."""
-    config, trained_on = settings(mesh__fsdp=8, stages__rl__rl__kl=0.0), sharding.make_mesh(sharding.MeshConfig(fsdp=8))
+    config, trained_on = settings(mesh__fsdp=8, stages__rl__task__kl=0.0), sharding.make_mesh(sharding.MeshConfig(fsdp=8))
     drawn = []
     for where, asked, own in (
         (trained_on, None, dict(data=4, fsdp=1, context=1, tensor=2)),
@@ -244,7 +244,7 @@ def test_bad_prompts_stop_the_run_or_are_skipped(settings, mesh, folder):
     assert {task._stream.take().prompt.text for _ in range(6)} == {"Say b"}
     reasons = {name.rpartition(":")[2]: reason for name, reason in task._stream.skipped.items()}
     task.close()
-    assert "lower stages.rl.rl.max_new_tokens" in reasons["2"] and "must have an answer" in reasons["3"]
+    assert "lower stages.rl.task.max_new_tokens" in reasons["2"] and "must have an answer" in reasons["3"]
     assert "none.png" in reasons["4"] and len(reasons) == 3
     (folder / "bad.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
     task = make_task(skipping, mesh)
@@ -276,20 +276,23 @@ def test_the_order_of_prompts_is_that_of_the_seed(settings, mesh):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"rl.group_siz": 4}, "unknown key config.stages.rl.rl.group_siz; did you mean config.stages.rl.rl.group_size"),
-        ({"rl.group_size": 1}, "config.stages.rl.rl: group_size must be at least 2"),
-        ({"rl.temperature": 0.0}, "temperature must be positive"),
-        ({"rl.clip": 1.0}, "clip must be between 0 and 1"),
-        ({"rl.minibatches": 9}, "minibatches must be at most prompts x group_size = 8"),
-        ({"rl.top_p": 0.0}, "top_p must be above 0"),
-        ({"rl.kl": -1.0}, "kl and advantage_eps must be at least 0"),
-        ({"rl.kl": 0.0, "rl.adaptive_kl": True}, "adaptive_kl changes kl, which must be positive"),
-        ({"rl.reference": "base"}, "reference must be start or MODULE:FUNCTION"),
-        ({"rl.reference": "no.module:f"}, "stages.rl.rl.reference 'no.module:f' must be MODULE:FUNCTION"),
-        ({"rl.rewards": [{"name": "excat"}]}, "config.stages.rl.rl.rewards.0.name must be one of"),
-        ({"rl.max_new_tokens": 128}, "rl.max_new_tokens 128 must be less than data.pack_tokens 128"),
-        ({"task": "next_token"}, "config.stages.rl.rl is for grpo and memory_sft; the task is next_token"),
-        ({"task": "gpro"}, "stages.rl.task must be one of next_token, grpo, memory_sft; got 'gpro'"),
+        (
+            {"task.group_siz": 4},
+            "unknown key .*stages.rl.task.group_siz; did you mean config.stages.rl.task.group_size",
+        ),
+        ({"task.group_size": 1}, "config.stages.rl.task: group_size must be at least 2"),
+        ({"task.temperature": 0.0}, "temperature must be positive"),
+        ({"task.clip": 1.0}, "clip must be between 0 and 1"),
+        ({"task.minibatches": 9}, "minibatches must be at most prompts x group_size = 8"),
+        ({"task.top_p": 0.0}, "top_p must be above 0"),
+        ({"task.kl": -1.0}, "kl and advantage_eps must be at least 0"),
+        ({"task.kl": 0.0, "task.adaptive_kl": True}, "adaptive_kl changes kl, which must be positive"),
+        ({"task.reference": "base"}, "reference must be start or MODULE:FUNCTION"),
+        ({"task.reference": "no.module:f"}, "stages.rl.task.reference 'no.module:f' must be MODULE:FUNCTION"),
+        ({"task.rewards": [{"name": "excat"}]}, "config.stages.rl.task.rewards.0.name must be one of"),
+        ({"task.max_new_tokens": 128}, "task.max_new_tokens 128 must be less than data.pack_tokens 128"),
+        ({"task.kind": "next_token"}, "config.stages.rl.task: next_token has no keys, got rewards"),
+        ({"task.kind": "gpro"}, "stages.rl.task.kind must be one of next_token, grpo, memory_sft; got 'gpro'"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_done(settings, tmp_path, keys, message):
@@ -303,7 +306,7 @@ def test_what_does_not_fit_is_said_before_anything_is_done(settings, tmp_path, k
     "changes, message",
     [
         ({"data.train": []}, "data.train must name at least one JSONL file of prompts"),
-        ({"model.memory": "comemo", "model.comemo.decode_position": "length"}, "decode_position must be continue"),
+        ({"model.memory": "comemo", "model.memory.decode_position": "length"}, "decode_position must be continue"),
         ({"model.decoder.ntk_factor": 2.0, "model.decoder.max_positions": 64}, "pack_tokens 128 must be at most"),
     ],
 )

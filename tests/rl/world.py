@@ -20,9 +20,9 @@ def make(folder):
 
 
 def config(folder, rl=(), **changes):
-    """One stage of 4 steps on 2 prompts of 4 answers each. `rl` are keys of its `rl`, `changes` of the experiment."""
+    """One stage of 4 steps on 2 prompts of 4 answers each. `rl` are keys of its task, `changes` of the experiment."""
     settings = dict(rewards=[dict(name=OWN)], prompts=2, group_size=4, max_new_tokens=6, rollout_rows=8, kl=0.01)
-    stage = dict(name="rl", task="grpo", steps=4, learning_rate=1e-2, rl={**settings, **dict(rl)})
+    stage = dict(name="rl", steps=4, learning_rate=1e-2, task={"kind": "grpo", **settings, **dict(rl)})
     data = dict(
         train=[dict(path=str(folder / "prompts.jsonl"))],
         eval=[dict(path=str(folder / "held_out.jsonl"))],

@@ -161,11 +161,11 @@ def test_bf16_keeps_frozen_matrices_in_bf16_and_trains_in_fp32(folder):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image.size": 8}, "image.size 8 must equal model.vision.image_size 16"),
+        ({"image.size": 8}, "config.image.size is no key any more: a tile has the size of model.vision.image_size"),
         ({"model.decoder.vocab": 100}, "set model.decoder.vocab=104 or more"),
         ({"data.rows": 4}, "must divide the 4 rows of a batch"),
         ({"tokenizer": "nowhere"}, "there is no folder 'nowhere'"),
-        ({"stages.pretrain.task": "patches"}, "stages.pretrain.task must be one of next_token; got 'patches'"),
+        ({"stages.pretrain.task": "patches"}, "stages.pretrain.task.kind must be one of next_token; got 'patches'"),
         ({"stages.pretrain.trainable": ["visoin"]}, "stages.pretrain trains nothing"),
         ({"init": "nowhere"}, "there is no folder .*nowhere"),
     ],

@@ -46,8 +46,7 @@ def config(folder, **data):
         dict(
             model=dict(preset="tiny_qwen2_5_vl", memory="comemo", decoder=dict(layers=2), vision=dict(layers=2)),
             tokenizer=str(folder / "tokenizer"),
-            template="qwen2-vl",
-            image=dict(kind="patches", min_pixels=64, max_pixels=1024, min_frame_pixels=64, max_frame_pixels=256),
+            image=dict(min_pixels=64, max_pixels=1024, min_frame_pixels=64, max_frame_pixels=256),
             data=dict(train=source, eval=source, rows=8, pack_tokens=256, pack_tiles=96, threads=1) | data,
             stages=[dict(name="all", steps=4, learning_rate=1e-2)],
             mesh=dict(data=-1, fsdp=1),

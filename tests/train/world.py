@@ -38,13 +38,12 @@ def config(folder, **changes):
     """Three stages of 4, 3 and 5 steps, as in the paper but short. `changes` replace keys."""
     values = dict(
         model=dict(
-            memory="comemo",
             vision=dict(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=4, drop_path=0.3),
             decoder=dict(vocab=112, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=32),
-            comemo=dict(every=2, heads=2, head_dim=8, mlp_width=32),
+            memory=dict(kind="comemo", every=2, heads=2, head_dim=8, mlp_width=32),
             compute_dtype="float32",
         ),
-        image=dict(size=16, max_tiles=3, dhr_map="raster"),
+        image=dict(max_tiles=3, dhr_map="raster"),
         tokenizer=str(folder / "tokenizer"),
         system="",
         data=dict(

@@ -129,8 +129,8 @@ def load(args: argparse.Namespace) -> LoadedModel:
     elif wanted != InvocationConfig() or args.invocation or getattr(args, "show_memory", False):
         raise ValueError(
             "the flags of latent memory (--invocation, --disable, --show-memory ...) are for models whose memory "
-            f"speaks while they answer, but model.memory of {args.checkpoint} is {model.vlm.config.memory}; leave them "
-            "out"
+            f"speaks while they answer, but model.memory of {args.checkpoint} is {model.vlm.config.memory_kind}; "
+            "leave them out"
         )
     return model
 

@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no file of the compiler stays behind
     settings, topology = experiment(args.experiment), Topology(args.topology, args.slices)
     stage = _stage(settings, args.stage)
-    wanted = {"next_token": "train", "grpo": "rl"}.get(stage.task)
+    wanted = {"next_token": "train", "grpo": "rl"}.get(stage.task_kind)
     if args.what in ("train", "rl") and args.what != wanted:
         hint = f"compile it with --what {wanted}" if wanted else "name a stage of next_token or grpo with --stage"
-        raise ConfigError(f"the task of stage {stage.name} is {stage.task}: {hint}")
+        raise ConfigError(f"the task of stage {stage.name} is {stage.task_kind}: {hint}")
     devices = tpu_devices(topology)
     vlm, answers = VLM(settings.model), args.what in ("prefill", "decode")
     if answers and not any(key.partition(".")[0] == "mesh" for key in args.overrides):

@@ -17,10 +17,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from vlmem_jax import families
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE
 from vlmem_jax.cli.flags import add_config
-from vlmem_jax.config import override, to_dict
+from vlmem_jax.config import build, override, to_dict
 from vlmem_jax.hub.convert import SHARD_BYTES, Summary, export_folder, import_folder, released
 from vlmem_jax.paths import AnyPath, as_path
-from vlmem_jax.processing import image_config
 
 EXAMPLE = "vlmem convert downloads/CoMemo-2B checkpoints/mine\n  vlmem convert RUN CoMemo-2B-mine --dtype bfloat16"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -82,7 +81,8 @@ def _wanted(args: argparse.Namespace, source: AnyPath):
     for key in ("model", "image"):
         if key not in wanted:
             raise ValueError(f"config.{key} must be given; {args.config} has none")
-    return families.resolve(wanted["model"]), image_config(wanted["image"], "config.image")
+    model = families.resolve(wanted["model"])
+    return model, build(families.of_model(model).image, wanted["image"], "config.image")
 
 
 def _is_ours(source: AnyPath) -> bool:

@@ -20,11 +20,6 @@ from vlmem_jax.types import IGNORED, Sample
 
 Key = tuple[int, int]
 """Number of a file, and of a sample in it."""
-SIZE_KNOBS = {
-    "tiles": ("image.max_tiles", "data.max_frames"),
-    "patches": ("image.max_pixels", "image.total_pixels or image.max_frames"),
-}
-"""Keys that bound the tiles of a sample of images, and of a video, by `image.kind`."""
 
 
 class Size(NamedTuple):
@@ -164,7 +159,7 @@ class Samples:
         if size.tiles > config.pack_tiles:
             raise ValueError(
                 f"a row has {config.pack_tiles} tiles but this sample has {size.tiles}; "
-                f"raise data.pack_tiles or lower {SIZE_KNOBS[self.processor.image.kind][is_video]}"
+                f"raise data.pack_tiles or lower {self.processor.size_knobs[is_video]}"
             )
         if not size.targets:
             raise ValueError("a sample must have an answer to learn, but this one has no target token")

@@ -105,7 +105,7 @@ def _experiment(
         common(dataset, stages, seed, init)
         | {
             "model": {"preset": "digits", "memory": memory},
-            "image": {"size": 32, "dhr_map": "raster", **image},
+            "image": {"dhr_map": "raster", **image},
             "data": _data(dataset, "mixture", 5, recipe.rows),
             "eval_every": 100,
         }

@@ -80,7 +80,7 @@ def looking(model: LoadedModel, folder: Path, question: dict[str, Any]) -> Looki
     sample = model.processor.prompt([*opening([picture]), question["question"]])
     weights = attention.last_token(model, sample)
     side = model.processor.tokens_per_side
-    every = model.vlm.config.comemo.every
+    every = model.vlm.config.memory.every
 
     def maps(kind: str, weights_LHM: np.ndarray, layers: Sequence[int]) -> list[Map]:
         tiles_LIRC = weights_LHM.mean(axis=1).reshape(len(weights_LHM), -1, side, side)
@@ -90,7 +90,7 @@ def looking(model: LoadedModel, folder: Path, question: dict[str, Any]) -> Looki
     return Looking(
         question["question"],
         question["answer"],
-        tile_grid(*picture.size, model.processor.image),
+        tile_grid(*picture.size, model.processor.tile.side, model.processor.image),
         [Image.fromarray(tile) for tile in sample.pixels_ISSc],
         maps("memory, before layer", weights.memory_LHM, blocks)
         + maps("context path, layer", weights.context_LHM, range(len(weights.context_LHM))),

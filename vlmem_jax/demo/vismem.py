@@ -99,7 +99,7 @@ def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
         stage("read", steps["read"], 5e-3, final_fraction=0.2, data=reading),
         stage("answer", steps["answer"], 4e-3),
     ]
-    return _experiment(dataset, "none", stages, answering, seed=0)
+    return _experiment(dataset, None, stages, answering, seed=0)
 
 
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
@@ -115,53 +115,49 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
             "warmup",
             recipe.vismem["warmup"],
             6e-3,
-            task="memory_sft",
             data=conversations(dataset, "worked", 128, 32, 2 * N),
-            rl={"prompts": 4 * N, "rollout_rows": 4 * N},
+            task={"kind": "memory_sft", "prompts": 4 * N, "rollout_rows": 4 * N},
             **forming,
         ),
         stage(
             "formation",
             recipe.vismem["formation"],
             3e-4,
-            task="grpo",
             **forming,
-            rl={**rollouts, "invocation": random, "kl": 0.015},
+            task={"kind": "grpo", **rollouts, "invocation": random, "kl": 0.015},
         ),
         stage(
             "invocation",
             recipe.vismem["invocation"],
             1e-2,
-            task="grpo",
             trainable=("memory/special_", "memory/invoke_logit_bias"),
             optimizer=adam,
-            rl={**rollouts, "invocation_penalty": 0.3, "kl": 0.03},
+            task={"kind": "grpo", **rollouts, "invocation_penalty": 0.3, "kl": 0.03},
         ),
     ]
     data = conversations(dataset, "prompts", 256, 48, 2 * N)
-    config = _experiment(dataset, "vismem", stages, data, seed=1, init=init, log_every=1)
+    # at first it calls for memories as often as it pauses
+    memory = {"kind": "vismem", "token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
+    memory["memory_output"] = "rescaled"  # as long as embeddings: to so small a model, more is noise
+    config = _experiment(dataset, memory, stages, data, seed=1, init=init, log_every=1)
     config.checkpoint.content = "trained"
     return config
 
 
 def _experiment(
     dataset: Path,
-    memory: str,
+    memory: dict[str, Any] | None,
     stages: Sequence[dict[str, Any]],
     data: dict[str, Any],
     seed: int,
     init: Path | None = None,
     **more: Any,
 ) -> ConfigDict:
-    # at first it calls for memories as often as it pauses
-    own = {"token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
-    own["memory_output"] = "rescaled"  # as long as embeddings: to so small a model, more is noise
     return ConfigDict(
         common(dataset, stages, seed, init)
         | {
-            "model": {"preset": "digits_qwen2_5_vl", "memory": memory, "vismem": own},
-            "template": "qwen2-vl",
-            "image": {"kind": "patches", "min_pixels": 256, "max_pixels": 4096},
+            "model": {"preset": "digits_qwen2_5_vl", "memory": memory},
+            "image": {"min_pixels": 256, "max_pixels": 4096},
             "data": data,
             "eval_every": 10_000,
             **more,

@@ -56,7 +56,7 @@ class LmmsModel(lmms):
         if settings and self.loaded.vlm.speech is None:
             raise ValueError(
                 f"model_args {', '.join(settings)} are for models whose memory speaks while they answer, but "
-                f"model.memory of {checkpoint} is {self.loaded.vlm.config.memory}; leave them out"
+                f"model.memory of {checkpoint} is {self.loaded.vlm.config.memory_kind}; leave them out"
             )
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:

@@ -48,7 +48,7 @@ def evaluate(
         if model.vlm.speech is None:
             raise ConfigError(
                 "--without-memory needs a model whose memory speaks while it answers, but model.memory is "
-                f"{model.vlm.config.memory}"
+                f"{model.vlm.config.memory_kind}"
             )
         passes[WITHOUT] = InvocationConfig("never")
     prompts = Prompts(config.data, model.processor)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.families import internvl, qwen2_5_vl
 from vlmem_jax.families.base import PREPROCESSOR_FILE, Family, Released
+from vlmem_jax.memory import MEMORIES, MemoryConfig, memory_config
 from vlmem_jax.models import ModelConfig
 
 __all__ = ["FAMILIES", "PREPROCESSOR_FILE", "PRESETS", "Family", "Released", "of_config", "of_model", "resolve"]
@@ -33,13 +34,33 @@ def of_config(content: Mapping[str, Any]) -> Family:
 def resolve(config: ConfigDict | Mapping[str, Any], where: str = "config.model") -> ModelConfig:
     """ModelConfig from `config.preset` (optional) overlaid with the other keys of `config`.
 
-    Raises ConfigError (a ValueError) that names the key: unknown preset or key, wrong type, value out of range.
+    `memory` is a group of keys, its kind alone, or none; a preset has sizes for some kinds. Raises ConfigError (a
+    ValueError) that names the key: unknown preset or key, wrong type, value out of range.
     """
     given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     name = given.pop("preset", None)
     if name is not None and name not in PRESETS:
         raise ConfigError(f"{where}.preset must be one of {', '.join(PRESETS)}; got {name!r}")
-    return build(ModelConfig, _overlay(PRESETS.get(name, {}), given), where)
+    for kind in set(MEMORIES) & set(given):
+        raise ConfigError(
+            f"{where}.{kind} is no key any more: the keys of a memory stand in {where}.memory, beside its kind; "
+            f"write memory=dict(kind={kind!r}, ...), or --config.model.memory.KEY=VALUE"
+        )
+    sizes = dict(PRESETS.get(name, {}))
+    memory = _memory(given.pop("memory", {}), sizes.pop("memory", None), sizes.pop("memories", {}), f"{where}.memory")
+    return build(ModelConfig, _overlay(sizes, given) | {"memory": memory}, where)
+
+
+def _memory(given: Any, kind: str | None, sizes: Mapping[str, Mapping], where: str) -> MemoryConfig | None:
+    """The memory that `given` asks for, of `kind` if it does not say; `sizes` has the keys of kinds."""
+    if given is None or isinstance(given, MemoryConfig):
+        return given
+    keys = {"kind": given} if isinstance(given, str) else {"kind": kind, **given}
+    if keys["kind"] in (None, "none"):
+        if len(keys) > 1:
+            raise ConfigError(f"{where}.kind must be one of {', '.join(MEMORIES)}, whose keys these are: {given}")
+        return None
+    return memory_config(_overlay(sizes.get(keys["kind"], {}), keys), where)
 
 
 def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

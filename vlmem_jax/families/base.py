@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vlmem_jax.memory import MEMORIES
+from vlmem_jax.memory import MEMORIES, memory_config, memory_of
 from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.records import Rule
@@ -19,7 +19,6 @@ class Released:
 
     model: ModelConfig
     image: ImageConfig | PatchConfig
-    template: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +27,10 @@ class Family:
 
     tower: str
     """`vision.kind`."""
+    image: type[ImageConfig] | type[PatchConfig]
+    """The class of the config of images: what the tower sees are tiles or patches."""
+    template: str
+    """The chat template, a name of `chat.TEMPLATES`."""
     name_table: Callable[[ModelConfig, bool | None, int | None], list[Rule]]
     """`name_table(model, layout, vocab)`; see the modules."""
     layout: Callable[[Iterable[str]], bool]
@@ -35,31 +38,30 @@ class Family:
     read_config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]], Mapping[str, Any]], Released]
     """`read_config(config.json, shapes of tensors, preprocessor_config.json)`."""
     write_files: Callable[..., dict[str, dict[str, Any]]]
-    """`write_files(model, image, template, dtype, tokenizer)`: content of the JSON files, by name."""
+    """`write_files(model, image, dtype, tokenizer)`: content of the JSON files, by name."""
     sizes: Mapping[str, dict[str, Any]]
-    """Keys of `config.model` by the name of a model."""
+    """Keys of `config.model` by the name of a model: `memory` is the kind that it has unless another is asked for, and
+    `memories` has the keys of each kind."""
     added_tokens: tuple[str, ...] = ()
     """What is added to the tokenizer of a language model that knows no images, in the order of ids."""
 
 
 def memory_tensors(config: ModelConfig, layer: str) -> list[Rule]:
     """The memory's part of a name table; `layer` is the name of a decoder layer, with {} for its number."""
-    if config.memory == "none":
+    if config.memory is None:
         return []
     leaves = flatten(VLM(config).abstract()["memory"])
-    return MEMORIES[config.memory].tensors(getattr(config, config.memory), config.decoder, leaves, layer)
+    return memory_of(config.memory).tensors(config.memory, config.decoder, leaves, layer)
 
 
 def read_memory(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Keys of the model that a config.json tells; `shapes` of the checkpoint's tensors fill in what it leaves out."""
     for name, memory in MEMORIES.items():
         if (found := memory.read_config(content, shapes)) is not None:
-            return {"memory": name, name: found}
-    return {"memory": "none"}
+            return {"memory": memory_config({"kind": name} | found, "config.json")}
+    return {}
 
 
 def write_memory(model: ModelConfig) -> dict[str, Any]:
     """What config.json tells of a model's memory."""
-    if model.memory == "none":
-        return {}
-    return MEMORIES[model.memory].write_config(getattr(model, model.memory), model.decoder)
+    return memory_of(model.memory).write_config(model.memory, model.decoder)

@@ -5,12 +5,14 @@ from typing import Any
 
 from vlmem_jax.config import build
 from vlmem_jax.families.base import CONFIG_FILE, Family, Released, memory_tensors, read_memory, write_memory
-from vlmem_jax.memory import MEMORIES
+from vlmem_jax.memory import memory_of
 from vlmem_jax.models import ModelConfig
-from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATES
+from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.records import Rule, check_fixed, check_needed, ours, section, theirs
+
+TEMPLATE = "internlm2-chat"
 
 _INTERN_VIT_300M = dict(width=1024, layers=24, heads=16, mlp_width=4096, image_size=448, patch_size=14, drop_path=0.1)
 _INTERNLM2 = dict(vocab=92553, head_dim=128, rope_theta=1e6, ntk_factor=2.0, max_positions=32768)
@@ -20,12 +22,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "comemo_2b": dict(
         vision=_INTERN_VIT_300M,
         decoder=dict(_INTERNLM2, width=2048, layers=24, heads=16, kv_heads=8, mlp_width=8192),
-        comemo=dict(every=4, heads=16, head_dim=128, mlp_width=8192),
+        memory="comemo",
+        memories=dict(comemo=dict(every=4, heads=16, head_dim=128, mlp_width=8192)),
     ),
     "comemo_9b": dict(
         vision=_INTERN_VIT_300M,
         decoder=dict(_INTERNLM2, width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336),
-        comemo=dict(every=4, heads=16, head_dim=128, mlp_width=16384),
+        memory="comemo",
+        memories=dict(comemo=dict(every=4, heads=16, head_dim=128, mlp_width=16384)),
     ),
     # reads mosaics of handwritten digits: 16 visual tokens a tile of 32 px
     "digits": dict(
@@ -33,14 +37,16 @@ SIZES: dict[str, dict[str, Any]] = {
         decoder=dict(
             vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=1e4,
         ),
-        comemo=dict(every=2, heads=3, head_dim=32, mlp_width=192, rope_theta=1e4),
+        memory="comemo",
+        memories=dict(comemo=dict(every=2, heads=3, head_dim=32, mlp_width=192, rope_theta=1e4)),
         compute_dtype="float32",
     ),
     # as small as it can be with every part in place
     "tiny": dict(
         vision=dict(width=32, layers=2, heads=4, mlp_width=64, image_size=28, patch_size=7),
         decoder=dict(vocab=128, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp_width=96),
-        comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
+        memory="comemo",
+        memories=dict(comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80)),
         compute_dtype="float32",
     ),
 }  # fmt: skip
@@ -67,7 +73,7 @@ def name_table(config: ModelConfig, wrapped: bool | None = None, vocab: int | No
     vocab: rows of the checkpoint's embedding, if not the model's.
     """
     if wrapped is None:
-        wrapped = config.memory != "none" and MEMORIES[config.memory].wraps_layers
+        wrapped = memory_of(config.memory).wraps_layers
     rules = _vision(config.vision) + _projector(config) + _decoder(config.decoder, NESTED * wrapped, vocab)
     return rules + memory_tensors(config, LAYER)
 
@@ -174,12 +180,12 @@ DECODER = {
     "max_positions": "max_position_embeddings",
 }
 IMAGE = {
-    "size": "force_image_size",
     "min_tiles": "min_dynamic_patch",
     "max_tiles": "max_dynamic_patch",
     "thumbnail": "use_thumbnail",
 }
 FIXED = {
+    "template": TEMPLATE,
     "downsample_ratio": 0.5,
     "vision_config.hidden_act": "gelu",
     "vision_config.qkv_bias": True,
@@ -201,10 +207,10 @@ def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     vision, decoder = ours(VISION, tower), ours(DECODER, language)
     image = ours(IMAGE, content)
     stored = vision.get("image_size")
-    image["size"] = vision["image_size"] = image.get("size") or stored
+    vision["image_size"] = content.get("force_image_size") or stored
     check_needed("vision_config", VISION, vision, "width layers heads mlp_width image_size patch_size")
     check_needed("llm_config", DECODER, decoder, "vocab width layers heads mlp_width")
-    if stored and stored != image["size"]:
+    if stored and stored != vision["image_size"]:
         vision["position_grid"] = stored // vision["patch_size"]
     if "select_layer" in content:
         vision["select_layer"] = content["select_layer"]
@@ -215,17 +221,13 @@ def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     decoder["ntk_factor"] = scaling["factor"]
     if content.get("dynamic_image_size") is False:
         image["min_tiles"] = image["max_tiles"] = 1
-    template = content.get("template", "internlm2-chat")
-    known = [name for name, chat in TEMPLATES.items() if chat.video is None]
-    if template not in known:
-        raise ValueError(f"template of config.json must be one of {', '.join(known)}; got {template!r}")
     model = {"vision": vision, "decoder": decoder} | read_memory(content, shapes)
     model |= {"projector": {"shuffle": content["ps_version"]}} if "ps_version" in content else {}
     model |= {"compute_dtype": "float32"} if content.get("torch_dtype") == "float32" else {}
-    return Released(build(ModelConfig, model, "config.json"), build(ImageConfig, image, "config.json"), template)
+    return Released(build(ModelConfig, model, "config.json"), build(ImageConfig, image, "config.json"))
 
 
-def write_config(model: ModelConfig, image: ImageConfig, template: str, dtype: str) -> dict[str, Any]:
+def write_config(model: ModelConfig, image: ImageConfig, dtype: str) -> dict[str, Any]:
     """The config.json of such a model whose tensors are of `dtype`."""
     vision, decoder = model.vision, model.decoder
     stored = (vision.position_grid or vision.grid) * vision.patch_size
@@ -233,12 +235,12 @@ def write_config(model: ModelConfig, image: ImageConfig, template: str, dtype: s
     content = {
         "model_type": "internvl_chat",
         "torch_dtype": dtype,
-        "template": template,
         "vision_config": {"model_type": "intern_vit_6b"} | theirs(VISION, vision) | {"image_size": stored},
         "llm_config": {"model_type": "internlm2"} | theirs(DECODER, decoder) | {"rope_scaling": scaling},
         "select_layer": vision.select_layer,
         "ps_version": model.projector.shuffle,
         "dynamic_image_size": image.max_tiles > 1,
+        "force_image_size": vision.image_size,
     }
     content |= theirs(IMAGE, image) | write_memory(model)
     for key, value in FIXED.items():
@@ -248,13 +250,15 @@ def write_config(model: ModelConfig, image: ImageConfig, template: str, dtype: s
 
 
 def _files(
-    model: ModelConfig, image: ImageConfig, template: str, dtype: str, tokenizer: Tokenizer | None
+    model: ModelConfig, image: ImageConfig, dtype: str, tokenizer: Tokenizer | None
 ) -> dict[str, dict[str, Any]]:
-    return {CONFIG_FILE: write_config(model, image, template, dtype)}
+    return {CONFIG_FILE: write_config(model, image, dtype)}
 
 
 FAMILY = Family(
     tower="intern_vit",
+    image=ImageConfig,
+    template=TEMPLATE,
     name_table=name_table,
     layout=is_wrapped,
     read_config=lambda content, shapes, preprocessor: read_config(content, shapes),

@@ -29,19 +29,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_3b": dict(
         vision=_QWEN_VIT,
         decoder=dict(_QWEN2_5, vocab=151936, width=2048, layers=36, heads=16, kv_heads=2, mlp_width=11008, tied=True),
-        memory="none",
     ),
     "qwen2_5_vl_7b": dict(
         vision=_QWEN_VIT,
         decoder=dict(_QWEN2_5, width=3584, layers=28, heads=28, kv_heads=4, mlp_width=18944),
-        memory="none",
     ),
     "qwen2_5_vl_72b": dict(
         vision=dict(_QWEN_VIT, mlp_width=3456),
         decoder=dict(_QWEN2_5, width=8192, layers=80, heads=64, kv_heads=8, mlp_width=29568),
-        memory="none",
     ),
-    # the same pictures, a visual token a digit; vismem.token_ids and start_id are those of the demo's tokenizer
+    # the same pictures, a visual token a digit; the ids of its memory are those of the demo's tokenizer
     "digits_qwen2_5_vl": dict(
         vision=dict(
             kind="qwen_vit", width=64, layers=2, heads=2, mlp_width=192, patch_size=4, window=8, full_layers=(1,),
@@ -50,12 +47,13 @@ SIZES: dict[str, dict[str, Any]] = {
             vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=1e4,
             rope_sections=(4, 6, 6), qkv_bias=True, norm_eps=1e-6,
         ),
-        memory="none",
-        vismem=dict(
-            query_len=4, short_len=2, long_len=4, query_builder=dict(layers=1, heads=4, ff_mult=2),
-            tiny=dict(layers=1, heads=4, ff_mult=2), lora=dict(rank=8, alpha=16.0, dropout=0.0),
-            max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
-            max_invocations=4, token_ids=(124, 125, 126, 127),
+        memories=dict(
+            vismem=dict(
+                query_len=4, short_len=2, long_len=4, query_builder=dict(layers=1, heads=4, ff_mult=2),
+                tiny=dict(layers=1, heads=4, ff_mult=2), lora=dict(rank=8, alpha=16.0, dropout=0.0),
+                max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
+                max_invocations=4, token_ids=(124, 125, 126, 127),
+            ),
         ),
         compute_dtype="float32",
     ),
@@ -67,13 +65,14 @@ SIZES: dict[str, dict[str, Any]] = {
             vocab=160, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp_width=96, rope_sections=(2, 3, 3),
             qkv_bias=True, tied=True, norm_eps=1e-6,
         ),
-        memory="none",
-        comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
-        vismem=dict(
-            query_len=4, short_len=3, long_len=5, query_builder=dict(layers=1, heads=4, ff_mult=2),
-            tiny=dict(layers=2, heads=2, ff_mult=3), lora=dict(rank=4, alpha=8.0),
-            max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
-            max_invocations=3, token_ids=(156, 157, 158, 159), span_ids=(154, 155), start_id=8,
+        memories=dict(
+            comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
+            vismem=dict(
+                query_len=4, short_len=3, long_len=5, query_builder=dict(layers=1, heads=4, ff_mult=2),
+                tiny=dict(layers=2, heads=2, ff_mult=3), lora=dict(rank=4, alpha=8.0),
+                max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
+                max_invocations=3, token_ids=(156, 157, 158, 159), span_ids=(154, 155), start_id=8,
+            ),
         ),
         compute_dtype="float32",
     ),
@@ -247,8 +246,8 @@ def read_config(
         "min_pixels": about_pixels.get("min_pixels", size.get("shortest_edge")),
         "max_pixels": about_pixels.get("max_pixels", size.get("longest_edge")),
     }
-    image = {key: value for key, value in limits.items() if value is not None} | {"kind": "patches"}
-    return Released(build(ModelConfig, model, "config.json"), build(PatchConfig, image, "config.json"), TEMPLATE)
+    image = {key: value for key, value in limits.items() if value is not None}
+    return Released(build(ModelConfig, model, "config.json"), build(PatchConfig, image, "config.json"))
 
 
 def write_config(model: ModelConfig, dtype: str, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -294,7 +293,7 @@ def write_preprocessor(model: ModelConfig, image: PatchConfig) -> dict[str, Any]
 
 
 def _files(
-    model: ModelConfig, image: PatchConfig, template: str, dtype: str, tokenizer: Tokenizer | None
+    model: ModelConfig, image: PatchConfig, dtype: str, tokenizer: Tokenizer | None
 ) -> dict[str, dict[str, Any]]:
     return {
         CONFIG_FILE: write_config(model, dtype, tokenizer),
@@ -304,6 +303,8 @@ def _files(
 
 FAMILY = Family(
     tower="qwen_vit",
+    image=PatchConfig,
+    template=TEMPLATE,
     name_table=name_table,
     layout=is_nested,
     read_config=read_config,

@@ -8,13 +8,14 @@ import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
-from vlmem_jax.families import resolve
+from vlmem_jax.config import build
+from vlmem_jax.families import of_model, resolve
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.processing import Processor, Tokenizer, image_config, make_processor
+from vlmem_jax.processing import Processor, Tokenizer, make_processor
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 
@@ -62,9 +63,10 @@ def load_model(
     checkpoint = folder.find(path)
     described = checkpoint.model
     vlm = VLM(resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model"))
-    image = image_config(described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
+    family = of_model(vlm.config)
+    image = build(family.image, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
     tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
-    processor = make_processor(tokenizer, image, geometry, described["system"], described["template"])
+    processor = make_processor(tokenizer, image, geometry, described["system"], family.template)
     devices = jax.devices() if devices is None else devices
     over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, over)

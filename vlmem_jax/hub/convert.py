@@ -18,18 +18,18 @@ from flax import nnx
 from vlmem_jax import families
 from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
-from vlmem_jax.config import to_dict
+from vlmem_jax.config import build, to_dict
 from vlmem_jax.families import Released
 from vlmem_jax.hub import orbax_io
 from vlmem_jax.hub.fit import check_fit
 from vlmem_jax.hub.leaves import Extended, FromTensors, Leaf, Maker
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
-from vlmem_jax.memory import MEMORIES, TokenStart
+from vlmem_jax.memory import TokenStart, memory_of
 from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
-from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, image_config
+from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer
 from vlmem_jax.trees import flatten, unflatten
 
 RELEASED_CONFIG = "released_config.json"
@@ -87,8 +87,7 @@ def import_folder(
     with whole_folder(target, total) as folder:
         orbax_io.write_leaves(folder / "0", leaves, lambda done: progress(done, total))
         tokenizer.copy(folder / TOKENIZER_FOLDER, VLM(model).special_tokens)
-        about = {"model": to_dict(model), "image": to_dict(image or found.image)}
-        about |= {"template": found.template, "system": None}
+        about = {"model": to_dict(model), "image": to_dict(image or found.image), "system": None}
         _write_json(folder / RELEASED_CONFIG, content)
         _write_json(folder / MODEL_FILE, about)  # last: without it, a folder is no checkpoint
     return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added)
@@ -151,10 +150,10 @@ def export_folder(
         tensors.flush()
         TokenizerFiles.of(checkpoint.tokenizer, ()).copy(folder, VLM(model).special_tokens)
         kinds = [kind.name for _, kind in layout.values()]
-        image = image_config(about["image"], f"{MODEL_FILE} image")
+        image = build(family.image, about["image"], f"{MODEL_FILE} image")
         has_tokenizer = any((checkpoint.tokenizer / name).is_file() for name in FILES[:2])
         tokenizer = Tokenizer.load(checkpoint.tokenizer) if has_tokenizer else None
-        contents = family.write_files(model, image, about["template"], max(kinds, key=kinds.count), tokenizer)
+        contents = family.write_files(model, image, max(kinds, key=kinds.count), tokenizer)
         original = _optional_json(checkpoint.root / RELEASED_CONFIG)
         contents[CONFIG_FILE] = _merged(original, contents[CONFIG_FILE])
         for name, content in contents.items():
@@ -207,8 +206,9 @@ def _leaves(
     """path -> leaf; the paths that are made new; and how many vocabulary rows are."""
     config = vlm.config
     _check_settings(config, released, source)
-    bare = config.memory != "none" and released.memory == "none"
-    family, known = families.of_model(config), dataclasses.replace(config, memory="none") if bare else config
+    family, known = families.of_model(config), config
+    if released.memory is None:
+        known = dataclasses.replace(config, memory=None)
     rules = family.name_table(known, family.layout(tensors), None)
     [embedding] = next(rule.names for rule in rules if rule.ours == "decoder/embed")
     rows = len(tensors[embedding]) if embedding in tensors else config.decoder.vocab
@@ -231,7 +231,7 @@ def _leaves(
 def _maker(config: ModelConfig, start: TokenStart | None, dtype: np.dtype, seed: int) -> Maker:
     """A memory as the model initialises it, piece by piece where it has equal ones; its own tokens start from one that
     there is."""
-    decoder, count = MEMORIES[config.memory].pieces(getattr(config, config.memory), config.decoder) or (None, None)
+    decoder, count = memory_of(config.memory).pieces(config.memory, config.decoder) or (None, None)
     config = config if decoder is None else dataclasses.replace(config, decoder=decoder)
 
     def init(piece):
@@ -270,9 +270,9 @@ _FREE = ("vision.drop_path", "vision.layer_scale_init", "decoder.vocab")
 def _check_settings(config: ModelConfig, released: ModelConfig, source: Path) -> None:
     """Shapes do not tell rotary bases, norms or head counts; a model that differs there would load, and be wrong."""
     parts, free = ["vision", "projector", "decoder"], _FREE
-    if config.memory == released.memory != "none":
-        parts.append(config.memory)
-        free += tuple(f"{config.memory}.{key}" for key in MEMORIES[config.memory].free_keys)
+    if released.memory is not None and config.memory_kind == released.memory_kind:
+        parts.append("memory")
+        free += tuple(f"memory.{key}" for key in memory_of(config.memory).free_keys)
     wrong = []
     for part in parts:
         ours, theirs = to_dict(getattr(config, part)), to_dict(getattr(released, part))

@@ -24,6 +24,12 @@ from vlmem_jax.records import Rule
 from vlmem_jax.trees import Flat, State
 from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
 
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Base of the configs of memories, each with a key `kind` of its own."""
+
+
 Count = int | Int64[np.ndarray, "samples"]
 """A number, or one of each of many samples."""
 
@@ -31,6 +37,8 @@ Count = int | Int64[np.ndarray, "samples"]
 class Memory(nnx.Module):
     """Base of all memories, which meet the model at some of the doors below."""
 
+    config_type: type[MemoryConfig] = MemoryConfig
+    """The class of its config, whose default `kind` is its name."""
     late_views: bool = False
     """Whether images may come after text that has been read; if not, a conversation is read again."""
     vision_layer: int | None = None

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from vlmem_jax.decoder import DecoderConfig
-from vlmem_jax.memory import MEMORIES, CoMemoConfig, VisMemConfig
+from vlmem_jax.memory import MemoryConfig
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.stack import REMAT_POLICIES
 from vlmem_jax.vision import ProjectorConfig, QwenViTConfig, VisionConfig
@@ -19,10 +19,8 @@ class ModelConfig:
     decoder: DecoderConfig
     projector: ProjectorConfig = ProjectorConfig()
     """Of towers that see tiles; those that see patches have a merger without keys of its own."""
-    memory: str = "comemo"
-    """Which memory lives in the model: a name of memory.MEMORIES, or none."""
-    comemo: CoMemoConfig = CoMemoConfig()
-    vismem: VisMemConfig = VisMemConfig()
+    memory: MemoryConfig | None = None
+    """The memory that lives in the model: its key `kind` is a name of memory.MEMORIES. None: none."""
     attention: AttentionConfig = AttentionConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matmuls; softmax, norms, angles and logits are fp32 always."""
@@ -35,7 +33,6 @@ class ModelConfig:
 
     def __post_init__(self):
         for key, value, allowed in (
-            ("memory", self.memory, ("none", *MEMORIES)),
             ("remat", self.remat, tuple(REMAT_POLICIES)),
             ("vision_remat", self.vision_remat, ("", *REMAT_POLICIES)),
         ):
@@ -46,3 +43,8 @@ class ModelConfig:
                 "decoder.rope_sections belong to a tower that places tokens on three axes; "
                 f"got rope_sections {self.decoder.rope_sections} and kind {self.vision.kind}"
             )
+
+    @property
+    def memory_kind(self) -> str:
+        """The name of the memory, or none."""
+        return "none" if self.memory is None else self.memory.kind

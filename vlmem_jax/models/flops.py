@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from vlmem_jax.memory import MEMORIES
+from vlmem_jax.memory import memory_of
 from vlmem_jax.memory.base import Count
 from vlmem_jax.models.config import ModelConfig
 
@@ -57,14 +57,11 @@ def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int
 def memory_flops(config: ModelConfig, tokens: Count, tiles: Count) -> tuple[Count, Count]:
     """Forward FLOPs of the memory for a sample: in weights, and in attention. A memory that speaks works between
     tokens: see `formation_flops`."""
-    if config.memory == "none":
-        return 0, 0
-    own = getattr(config, config.memory)
-    return MEMORIES[config.memory].flops(own, config.decoder, tokens, tiles * config.vision.tile.tokens)
+    slots = tiles * config.vision.tile.tokens
+    return memory_of(config.memory).flops(config.memory, config.decoder, tokens, slots)
 
 
 def formation_flops(config: ModelConfig, states: int, trained: Collection[str]) -> int:
     """FLOPs of forming one memory from `states` states, and of the gradient where it is `trained`."""
     inside = [path.removeprefix("memory/") for path in trained if path.startswith("memory/")]
-    own = getattr(config, config.memory)
-    return MEMORIES[config.memory].formation_flops(own, config.decoder, states, inside)
+    return memory_of(config.memory).formation_flops(config.memory, config.decoder, states, inside)

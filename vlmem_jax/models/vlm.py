@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import Decoder, Tap
-from vlmem_jax.memory import MEMORIES, Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart
+from vlmem_jax.memory import Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart, memory_of
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
@@ -52,15 +52,14 @@ class _Modules(nnx.Module):
 
 def make_memory(config: ModelConfig, rngs: nnx.Rngs) -> Memory | None:
     """The memory of a model alone."""
-    if config.memory == "none":
+    if config.memory is None:
         return None
-    parts = config.decoder, config.vision, config.attention
-    return MEMORIES[config.memory](getattr(config, config.memory), *parts, rngs=rngs)
+    return memory_of(config.memory)(config.memory, config.decoder, config.vision, config.attention, rngs=rngs)
 
 
 def speech_of(config: ModelConfig) -> Speech | None:
     """How the memory of a model breaks into answers, if it does."""
-    return None if config.memory == "none" else MEMORIES[config.memory].speech(getattr(config, config.memory))
+    return memory_of(config.memory).speech(config.memory)
 
 
 @functools.lru_cache(maxsize=8)
@@ -112,7 +111,7 @@ class VLM:
     @property
     def late_views(self) -> bool:
         """Whether images may come after text that has been read."""
-        return self.config.memory == "none" or MEMORIES[self.config.memory].late_views
+        return self.config.memory is None or memory_of(self.config.memory).late_views
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -156,8 +155,7 @@ class VLM:
 
     def rates(self) -> dict[str, np.ndarray]:
         """Per-row learning-rate multipliers, by parameter path."""
-        c = self.config
-        rates = {} if c.memory == "none" else MEMORIES[c.memory].rates(getattr(c, c.memory))
+        rates = memory_of(self.config.memory).rates(self.config.memory)
         return {f"memory/{path}": factors for path, factors in rates.items()}
 
     def metrics(self, params: Params) -> dict[str, jax.Array]:

@@ -1,9 +1,5 @@
 """From files and text to model inputs: images, video, tokenizers, chat templates."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from vlmem_jax.config import build_kind
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.patch_processor import PatchProcessor
 from vlmem_jax.processing.patches import PatchConfig
@@ -22,14 +18,8 @@ __all__ = [
     "TileProcessor",
     "Tokenizer",
     "Video",
-    "image_config",
     "make_processor",
 ]
-
-
-def image_config(fields: Mapping[str, Any], where: str = "image") -> ImageConfig | PatchConfig:
-    """The config of images that a dict holds, by its key `kind`. Raises ConfigError, which names the key."""
-    return build_kind((ImageConfig, PatchConfig), fields, where)
 
 
 def make_processor(
@@ -40,11 +30,8 @@ def make_processor(
     template: str = "internlm2-chat",
 ) -> Processor:
     """The processor for a model of this `geometry`. Raises ValueError where the config of images is not for it."""
-    kind = "patches" if isinstance(geometry, PatchGeometry) else "tiles"
-    if image.kind != kind:
-        raise ValueError(f"image.kind must be {kind} for this model.vision, got {image.kind}")
-    if isinstance(geometry, PatchGeometry):
-        return PatchProcessor(tokenizer, image, geometry, system, template)
-    if image.size != geometry.size:
-        raise ValueError(f"image.size {image.size} must equal model.vision.image_size {geometry.size}, in pixels")
-    return TileProcessor(tokenizer, image, geometry.tokens_per_side, system, template)
+    patches = isinstance(geometry, PatchGeometry)
+    wanted = PatchConfig if patches else ImageConfig
+    if not isinstance(image, wanted):
+        raise ValueError(f"the config of images must be {wanted.__name__} for this tower, got {type(image).__name__}")
+    return (PatchProcessor if patches else TileProcessor)(tokenizer, image, geometry, system, template)

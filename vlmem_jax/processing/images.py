@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import pathlib
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,8 +27,6 @@ FORMATS = (
 class ImageConfig:
     """How an image becomes tiles."""
 
-    size: int = 448
-    """Side of a tile, pixels."""
     min_tiles: int = 1
     """Fewest tiles an image is cut into, the thumbnail not counted."""
     max_tiles: int = 12
@@ -41,11 +39,13 @@ class ImageConfig:
     """Which RoPE-DHR map: `code` (released weights) or `raster` (geometric, for training from scratch)."""
     max_pixels: int = 89_478_485
     """Largest image that is opened, pixels: a guard against decompression bombs."""
-    kind: Literal["tiles"] = "tiles"
+
+    moved: ClassVar[dict[str, str]] = {
+        "size": "a tile has the size of model.vision.image_size",
+        "kind": "the tower of the model tells it",
+    }
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size must be a positive number of pixels, got {self.size}")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"1 <= min_tiles <= max_tiles must hold, got {self.min_tiles} and {self.max_tiles}")
         if self.dhr_map not in positions.DHR_MAPS:
@@ -166,9 +166,10 @@ def best_grid(width: int, height: int, size: int, min_tiles: int, max_tiles: int
     return best
 
 
-def tile_grid(width: int, height: int, config: ImageConfig, max_tiles: int | None = None) -> tuple[int, int]:
-    """(columns, rows) for an image of `width` x `height` pixels; `max_tiles` replaces the config's where given."""
-    return best_grid(width, height, config.size, config.min_tiles, config.max_tiles if max_tiles is None else max_tiles)
+def tile_grid(width: int, height: int, size: int, config: ImageConfig, max_tiles: int | None = None) -> tuple[int, int]:
+    """(columns, rows) of tiles of `size` pixels for an image of `width` x `height`; `max_tiles` replaces the config's
+    where given."""
+    return best_grid(width, height, size, config.min_tiles, config.max_tiles if max_tiles is None else max_tiles)
 
 
 def tile_image(

@@ -21,6 +21,7 @@ class PatchProcessor(Processor):
     """A tile is a block of patches and becomes one visual token; blocks come window after window."""
 
     open_limit = PILLOW_PIXEL_LIMIT
+    size_knobs = "image.max_pixels", "image.total_pixels or image.max_frames"
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class PatchProcessor(Processor):
 
     def _place(self, tokens_T: np.ndarray, grids: Sequence[PatchGrid], rope_dhr: bool | None) -> Placed:
         if rope_dhr is not None:
-            raise ValueError("rope_dhr is for images cut into tiles (image.kind tiles); leave it out for this model")
+            raise ValueError("rope_dhr is for images cut into tiles; leave it out for this model")
         return place(tokens_T, grids, (self.context_id, self.video_id), self.geometry)
 
     def _cut(self, picture: Image.Image | Video, grid: PatchGrid, out_ISSc: np.ndarray) -> None:

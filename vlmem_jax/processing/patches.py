@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -38,7 +38,8 @@ class PatchConfig:
     """Frames taken of a second of video."""
     min_frames: int = 4
     max_frames: int = 768
-    kind: Literal["patches"] = "patches"
+
+    moved: ClassVar[dict[str, str]] = {"kind": "the tower of the model tells it"}
 
     def __post_init__(self):
         for low, high in (

@@ -53,6 +53,8 @@ class Processor:
     """The config of images, a dataclass."""
     open_limit: int
     """Pixels of the largest image or video frame that may be opened."""
+    size_knobs: tuple[str, str]
+    """Keys that bound the tiles of a sample of images, and of a video."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, template: str):
         self.tokenizer = tokenizer

@@ -12,7 +12,7 @@ from vlmem_jax.processing import chat, video
 from vlmem_jax.processing.images import ImageConfig, tile_grid, write_tiles
 from vlmem_jax.processing.processor import Placed, Processor
 from vlmem_jax.processing.tokenizer import Tokenizer
-from vlmem_jax.types import TileShape
+from vlmem_jax.types import TileGeometry, TileShape
 
 Grid = tuple[int, int]
 """Columns and rows of tiles."""
@@ -27,20 +27,22 @@ class Frame:
 
 
 class TileProcessor(Processor):
-    """Sees a tile as `tokens_per_side`**2 visual tokens. A frame of a video is one tile."""
+    """Sees a tile as `geometry.tokens_per_side`**2 visual tokens. A frame of a video is one tile."""
+
+    size_knobs = "image.max_tiles", "data.max_frames"
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         image: ImageConfig,
-        tokens_per_side: int,
+        geometry: TileGeometry,
         system: str | None = None,
         template: str = "internlm2-chat",
     ):
         super().__init__(tokenizer, system, template)
         self.image = image
-        self.tokens_per_side = tokens_per_side
-        self.tile = TileShape(image.size, 3, tokens_per_side**2)
+        self.tokens_per_side = geometry.tokens_per_side
+        self.tile = TileShape(geometry.size, 3, geometry.tokens_per_side**2)
         self.open_limit = image.max_pixels
 
     def choose_frames(
@@ -60,7 +62,7 @@ class TileProcessor(Processor):
         pictures = [one.picture if isinstance(one, Frame) else one for one in shown]
         sizes = [picture if isinstance(picture, tuple) else picture.size for picture in pictures]
         return [
-            tile_grid(width, height, self.image, 1 if isinstance(one, Frame) else most)
+            tile_grid(width, height, self.tile.side, self.image, 1 if isinstance(one, Frame) else most)
             for (width, height), one in zip(sizes, shown, strict=True)
         ]
 

@@ -1,4 +1,4 @@
-"""The keys of the tasks that learn from prompts, `stages.N.rl`."""
+"""The keys of the tasks that learn from prompts, `stages.N.task`."""
 
 import dataclasses
 from typing import Literal
@@ -161,13 +161,13 @@ class MemorySFTConfig:
 
 
 def rl_config(stage: StageConfig) -> RLConfig:
-    """The keys `rl` of a stage of the task grpo. Raises ConfigError, naming the key."""
-    return build(RLConfig, stage.rl, f"config.stages.{stage.name}.rl")
+    """The keys of a stage whose task is grpo. Raises ConfigError, naming the key."""
+    return build(RLConfig, stage.task_keys, f"config.stages.{stage.name}.task")
 
 
 def sft_config(stage: StageConfig) -> MemorySFTConfig:
-    """The keys `rl` of a stage of the task memory_sft. Raises ConfigError, naming the key."""
-    return build(MemorySFTConfig, stage.rl, f"config.stages.{stage.name}.rl")
+    """The keys of a stage whose task is memory_sft. Raises ConfigError, naming the key."""
+    return build(MemorySFTConfig, stage.task_keys, f"config.stages.{stage.name}.task")
 
 
 def check_prompted(experiment: Experiment, stage: StageConfig) -> None:

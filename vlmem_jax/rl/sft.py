@@ -75,7 +75,7 @@ class MemorySFT(NextTokenLoss):
         if VLM(experiment.model).speech is None:
             raise ConfigError(
                 f"config.stages.{stage.name}.task memory_sft is for a memory that speaks; model.memory is "
-                f"{experiment.model.memory}"
+                f"{experiment.model.memory_kind}"
             )
 
     # --- the loop's side ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from vlmem_jax.data.samples import Key
 from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.hub.convert import released
-from vlmem_jax.memory import MEMORIES, Speech
+from vlmem_jax.memory import Speech, memory_of
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.nn.linear import held_dtype
@@ -154,38 +154,35 @@ class GRPO(GRPOLoss):
         config, data = rl_config(stage), experiment.data_of(stage)
         where = f"config.stages.{stage.name}"
         check_prompted(experiment, stage)
-        Rewards(config.rewards, f"{where}.rl.rewards")
+        Rewards(config.rewards, f"{where}.task.rewards")
         if config.reference != "start":
-            imported(config.reference, f"{where}.rl.reference")
+            imported(config.reference, f"{where}.task.reference")
         speech = VLM(experiment.model).speech
         of_memory = config.invocation != InvocationConfig(), config.invocation_penalty is not None, config.paired_base
         if speech is None and any(of_memory):
             raise ConfigError(
-                f"{where}.rl.invocation, invocation_penalty and paired_base are for a memory that speaks; model.memory "
-                f"is {experiment.model.memory}"
+                f"{where}.task.invocation, invocation_penalty and paired_base are for a memory that speaks; "
+                f"model.memory is {experiment.model.memory_kind}"
             )
         try:
             longest = longest_answer(config, speech)
         except ValueError as error:
-            raise ConfigError(f"{where}.rl.invocation: {error}") from error
+            raise ConfigError(f"{where}.task.invocation: {error}") from error
         if longest >= data.pack_tokens:
             more = f", with memories {longest}," if speech else ""
             raise ConfigError(
-                f"{where}.rl.max_new_tokens {config.max_new_tokens}{more} must "
+                f"{where}.task.max_new_tokens {config.max_new_tokens}{more} must "
                 f"be less than data.pack_tokens {data.pack_tokens}, so that a row holds a prompt and its answer"
             )
         if config.invocation_penalty is not None and not _has_formed(experiment, stage):
             raise ConfigError(
-                f"{where}.rl.invocation_penalty teaches when to call for memories, but none have been formed yet: "
+                f"{where}.task.invocation_penalty teaches when to call for memories, but none have been formed yet: "
                 "train a stage that forms them before, or set init to a checkpoint of one"
             )
-        if (name := experiment.model.memory) != "none":
-            try:
-                MEMORIES[name].check_drawn_as_trained(getattr(experiment.model, name))
-            except ValueError as error:
-                raise ConfigError(
-                    f"{where}: so that tokens are drawn as they are trained, model.{name}.{error}"
-                ) from error
+        try:
+            memory_of(experiment.model.memory).check_drawn_as_trained(experiment.model.memory)
+        except ValueError as error:
+            raise ConfigError(f"{where}: so that tokens are drawn as they are trained, model.memory.{error}") from error
 
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
@@ -416,7 +413,7 @@ class GRPO(GRPOLoss):
         return trainer_generator(self.model, params, self._processor, *on, self._delimiter_ids)
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
-        knob = f"stages.{self._stage.name}.rl.max_new_tokens"
+        knob = f"stages.{self._stage.name}.task.max_new_tokens"
         check_fits(self._data, prompt, sample, longest_answer(self.config, self.model.speech), knob)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
@@ -481,7 +478,7 @@ def _has_formed(experiment: Experiment, stage: StageConfig) -> bool:
         return True
     if experiment.init is None:
         return False
-    return checkpoint_of(experiment.init) is not None or released(experiment.init).model.memory != "none"
+    return checkpoint_of(experiment.init) is not None or released(experiment.init).model.memory is not None
 
 
 def longest_answer(config: RLConfig, speech: Speech | None) -> int:

@@ -228,7 +228,7 @@ class Rewards:
         return total
 
 
-ERROR_HINT = "stages.N.rl.on_reward_error=zero scores such outputs 0"
+ERROR_HINT = "stages.N.task.on_reward_error=zero scores such outputs 0"
 
 
 def find(config: RewardConfig, where: str = "reward") -> Reward:

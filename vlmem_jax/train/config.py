@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -67,16 +67,19 @@ class StageConfig:
     accumulation: int = 1
     """Parts that the rows of a step are cut into, worked on one after the other to save memory; 0: as many as leave
     each device one row at a time."""
-    task: str = "next_token"
-    """What is learned: next_token; grpo, from rewards; or memory_sft, to form memories that answers profit from."""
+    task: dict = dataclasses.field(default_factory=lambda: {"kind": "next_token"})
+    """What is learned, with the keys of it beside its kind: next_token; grpo, from rewards; or memory_sft, to form
+    memories that answers profit from (see `rl.config`)."""
     optimizer: OptimizerConfig | None = None
     """In place of the experiment's."""
     data: DataConfig | None = None
     """In place of the experiment's."""
-    rl: dict = dataclasses.field(default_factory=dict)
-    """Keys of grpo and memory_sft, see `rl.config`."""
+
+    moved: ClassVar[dict[str, str]] = {"rl": "its keys stand in task, as task=dict(kind='grpo', ...)"}
 
     def __post_init__(self):
+        if not isinstance(self.task, dict):
+            object.__setattr__(self, "task", {"kind": self.task})
         if self.steps < 1 or self.accumulation < 0:
             raise ValueError(f"steps must be at least 1, accumulation 0; got {self.steps} and {self.accumulation}")
         if not self.name or set(self.name) & set("/\\.") or self.name.isdigit():
@@ -84,6 +87,16 @@ class StageConfig:
         for key in ("final_fraction", "warmup_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be from 0 to 1, got {getattr(self, key)}")
+
+    @property
+    def task_kind(self) -> str:
+        """The name of the task."""
+        return self.task.get("kind", "")
+
+    @property
+    def task_keys(self) -> dict[str, Any]:
+        """The keys of the task, beside its kind."""
+        return {key: value for key, value in self.task.items() if key != "kind"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +107,11 @@ class Experiment:
     tokenizer: str
     """Folder with tokenizer.json or tokenizer.model."""
     stages: tuple[StageConfig, ...]
+    image: ImageConfig | PatchConfig
+    """How images become tiles or patches, as the tower of the model takes them."""
     data: DataConfig = DataConfig()
-    image: ImageConfig | PatchConfig = ImageConfig()
-    """Its key `kind` says which: tiles or patches, as the tower of the model takes them."""
-    template: Literal["internlm2-chat", "qwen2-vl"] = "internlm2-chat"
     system: str | None = None
-    """System message of the prompt; None: that of the template."""
+    """System message of the prompt; None: that of the family's template."""
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -115,6 +127,8 @@ class Experiment:
     profile: ProfileConfig = ProfileConfig()
     loss_chunk: int = 1024
     """Tokens of a row whose logits exist at the same time."""
+
+    moved: ClassVar[dict[str, str]] = {"template": "the family of the model tells it"}
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]
@@ -157,6 +171,11 @@ class Experiment:
         """Parts that a stage's rows are cut into on `mesh`, worked on one after the other."""
         return stage.accumulation or max(self.data_of(stage).rows // batch_shards(mesh), 1)
 
+    @property
+    def template(self) -> str:
+        """The chat template of the model's family."""
+        return families.of_model(self.model).template
+
     def data_of(self, stage: StageConfig) -> DataConfig:
         """Data of a stage."""
         return stage.data or self.data
@@ -170,5 +189,6 @@ def experiment(config: ConfigDict | Mapping[str, Any]) -> Experiment:
     """Experiment from a ConfigDict, or from the dict of a config.json. Raises ConfigError, which names the key."""
     values = to_dict(config)
     if "model" in values:
-        values["model"] = families.resolve(values["model"])
+        values["model"] = model = families.resolve(values["model"])
+        values["image"] = build(families.of_model(model).image, values.get("image", {}), "config.image")
     return build(Experiment, values)

@@ -75,8 +75,8 @@ class NextToken(NextTokenLoss):
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
         """Raises ConfigError for keys of another task."""
-        if stage.rl:
-            raise ConfigError(f"config.stages.{stage.name}.rl is for grpo and memory_sft; the task is {stage.task}")
+        if keys := ", ".join(stage.task_keys):
+            raise ConfigError(f"config.stages.{stage.name}.task: next_token has no keys, got {keys}")
 
     def work(self, step: int, params: dict) -> StepInput:
         """The packed rows of `step`."""

@@ -33,7 +33,7 @@ from vlmem_jax.trees import flatten
 MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, AnyPath], Task]
 
 TASKS: dict[str, MakeTask] = {"next_token": NextToken}
-"""`stages.N.task` -> what makes it. If it has a `check(experiment, stage)`, that is called before the first stage."""
+"""What makes a task, by its kind. A `check(experiment, stage)` that it has is called before the first stage."""
 
 SHARED_FOLDER_SECONDS = 20
 """What a file of one host may need until the others see it."""
@@ -58,9 +58,11 @@ def run(
     if only is not None and only not in stages:
         raise ConfigError(f"there is no stage {only!r}; the experiment has {', '.join(stages)}")
     for stage in experiment.stages:
-        if stage.task not in tasks:
-            raise ConfigError(f"stages.{stage.name}.task must be one of {', '.join(tasks)}; got {stage.task!r}")
-        if check := getattr(tasks[stage.task], "check", None):
+        if stage.task_kind not in tasks:
+            raise ConfigError(
+                f"stages.{stage.name}.task.kind must be one of {', '.join(tasks)}; got {stage.task_kind!r}"
+            )
+        if check := getattr(tasks[stage.task_kind], "check", None):
             check(experiment, stage)
     mesh, model = make_mesh(experiment.mesh), VLM(experiment.model)
     experiment.check_mesh(mesh)
@@ -71,7 +73,7 @@ def run(
     for stage in [stages[only]] if only else experiment.stages:
         if _last(workdir, stage) == stage.steps:
             say(f"stage {stage.name} is done")
-        elif not _run_stage(experiment, stage, model, mesh, workdir, tasks[stage.task], say):
+        elif not _run_stage(experiment, stage, model, mesh, workdir, tasks[stage.task_kind], say):
             return False
     return True
 

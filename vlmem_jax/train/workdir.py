@@ -38,7 +38,7 @@ def prepare(workdir: str | os.PathLike, experiment: Experiment) -> None:
         kept = workdir / TOKENIZER_FOLDER / file.name
         if _of_tokenizer(file.name) and not kept.exists():
             write_whole(kept, file.read_bytes())
-    _write(workdir / MODEL_FILE, {key: config[key] for key in ("model", "image", "template", "system")})
+    _write(workdir / MODEL_FILE, {key: config[key] for key in ("model", "image", "system")})
     _write(workdir / CONFIG_FILE, config)
 
 

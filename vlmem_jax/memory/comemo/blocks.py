@@ -90,6 +90,7 @@ class MemoryBlock(nnx.Module):
 class CoMemo(Memory):
     """The stacked blocks and their door."""
 
+    config_type = CoMemoConfig
     wraps_layers = True
     free_keys = ("decode_position",)
 
@@ -97,10 +98,10 @@ class CoMemo(Memory):
         self, config: CoMemoConfig, decoder: DecoderConfig, vision: Any, attention: AttentionConfig, *, rngs: nnx.Rngs
     ):
         if config.every > decoder.layers:
-            raise ValueError(f"comemo.every must be at most decoder.layers {decoder.layers}, got {config.every}")
+            raise ValueError(f"memory.every must be at most decoder.layers {decoder.layers}, got {config.every}")
         if decoder.rope_sections and config.head_dim != decoder.head_dim:
             raise ValueError(
-                f"comemo.head_dim must be decoder.head_dim {decoder.head_dim}, whose rope_sections the memory shares; "
+                f"memory.head_dim must be decoder.head_dim {decoder.head_dim}, whose rope_sections the memory shares; "
                 f"got {config.head_dim}"
             )
         self.config, self.attention, self.axes = config, attention, decoder.rope_axes

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from vlmem_jax.memory.base import MemoryConfig
+
 
 @dataclasses.dataclass(frozen=True)
-class CoMemoConfig:
+class CoMemoConfig(MemoryConfig):
     """Sizes of the memory blocks; width is the decoder's."""
 
     every: int = 4
@@ -19,6 +21,8 @@ class CoMemoConfig:
     """Position of generated tokens as memory queries: the next rotary position, or (as the published inference code
     does, unlike its training) the number of tokens so far."""
 
+    kind: Literal["comemo"] = "comemo"
+
     def __post_init__(self):
         if min(self.every, self.heads, self.head_dim, self.mlp_width) < 1 or self.head_dim % 2:
-            raise ValueError(f"comemo sizes must be positive and head_dim even, got {self}")
+            raise ValueError(f"sizes must be positive and head_dim even, got {self}")

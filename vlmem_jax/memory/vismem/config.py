@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Literal
 
+from vlmem_jax.memory.base import MemoryConfig
 from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.nn.lora import LoRAConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class VisMemConfig:
+class VisMemConfig(MemoryConfig):
     """Defaults: those of the paper's main text (tables 10 and 11) for Qwen2.5-VL."""
 
     query_len: int = 8
@@ -47,6 +48,8 @@ class VisMemConfig:
     """Start of the bias on calls: an untrained model that ends a sentence should not call instead."""
     start_id: int = 13
     """The token from whose rows those of the four start: a full stop."""
+
+    kind: Literal["vismem"] = "vismem"
 
     def __post_init__(self):
         if min(self.query_len, self.short_len, self.long_len, self.max_prompt_hidden, self.max_invocations) < 1:

@@ -123,12 +123,14 @@ def vision_lora(config: VisMemConfig) -> LoRAConfig:
 class VisMem(Memory):
     """Query builder, formers, and the rows of the four tokens."""
 
+    config_type = VisMemConfig
+
     def __init__(
         self, config: VisMemConfig, decoder: DecoderConfig, vision: Any, attention: AttentionConfig, *, rngs: nnx.Rngs
     ):
         if max(*config.token_ids, config.start_id) >= decoder.vocab:
             raise ValueError(
-                f"vismem.token_ids and vismem.start_id must be below decoder.vocab {decoder.vocab}, got "
+                f"memory.token_ids and memory.start_id must be below decoder.vocab {decoder.vocab}, got "
                 f"{config.token_ids} and {config.start_id}"
             )
         self.config = config
@@ -136,8 +138,8 @@ class VisMem(Memory):
         if config.former == "lora_vision":
             if not vision.tile.layout or not 0 <= config.vision_layer < vision.layers:
                 raise ValueError(
-                    "vismem.former lora_vision needs a tower whose tiles see each other "
-                    f"and vismem.vision_layer below vision.layers, got {vision.kind} and {config.vision_layer} of "
+                    "memory.former lora_vision needs a tower whose tiles see each other "
+                    f"and memory.vision_layer below vision.layers, got {vision.kind} and {config.vision_layer} of "
                     f"{vision.layers}"
                 )
             self.vision_layer = config.vision_layer
