@@ -14,7 +14,7 @@ from vlmem_jax.trees import flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]
-SPECS += ["comemo_2b.py:released", "comemo_9b.py:released", "tiny/qwen2_5_vl.py:comemo"]
+SPECS += ["comemo_2b.py:released", "comemo_9b.py:released", "tiny/qwen2_5_vl.py:comemo", "tiny/qwen2_5_vl.py:lora"]
 SPECS += [f"vismem_qwen25vl_7b.py:{profile}" for profile in ("paper_supplement", "released")]
 
 
@@ -45,6 +45,16 @@ def test_profiles_of_the_smallest_qwen():
     assert (comemo.model.memory_kind, [stage.name for stage in comemo.stages]) == ("comemo", ["pretrain", "finetune"])
     paths = list(flatten(VLM(comemo.model).abstract()))
     assert all(path.startswith(("projector/", "memory/")) for path in Split.of(comemo.stages[0], paths).trainable)
+
+
+@pytest.mark.parametrize("spec", ["lora_qwen25vl_7b.py", "tiny/qwen2_5_vl.py:lora"])
+def test_a_stage_of_fine_tuning_trains_the_adapter_alone(spec):
+    built = experiment(load(str(CONFIGS / spec)))
+    stage = built.stages[-1]
+    trained = Split.of(stage, list(flatten(VLM(built.model).abstract()))).trainable
+    [adapter] = built.model.adapters
+    assert trained == {f"adapters/{adapter.name}/decoder/{target}/{x}" for target in adapter.targets for x in "ab"}
+    assert [built.model_of(one).adapter for one in built.stages] == [-1] * (len(built.stages) - 1) + [0]
 
 
 def test_profiles_of_vismem():

@@ -32,12 +32,10 @@ class Rule:
     copies: tuple[str, ...] = ()
 
     @property
-    def _theirs(self) -> list[list[str]]:
-        return _groups(self.pattern.split("->")[0])
-
-    @property
-    def _ours(self) -> list[list[str]]:
-        return _groups(self.pattern.split("->")[1])
+    def groups(self) -> tuple[list[list[str]], list[list[str]]]:
+        """Their axes and ours, as the names that each joins."""
+        theirs, ours = self.pattern.split("->")
+        return _groups(theirs), _groups(ours)
 
     def _size(self, axis: str) -> int:
         return int(axis) if axis.isdigit() else self.sizes[axis]
@@ -49,12 +47,12 @@ class Rule:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape that each of `names` must have."""
-        return tuple(math.prod(map(self._size, group)) for group in self._theirs)
+        return tuple(math.prod(map(self._size, group)) for group in self.groups[0])
 
     @property
     def our_shape(self) -> tuple[int, ...]:
         """Shape of our leaf."""
-        layer = tuple(math.prod(map(self._picked, group)) for group in self._ours)
+        layer = tuple(math.prod(map(self._picked, group)) for group in self.groups[1])
         return (len(self.names), *layer) if self.stacked else layer
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
@@ -62,11 +60,11 @@ class Rule:
 
         The elements come in our order, but axes that only ours joins stay apart: reshape ours to the view's shape.
         """
-        axes = [axis for group in self._theirs for axis in group]
+        axes = [axis for group in self.groups[0] for axis in group]
         tensor = tensor.reshape([self._size(axis) for axis in axes])
         tensor = tensor[tuple(self.pick.get(axis, 0 if axis == "1" else slice(None)) for axis in axes)]
         axes = [axis for axis in axes if axis != "1" and not isinstance(self.pick.get(axis), int)]
-        return tensor.transpose([axes.index(axis) for group in self._ours for axis in group])
+        return tensor.transpose([axes.index(axis) for group in self.groups[1] for axis in group])
 
 
 def section(

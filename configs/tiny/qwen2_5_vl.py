@@ -4,15 +4,20 @@ from ml_collections import ConfigDict
 
 
 def get_config(profile: str | None = None) -> ConfigDict:
-    """Profiles: none (the plain model), `comemo` (with CoMemo's memory)."""
-    if profile not in (None, "comemo"):
-        raise ValueError(f"configs/tiny/qwen2_5_vl.py has the profile comemo, got {profile!r}")
+    """Profiles: none (the plain model), `comemo` (with CoMemo's memory), `lora` (then fine-tuned by an adapter)."""
+    if profile not in (None, "comemo", "lora"):
+        raise ValueError(f"configs/tiny/qwen2_5_vl.py has the profiles comemo and lora, got {profile!r}")
+    model = dict(preset="tiny_qwen2_5_vl", memory="comemo" if profile == "comemo" else None)
     stages = [dict(name="finetune", steps=60, learning_rate=3e-3, schedule="cosine")]
     if profile == "comemo":
         stages.insert(0, dict(name="pretrain", steps=20, learning_rate=3e-3, trainable=("projector/", "memory/")))
+    if profile == "lora":
+        model["adapters"] = [dict(name="lora", rank=8, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"))]
+        stages[0]["adapter"] = "none"
+        stages.append(dict(name="lora", steps=20, learning_rate=3e-3, trainable=("adapters/lora/",)))
     return ConfigDict(
         dict(
-            model=dict(preset="tiny_qwen2_5_vl", memory=profile),
+            model=model,
             tokenizer="runs/demo/dataset/tokenizer",
             system="",
             # a token for each 8 x 8 pixels

@@ -22,13 +22,17 @@ from vlmem_jax.models import VLM
 from vlmem_jax.trees import flatten
 
 FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl"}
+EVERYWHERE = dict(name="first", rank=3, targets=("v", "q", "o", "gate"), vision=("q", "k", "proj", "fc2"))
+OURS = dict(name="second", rank=4, dropout=0.1, targets=("q", "k", "v", "o", "gate", "up", "down"))
 OTHERS = {
     "internvl_chat": [
         dict(memory=None, vision=dict(norm="rms_norm", qk_norm=True, position_grid=6)),
         dict(memory=dict(kind="comemo", every=3, heads=2, head_dim=20), decoder=dict(layers=4)),
+        dict(memory="comemo", adapters=[EVERYWHERE, dict(name="few", rank=2, alpha=3.0, targets=("down",))]),
     ],
     "qwen2_5_vl": [
         dict(memory="comemo", decoder=dict(tied=False)),
+        dict(memory="vismem", adapters=[dict(name="seen", targets=(), vision=("k", "up")), OURS]),
         dict(memory=dict(kind="vismem", former="lora_vision", vision_layer=1)),
         dict(memory=dict(kind="vismem", former="tiny_transformer", memory_output="rescaled")),
     ],
@@ -67,7 +71,8 @@ def there(request, tmp_path_factory):
 def test_every_parameter_has_its_shape_and_every_element_a_place(there):
     """Writing all leaves into empty tensors fills them: nothing is left out, nothing is written twice."""
     rules = families.of_model(there.model).name_table(there.model, None, None)
-    assert {rule.ours: rule.our_shape for rule in rules} == {path: x.shape for path, x in flatten(there.params).items()}
+    shapes = {path: x.shape for path, x in flatten(there.params).items() if not path.startswith("adapters/")}
+    assert {rule.ours: rule.our_shape for rule in rules} == shapes
     counts = {name: np.zeros(rule.shape, np.int8) for rule in rules for name in rule.names}
     for rule in rules:
         for name in rule.names:
@@ -95,7 +100,8 @@ def test_there_and_back_is_bit_equal(there):
         assert back[path].dtype == jnp.bfloat16 and back[path].tobytes() == np.asarray(leaf).tobytes(), path
 
 
-def test_the_memory_comes_back_with_its_settings(there):
+def test_memory_and_adapters_come_back_with_their_settings(there):
     imported = json.loads((there.folder / "back" / "model.json").read_text())["model"]
-    for found in (released(there.folder / "hf").model, resolve(imported)):
-        assert found == dataclasses.replace(there.model, compute_dtype="bfloat16")
+    whole = dataclasses.replace(there.model, compute_dtype="bfloat16")
+    assert resolve(imported) == whole
+    assert released(there.folder / "hf").model == dataclasses.replace(whole, adapters=())

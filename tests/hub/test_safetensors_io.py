@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vlmem_jax.hub.safetensors_io import INDEX_FILE, SINGLE_FILE, Tensors, Writer
+from vlmem_jax.hub.safetensors_io import Tensors, Writer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def some_tensors() -> dict[str, np.ndarray]:

@@ -21,7 +21,10 @@ SMALL = 1e-3
 """Gradients below this share of their layer's largest are compared by their absolute error."""
 
 MODELS = {
-    "comemo": {"preset": "tiny", "decoder": {"layers": 2, "qkv_bias": True}},
+    "comemo": {
+        "preset": "tiny", "decoder": {"layers": 2, "qkv_bias": True},
+        "adapters": [{"name": "one", "targets": ["q", "o", "down"], "vision": ["v", "fc1"]}],
+    },
     "vismem": {
         "preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}, "vision": {"layers": 2},
         "memory": {"kind": "vismem", "memory_output": "rescaled", "lora": {"dropout": 0.0}},

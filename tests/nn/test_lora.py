@@ -27,7 +27,7 @@ def adapters():
     """Two, with B's that are not zero."""
     made, rng = [], np.random.default_rng(0)
     for n in range(2):
-        adapter = stack(lambda rngs: LoRA(ALL, DECODER.adapter_shapes, rngs=rngs), DECODER.layers, nnx.Rngs(n))
+        adapter = stack(lambda rngs: LoRA(ALL, DECODER.linear_maps, rngs=rngs), DECODER.layers, nnx.Rngs(n))
         for target in ALL.targets:
             b = getattr(adapter, target)["b"]
             b[...] = jnp.asarray(rng.normal(0, 0.2, b.shape), jnp.float32)
@@ -62,7 +62,7 @@ def with_merged(decoder, adapter):
 
 
 def test_each_row_goes_through_its_own_adapter(decoder, adapters, x_BTD):
-    found = run(decoder, x_BTD, Adapters.of(ALL, adapters, jnp.array([1, 0, 1])))
+    found = run(decoder, x_BTD, Adapters.of([ALL] * 2, adapters, jnp.array([1, 0, 1])))
     for row, index in enumerate((1, 0, 1)):
         wanted = run(with_merged(decoder, adapters[index]), x_BTD[row : row + 1])
         np.testing.assert_allclose(found[row], wanted[0], atol=1e-5)
@@ -70,14 +70,14 @@ def test_each_row_goes_through_its_own_adapter(decoder, adapters, x_BTD):
 
 
 def test_a_fresh_adapter_changes_nothing(decoder, x_BTD):
-    fresh = stack(lambda rngs: LoRA(ALL, DECODER.adapter_shapes, rngs=rngs), DECODER.layers, nnx.Rngs(0))
-    lora = Adapters.of(ALL, [fresh], jnp.zeros(ROWS, jnp.int32))
+    fresh = stack(lambda rngs: LoRA(ALL, DECODER.linear_maps, rngs=rngs), DECODER.layers, nnx.Rngs(0))
+    lora = Adapters.of([ALL], [fresh], jnp.zeros(ROWS, jnp.int32))
     np.testing.assert_array_equal(run(decoder, x_BTD, lora), run(decoder, x_BTD))
 
 
 def test_only_the_targets_have_parameters():
     config = dataclasses.replace(ALL, targets=("q", "v"))
-    found = nnx.to_pure_dict(nnx.state(LoRA(config, DECODER.adapter_shapes, rngs=nnx.Rngs(0))))
+    found = nnx.to_pure_dict(nnx.state(LoRA(config, DECODER.linear_maps, rngs=nnx.Rngs(0))))
     assert jax.tree.map(lambda x: x.shape, found) == {
         "q": {"a": (16, 3), "b": (3, 32)},
         "v": {"a": (16, 3), "b": (3, 16)},
@@ -86,12 +86,14 @@ def test_only_the_targets_have_parameters():
 
 def test_dropout_needs_a_key(decoder, adapters, x_BTD):
     index = jnp.zeros(ROWS, jnp.int32)
-    without = run(decoder, x_BTD, Adapters.of(ALL, adapters, index))
-    several = [run(decoder, x_BTD, Adapters.of(ALL, adapters, index, jax.random.key(n))) for n in (0, 0, 1)]
+    without = run(decoder, x_BTD, Adapters.of([ALL] * 2, adapters, index))
+    several = [run(decoder, x_BTD, Adapters.of([ALL] * 2, adapters, index, jax.random.key(n))) for n in (0, 0, 1)]
     np.testing.assert_array_equal(several[0], several[1])
     assert not np.allclose(several[0], several[2]) and not np.allclose(several[0], without)
     off = dataclasses.replace(ALL, dropout=0.0)
-    np.testing.assert_array_equal(run(decoder, x_BTD, Adapters.of(off, adapters, index, jax.random.key(0))), without)
+    np.testing.assert_array_equal(
+        run(decoder, x_BTD, Adapters.of([off] * 2, adapters, index, jax.random.key(0))), without
+    )
 
 
 @pytest.mark.parametrize("changes", [dict(rank=0), dict(dropout=1.0), dict(targets=()), dict(targets=("q", "q"))])

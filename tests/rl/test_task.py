@@ -181,7 +181,10 @@ def test_sampling_uses_the_arrays_of_training(settings, mesh, params):
 
 def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh, params):
     """Of their own by default, where training splits weights; that of training, if it is asked for; one device."""
-    config, trained_on = settings(mesh__fsdp=8, stages__rl__task__kl=0.0), sharding.make_mesh(sharding.MeshConfig(fsdp=8))
+    config, trained_on = (
+        settings(mesh__fsdp=8, stages__rl__task__kl=0.0),
+        sharding.make_mesh(sharding.MeshConfig(fsdp=8)),
+    )
     drawn = []
     for where, asked, own in (
         (trained_on, None, dict(data=4, fsdp=1, context=1, tensor=2)),

@@ -201,6 +201,12 @@ def _load(step_folder: AnyPath, target: Tree, concurrent_gb: float, partial: boo
     return unflatten({**flatten(found), **flatten(more)})
 
 
+def stored_paths(step_folder: AnyPath) -> set[str]:
+    """Of the parameters of a step, those of its base with them."""
+    base = base_of(step_folder)
+    return parameter_paths(step_folder) | (stored_paths(base) if base else set())
+
+
 def parameter_paths(step_folder: AnyPath) -> set[str]:
     """Of the parameters that a step itself holds."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         choices=("on", "off"),
         help="positions of tiled images: compressed or not (default: as trained; off helps reading text in images)",
     )
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="the model's adapter to answer through, or none (default: the first it has)"
+    )
     add_mesh(parser)
     group = parser.add_argument_group("latent memory", "for models whose memory speaks while they answer")
     group.add_argument(
@@ -121,7 +124,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
     """
     wanted = invocation(args)
     print(f"loading {args.checkpoint}", file=sys.stderr)
-    model = load_model(args.checkpoint, mesh(args))
+    model = load_model(args.checkpoint, mesh(args), adapter=args.adapter)
     for line in whole_heads(model.vlm, model.mesh, model.vlm.dtype.itemsize, cache=True):
         print(line, file=sys.stderr)
     if speech := model.vlm.speech:

@@ -41,6 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest safetensors file to write, such as 500MB (default: 5GB)",
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a low-rank adapter in PEFT's layout that the model gets, by the name of its folder; may be given several "
+        "times. Those in SOURCE/adapters it has anyway",
+    )
+    parser.add_argument(
+        "--merge",
+        metavar="NAME",
+        help="write a Hugging Face folder whose weights have this adapter in them (default: adapters lie apart, in "
+        "TARGET/adapters, in PEFT's layout)",
+    )
     add_config(parser, optional=True)
 
 
@@ -56,14 +70,18 @@ def run(args: argparse.Namespace) -> int:
         if _is_ours(source):
             if args.experiment is not None or args.overrides:
                 raise ValueError("--config says what to make of a Hugging Face folder; this SOURCE is one of ours")
-            summary = export_folder(
-                source, args.target, dtype=args.dtype, shard_bytes=args.max_shard_size, progress=progress
-            )
+            if args.adapter:
+                raise ValueError("--adapter is read beside a Hugging Face folder; this SOURCE is one of ours")
+            how = dict(dtype=args.dtype, shard_bytes=args.max_shard_size, merge=args.merge)
+            summary = export_folder(source, args.target, **how, progress=progress)
         else:
             if args.dtype:
                 raise ValueError("--dtype is for writing a Hugging Face folder; reading one keeps its dtypes")
+            if args.merge:
+                raise ValueError("--merge is for writing a Hugging Face folder; reading one keeps its adapters apart")
             model, image = _wanted(args, source)
-            summary = import_folder(source, args.target, model=model, image=image, seed=args.seed, progress=progress)
+            how = dict(model=model, image=image, adapters=args.adapter, seed=args.seed)
+            summary = import_folder(source, args.target, **how, progress=progress)
     print(_describe(summary))
     return 0
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from vlmem_jax.nn.attention import cached_attention, causal_attention
 from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.linear import Linear, param
-from vlmem_jax.nn.lora import Adapters, LayerAdapters, Shapes, adapted
+from vlmem_jax.nn.lora import Adapters, LayerAdapters, LinearMap, adapted
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import Rotation, rotate
@@ -81,12 +81,14 @@ class DecoderConfig:
         return self.layers * 2 * tokens * weights, self.layers * 2 * tokens**2 * self.heads * self.head_dim
 
     @property
-    def adapter_shapes(self) -> Shapes:
-        """What adapters of the layers' maps take and give."""
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """The maps of a layer by the name that adapters have for them."""
         embed, mlp = ("embed", self.width), ("mlp", self.mlp_width)
         heads, kv_heads = ("heads", self.heads * self.head_dim), ("kv_heads", self.kv_heads * self.head_dim)
         shapes = {"q": (embed, heads), "k": (embed, kv_heads), "v": (embed, kv_heads), "o": (heads, embed)}
-        return shapes | {"gate": (embed, mlp), "up": (embed, mlp), "down": (mlp, embed)}
+        maps = {name: LinearMap(f"attn/{name}", *shape) for name, shape in shapes.items()}
+        shapes = {"gate": (embed, mlp), "up": (embed, mlp), "down": (mlp, embed)}
+        return maps | {name: LinearMap(f"mlp/{name}", *shape) for name, shape in shapes.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Family:
     sizes: Mapping[str, dict[str, Any]]
     """Keys of `config.model` by the name of a model: `memory` is the kind that it has unless another is asked for, and
     `memories` has the keys of each kind."""
+    adapter_layout: bool | None = None
+    """The way of naming that adapters follow: that of the modules of today's libraries. None: of the checkpoint."""
     added_tokens: tuple[str, ...] = ()
     """What is added to the tokenizer of a language model that knows no images, in the order of ids."""
 

@@ -310,4 +310,5 @@ FAMILY = Family(
     read_config=read_config,
     write_files=_files,
     sizes=SIZES,
+    adapter_layout=True,
 )

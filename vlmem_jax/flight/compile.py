@@ -150,7 +150,7 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
 def train_job(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Job:
     """The very step that `vlmem train` runs in `stage`, without parameters, data or devices."""
     experiment.check_mesh(mesh)
-    model = VLM(experiment.model)
+    model = experiment.model_of(stage)
     program = Program(NextTokenLoss(model, experiment.loss_chunk), experiment, stage, mesh)
     _, frozen = program.split.part(program.held)
     with jax.set_mesh(mesh):
@@ -163,7 +163,7 @@ def train_job(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Job:
 def rl_job(experiment: Experiment, stage: StageConfig, learning: Learning, mesh: Mesh) -> Job:
     """The step of a `grpo` stage of `vlmem train` on the rows that a phase's trajectories fill."""
     experiment.check_mesh(mesh)
-    model, config = VLM(experiment.model), rl_config(stage)
+    model, config = experiment.model_of(stage), rl_config(stage)
     banned_ids = config.invocation.banned_ids(model.speech) if model.speech else ()
     program = Program(GRPOLoss(model, config, experiment.loss_chunk, banned_ids), experiment, stage, mesh)
     _, frozen = program.split.part(program.held)

@@ -53,16 +53,21 @@ def never_sampled(processor: Processor, vlm: VLM) -> tuple[int, ...]:
 
 
 def load_model(
-    path: str | os.PathLike, mesh: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+    path: str | os.PathLike,
+    mesh: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    adapter: str | None = None,
 ) -> LoadedModel:
     """The newest checkpoint at `path`, its parameters as `VLM.held`, sharded over `devices` (default: all).
 
-    `mesh`: None for that of `serving_mesh`. Raises ValueError if there is no checkpoint, if it does not fit its own
+    `mesh`: None for that of `serving_mesh`; `adapter`: the one to answer through, or none (default: the first that the
+    model has). Raises ValueError if there is no checkpoint, if it does not fit its own
     config, or the model cannot be split so.
     """
     checkpoint = folder.find(path)
     described = checkpoint.model
-    vlm = VLM(resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model"))
+    model = resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model")
+    vlm = VLM(model, 0 if adapter is None else model.adapter_number(adapter))
     family = of_model(vlm.config)
     image = build(family.image, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
     tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry

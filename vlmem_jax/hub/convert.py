@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,13 +20,14 @@ from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
 from vlmem_jax.config import build, to_dict
 from vlmem_jax.families import Released
-from vlmem_jax.hub import orbax_io
+from vlmem_jax.hub import orbax_io, peft
 from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.leaves import Extended, FromTensors, Leaf, Maker
+from vlmem_jax.hub.leaves import Extended, FromTensors, Held, Leaf, Maker
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
 from vlmem_jax.memory import TokenStart, memory_of
 from vlmem_jax.models import VLM, ModelConfig
+from vlmem_jax.models.adapters import make_adapters, merged
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
 from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer
@@ -62,6 +63,7 @@ def import_folder(
     *,
     model: ModelConfig | None = None,
     image: ImageConfig | PatchConfig | None = None,
+    adapters: Sequence[str | os.PathLike] = (),
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
@@ -69,7 +71,9 @@ def import_folder(
 
     model, image: what to make of it (default: what its config.json says). A model with memory blocks may start from a
     checkpoint without, and one with a larger vocabulary from a smaller one; `seed` is that of what is made new.
-    Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at all.
+    adapters: folders of PEFT, each an adapter of the model by the name of the folder, beside those that lie in
+    SOURCE/adapters. Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at
+    all.
     """
     tensors, content, found = _open(source)
     source = Path(source)
@@ -82,7 +86,8 @@ def import_folder(
             f"model.decoder.vocab must be at least {tokenizer.new_size}, the size of the tokenizer with "
             f"{len(tokenizer.added)} added tokens; got {model.decoder.vocab}"
         )
-    leaves, fresh, new_rows = _leaves(VLM(model), tensors, found.model, seed, source)
+    model, given = _with_adapters(model, [*peft.beside(source), *map(Path, adapters)])
+    leaves, fresh, new_rows = _leaves(VLM(model), tensors, found.model, given, seed, source)
     total = sum(leaf.nbytes for leaf in leaves.values())
     with whole_folder(target, total) as folder:
         orbax_io.write_leaves(folder / "0", leaves, lambda done: progress(done, total))
@@ -102,12 +107,25 @@ def load_folder(
     may be missing, and for what raises ValueError.
     """
     tensors, _, found = _open(source)
-    leaves, fresh, _ = _leaves(vlm, tensors, found.model, seed, Path(source))
+    names = [adapter.name for adapter in vlm.config.adapters]
+    model, given = _with_adapters(vlm.config, [path for path in peft.beside(Path(source)) if path.name in names])
+    if model != vlm.config:
+        raise ValueError(f"model.adapters {vlm.config.adapters} must be those in {source}: {model.adapters}")
+    leaves, fresh, _ = _leaves(vlm, tensors, found.model, given, seed, Path(source))
     where = flatten(shardings)
     arrays = {path: leaf.array(where[path], dtype) for path, leaf in leaves.items() if path not in fresh}
-    if fresh:
-        arrays |= leaves[fresh[0]].maker.arrays({path: where[path] for path in fresh}, dtype)
+    for maker in {leaves[path].maker: None for path in fresh}:
+        arrays |= maker.arrays({path: where[path] for path in fresh if leaves[path].maker is maker}, dtype)
     return unflatten(arrays)
+
+
+def _with_adapters(model: ModelConfig, folders: Sequence[Path]) -> tuple[ModelConfig, dict[str, Leaf]]:
+    """The model with the adapters of these folders, in place of its own of the same names, and their leaves by path."""
+    adapters, leaves = {adapter.name: adapter for adapter in model.adapters}, {}
+    for folder in folders:
+        adapters[folder.name], arrays = peft.read_adapter(folder, model, folder.name)
+        leaves |= {f"adapters/{folder.name}/{path}": Held(x) for path, x in arrays.items()}
+    return dataclasses.replace(model, adapters=tuple(adapters.values())), leaves
 
 
 def export_folder(
@@ -116,11 +134,13 @@ def export_folder(
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    merge: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
     """Writes a checkpoint (workdir, stage, step or converted folder) as a new Hugging Face folder `target` on a disk.
 
-    dtype: float32, bfloat16 or float16 (default: as stored). `target` appears whole or not at all.
+    dtype: float32, bfloat16 or float16 (default: as stored). Adapters lie in TARGET/adapters, in PEFT's layout; or
+    `merge` names one that the weights are written with, without the others. `target` appears whole or not at all.
     """
     if is_remote(target):
         raise ValueError(f"a folder in the Hugging Face layout is written to a disk; got {target}")
@@ -130,7 +150,10 @@ def export_folder(
     family = families.of_model(model)
     rules = family.name_table(model, None, None)
     stored = _stored(checkpoint.step_folder)
-    _check_leaves({rule.ours: rule.our_shape for rule in rules}, stored, checkpoint.step_folder)
+    _check_leaves({path: x.shape for path, x in flatten(VLM(model).abstract()).items()}, stored, checkpoint.step_folder)
+    adapters = {one.name: (one, _of_adapter(stored, one.name)) for one in model.adapters}
+    if merge is not None and merge not in adapters:
+        raise ValueError(f"the model has the adapters {', '.join(adapters) or 'none'}, and no {merge} to merge")
     layout = {
         name: (rule.shape, np.dtype(dtype) if dtype else stored[rule.ours].dtype)
         for rule in rules
@@ -143,11 +166,17 @@ def export_folder(
         for rule in rules:
             start = 0
             for slab in stored[rule.ours].slabs():
+                done += slab.nbytes
+                if merge is not None:
+                    adapter, arrays = adapters[merge]
+                    layers = {path: x[start : start + len(slab)] for path, x in arrays.items()}
+                    slab = merged(model, adapter, layers, rule.ours, slab)
                 _assign(rule, tensors, slab, start)
                 start += len(slab)
-                done += slab.nbytes
                 progress(done, total)
         tensors.flush()
+        for name, (adapter, arrays) in adapters.items() if merge is None else ():
+            peft.write_adapter(folder / peft.FOLDER / name, model, adapter, arrays)
         TokenizerFiles.of(checkpoint.tokenizer, ()).copy(folder, VLM(model).special_tokens)
         kinds = [kind.name for _, kind in layout.values()]
         image = build(family.image, about["image"], f"{MODEL_FILE} image")
@@ -159,6 +188,12 @@ def export_folder(
         for name, content in contents.items():
             _write_json(folder / name, content)
     return _summary(target, stored)
+
+
+def _of_adapter(stored: Mapping[str, Leaf], name: str) -> dict[str, np.ndarray]:
+    """A and B of an adapter by path in it."""
+    start = f"adapters/{name}/"
+    return {path.removeprefix(start): leaf.read(()) for path, leaf in stored.items() if path.startswith(start)}
 
 
 def _stored(step_folder: AnyPath) -> Mapping[str, Leaf]:
@@ -201,7 +236,7 @@ def _open(source: str | os.PathLike) -> tuple[Tensors, dict, Released]:
 
 
 def _leaves(
-    vlm: VLM, tensors: Tensors, released: ModelConfig, seed: int, source: Path
+    vlm: VLM, tensors: Tensors, released: ModelConfig, adapters: Mapping[str, Leaf], seed: int, source: Path
 ) -> tuple[dict[str, Leaf], tuple[str, ...], int]:
     """path -> leaf; the paths that are made new; and how many vocabulary rows are."""
     config = vlm.config
@@ -216,15 +251,17 @@ def _leaves(
     if new_rows:
         rules = family.name_table(known, family.layout(tensors), rows)
     check_fit(rules, tensors, str(source))
-    leaves: dict[str, Leaf] = {rule.ours: FromTensors(rule, tensors) for rule in rules}
+    leaves: dict[str, Leaf] = {rule.ours: FromTensors(rule, tensors) for rule in rules} | dict(adapters)
     dtype = leaves["decoder/embed"].dtype
     if new_rows:
         _extend_vocabulary(leaves, new_rows, seed)
     fresh = [path for path in flatten(vlm.abstract()) if path not in leaves]
-    if fresh:
+    if any(path.startswith("memory/") for path in fresh):
         start = _token_start(leaves, vlm.speech.start_id) if vlm.speech else None
-        maker = _maker(config, start, dtype, seed)
-        leaves |= {path: maker.leaves[path] for path in fresh}
+        leaves |= _maker(config, start, dtype, seed).leaves
+    if any(path.startswith("adapters/") for path in fresh):
+        made = _adapters_maker(config, dtype, seed).leaves
+        leaves |= {path: leaf for path, leaf in made.items() if path in fresh}
     return leaves, tuple(fresh), new_rows
 
 
@@ -243,6 +280,16 @@ def _maker(config: ModelConfig, start: TokenStart | None, dtype: np.dtype, seed:
         return {path: (leaf if count is None else leaf[0]).astype(dtype) for path, leaf in leaves.items()}
 
     return Maker(init, count)
+
+
+def _adapters_maker(config: ModelConfig, dtype: np.dtype, seed: int) -> Maker:
+    """Adapters as the model initialises them."""
+
+    def init(_):
+        made = nnx.to_pure_dict(nnx.state(make_adapters(config, nnx.Rngs(seed))))
+        return {path: leaf.astype(dtype) for path, leaf in flatten({"adapters": made}).items()}
+
+    return Maker(init)
 
 
 def _token_start(leaves: Mapping[str, Leaf], token: int) -> TokenStart:

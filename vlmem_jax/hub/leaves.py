@@ -76,6 +76,17 @@ class FromTensors(Leaf):
         return view.reshape(self.shape[1:] if self._rule.stacked else self.shape)
 
 
+class Held(Leaf):
+    """An array that is there."""
+
+    def __init__(self, array: np.ndarray):
+        super().__init__(array.shape, array.dtype)
+        self._array = array
+
+    def read(self, index: Index) -> np.ndarray:
+        return self._array[index]
+
+
 class Extended(Leaf):
     """`leaf`, and after its end on `axis` the array `more`."""
 

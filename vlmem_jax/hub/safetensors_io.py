@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+STEM = "model"
+"""Beginning of the names of a model's files: STEM.safetensors, or shards with an index beside them."""
 DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -36,11 +36,11 @@ class Tensors(Mapping[str, np.ndarray]):
     Raises ValueError naming the file, for a folder without safetensors, missing shards and damaged files.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, stem: str = STEM):
         self.folder = Path(folder)
         self._entries: dict[str, tuple[Path, int, dict]] = {}
         self._maps: dict[Path, np.memmap] = {}
-        for path in _files(self.folder):
+        for path in _files(self.folder, stem):
             start, header = _read_header(path)
             for name, entry in header.items():
                 if name in self._entries:
@@ -68,7 +68,11 @@ class Writer(Mapping[str, np.ndarray]):
     """
 
     def __init__(
-        self, folder: str | os.PathLike, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], shard_bytes: int
+        self,
+        folder: str | os.PathLike,
+        tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        shard_bytes: int,
+        stem: str = STEM,
     ):
         shards: list[dict] = [{}]
         filled = 0
@@ -80,14 +84,15 @@ class Writer(Mapping[str, np.ndarray]):
             shards[-1][name] = shape, dtype
             filled += size
         count = len(shards)
-        names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = [f"{stem}.safetensors"] if count == 1 else names
         self._arrays: dict[str, np.ndarray] = {}
         self._maps = [self._create(Path(folder) / name, shard) for name, shard in zip(names, shards, strict=True)]
         if count > 1:
             total = sum(array.nbytes for array in self._arrays.values())
             files = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": files}
-            (Path(folder) / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            (Path(folder) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _create(self, path: Path, shard: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> np.memmap:
         codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -127,8 +132,8 @@ class Writer(Mapping[str, np.ndarray]):
             mapped.flush()
 
 
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
+def _files(folder: Path, stem: str) -> list[Path]:
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -141,11 +146,11 @@ def _files(folder: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of {len(names)} shards of its index: {', '.join(missing)}")
         return [folder / name for name in names]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
+    if single.is_file():
+        return [single]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     hint = f"; {', '.join(pickled[:3])} may hold code and is never opened, save it as safetensors" if pickled else ""
-    raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, dict]]:

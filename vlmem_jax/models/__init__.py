@@ -1,6 +1,6 @@
 """Whole models: a vision tower, a projector, a decoder, and a memory at its doors."""
 
-from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.models.config import AdapterConfig, ModelConfig
 from vlmem_jax.models.vlm import VLM
 
-__all__ = ["VLM", "ModelConfig"]
+__all__ = ["VLM", "AdapterConfig", "ModelConfig"]

@@ -11,6 +11,9 @@ from vlmem_jax.memory import memory_of
 from vlmem_jax.memory.base import Count
 from vlmem_jax.models.config import ModelConfig
 
+PARTS = "decoder", "vision"
+"""That may have adapters."""
+
 
 def train_flops(config: ModelConfig, samples: Iterable[tuple[int, int]], trained: Collection[str]) -> int:
     """FLOPs of one training step on samples of (tokens, tiles): a pack costs what its samples cost alone, and padding
@@ -26,7 +29,10 @@ def train_flops(config: ModelConfig, samples: Iterable[tuple[int, int]], trained
     scores = "decoder/embed" if config.decoder.tied else "decoder/head/kernel"
     head = scores in trained
     body = any(path.startswith("decoder") and path != scores for path in trained)
-    reaches_text = body or any(trains.values())
+    # adapters are little work themselves, but gradients must reach them
+    adapts = {part: any(f"/{part}/" in path for path in trained if path.startswith("adapters/")) for part in PARTS}
+    reaches_text = body or any(trains.values()) or any(adapts.values())
+    reaches_tiles = trains["vision"] or adapts["vision"]
 
     def step(weights: Count, attention: Count, weights_trained: bool, input_gradient: bool) -> Count:
         return weights * (1 + weights_trained + input_gradient) + attention * (1 + 2 * input_gradient)
@@ -34,8 +40,8 @@ def train_flops(config: ModelConfig, samples: Iterable[tuple[int, int]], trained
     projector = config.vision.projector_flops(config.decoder.width)
     each = step(*config.decoder.flops(tokens), body, reaches_text)
     each += step(2 * tokens * config.decoder.width * config.decoder.vocab, 0, head, reaches_text)
-    each += tiles * step(*config.vision.flops, trains["vision"], trains["vision"])
-    each += tiles * step(projector, 0, trains["projector"], trains["projector"] or trains["vision"])
+    each += tiles * step(*config.vision.flops, trains["vision"], reaches_tiles)
+    each += tiles * step(projector, 0, trains["projector"], trains["projector"] or reaches_tiles)
     each += step(*memory_flops(config, tokens, tiles), trains["memory"], reaches_text)
     return sum(each.tolist())
 

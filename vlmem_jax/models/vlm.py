@@ -25,9 +25,11 @@ from jaxtyping import Array, Float, Int32
 
 from vlmem_jax.decoder import Decoder, Tap
 from vlmem_jax.memory import Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart, memory_of
+from vlmem_jax.models.adapters import chosen_adapters, make_adapters
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
+from vlmem_jax.nn.lora import Adapters
 from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
 from vlmem_jax.runtime.compiler import once
 from vlmem_jax.runtime.sharding import constrain, lay_out
@@ -46,6 +48,7 @@ class _Modules(nnx.Module):
         self.projector = tower.projector(config.vision, config.projector, width, rngs=rngs)
         self.decoder = Decoder(config.decoder, rngs=rngs)
         self.memory = make_memory(config, rngs)
+        self.adapters = make_adapters(config, rngs)
         if speech := speech_of(config):
             self.memory.adopt(TokenStart.of(*self.decoder.tables(), speech.start_id), rngs.params())
 
@@ -73,6 +76,8 @@ class VLM:
     """A model without its parameters: hashable, so that it can be a static argument of jax.jit."""
 
     config: ModelConfig
+    adapter: int = 0
+    """Number of the adapter, of those that there are, that rows go through by default; below 0: none."""
 
     @property
     def _graph(self) -> tuple[Any, nnx.State]:
@@ -144,11 +149,13 @@ class VLM:
         return nnx.to_pure_dict(nnx.state(_Modules(self.config, rngs=nnx.Rngs(key))))
 
     def fresh(self, key: jax.Array, held: Params | None = None) -> Params:
-        """Random parameters on the devices, in the dtypes and shardings of `held` (default: fp32, unsharded)."""
+        """Random parameters on the devices, in the dtypes and shardings of `held`, which may be some of them (default:
+        all in fp32, unsharded)."""
         target = self.abstract() if held is None else held
 
         def make(key: jax.Array) -> Params:
-            return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), self.init(key), target)
+            made = flatten(self.init(key))
+            return unflatten({path: jnp.asarray(made[path], t.dtype) for path, t in flatten(target).items()})
 
         shardings = jax.tree.map(lambda t: t.sharding, target)
         return jax.jit(make, out_shardings=shardings, compiler_options=once())(key)
@@ -165,11 +172,18 @@ class VLM:
 
     # --- see ----------------------------------------------------------------------------------------------------------
 
-    def see(self, params: Params, views: Views, key: jax.Array | None = None) -> VisualTokens | None:
+    def see(
+        self,
+        params: Params,
+        views: Views,
+        key: jax.Array | None = None,
+        adapter_B: Int32[Array, "B"] | None = None,
+    ) -> VisualTokens | None:
         """The visual tokens of all tiles of each row, M = I * P. None of rows without tile slots, whose program has no
         vision tower.
 
-        uint8 pixels are normalised; floats already are. With a key, the tower drops paths as in training.
+        uint8 pixels are normalised; floats already are. With a key, the tower drops paths as in training. `adapter_B`:
+        the adapter of each row, below 0: none; by default, that of the VLM.
         """
         if not views.pixels_BISSc.shape[1]:
             return None
@@ -181,14 +195,17 @@ class VLM:
             pixels_BISSc = normalise(pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
         pixels_BISSc = pixels_BISSc.astype(self.dtype)
         first, kept = modules.memory.vision_layer if modules.memory else None, None
+        if layout_BI4 is None and adapter_B is not None:
+            adapter_B = jnp.repeat(adapter_B, I)  # of each tile
+        lora = self._adapters(modules, "vision", adapter_B, key)
         if first is not None:
-            features, kept_BNE = modules.vision.keeping(pixels_BISSc, layout_BI4, first, policy)
+            features, kept_BNE = modules.vision.keeping(pixels_BISSc, layout_BI4, first, policy, lora)
             kept = Patches(kept_BNE, layout_BI4, views.segments_BM)
         elif layout_BI4 is not None:
-            features = modules.vision(pixels_BISSc, layout_BI4, remat_policy=policy)
+            features = modules.vision(pixels_BISSc, layout_BI4, lora=lora, remat_policy=policy)
         else:
             tiles = constrain(pixels_BISSc.reshape(B * I, *tile), "parts", None, None, None)
-            features = modules.vision(tiles, drop_path_key=key, remat_policy=policy)
+            features = modules.vision(tiles, drop_path_key=key, lora=lora, remat_policy=policy)
         tokens_BMD = modules.projector(features).reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
         return VisualTokens(tokens_BMD, views.positions_BM, views.segments_BM, kept=kept)
@@ -196,10 +213,16 @@ class VLM:
     # --- read ---------------------------------------------------------------------------------------------------------
 
     def read(
-        self, params: Params, text: Text, visual: VisualTokens | None = None, key: jax.Array | None = None
+        self,
+        params: Params,
+        text: Text,
+        visual: VisualTokens | None = None,
+        key: jax.Array | None = None,
+        adapter_B: Int32[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """States of packed rows after the final norm, in the compute dtype; the head turns them into logits, see
-        `head_kernel`. With a key, what forms latent tokens drops at random as in training."""
+        `head_kernel`. With a key, what forms latent tokens, and adapters, drop at random as in training. `adapter_B` as
+        in `see`."""
         modules = self._merge(params)
         latents_BJND = None
         if text.formation is not None:
@@ -207,11 +230,19 @@ class VLM:
         x_BTD = self._spliced(modules, text, visual, latents_BJND)
         tables = self._tables(text.positions_BT, self._frequencies(text.segments_BT))
         taps = self._taps(modules, visual, visual, text.positions_BT, text.segments_BT, text.visual_index_BT)
-        return modules.decoder(x_BTD, tables, text.segments_BT, taps=taps, remat_policy=self.config.remat)[0]
+        lora = self._adapters(modules, "decoder", adapter_B, key)
+        return modules.decoder(x_BTD, tables, text.segments_BT, taps=taps, lora=lora, remat_policy=self.config.remat)[0]
 
-    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Float[Array, "B T D"]:
+    def hidden(
+        self,
+        params: Params,
+        batch: Batch,
+        key: jax.Array | None = None,
+        adapter_B: Int32[Array, "B"] | None = None,
+    ) -> Float[Array, "B T D"]:
         """`read` of what `see` sees."""
-        return self.read(params, batch.text, self.see(params, batch.views, key), key)
+        visual = self.see(params, batch.views, key, adapter_B)
+        return self.read(params, batch.text, visual, key, adapter_B)
 
     def logits(self, params: Params, batch: Batch) -> Float[Array, "B T V"]:
         """fp32 scores of every token at every position. Large: for tests and small models."""
@@ -258,11 +289,13 @@ class VLM:
         text: Text,
         visual: VisualTokens | None = None,
         latents_BND: Float[Array, "B N D"] | None = None,
+        adapter_B: Int32[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B D"], DecodeState]:
         """Appends the tokens of `text`, of one segment a row; the state (`hidden`) of the last one of each row.
 
         A row without tokens is left as it was, and what comes out for it means nothing. A prompt may come in chunks,
-        with its visual tokens at each; T = 1 is a decoding step. `latents_BND` follow the visual tokens.
+        with its visual tokens at each; T = 1 is a decoding step. `latents_BND` follow the visual tokens; `adapter_B` as
+        in `see`.
         """
         modules = self._merge(params)
         B, T = text.tokens_BT.shape
@@ -283,8 +316,9 @@ class VLM:
             modules, memory, visual, positions_BT, text.segments_BT, text.visual_index_BT, place_BT if goes_on else None
         )
         tables = self._tables(positions_BT, state.frequencies_BR[:, None])
+        lora = self._adapters(modules, "decoder", adapter_B)
         hidden_BTD, cache = modules.decoder(
-            x_BTD, tables, text.segments_BT, taps=taps, cache=state.cache, cache_index_BT=index_BT
+            x_BTD, tables, text.segments_BT, taps=taps, cache=state.cache, cache_index_BT=index_BT, lora=lora
         )
         last_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
         if isinstance(modules.memory, Speak):
@@ -370,6 +404,17 @@ class VLM:
             return jnp.where(sees_BJN.any(-1)[..., None, None], latents_BJND, 0)
 
         return through_tower
+
+    def _adapters(
+        self, modules: _Modules, part: str, adapter_B: Int32[Array, "B"] | None, key: jax.Array | None = None
+    ) -> Adapters | None:
+        """What rows go through beside the weights of the decoder or the tower; None: nothing."""
+        if modules.adapters is None:
+            return None
+        key = None if key is None else jax.random.fold_in(key, 2)
+        return chosen_adapters(
+            self.config, modules.adapters, part, self.adapter if adapter_B is None else adapter_B, key
+        )
 
     # --- parts of these -----------------------------------------------------------------------------------------------
 

@@ -32,5 +32,5 @@ class GeluMLP(nnx.Module):
         self.fc1 = Linear({"embed": inputs}, {"mlp": hidden}, bias=True, bias_init=bias_init(inputs), rngs=rngs)
         self.fc2 = Linear({"mlp": hidden}, {"embed": outputs}, bias=True, bias_init=bias_init(hidden), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(self, x: Float[Array, "... D"], lora: LayerAdapters | None = None) -> Float[Array, "... E"]:
+        return adapted(self.fc2, "fc2", jax.nn.gelu(adapted(self.fc1, "fc1", x, lora), approximate=False), lora)

@@ -11,7 +11,7 @@ from vlmem_jax import families
 from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.config import ConfigError, build, to_dict
 from vlmem_jax.data.config import DataConfig
-from vlmem_jax.models import ModelConfig
+from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.placement import check_heads
 from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.runtime.sharding import MeshConfig, batch_shards
@@ -70,6 +70,8 @@ class StageConfig:
     task: dict = dataclasses.field(default_factory=lambda: {"kind": "next_token"})
     """What is learned, with the keys of it beside its kind: next_token; grpo, from rewards; or memory_sft, to form
     memories that answers profit from (see `rl.config`)."""
+    adapter: str | None = None
+    """Name of the model's adapter that everything is read through, or none; None: the first that the model has."""
     optimizer: OptimizerConfig | None = None
     """In place of the experiment's."""
     data: DataConfig | None = None
@@ -143,6 +145,11 @@ class Experiment:
                 "each checkpoint has an evaluation loss; or set checkpoint.keep_best=0"
             )
         for stage in self.stages:
+            if stage.adapter is not None:
+                try:
+                    self.model.adapter_number(stage.adapter)
+                except ValueError as error:
+                    raise ValueError(f"stages.{stage.name}.adapter: {error}") from error
             rows = self.data_of(stage).rows
             if stage.accumulation and rows % stage.accumulation:
                 raise ValueError(
@@ -175,6 +182,10 @@ class Experiment:
     def template(self) -> str:
         """The chat template of the model's family."""
         return families.of_model(self.model).template
+
+    def model_of(self, stage: StageConfig) -> VLM:
+        """The model as a stage reads with it."""
+        return VLM(self.model, 0 if stage.adapter is None else self.model.adapter_number(stage.adapter))
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """Data of a stage."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import kernels_pallas
 import vlmem_jax
-from vlmem_jax.checkpoint import Store, find, load_params, save_params
+from vlmem_jax.checkpoint import Store, find, load_params, save_params, stored_paths
 from vlmem_jax.checkpoint.folder import BASE_FILE, CONFIG_FILE, MODEL_FILE, committed_steps, set_base
 from vlmem_jax.config import ConfigError, to_dict
 from vlmem_jax.hub.convert import load_folder
@@ -28,7 +28,7 @@ from vlmem_jax.train.goodput import Goodput
 from vlmem_jax.train.loop import Task, fit
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.stages import Split
-from vlmem_jax.trees import flatten
+from vlmem_jax.trees import flatten, unflatten
 
 MakeTask = Callable[[Experiment, StageConfig, VLM, Mesh, AnyPath], Task]
 
@@ -73,7 +73,7 @@ def run(
     for stage in [stages[only]] if only else experiment.stages:
         if _last(workdir, stage) == stage.steps:
             say(f"stage {stage.name} is done")
-        elif not _run_stage(experiment, stage, model, mesh, workdir, tasks[stage.task_kind], say):
+        elif not _run_stage(experiment, stage, experiment.model_of(stage), mesh, workdir, tasks[stage.task_kind], say):
             return False
     return True
 
@@ -102,7 +102,7 @@ def _run_stage(
     keep = experiment.checkpoint
     store = Store(workdir / stage.name, keep.keep_last, keep.keep_best, keep.restore_concurrent_gb)
     try:
-        start = _with_base(experiment, stage, workdir, start)
+        start = _with_base(experiment, stage, model, workdir, start)
         done, stopped = fit(task, experiment, stage, mesh, store, workdir, start, clock)
     finally:
         store.close()
@@ -117,7 +117,7 @@ def _run_stage(
 
 
 def _with_base(
-    experiment: Experiment, stage: StageConfig, workdir: AnyPath, start: Callable[[dict], dict]
+    experiment: Experiment, stage: StageConfig, model: VLM, workdir: AnyPath, start: Callable[[dict], dict]
 ) -> Callable[[dict], dict]:
     """`start`, by which the run also gets the checkpoint that its own refer to, if they are to.
 
@@ -130,7 +130,8 @@ def _with_base(
             f"config.checkpoint.content=trained must be set when a run starts, and {workdir} holds one that kept all; "
             "give the key its value back, or use another --workdir"
         )
-    if experiment.init is not None and (source := checkpoint_of(experiment.init)):
+    source = None if experiment.init is None else checkpoint_of(experiment.init)
+    if source is not None and not new_adapters(model, source):
         hosts.on_first(lambda: set_base(workdir, source))
         return start
 
@@ -206,7 +207,23 @@ def origin(
     if step is None:
         source = as_path(experiment.init)
         return (lambda target: _released(model, source, experiment.seed, target)), str(source)
-    return (lambda target: load_params(step, target, limit)), str(step)
+    new = new_adapters(model, step)
+    if not new:
+        return (lambda target: load_params(step, target, limit)), str(step)
+
+    def with_new(target: dict) -> dict:
+        leaves = flatten(target)
+        made = model.fresh(jax.random.key(experiment.seed), unflatten({path: leaves.pop(path) for path in new}))
+        return unflatten({**flatten(load_params(step, unflatten(leaves), limit)), **flatten(made)})
+
+    return with_new, f"{step}, and new adapters"
+
+
+def new_adapters(model: VLM, step: AnyPath) -> list[str]:
+    """Paths of the model's adapters that a checkpoint lacks."""
+    paths = [path for path in flatten(model.abstract()) if path.startswith("adapters/")]
+    stored = stored_paths(step) if paths else ()
+    return [path for path in paths if path not in stored]
 
 
 def _released(model: VLM, source: AnyPath, seed: int, target: dict) -> dict:

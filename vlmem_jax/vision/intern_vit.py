@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from vlmem_jax.nn.attention import AttentionConfig, full_attention, kernel_length
 from vlmem_jax.nn.linear import Linear, param, spread, zeros
+from vlmem_jax.nn.lora import Adapters, LayerAdapters, LinearMap, adapted, adapted_part
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.stack import remat, stack
@@ -74,6 +75,14 @@ class VisionConfig:
         return colours
 
     @property
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """The maps of a layer by the name that adapters have for them."""
+        embed, heads, mlp = ("embed", self.width), ("heads", self.width), ("mlp", self.mlp_width)
+        maps = {name: LinearMap("attn/qkv", embed, heads, n) for n, name in enumerate("qkv")}
+        maps["proj"] = LinearMap("attn/proj", heads, embed)
+        return maps | {"fc1": LinearMap("mlp/fc1", embed, mlp), "fc2": LinearMap("mlp/fc2", mlp, embed)}
+
+    @property
     def flops(self) -> tuple[int, int]:
         """Forward FLOPs of a tile: in weights, and in attention."""
         patches, queries = self.grid**2, self.grid**2 + 1
@@ -108,15 +117,17 @@ class VisionAttention(nnx.Module):
         self.q_norm = RMSNorm(width, config.norm_eps, rngs=rngs) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.norm_eps, rngs=rngs) if config.qk_norm else None
 
-    def __call__(self, x_ND: Float[Array, "N D"], slots: int, length: int) -> Float[Array, "N D"]:
+    def __call__(
+        self, x_ND: Float[Array, "N D"], slots: int, length: int, lora: LayerAdapters | None
+    ) -> Float[Array, "N D"]:
         """The first `length` of each tile's T slots are there; what comes out for the others means nothing. N = B T."""
-        q_ND, k_ND, v_ND = (self.qkv.part(x_ND, n) for n in range(3))
+        q_ND, k_ND, v_ND = (adapted_part(self.qkv, n, name, x_ND, lora) for n, name in enumerate("qkv"))
         if self.q_norm is not None and self.k_norm is not None:
             q_ND, k_ND = self.q_norm(q_ND), self.k_norm(k_ND)
         heads = self.qkv.bias.shape[1:]
         q_BTHC, k_BTHC, v_BTHC = (x_ND.reshape(-1, slots, *heads) for x_ND in (q_ND, k_ND, v_ND))
         out_BTHC = full_attention(self.attention, q_BTHC, k_BTHC, v_BTHC, length)
-        return self.proj(out_BTHC.reshape(-1, *heads))
+        return adapted(self.proj, "proj", out_BTHC.reshape(-1, *heads), lora)
 
 
 class VisionLayer(nnx.Module):
@@ -134,13 +145,18 @@ class VisionLayer(nnx.Module):
         self.ls2 = param(scale, (config.width,), ("norm",), rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], keep_2B: Float[Array, "2 B"] | None, length: int
+        self,
+        x_BTD: Float[Array, "B T D"],
+        keep_2B: Float[Array, "2 B"] | None,
+        length: int,
+        lora: LayerAdapters | None,
     ) -> Float[Array, "B T D"]:
         T, dtype = x_BTD.shape[1], x_BTD.dtype
         # as rows, the compiler lays them out as the attention kernel reads them
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        attn = functools.partial(self.attn, slots=T, length=length)
-        for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, attn), (self.ls2, self.norm2, self.mlp))):
+        attn = functools.partial(self.attn, slots=T, length=length, lora=lora)
+        mlp = functools.partial(self.mlp, lora=lora)
+        for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, attn), (self.ls2, self.norm2, mlp))):
             residual = (scale[...] * block(norm(x_ND)).astype(jnp.float32)).astype(dtype)
             x_ND += residual if keep_2B is None else residual * jnp.repeat(keep_2B[n], T)[:, None].astype(dtype)
             x_ND = constrain(x_ND, "parts", None)
@@ -165,16 +181,18 @@ class InternViT(nnx.Module):
         pixels_BSSc: Float[Array, "B S S 3"],
         *,
         drop_path_key: jax.Array | None = None,
+        lora: Adapters | None = None,
         remat_policy: str = "none",
     ) -> Float[Array, "B P D"]:
         """Features of the P = (S / patch_size)^2 patches, row by row. With a key, drops paths as in training."""
-        return self.hidden(pixels_BSSc, drop_path_key=drop_path_key, remat_policy=remat_policy)[:, 1:]
+        return self.hidden(pixels_BSSc, drop_path_key=drop_path_key, lora=lora, remat_policy=remat_policy)[:, 1:]
 
     def hidden(
         self,
         pixels_BSSc: Float[Array, "B S S 3"],
         *,
         drop_path_key: jax.Array | None = None,
+        lora: Adapters | None = None,
         remat_policy: str = "none",
     ) -> Float[Array, "B Q D"]:
         """The selected hidden state, class token first."""
@@ -189,7 +207,8 @@ class InternViT(nnx.Module):
         x_BTD = constrain(x_BTD, "parts", None, None)
 
         graph, layers = nnx.split(self.layers)
-        layers = jax.tree.map(lambda leaf: leaf[: config.layers_used], layers)
+        adapters = (lora.weights, jnp.arange(config.layers)) if lora else None
+        layers, adapters = jax.tree.map(lambda leaf: leaf[: config.layers_used], (layers, adapters))
         keep_L2B = None
         if drop_path_key is not None and config.drop_path > 0:
             rates_L = jnp.linspace(0.0, config.drop_path, config.layers)[: config.layers_used]
@@ -197,10 +216,10 @@ class InternViT(nnx.Module):
             keep_L2B = kept / (1 - rates_L[:, None, None])
 
         def body(x_BTD, layer):
-            state, keep_2B = layer
-            return nnx.merge(graph, state)(x_BTD, keep_2B, Q), None
+            state, keep_2B, adapters = layer
+            return nnx.merge(graph, state)(x_BTD, keep_2B, Q, lora.layer(*adapters) if lora else None), None
 
-        return jax.lax.scan(remat(body, remat_policy), x_BTD, (layers, keep_L2B))[0][:, :Q]
+        return jax.lax.scan(remat(body, remat_policy), x_BTD, (layers, keep_L2B, adapters))[0][:, :Q]
 
     def _slots(self, length: int) -> int:
         """Tokens of a tile with those that the attention kernel wants beside them."""

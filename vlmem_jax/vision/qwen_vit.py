@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from vlmem_jax.nn.attention import AttentionConfig, attend, segment_attention, window_attention
 from vlmem_jax.nn.linear import Linear
-from vlmem_jax.nn.lora import Adapters, LayerAdapters
+from vlmem_jax.nn.lora import Adapters, LayerAdapters, LinearMap, adapted, adapted_part
 from vlmem_jax.nn.mlp import GatedMLP
 from vlmem_jax.nn.norm import RMSNorm
 from vlmem_jax.nn.rope import Rotation, frequencies, rotate, rotation
@@ -74,6 +74,14 @@ class QwenViTConfig:
         return TileShape(side=self.merge, channels=channels, tokens=1, layout=True, axes=3)
 
     @property
+    def linear_maps(self) -> dict[str, LinearMap]:
+        """The maps of a layer by the name that adapters have for them."""
+        embed, heads, mlp = ("embed", self.width), ("heads", self.width), ("mlp", self.mlp_width)
+        maps = {name: LinearMap("attn/qkv", embed, heads, n) for n, name in enumerate("qkv")}
+        maps |= {"proj": LinearMap("attn/proj", heads, embed), "down": LinearMap("mlp/down", mlp, embed)}
+        return maps | {name: LinearMap(f"mlp/{name}", embed, mlp) for name in ("gate", "up")}
+
+    @property
     def flops(self) -> tuple[int, int]:
         """Forward FLOPs of a tile: in weights, and in attention. Layers that attend within frames count as those within
         windows, since it depends on the images how large frames are."""
@@ -98,13 +106,6 @@ class Segments(NamedTuple):
     frames_BN: Int32[Array, "B N"]
 
 
-class Beside(NamedTuple):
-    """E rows that stand behind the N patches, see them, and are not seen by them; and adapters for all S = N + E."""
-
-    allowed_BES: Bool[Array, "B E S"]
-    lora: LayerAdapters
-
-
 class WindowedAttention(nnx.Module):
     """Attention with rotary positions among the patches of a frame, if `full`, or else of a window.
 
@@ -124,28 +125,25 @@ class WindowedAttention(nnx.Module):
         tables: Rotation,
         segments: Segments,
         full: Bool[Array, ""],
-        beside: Beside | None = None,
+        allowed_BES: Bool[Array, "B E S"] | None,
+        lora: LayerAdapters | None,
     ) -> Float[Array, "B S D"]:
-        q_BSHC, k_BSHC, v_BSHC = (self._part(x_BSD, n, beside) for n in range(3))
+        """`allowed_BES`: what the E rows see that stand behind the N patches, which do not see them; S = N + E."""
+        heads = *x_BSD.shape[:2], *self.qkv.bias.shape[1:]
+        parts = (adapted_part(self.qkv, n, name, x_BSD, lora) for n, name in enumerate("qkv"))
+        q_BSHC, k_BSHC, v_BSHC = (part.reshape(heads) for part in parts)
         q_BSHC, k_BSHC = rotate(q_BSHC, tables), rotate(k_BSHC, tables)
         N = segments.windows_BN.shape[1]
         out_BSHC = jax.lax.cond(
             full,
             lambda *qkv: segment_attention(self.attention, *qkv, segments.frames_BN),
             lambda *qkv: window_attention(self.attention, *qkv, segments.windows_BN, self.longest),
-            *(x if beside is None else x[:, :N] for x in (q_BSHC, k_BSHC, v_BSHC)),
+            *(x if allowed_BES is None else x[:, :N] for x in (q_BSHC, k_BSHC, v_BSHC)),
         )
-        if beside is not None:
-            out_BEHC = attend(q_BSHC[:, N:], k_BSHC, v_BSHC, beside.allowed_BES)
+        if allowed_BES is not None:
+            out_BEHC = attend(q_BSHC[:, N:], k_BSHC, v_BSHC, allowed_BES)
             out_BSHC = jnp.concatenate([out_BSHC, out_BEHC], axis=1)
-        return self.proj(out_BSHC)
-
-    def _part(self, x_BSD: Float[Array, "B S D"], n: int, beside: Beside | None) -> Float[Array, "B S H C"]:
-        """Entry n of q, k and v."""
-        y_BSD = self.qkv.part(x_BSD, n)
-        if beside is not None and "qkv"[n] in beside.lora.weights:
-            y_BSD += beside.lora.change("qkv"[n], x_BSD)
-        return y_BSD.reshape(*x_BSD.shape[:2], *self.qkv.bias.shape[1:])
+        return adapted(self.proj, "proj", out_BSHC, lora)
 
 
 class QwenViTLayer(nnx.Module):
@@ -163,11 +161,12 @@ class QwenViTLayer(nnx.Module):
         tables: Rotation,
         segments: Segments,
         full: Bool[Array, ""],
-        beside: Beside | None = None,
+        allowed_BES: Bool[Array, "B E S"] | None,
+        lora: LayerAdapters | None,
     ) -> Float[Array, "B S D"]:
-        attended_BSD = self.attn(self.norm1(x_BSD), tables, segments, full, beside)
+        attended_BSD = self.attn(self.norm1(x_BSD), tables, segments, full, allowed_BES, lora)
         x_BSD = constrain(x_BSD + attended_BSD, "batch", "tokens", None)
-        return constrain(x_BSD + self.mlp(self.norm2(x_BSD)), "batch", "tokens", None)
+        return constrain(x_BSD + self.mlp(self.norm2(x_BSD), lora), "batch", "tokens", None)
 
 
 class QwenViT(nnx.Module):
@@ -181,17 +180,29 @@ class QwenViT(nnx.Module):
         self.layers = stack(lambda rngs: QwenViTLayer(config, attention, rngs=rngs), config.layers, rngs)
 
     def __call__(
-        self, pixels_BISSc: Float[Array, "B I S S c"], layout_BI4: Int32[Array, "B I 4"], *, remat_policy: str = "none"
+        self,
+        pixels_BISSc: Float[Array, "B I S S c"],
+        layout_BI4: Int32[Array, "B I 4"],
+        *,
+        lora: Adapters | None = None,
+        remat_policy: str = "none",
     ) -> Float[Array, "B N D"]:
         """Features of the N = I * S * S patches, block after block; `layout_BI4` is that of `types.Views`."""
-        return self._through(self._enter(pixels_BISSc), layout_BI4, range(self.config.layers), remat_policy)
+        numbers = range(self.config.layers)
+        return self._through(self._enter(pixels_BISSc), layout_BI4, numbers, remat_policy, lora=lora)
 
     def keeping(
-        self, pixels_BISSc: Float[Array, "B I S S c"], layout_BI4: Int32[Array, "B I 4"], first: int, remat_policy: str
+        self,
+        pixels_BISSc: Float[Array, "B I S S c"],
+        layout_BI4: Int32[Array, "B I 4"],
+        first: int,
+        remat_policy: str,
+        lora: Adapters | None = None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
         """The features, and what they were before layer `first`, for `beside`."""
-        kept_BND = self._through(self._enter(pixels_BISSc), layout_BI4, range(first), remat_policy)
-        return self._through(kept_BND, layout_BI4, range(first, self.config.layers), remat_policy), kept_BND
+        kept_BND = self._through(self._enter(pixels_BISSc), layout_BI4, range(first), remat_policy, lora=lora)
+        numbers = range(first, self.config.layers)
+        return self._through(kept_BND, layout_BI4, numbers, remat_policy, lora=lora), kept_BND
 
     def beside(
         self,
@@ -203,7 +214,7 @@ class QwenViT(nnx.Module):
         first: int,
         remat_policy: str,
     ) -> Float[Array, "B E D"]:
-        """What rows behind the patches become in the layers from `first` on, with adapters of q and v.
+        """What rows behind the patches become in the layers from `first` on, of which alone are the adapters.
 
         In every layer they see those of the S = N + E patches and rows that they may, and patches do not see them; they
         are not turned, as if at row and column 0.
@@ -230,20 +241,23 @@ class QwenViT(nnx.Module):
         c = self.config
         segments = Segments(*(jnp.repeat(layout_BI4[..., n], c.merge**2, axis=1) for n in range(2)))
         tables = self._rotation(layout_BI4[..., 2:])
-        if lora:
+        if allowed_BES is not None:
             behind = (0, 0), (0, allowed_BES.shape[1]), (0, 0)
             tables = tuple(jnp.pad(x, behind, constant_values=still) for x, still in zip(tables, (1, 0), strict=True))
         is_full_L = np.isin(numbers, c.full_layers)
         graph, layers = nnx.split(self.layers)
+        adapters, start = None, numbers.start if allowed_BES is None else 0
+        if lora:
+            adapters = lora.weights, jnp.arange(c.layers)
+            adapters = jax.tree.map(lambda leaf: leaf[start : start + len(numbers)], adapters)
         if len(numbers) < c.layers:
             layers = jax.tree.map(lambda leaf: leaf[numbers.start : numbers.stop], layers)
 
         def body(x_BSD, layer):
             state, full, adapters = layer
-            beside = Beside(allowed_BES, lora.layer(*adapters)) if lora else None
-            return nnx.merge(graph, state)(x_BSD, tables, segments, full, beside), None
+            own = lora.layer(*adapters) if lora else None
+            return nnx.merge(graph, state)(x_BSD, tables, segments, full, allowed_BES, own), None
 
-        adapters = (lora.weights, jnp.arange(len(numbers))) if lora else None
         return jax.lax.scan(remat(body, remat_policy), x_BSD, (layers, is_full_L, adapters))[0]
 
     def _rotation(self, places_BI2: Int32[Array, "B I 2"]) -> Rotation:

@@ -75,7 +75,7 @@ class QueryBuilder(nnx.Module):
         if positions < L + K:
             raise ValueError(
                 f"{L} states and {K} queries need as many positions, but there are {positions}; raise "
-                "vismem.max_positions"
+                "memory.max_positions"
             )
         positions_BK = lengths_B[:, None] + jnp.arange(K)
         shape, dtype = (len(states_BLD), K, states_BLD.shape[2]), states_BLD.dtype
@@ -97,8 +97,8 @@ class Former(nnx.Module):
         if config.former == "tiny_transformer":
             self.encoder = Encoder(config.tiny, decoder.width, rngs=rngs)
         else:
-            shapes = decoder.adapter_shapes
-            self.lora = stack(lambda rngs: LoRA(config.lora, shapes, rngs=rngs), decoder.layers, rngs)
+            maps = decoder.linear_maps
+            self.lora = stack(lambda rngs: LoRA(config.lora, maps, rngs=rngs), decoder.layers, rngs)
 
 
 class VisionFormer(nnx.Module):
@@ -110,9 +110,8 @@ class VisionFormer(nnx.Module):
         self.m_init = param(init, (slots, vision.width), ("slots", "embed"), rngs)
         self.query = Linear({"embed": decoder.width}, {"channels": vision.width}, rngs=rngs)
         self.gain = param(ones, (1,), ("scalar",), rngs) if config.memory_output == "rescaled" else None
-        shapes = dict.fromkeys("qv", (("embed", vision.width), ("heads", vision.width)))
         layers = vision.layers - config.vision_layer
-        self.lora = stack(lambda rngs: LoRA(vision_lora(config), shapes, rngs=rngs), layers, rngs)
+        self.lora = stack(lambda rngs: LoRA(vision_lora(config), vision.linear_maps, rngs=rngs), layers, rngs)
 
 
 def vision_lora(config: VisMemConfig) -> LoRAConfig:
@@ -335,7 +334,7 @@ class VisMem(Memory):
             each = [former.encoder(x_RTD, allowed_RTS) for former in formers]
             hidden_RTD = jnp.where((index_R == 0)[:, None, None], *each)
         else:
-            adapters = Adapters.of(self.config.lora, [former.lora for former in formers], index_R, key)
+            adapters = Adapters.of([self.config.lora] * len(formers), [former.lora for former in formers], index_R, key)
             hidden_RTD = self._decode(x_RTD, real_RT, decode, adapters)
         return hidden_RTD[:, -slots:]
 
@@ -352,7 +351,7 @@ class VisMem(Memory):
         queries_BJKE, slots_NE = former.query(queries_BJKD), former.m_init[...]
         slots_BJNE = spread(slots_NE, (B, J, *slots_NE.shape), queries_BJKE.dtype)
         key = None if key is None else jax.random.fold_in(key, 1)  # others than the decoder's
-        adapters = Adapters.of(vision_lora(self.config), [former.lora], jnp.zeros(B, jnp.int32), key)
+        adapters = Adapters.of([vision_lora(self.config)], [former.lora], key=key)
         return through_tower(jnp.concatenate([queries_BJKE, slots_BJNE], axis=2), len(slots_NE), adapters)
 
     def _decode(self, x_RTD: Array, real_RT: Array, decode: Decode, adapters: Adapters) -> Float[Array, "R T D"]:
