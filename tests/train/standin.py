@@ -9,6 +9,7 @@ import numpy as np
 from vlmem_jax import families
 from vlmem_jax.checkpoint import CheckpointConfig
 from vlmem_jax.data import DataConfig
+from vlmem_jax.processing import ImageConfig
 from vlmem_jax.runtime import sharding
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import StepInput
@@ -104,4 +105,5 @@ def experiment(tokenizer=".", **changes):
     stage = dataclasses.replace(stage, **{key: changes.pop(key) for key in list(changes) if key in fields})
     defaults = {"eval_every": 4, "log_every": 1, "data": DataConfig(rows=ROWS)}
     values = {"model": families.resolve({"preset": "tiny"}), "tokenizer": tokenizer, "stages": (stage,), **defaults}
+    values["image"] = ImageConfig()
     return Experiment(**{**values, "checkpoint": CHECKPOINT, **changes})

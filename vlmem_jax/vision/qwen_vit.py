@@ -125,8 +125,8 @@ class WindowedAttention(nnx.Module):
         tables: Rotation,
         segments: Segments,
         full: Bool[Array, ""],
-        allowed_BES: Bool[Array, "B E S"] | None,
-        lora: LayerAdapters | None,
+        allowed_BES: Bool[Array, "B E S"] | None = None,
+        lora: LayerAdapters | None = None,
     ) -> Float[Array, "B S D"]:
         """`allowed_BES`: what the E rows see that stand behind the N patches, which do not see them; S = N + E."""
         heads = *x_BSD.shape[:2], *self.qkv.bias.shape[1:]
@@ -161,8 +161,8 @@ class QwenViTLayer(nnx.Module):
         tables: Rotation,
         segments: Segments,
         full: Bool[Array, ""],
-        allowed_BES: Bool[Array, "B E S"] | None,
-        lora: LayerAdapters | None,
+        allowed_BES: Bool[Array, "B E S"] | None = None,
+        lora: LayerAdapters | None = None,
     ) -> Float[Array, "B S D"]:
         attended_BSD = self.attn(self.norm1(x_BSD), tables, segments, full, allowed_BES, lora)
         x_BSD = constrain(x_BSD + attended_BSD, "batch", "tokens", None)
