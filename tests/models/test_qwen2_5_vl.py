@@ -170,5 +170,5 @@ def test_bad_models_name_the_key():
     ):
         with pytest.raises(ConfigError, match=message):
             resolve({"preset": "tiny_qwen2_5_vl", **changes})
-    with pytest.raises(ValueError, match="comemo.head_dim must be decoder.head_dim 16"):
+    with pytest.raises(ValueError, match="memory.head_dim must be decoder.head_dim 16"):
         VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": {"kind": "comemo", "head_dim": 8}})).abstract()

@@ -70,8 +70,8 @@ class StageConfig:
     task: dict = dataclasses.field(default_factory=lambda: {"kind": "next_token"})
     """What is learned, with the keys of it beside its kind: next_token; grpo, from rewards; or memory_sft, to form
     memories that answers profit from (see `rl.config`)."""
-    adapter: str | None = None
-    """Name of the model's adapter that everything is read through, or none; None: the first that the model has."""
+    adapter: str = ""
+    """Name of the model's adapter that everything is read through, or none; empty: the first that the model has."""
     optimizer: OptimizerConfig | None = None
     """In place of the experiment's."""
     data: DataConfig | None = None
@@ -145,7 +145,7 @@ class Experiment:
                 "each checkpoint has an evaluation loss; or set checkpoint.keep_best=0"
             )
         for stage in self.stages:
-            if stage.adapter is not None:
+            if stage.adapter:
                 try:
                     self.model.adapter_number(stage.adapter)
                 except ValueError as error:
@@ -185,7 +185,7 @@ class Experiment:
 
     def model_of(self, stage: StageConfig) -> VLM:
         """The model as a stage reads with it."""
-        return VLM(self.model, 0 if stage.adapter is None else self.model.adapter_number(stage.adapter))
+        return VLM(self.model, self.model.adapter_number(stage.adapter) if stage.adapter else 0)
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """Data of a stage."""
