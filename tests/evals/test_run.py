@@ -67,7 +67,7 @@ def test_each_answer_is_that_of_the_prompt_alone(model, config, whole):
                 transcript.push(token)
             line = found[prompts.name((0, n))]
             assert line["output"] == transcript.text + transcript.flush()
-            assert line["memories"] == [list(each) for each in transcript.memories]
+            assert line["memories"] == [list(each) for each in transcript.called]
             memories += len(line["memories"])
     assert memories and not any(line["memories"] for line in found.values())
 

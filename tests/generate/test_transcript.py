@@ -31,13 +31,13 @@ def test_memories_are_no_text_unless_asked_for(tokenizer):
 
 def test_a_memory_stands_where_it_was_called_for(tokenizer):
     _, transcript = shown(tokenizer, ("ab", 156, 157, "c", 158, 159))
-    assert transcript.memories == [("short", 2), ("long", 4)] and transcript.chosen == 5
+    assert transcript.called == [("short", 2), ("long", 4)] and transcript.chosen == 5
 
 
 def test_a_memory_is_of_the_kind_that_ends_it_and_a_call_without_answer_is_none(tokenizer):
     reversed_, transcript = shown(tokenizer, (156, 159, "a", 158, "b"), show_memory=True)
     assert reversed_ == "[long memory, 5 latent tokens]ab"
-    assert transcript.memories == [("long", 0)] and transcript.chosen == 4
+    assert transcript.called == [("long", 0)] and transcript.chosen == 4
 
 
 class Bytes(Tokenizer):

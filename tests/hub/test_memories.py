@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.test_gradients import batch
 from vlmem_jax import families
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.config import to_dict
@@ -19,6 +20,7 @@ from vlmem_jax.hub.orbax_io import read_leaves
 from vlmem_jax.hub.safetensors_io import Tensors
 from vlmem_jax.memory import MEMORIES
 from vlmem_jax.models import VLM
+from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten
 
 FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl"}
@@ -52,12 +54,29 @@ def tiny(family, settings):
     return resolve({"preset": FAMILIES[family], **settings, "decoder": decoder, "memory": keys})
 
 
+def stepped(vlm, params):
+    """After a step down the gradient of the loss on a batch, in which a memory that speaks does; all of it moves."""
+    small, tokens = jax.tree.map(lambda x: 0.1 * x, params), jax.tree.map(jnp.asarray, batch(vlm))
+
+    @jax.jit
+    def step(params):
+        gradient = jax.grad(lambda params: next_token_loss(vlm, params, tokens, tokens.text.tokens_BT.shape[1]))(params)
+        return jax.tree.map(lambda x, g: x - 0.1 * jnp.sign(g), params, gradient)
+
+    after = step(small)
+    still = [path for path, x in flatten(after).items() if np.array_equal(x, flatten(small)[path])]
+    assert not still
+    return after
+
+
 @pytest.fixture(scope="module", params=EVERYTHING, ids=str)
 def there(request, tmp_path_factory):
     """A model, and its parameters as a run keeps them, as they go out, and as they come back."""
     (family, settings), folder = request.param, tmp_path_factory.mktemp("model")
     model, rng = tiny(family, settings), np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16), VLM(model).abstract())
+    if isinstance(settings["memory"], str) and len(settings) == 1:
+        params = stepped(VLM(model), params)
     save_params(folder / "run" / "finetune" / "7", params)
     image = {} if family == "internvl_chat" else {"max_pixels": 100352}
     about = {"model": to_dict(model), "image": image, "system": None}

@@ -136,9 +136,11 @@ def test_every_call_is_followed_by_the_end_of_its_kind(answers, prompts, forced,
                 assert ids[n + 1] == speech.end_ids[speech.invoke_ids.index(token)]
             # neither what was forced nor an end was drawn
             assert np.isnan(x[n]) == (token in (*speech.invoke_ids, *speech.end_ids))
-    assert [(each.row, each.kind) for each in sorted(session.invocations)] == [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1)]
+    assert [[each.kind for each in row] for row in session.invocations] == [[0], [1, 0], [], [1, 0]]
+    for ids, row in zip(tokens, session.invocations, strict=True):
+        assert [ids[each.place] for each in row] == [speech.end_ids[each.kind] for each in row]
     # the cache holds prompts, tokens and latent tokens, and no more
-    latents = [sum(speech.lengths[each.kind] for each in session.invocations if each.row == row) for row in range(ROWS)]
+    latents = [sum(each.latents for each in row) for row in session.invocations]
     taken = [len(p.tokens_T) + len(ids) + n for p, ids, n in zip(prompts, tokens, latents, strict=True)]
     np.testing.assert_array_equal(session.state.length_B, taken)
     grown = np.array(taken) - [len(p.tokens_T) for p in prompts]
@@ -149,14 +151,14 @@ def test_kinds_can_be_reversed_and_switched_off(answers, prompts, forced, speech
     def ends(**changes):
         tokens, _, session = answers(prompts, GREEDY, dataclasses.replace(RULE, **changes), forced, record=True)
         found = [[t for t in row if t in speech.end_ids] for row in tokens]
-        return found, sorted((each.row, each.kind) for each in session.invocations)
+        return found, [[each.kind for each in row] for row in session.invocations]
 
     short, long = speech.end_ids
-    assert ends() == ([[short], [long, short], [], [long, short]], [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1)])
+    assert ends() == ([[short], [long, short], [], [long, short]], [[0], [1, 0], [], [1, 0]])
     assert ends(reverse_types=True)[0] == [[long], [short, long], [], [short, long]]
-    assert ends(disabled=("short",)) == ([[], [long], [], [long]], [(1, 1), (3, 1)])
+    assert ends(disabled=("short",)) == ([[], [long], [], [long]], [[], [1], [], [1]])
     assert ends(disabled=("long",))[0] == [[short], [short], [], [short]]
-    assert ends(disabled=("short", "long"))[1] == []
+    assert ends(disabled=("short", "long"))[1] == [[], [], [], []]
 
 
 def test_memories_change_what_follows(answers, prompts, speech):
@@ -327,7 +329,7 @@ def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
     session = generator.start([prompt], NEW)
     forced = [calls(short.speech, (8, 1))]
     tokens = [int(t) for [t], _ in session.draw(GREEDY, None, RULE, forced, record=True)]
-    [formed] = session.invocations
+    [[formed]] = session.invocations
     said = tokens[: tokens.index(short.speech.invoke_ids[1]) + 1]
     positions = prompt.positions_T.max() + 1 + np.arange(len(said))
     longer = dataclasses.replace(

@@ -148,7 +148,7 @@ def test_the_loop_gives_the_recorded_tokens(traced, name):
             for call, (token, logp) in zip(calls, answer, strict=True):
                 drawn = trace.kinds[call] == 1 and token not in found.ids
                 np.testing.assert_allclose(logp, scores[call - 1, token] if drawn else np.nan, atol=2e-4)
-            formed = [each for each in session.invocations if each.row == row]
+            formed = session.invocations[row]
             for each, wanted in zip(formed, trace.invocations, strict=True):
                 assert each.kind == wanted["kind"]
                 assert len(each.states_LD) == wanted["num_visual"] + wanted["num_text"]

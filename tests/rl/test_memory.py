@@ -116,8 +116,8 @@ def test_they_do_where_the_vision_tower_forms_memories(prompts):
 
 def check_log_probabilities(vlm, params, config, trajectories):
     assert vlm.config.memory.lora.dropout > 0, "which neither of them applies"
-    kinds = [memory.kind for t in trajectories for memory in t.spoken]
-    assert set(kinds) == {0, 1} and max(len(t.spoken) for t in trajectories) > 1
+    kinds = [memory.kind for t in trajectories for memory in t.invocations]
+    assert set(kinds) == {0, 1} and max(len(t.invocations) for t in trajectories) > 1
     rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: grpo(vlm, config).log_probs(params, x), batch))
     logp_BT = np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch)))
@@ -132,12 +132,12 @@ def test_what_was_put_there_is_not_learned(vlm, drawn):
     calls = set(vlm.speech.invoke_ids)
     for t in trajectories:
         ends = np.isin(t.tokens_T, vlm.speech.end_ids)
-        assert ends.sum() == len(t.spoken) and not (ends & t.loss_T).any()
-        for memory in t.spoken:
+        assert ends.sum() == len(t.invocations) and not (ends & t.loss_T).any()
+        for memory in t.invocations:
             before, end = t.tokens_T[memory.place - 1 : memory.place + 1]
             assert before == vlm.speech.invoke_ids[memory.kind] and end == vlm.speech.end_ids[memory.kind]
             assert t.loss_T[memory.place - 1] == (config.mode == "learned")
-        slots = sum(vlm.speech.lengths[memory.kind] for memory in t.spoken)
+        slots = sum(vlm.speech.lengths[memory.kind] for memory in t.invocations)
         made = t.sample()
         assert len(made.tokens_T) == len(t.prompt.tokens_T) + len(t.tokens_T) + slots
         assert (made.labels_T != -100).sum() == t.loss_T.sum()
@@ -168,16 +168,16 @@ def test_gradients_reach_what_forms_memories_and_nothing_goes_into_what_they_hea
 def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generator):
     config = InvocationConfig()
     groups = draw(config)
-    begun = [[t.tokens_T[: t.spoken[0].place].tolist() if t.spoken else [STOP[0]] for t in g] for g in groups]
+    begun = [[t.tokens_T[: t.invocations[0].place].tolist() if t.invocations else [STOP[0]] for t in g] for g in groups]
     turned = draw(dataclasses.replace(config, reverse_types=True), begun)
     told = 0
     for group, others, starts in zip(groups, turned, begun, strict=True):
         for t, other, ids in zip(group, others, starts, strict=True):
             assert other.tokens_T[: len(ids)].tolist() == ids and not other.loss_T[: len(ids)].any()
-            if t.spoken:
+            if t.invocations:
                 told += 1
-                assert other.spoken[0].kind == 1 - t.spoken[0].kind
-                assert np.array_equal(other.spoken[0].states_LD, t.spoken[0].states_LD)
+                assert other.invocations[0].kind == 1 - t.invocations[0].kind
+                assert np.array_equal(other.invocations[0].states_LD, t.invocations[0].states_LD)
             else:
                 assert len(other.tokens_T) == 1 and other.stopped
     assert told
@@ -185,11 +185,11 @@ def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generat
 
 def test_memories_survive_a_checkpoint_bit_for_bit(vlm, drawn):
     _, trajectories = drawn
-    one = WeightedTrajectory((0, 1), max(trajectories, key=lambda t: len(t.spoken)), 0.25)
+    one = WeightedTrajectory((0, 1), max(trajectories, key=lambda t: len(t.invocations)), 0.25)
     again = _from_json(json.loads(json.dumps(_as_json(one))), one.trajectory.prompt, vlm.dtype)
     assert again.key == one.key and again.advantage == one.advantage
-    for old, new in zip(one.trajectory.spoken, again.trajectory.spoken, strict=True):
-        assert (old.place, old.kind, old.slots) == (new.place, new.kind, new.slots)
+    for old, new in zip(one.trajectory.invocations, again.trajectory.invocations, strict=True):
+        assert (old.place, old.kind, old.latents) == (new.place, new.kind, new.latents)
         assert np.array_equal(old.states_LD, new.states_LD)
     for name in ("tokens_T", "logp_T", "loss_T"):
         old, new = getattr(one.trajectory, name), getattr(again.trajectory, name)

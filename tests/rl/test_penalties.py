@@ -77,20 +77,20 @@ def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
     (_, groups, scores), (_, bases, base_scores), (_, turned, turned_scores) = calls
     speech, chosen_Pg = task.model.speech, task._drawn_again(2)
     assert [len(group) for group in bases] == [G, G] and [len(group) for group in turned] == [2, 2]
-    invoked_PG = np.array([[bool(t.spoken) for t in group] for group in groups])
+    invoked_PG = np.array([[bool(t.invocations) for t in group] for group in groups])
     assert invoked_PG.any() and np.take_along_axis(invoked_PG, chosen_Pg, axis=1).any()
     for group, own in zip(groups, bases, strict=True):
         for t, base in zip(group, own, strict=True):
-            until = t.spoken[0].place - 1 if t.spoken else len(t.tokens_T)
+            until = t.invocations[0].place - 1 if t.invocations else len(t.tokens_T)
             assert base.tokens_T[:until].tolist() == t.tokens_T[:until].tolist(), "the draws are the same"
             assert not np.isin(base.tokens_T, speech.invoke_ids + speech.end_ids).any()
     for n, row in enumerate(chosen_Pg):
         for g, other in zip(row, turned[n], strict=True):
             t = groups[n][g]
-            if t.spoken:
-                end = t.spoken[0].place
+            if t.invocations:
+                end = t.invocations[0].place
                 assert other.tokens_T[:end].tolist() == t.tokens_T[:end].tolist()
-                assert other.tokens_T[end] == speech.end_ids[1 - t.spoken[0].kind]
+                assert other.tokens_T[end] == speech.end_ids[1 - t.invocations[0].kind]
             else:
                 assert other.tokens_T.tolist() == t.tokens_T.tolist()
     S, base, rev = (x.of_all.reshape(2, -1) for x in (scores, base_scores, turned_scores))

@@ -159,7 +159,7 @@ class _Evaluation:
             "tokens": transcript.chosen,
             "stopped": answer.stopped,
         }
-        return line | ({"memories": transcript.memories} if self.model.vlm.speech else {}) | cost
+        return line | ({"memories": transcript.called} if self.model.vlm.speech else {}) | cost
 
     def _skipped(self, name: str, error: str) -> Line:
         """The line of a prompt that is left out. Raises ValueError where that is not wanted."""

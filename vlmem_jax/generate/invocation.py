@@ -18,6 +18,19 @@ DELIMITERS = (".", ",", ";", ":", "!", "?")
 FORCED_BUCKET = 64
 
 
+class Invocation(NamedTuple):
+    """A memory that stands in an answer."""
+
+    kind: int
+    """Its number among `Speech.kinds`: of the memory itself, which is not that of the call where types are reversed."""
+    place: int
+    """Its latent tokens stand before this token of the answer, which ends it."""
+    latents: int
+    """How many these are."""
+    states_LD: np.ndarray | None = None
+    """What it was formed from, in the dtype of the model, where that is recorded."""
+
+
 @dataclasses.dataclass(frozen=True)
 class InvocationConfig:
     """Who calls for a memory while an answer is written.

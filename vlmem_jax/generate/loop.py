@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule
+from vlmem_jax.generate.invocation import Calls, Invocation, InvocationConfig, Rule
 from vlmem_jax.generate.prompts import like_sized, pad_prompts
 from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.memory import Speech
@@ -244,16 +244,6 @@ class Generator:
         return answers
 
 
-class Invocation(NamedTuple):
-    """A memory that was formed."""
-
-    row: int
-    kind: int
-    """Its number among `Speech.kinds`."""
-    states_LD: np.ndarray
-    """What it was formed from."""
-
-
 class Session:
     """Rows being decoded: their caches, and the scores of each row's next token."""
 
@@ -269,8 +259,8 @@ class Session:
         rows = logits_BV.shape[0]
         self._taken_B = np.zeros(rows, int)
         self._observed_B = np.zeros(rows, int)
-        self.invocations: list[Invocation] = []
-        """Of all rows, in order, if `draw` is to record them."""
+        self.invocations: list[list[Invocation]] = [[] for _ in range(rows)]
+        """Of each row, in order, if `draw` is to record them."""
 
     @property
     def length(self) -> int:
@@ -345,6 +335,8 @@ class Session:
                 )
             if late is not None:
                 tokens, logp = self._read(late)
+                if answer:
+                    answer.hear(tokens)
                 if (tokens >= 0).any():
                     yield np.where(tokens >= 0, tokens, FINISHED), logp
                 if np.isin(tokens, (FINISHED, *generator.stop_ids)).all():
@@ -397,9 +389,14 @@ class _Answer:
         self.record = record
         rows = session.logits_BV.shape[0]
         self._left_B = np.full(rows, budget)
+        self._given_B = np.zeros(rows, int)
         self._latents_BND: jax.Array | None = None
-        self._formed: list[tuple[np.ndarray, np.ndarray, FormationInputs]] = []
+        self._formed: list[tuple[np.ndarray, np.ndarray, np.ndarray, FormationInputs]] = []
         self._form, self._insert = compiled_speech(session.generator.vlm, session.generator.mesh)
+
+    def hear(self, tokens_B: np.ndarray) -> None:
+        """Counts the tokens of each row's answer, of which these are the newest."""
+        self._given_B[: len(tokens_B)] += tokens_B >= 0
 
     def called(self, tokens_B: np.ndarray) -> np.ndarray | None:
         """The kind of memory that each row of the batch gets, -1 for none; None if no row gets any."""
@@ -431,23 +428,24 @@ class _Answer:
                     generator.params, session.state, self._latents_BND, rows_R, kinds_R, size
                 )
                 if self.record:
-                    self._formed.append((chosen, kinds_B[chosen], inputs))
+                    self._formed.append((chosen, kinds_B[chosen], self._given_B[chosen], inputs))
             session.state, session.logits_BV, calls = self._insert(
                 generator.params, session.state, session.logits_BV, calls, self._latents_BND, kinds_B
             )
         self._left_B[waiting] -= 1
+        self._given_B[waiting] += 1
         session._taken_B[waiting] += np.array(self.speech.lengths)[kinds_B[waiting]] + 1
         session._observed_B[waiting] = 0
         return calls
 
     def keep(self) -> None:
         """Takes what memories were formed from off the devices, if it is to be recorded."""
-        for rows, kinds, inputs in self._formed:
+        for rows, kinds, places, inputs in self._formed:
             states_BJLD, lengths_BJ = jax.device_get((inputs.states_BJLD, inputs.lengths_BJ))
-            self.session.invocations += [
-                Invocation(int(row), int(kind), states_BJLD[n, 0, : lengths_BJ[n, 0]])
-                for n, (row, kind) in enumerate(zip(rows, kinds, strict=True))
-            ]
+            for n, (row, kind, place) in enumerate(zip(rows, kinds.tolist(), places.tolist(), strict=True)):
+                states_LD = states_BJLD[n, 0, : lengths_BJ[n, 0]]
+                one = Invocation(kind, place, self.speech.lengths[kind], states_LD)
+                self.session.invocations[row].append(one)
         self._formed.clear()
 
     def ends(self, kinds_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,18 +1,8 @@
 """What an answer says, and where a memory that speaks was inserted into it."""
 
-from typing import NamedTuple
-
+from vlmem_jax.generate.invocation import Invocation
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
-
-
-class Inserted(NamedTuple):
-    """A memory that was inserted."""
-
-    kind: str
-    """Its name among `Speech.kinds`: of the memory itself, which is not that of the call where types are reversed."""
-    place: int
-    """Which of the answer's chosen tokens called for it, from 0."""
 
 
 class Transcript:
@@ -24,7 +14,7 @@ class Transcript:
         """So far, without what is said of memories."""
         self.chosen = 0
         """Tokens so far that the model chose, or chance for it; neither latent tokens nor those that end them."""
-        self.memories: list[Inserted] = []
+        self.memories: list[Invocation] = []
         self._stream = tokenizer.stream()
         self._calls = speech.invoke_ids if speech else ()
         self._ends = speech.end_ids if speech else ()
@@ -36,10 +26,15 @@ class Transcript:
         if token in self._ends:
             number = self._ends.index(token)
             kind, length = self._speech.kinds[number], self._speech.lengths[number]
-            self.memories.append(Inserted(kind, self.chosen - 1))
+            self.memories.append(Invocation(number, self.chosen + len(self.memories), length))
             return f"[{kind} memory, {length} latent tokens]" if self._show else ""
         self.chosen += 1
         return "" if token in self._calls else self._said(self._stream.push(token))
+
+    @property
+    def called(self) -> list[tuple[str, int]]:
+        """The kind of each memory by its name, and which of the chosen tokens called for it, from 0."""
+        return [(self._speech.kinds[one.kind], one.place - n - 1) for n, one in enumerate(self.memories)]
 
     def flush(self) -> str:
         """What is left to show at the end."""

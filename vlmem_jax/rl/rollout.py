@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32
 
-from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, never_sampled
-from vlmem_jax.generate.loop import FINISHED, Invocation
+from vlmem_jax.generate import Generator, Invocation, InvocationConfig, SamplingConfig, never_sampled
+from vlmem_jax.generate.loop import FINISHED
 from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
@@ -19,20 +19,6 @@ from vlmem_jax.processing import Processor
 from vlmem_jax.runtime.sharding import MeshConfig, batch_shards, make_mesh, param_shardings
 from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import IGNORED, Sample
-
-
-@dataclasses.dataclass(frozen=True)
-class Spoken:
-    """A memory that stands in a trajectory, on the host."""
-
-    place: int
-    """Its latent tokens stand before this token of the trajectory, which ends them."""
-    kind: int
-    """Its number among `Speech.kinds`."""
-    slots: int
-    """Latent tokens."""
-    states_LD: np.ndarray
-    """What it was formed from, in the dtype of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Trajectory:
     """Which tokens the policy drew; the others were put there and teach nothing."""
     stopped: bool
     """Whether a stop id ended it; if not, it was cut off."""
-    spoken: tuple[Spoken, ...] = ()
+    invocations: tuple[Invocation, ...] = ()
     """By their places."""
 
     @property
@@ -59,8 +45,8 @@ class Trajectory:
     def index_T(self) -> Int32[np.ndarray, "T"]:
         """The place of each token among all that followed the prompt, latent ones included."""
         index_T = np.arange(len(self.tokens_T), dtype=np.int32)
-        for memory in self.spoken:
-            index_T[memory.place :] += memory.slots
+        for memory in self.invocations:
+            index_T[memory.place :] += memory.latents
         return index_T
 
     def sample(self) -> Sample:
@@ -109,14 +95,11 @@ def rollouts(
         begun = [ids for n in chosen for ids in forced[n]] if forced else ()
         drawn = list(session.draw(sampling, keys_B, invocation, begun, record))
         tokens_BT, logp_BT = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
-        memories: list[list[Invocation]] = [[] for _ in range(slots)]
-        for memory in session.invocations:
-            memories[memory.row].append(memory)
         for place, n in enumerate(chosen):
             yield (
                 n,
                 [
-                    _trajectory(generator, prompts[n], tokens_BT[row], logp_BT[row], memories[row])
+                    _trajectory(generator, prompts[n], tokens_BT[row], logp_BT[row], session.invocations[row])
                     for row in range(place * G, (place + 1) * G)
                 ],
             )
@@ -127,17 +110,8 @@ def _trajectory(
 ) -> Trajectory:
     there_T = tokens_T != FINISHED  # a row that waits has no token
     tokens_T, logp_T = tokens_T[there_T].astype(np.int32), logp_T[there_T].astype(np.float32)
-    spoken: tuple[Spoken, ...] = ()
-    if memories:
-        speech = generator.vlm.speech
-        # nobody draws a token that ends a memory: each one there ends the next of `memories`
-        ends = np.flatnonzero(np.isin(tokens_T, speech.end_ids))
-        spoken = tuple(
-            Spoken(int(place), memory.kind, speech.lengths[memory.kind], memory.states_LD)
-            for place, memory in zip(ends, memories, strict=True)
-        )
     stopped = bool(np.isin(tokens_T[-1], generator.stop_ids))
-    return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, spoken)
+    return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, tuple(memories))
 
 
 def rollout_mesh(config: MeshConfig | None, vlm: VLM, mesh: Mesh) -> Mesh:

@@ -11,10 +11,10 @@ from jaxtyping import Array, Float32
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.plan import pack
 from vlmem_jax.data.rows import pack_row
-from vlmem_jax.generate import InvocationConfig
+from vlmem_jax.generate import Invocation, InvocationConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import formation_flops, train_flops
-from vlmem_jax.rl.rollout import Spoken, Trajectory
+from vlmem_jax.rl.rollout import Trajectory
 from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.types import Batch, FormationInputs
 
@@ -77,7 +77,7 @@ def pack_trajectories(
             arrays["advantage_BT"][known] = advantages[n]
         return arrays | {"beta_B": np.float32(beta)}
 
-    spoken = [[memory for n in row for memory in trajectories[n].spoken] for row in rows]
+    spoken = [[memory for n in row for memory in trajectories[n].invocations] for row in rows]
     states = max((len(memory.states_LD) for row in spoken for memory in row), default=1)
     J, L = memory_slots(max(map(len, spoken)), states)
     packed = []
@@ -87,11 +87,11 @@ def pack_trajectories(
             end, first = 0, 0
             for n in row:
                 start, end = end + len(trajectories[n].prompt.tokens_T), end + tokens[n]
-                for j, memory in enumerate(trajectories[n].spoken, first):
+                for j, memory in enumerate(trajectories[n].invocations, first):
                     after = start + trajectories[n].index_T[memory.place]
-                    latent_N = I * tile.tokens + j * speech.slots + np.arange(memory.slots)
-                    batch.text.visual_index_BT[after - memory.slots : after] = latent_N
-                first += len(trajectories[n].spoken)
+                    latent_N = I * tile.tokens + j * speech.slots + np.arange(memory.latents)
+                    batch.text.visual_index_BT[after - memory.latents : after] = latent_N
+                first += len(trajectories[n].invocations)
             batch = batch.replace(formation=_formation(memories, J, L, vlm))
         packed.append(Rows(batch, **extras(row)))
     return jax.tree.map(
@@ -103,7 +103,7 @@ def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained
     """`flops` of trajectories and `shape_flops` of the `batch` that they were packed into, for `StepInput.counts`."""
     config = vlm.config
     sizes = [(len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1, len(t.prompt.pixels_ISSc)) for t in trajectories]
-    states = [len(memory.states_LD) for t in trajectories for memory in t.spoken]
+    states = [len(memory.states_LD) for t in trajectories for memory in t.invocations]
     (*leading, T), I = batch.text.tokens_BT.shape, batch.views.pixels_BISSc.shape[-4]
     rows = math.prod(leading)
     useful = train_flops(config, sizes, trained) + sum(formation_flops(config, L, trained) for L in states)
@@ -127,7 +127,7 @@ def memory_slots(memories: int, states: int) -> tuple[int, int]:
     return bucket(max(memories, 1)), bucket(states, FEWEST_STATES, steps=4)
 
 
-def _formation(memories: Sequence[Spoken], J: int, L: int, vlm: VLM) -> FormationInputs:
+def _formation(memories: Sequence[Invocation], J: int, L: int, vlm: VLM) -> FormationInputs:
     """Of one row."""
     states_JLD = np.zeros((J, L, vlm.config.decoder.width), vlm.dtype)
     lengths_J, kinds_J = np.zeros(J, np.int32), np.full(J, -1, np.int32)

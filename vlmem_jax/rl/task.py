@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt
 from vlmem_jax.data.samples import Key
-from vlmem_jax.generate import Generator, InvocationConfig, never_sampled
+from vlmem_jax.generate import Generator, Invocation, InvocationConfig, never_sampled
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.hub.convert import released
 from vlmem_jax.memory import Speech, memory_of
@@ -33,7 +33,7 @@ from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import LOSS_WEIGHTS, RLConfig, check_prompted, rl_config
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
-from vlmem_jax.rl.rollout import Spoken, Trajectory, rollout_keys, rollout_mesh, rollouts, trainer_generator
+from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollout_mesh, rollouts, trainer_generator
 from vlmem_jax.rl.rows import Rows, flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.runtime import hosts
@@ -320,7 +320,7 @@ class GRPO(GRPOLoss):
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Rewards [P, G], see `invocation_penalty`, and numbers of the memories."""
         config, P, G = self.config, len(loaded), self.config.group_size
-        spoken_PG = [[trajectory.spoken for trajectory in group] for group in groups]
+        spoken_PG = [[trajectory.invocations for trajectory in group] for group in groups]
         invoked_PG = np.array([[bool(spoken) for spoken in row] for row in spoken_PG])
         kinds = [memory.kind for row in spoken_PG for spoken in row for memory in spoken]
         numbers = {
@@ -519,7 +519,7 @@ class Scores:
 
 
 def _until_first_call(trajectory: Trajectory) -> list[int]:
-    end = trajectory.spoken[0].place if trajectory.spoken else None
+    end = trajectory.invocations[0].place if trajectory.invocations else None
     return trajectory.tokens_T[:end].tolist()
 
 
@@ -533,15 +533,15 @@ def _as_json(item: WeightedTrajectory) -> dict[str, Any]:
         "loss": t.loss_T.tolist(),
         "stopped": t.stopped,
         "advantage": item.advantage,
-        "spoken": [
+        "invocations": [
             {
                 "place": memory.place,
                 "kind": memory.kind,
-                "slots": memory.slots,
+                "latents": memory.latents,
                 "shape": list(memory.states_LD.shape),
                 "states": base64.b64encode(memory.states_LD.tobytes()).decode(),
             }
-            for memory in t.spoken
+            for memory in t.invocations
         ],
     }
 
@@ -549,15 +549,15 @@ def _as_json(item: WeightedTrajectory) -> dict[str, Any]:
 def _from_json(fields: dict[str, Any], prompt: Sample, dtype: Any) -> WeightedTrajectory:
     """`dtype`: that of the model, in which the states of memories are."""
     logp_T = np.array([math.nan if x is None else x for x in fields["logp"]], np.float32)
-    spoken = tuple(
-        Spoken(
-            memory["place"],
+    invocations = tuple(
+        Invocation(
             memory["kind"],
-            memory["slots"],
+            memory["place"],
+            memory["latents"],
             np.frombuffer(base64.b64decode(memory["states"]), dtype).reshape(memory["shape"]),
         )
-        for memory in fields["spoken"]
+        for memory in fields["invocations"]
     )
     tokens_T, loss_T = np.array(fields["tokens"], np.int32), np.array(fields["loss"], bool)
-    trajectory = Trajectory(prompt, tokens_T, logp_T, loss_T, fields["stopped"], spoken)
+    trajectory = Trajectory(prompt, tokens_T, logp_T, loss_T, fields["stopped"], invocations)
     return WeightedTrajectory(tuple(fields["key"]), trajectory, fields["advantage"])
