@@ -148,3 +148,12 @@ def test_an_adapter_of_another_model_is_refused(run):
         peft.read_adapter(FIXTURE, model_of(run), "theirs")
     with pytest.raises(ValueError, match="an adapter is a folder with adapter_config.json, as PEFT writes it"):
         peft.read_adapter(run, model_of(run), "run")
+
+
+@pytest.mark.parametrize("text, message", [("{", "must be JSON"), ("[]", "must be a JSON object, got list")])
+def test_a_damaged_file_is_named(run, tmp_path, text, message):
+    folder = tmp_path / "hf"
+    shutil.copytree(run / "hf", folder)
+    (folder / "adapters" / "one" / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"one/adapter_config.json {message}"):
+        import_folder(folder, tmp_path / "ours")

@@ -85,7 +85,8 @@ class Adapters:
         index_B: Int32[Array, "B"] | None = None,
         key: jax.Array | None = None,
     ) -> "Adapters":
-        """Of modules whose layers are stacked, one a config. Raises ValueError where dropout would differ by row."""
+        """Adapters of modules whose layers are stacked, one a config. Raises ValueError where rows would differ in
+        dropout."""
         dropouts = {config.dropout for config in configs}
         if key is not None and len(dropouts) > 1:
             raise ValueError(f"adapters that rows of a batch choose among must have one dropout, got {dropouts}")
@@ -107,7 +108,7 @@ class Adapters:
         return cls(weights, index_B, tuple(config.scale for config in configs), dropouts.pop(), key)
 
     def layer(self, weights: dict, number: Int32[Array, ""]) -> "LayerAdapters":
-        """Those of layer `number`, whose slice of `weights` is given."""
+        """The adapters of layer `number`, whose slice of `weights` is given."""
         key = None if self.key is None else jax.random.fold_in(self.key, number)
         if self.index_B is None:
             return LayerAdapters(weights, None, self.scales[0], self.dropout, key)
@@ -153,7 +154,7 @@ class LayerAdapters:
 
 def _joined(x: Float[Array, "..."], size: int) -> Float[Array, "..."]:
     """x with its last axes, of `size` elements, as one."""
-    n = next(n for n in range(x.ndim) if math.prod(x.shape[n:]) == size)
+    n = next(n for n in reversed(range(x.ndim)) if math.prod(x.shape[n:]) == size)
     return x.reshape(*x.shape[:n], size)
 
 
@@ -166,6 +167,6 @@ def adapted(linear: Linear, target: str, x: Float[Array, "..."], lora: LayerAdap
 def adapted_part(
     linear: Linear, n: int, target: str, x: Float[Array, "... D"], lora: LayerAdapters | None
 ) -> Float[Array, "... E"]:
-    """The same of `linear.part(x, n)`."""
+    """linear.part(x, n), and what an adapter of `target` adds, if there is one."""
     y = linear.part(x, n)
     return y if lora is None else lora.added(target, x, y)
