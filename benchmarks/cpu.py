@@ -436,8 +436,8 @@ def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> l
     batch = empty.replace(segments_BT=np.ones_like(empty.text.segments_BT), positions_BT=np.array(index))
     generator, state, logits_BV, finished_B, choice = start(vlm, params, batch, 1024)
     form, insert = compiled_speech(vlm, generator.mesh)
-    longest = speech.slots + 1
-    latents_BND = jnp.zeros((rows, speech.slots, width), vlm.dtype)
+    longest = speech.latents + 1
+    latents_BND = jnp.zeros((rows, speech.latents, width), vlm.dtype)
     kinds_B = np.ones(rows, np.int32)
     calls = Calls.none(rows, 8)
 
@@ -464,7 +464,7 @@ def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> l
     heard = formation_flops(vlm.config, states, trained=())
     ratio = (heard + longest * per_token) / (longest * per_token)
     values = list(seconds[:, 0] / seconds[:, 1] / ratio)
-    how = f"{rows} rows, {speech.slots} latent tokens, FLOP ratio {ratio:.3g}"
+    how = f"{rows} rows, {speech.latents} latent tokens, FLOP ratio {ratio:.3g}"
     formed = f"a memory of VisMem formed from {states} states and inserted"
     return [Row(f"{formed} / {longest} tokens decoded: time ratio / FLOP ratio", values, 1.3, True, "x", how)]
 

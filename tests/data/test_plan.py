@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmem_jax.data import DataConfig, Plan, SourceConfig
-from vlmem_jax.data.plan import draws, pack
+from vlmem_jax.data.plan import draws, fill_rows
 from vlmem_jax.processing import TileProcessor
 from vlmem_jax.types import TileGeometry
 
@@ -18,7 +18,7 @@ sizes = st.lists(st.tuples(st.integers(1, MAX_TOKENS), st.integers(0, MAX_TILES)
 
 def packed(sizes, open_packs=4):
     sized = (((0, i), tokens, tiles) for i, (tokens, tiles) in enumerate(sizes))
-    return [[i for _, i in row] for row in pack(sized, MAX_TOKENS, MAX_TILES, open_packs)]
+    return [[i for _, i in row] for row in fill_rows(sized, MAX_TOKENS, MAX_TILES, open_packs)]
 
 
 @settings(deadline=None)

@@ -302,7 +302,7 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
     """In decoding and in training; parameters and their gradients are fp32."""
     config = dataclasses.replace(vlm.config.memory, former=former, vision_layer=1, memory_output="rescaled")
     model = VLM(dataclasses.replace(vlm.config, memory=config, compute_dtype="bfloat16"))
-    N, counts = model.speech.slots, jnp.full(ROWS, model.speech.slots)
+    N, counts = model.speech.latents, jnp.full(ROWS, model.speech.latents)
 
     def everything(params, batch):
         _, state = model.prefill(params, batch, 96)
@@ -557,7 +557,7 @@ def test_the_vision_tower_forms_short_memories(seeing, prompts, formed):
 def test_in_a_packed_row_it_sees_the_images_of_its_own_sample(seeing, prompts, formed):
     """In training, where one row holds several samples and several calls of both kinds."""
     (model, params), (short, long, heard) = seeing, formed
-    slots, calls = model.speech.slots, [(0, 0), (0, 1), (2, 0), (1, 0), (2, 0)]  # of a prompt, a kind
+    slots, calls = model.speech.latents, [(0, 0), (0, 1), (2, 0), (1, 0), (2, 0)]  # of a prompt, a kind
     samples = [
         dataclasses.replace(
             prompts[n],

@@ -51,7 +51,7 @@ def batch(vlm: VLM) -> Batch:
     slots = np.broadcast_to(np.where(T < M, T, -1), (ROWS, TOKENS)).astype(np.int32)
     heard = None
     if speech := vlm.speech:
-        N, D = TIMES * speech.slots, vlm.config.decoder.width
+        N, D = TIMES * speech.latents, vlm.config.decoder.width
         slots = np.where((T >= M) & (T < M + N), T, slots).astype(np.int32)
         tokens[:, M + N : M + N + 2] = speech.invoke_ids
         states = rng.normal(size=(ROWS, TIMES, 32, D)).astype(np.float32)

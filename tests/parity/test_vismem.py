@@ -188,7 +188,7 @@ def test_scores_positions_and_memories_step_by_step(traced, name):
             np.testing.assert_array_equal(trace.kinds[n : n + slots + 1], [2] * slots + [3])
             first = int(state.position_B[0])
             np.testing.assert_array_equal(trace.positions[n : n + slots + 1], first + np.arange(slots + 1))
-            tokens = np.zeros((1, speech.slots + 1), np.int32)
+            tokens = np.zeros((1, speech.latents + 1), np.int32)
             tokens[0, slots] = end = next(ids)
             assert end == speech.end_ids[kind]
             logits, state = extend(
@@ -207,7 +207,7 @@ def written(vlm, prompt: Batch, length: int, pieces: list, states: list[tuple[np
     ids, slots, time = [], [], itertools.count()
     for piece in pieces:
         if isinstance(piece, tuple):  # (count,) of latent tokens
-            first = M + next(time) * speech.slots
+            first = M + next(time) * speech.latents
             slots += range(first, first + piece[0])
             ids += [0] * piece[0]
         else:

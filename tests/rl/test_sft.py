@@ -79,7 +79,7 @@ def losses_by_decoding(generator, samples, answers, kind):
     state, extend = generator.start(samples, 1).state, jax.jit(functools.partial(extended, vlm))
     _, state = extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
     latents_BND, _ = jax.jit(vlm.form, static_argnums=4)(params, state, jnp.arange(B), ones_B * kind, 64)
-    memory_BT = jnp.zeros((B, speech.slots + 1), jnp.int32).at[:, slots].set(speech.end_ids[kind])
+    memory_BT = jnp.zeros((B, speech.latents + 1), jnp.int32).at[:, slots].set(speech.end_ids[kind])
     logits_BV, state = extend(params, state, memory_BT, ones_B * (slots + 1), latents_BND, ones_B * slots)
     losses = [[] for _ in samples]
     for n in range(max(map(len, answers))):

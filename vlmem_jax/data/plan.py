@@ -55,7 +55,7 @@ class _Pack:
     tiles: int = 0
 
 
-def pack(
+def fill_rows(
     sized: Iterable[tuple[Key, int, int]], max_tokens: int, max_tiles: int, open_packs: int
 ) -> Iterator[list[Key]]:
     """Packs samples of (key, tokens, tiles) into rows of at most `max_tokens` and `max_tiles`.
@@ -95,7 +95,7 @@ class Plan:
         self.skipped: dict[str, str] = {}
         """Samples left out so far (`data.on_bad_sample=skip`), and why."""
         config = self.config
-        self._rows = pack(self._measured(keys), config.pack_tokens, config.pack_tiles, config.open_packs)
+        self._rows = fill_rows(self._measured(keys), config.pack_tokens, config.pack_tiles, config.open_packs)
         self._files, self._lines, self._ends = array.array("i"), array.array("i"), array.array("q", [0])
         self._used = np.zeros(2, np.int64)
         self._complete, self._hosts = False, 1

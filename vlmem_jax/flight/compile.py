@@ -24,7 +24,7 @@ from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
-from vlmem_jax.rl.rows import Rows, memory_slots, row_slots
+from vlmem_jax.rl.rows import Rows, memory_sizes, row_sizes
 from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
@@ -96,27 +96,27 @@ class Learning:
         if self.tokens < 1 or min(self.tiles, self.memories) < 0:
             raise ValueError(f"tokens must be at least 1, tiles and memories at least 0; got {self}")
 
-    def slots(self, experiment: Experiment, stage: StageConfig, mesh: Mesh) -> tuple[int, int, int, int]:
+    def sizes(self, experiment: Experiment, stage: StageConfig, mesh: Mesh) -> tuple[int, int, int, int]:
         """T and I of the rows, J and L of their memories. Raises ValueError where prompt and answer fill no row."""
         config, data, model = rl_config(stage), experiment.data_of(stage), experiment.model
         speech = VLM(model).speech
-        spoken = self.memories * (speech.slots + 1) if speech else 0
+        spoken = self.memories * (speech.latents + 1) if speech else 0
         tokens = self.tokens + config.max_new_tokens + spoken
         if tokens > data.pack_tokens:
             raise ValueError(
                 f"data.pack_tokens must hold a prompt and its answer, {self.tokens} + {config.max_new_tokens} tokens"
                 f"{f' and {spoken} of memories' if spoken else ''}; got {data.pack_tokens}"
             )
-        T, I = row_slots(tokens, self.tiles, data, shards("tokens", mesh))
+        T, I = row_sizes(tokens, self.tiles, data, shards("tokens", mesh))
         memories, states = self.memories * (T // tokens), config.max_new_tokens
         if speech:
             states = min(states, speech.max_states) + min(self.tiles * model.vision.tile.tokens, self.tokens)
-        return T, I, *memory_slots(memories, states)
+        return T, I, *memory_sizes(memories, states)
 
     def rows(self, experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Rows:
         """Shapes of a step's rows, with leading axes [parts, rows at once]."""
         config, model = rl_config(stage), VLM(experiment.model)
-        T, I, J, L = self.slots(experiment, stage, mesh)
+        T, I, J, L = self.sizes(experiment, stage, mesh)
         at_once = experiment.data_of(stage).rows // experiment.parts(stage, mesh)
         answers = config.prompts * config.group_size // config.minibatches
         shape, sharding = (-(-answers // at_once), at_once), batch_sharding(mesh, leading=1)

@@ -118,7 +118,7 @@ def check_learning(
 ) -> tuple[Report, Finish]:
     """As `check_training`, of the step of a `grpo` stage."""
     job, model = rl_job(experiment, stage, learning, mesh), experiment.model
-    T, I, J, L = learning.slots(experiment, stage, mesh)
+    T, I, J, L = learning.sizes(experiment, stage, mesh)
     rows = learning.rows(experiment, stage, mesh).beta_B.size
     trained = Split.of(stage, list(flatten(VLM(model).abstract()))).trainable
     flops = train_flops(model, [(T, I)] * rows, trained)

@@ -141,10 +141,10 @@ def compiled_speech(vlm: VLM, mesh: Mesh | None):
         """Puts a memory of kinds_B and its end token behind each row; -1: nothing."""
         called_B, kinds_B = kinds_B >= 0, jnp.maximum(kinds_B, 0)
         lengths_B, ends_B = (jnp.array(of, jnp.int32)[kinds_B] for of in (speech.lengths, speech.end_ids))
-        slots_T = jnp.arange(speech.slots + 1, dtype=jnp.int32)
-        tokens_BT = jnp.where(slots_T == lengths_B[:, None], ends_B[:, None], 0)
+        index_T = jnp.arange(speech.latents + 1, dtype=jnp.int32)
+        tokens_BT = jnp.where(index_T == lengths_B[:, None], ends_B[:, None], 0)
         text = Text.first(tokens_BT, jnp.where(called_B, lengths_B + 1, 0))
-        text = dataclasses.replace(text, visual_index_BT=jnp.where(slots_T < lengths_B[:, None], slots_T, -1))
+        text = dataclasses.replace(text, visual_index_BT=jnp.where(index_T < lengths_B[:, None], index_T, -1))
         after_BD, state = vlm.extend(params, state, text, latents_BND=latents_BND)
         logits_BV = jnp.where(called_B[:, None], vlm.score(params, after_BD), logits_BV)
         logits_BV, state = laid_out(logits_BV, state)
@@ -308,7 +308,7 @@ class Session:
         if speech:
             banned_ids += invocation.banned_ids(speech)
             budget = invocation.budget(speech)
-            room += budget * (speech.slots + 1)
+            room += budget * (speech.latents + 1)
             calls = generator.put(Calls.none(rows, budget), rows=True)
             rule = Rule.make(invocation, speech, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
             rule = generator.put(rule)
@@ -416,7 +416,7 @@ class _Answer:
         size = bucket(min(int(session._observed_B[waiting].max()) + 1, self.speech.max_states), TEXT_BUCKET)
         with generator.context():
             if self._latents_BND is None:
-                shape = rows, self.speech.slots, generator.vlm.config.decoder.width
+                shape = rows, self.speech.latents, generator.vlm.config.decoder.width
                 self._latents_BND = generator.put(np.zeros(shape, generator.vlm.dtype))
             for first in range(0, len(waiting), group):
                 chosen = waiting[first : first + group]

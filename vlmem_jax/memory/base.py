@@ -55,7 +55,7 @@ class Memory(nnx.Module):
         return {}
 
     @classmethod
-    def flops(cls, config: Any, decoder: DecoderConfig, tokens: Count, slots: Count) -> tuple[Count, Count]:
+    def flops(cls, config: Any, decoder: DecoderConfig, tokens: Count, visual: Count) -> tuple[Count, Count]:
         """Forward FLOPs beside the decoder's layers of samples with so many tokens and visual tokens: in weights, and
         in attention."""
         return 0, 0
@@ -196,14 +196,14 @@ class Speech:
     """Ids of the memory's own tokens by their text."""
 
     @property
-    def slots(self) -> int:
+    def latents(self) -> int:
         """N: latent tokens of the longest kind."""
         return max(self.lengths)
 
     @property
     def room(self) -> int:
         """Cache slots that invocations may take beside the tokens that are chosen."""
-        return self.max_invocations * (self.slots + 1)
+        return self.max_invocations * (self.latents + 1)
 
 
 @runtime_checkable

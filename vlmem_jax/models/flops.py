@@ -63,8 +63,8 @@ def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int
 def memory_flops(config: ModelConfig, tokens: Count, tiles: Count) -> tuple[Count, Count]:
     """Forward FLOPs of the memory for a sample: in weights, and in attention. A memory that speaks works between
     tokens: see `formation_flops`."""
-    slots = tiles * config.vision.tile.tokens
-    return memory_of(config.memory).flops(config.memory, config.decoder, tokens, slots)
+    visual = tiles * config.vision.tile.tokens
+    return memory_of(config.memory).flops(config.memory, config.decoder, tokens, visual)
 
 
 def formation_flops(config: ModelConfig, states: int, trained: Collection[str]) -> int:

@@ -368,7 +368,7 @@ class VLM:
         through = None
         if visual is not None and visual.kept is not None:
             # below 0: none
-            time_BT = (text.visual_index_BT - visual.tokens_BMD.shape[1]) // self.speech.slots
+            time_BT = (text.visual_index_BT - visual.tokens_BMD.shape[1]) // self.speech.latents
             is_its_BJT = time_BT[:, None] == jnp.arange(text.formation.kinds_BJ.shape[1])[:, None]
             samples_BJ = jnp.where(is_its_BJT, text.segments_BT[:, None], 0).max(axis=-1)
             through = self._through_tower(modules, visual.kept, samples_BJ)
@@ -425,14 +425,14 @@ class VLM:
         x_BTD = modules.decoder.embeddings(text.tokens_BT, self.dtype)
         if isinstance(modules.memory, Speak):
             x_BTD = modules.memory.embed(text.tokens_BT, x_BTD)
-        slots_BMD = [] if visual is None else [visual.tokens_BMD]
+        inputs_BMD = [] if visual is None else [visual.tokens_BMD]
         if latents is not None:
-            slots_BMD.append(latents.reshape(len(x_BTD), -1, x_BTD.shape[2]).astype(self.dtype))
-        if not slots_BMD:
+            inputs_BMD.append(latents.reshape(len(x_BTD), -1, x_BTD.shape[2]).astype(self.dtype))
+        if not inputs_BMD:
             return x_BTD
-        slots_BMD = jnp.concatenate(slots_BMD, axis=1) if len(slots_BMD) > 1 else slots_BMD[0]
+        inputs_BMD = jnp.concatenate(inputs_BMD, axis=1) if len(inputs_BMD) > 1 else inputs_BMD[0]
         index_BT = text.visual_index_BT
-        placed_BTD = jnp.take_along_axis(slots_BMD, jnp.maximum(index_BT, 0)[..., None], axis=1)
+        placed_BTD = jnp.take_along_axis(inputs_BMD, jnp.maximum(index_BT, 0)[..., None], axis=1)
         return jnp.where((index_BT >= 0)[..., None], placed_BTD, x_BTD)
 
     def _taps(

@@ -89,9 +89,9 @@ def rollouts(
     at_once = min(-(-max(rows // G, 1) // shards) * shards, len(prompts))
     for chosen in like_sized(prompts, at_once):
         session = generator.start([prompts[n] for n in chosen], sampling.max_new_tokens, at_once, copies=G)
-        slots = session.logits_BV.shape[0]
+        size = session.logits_BV.shape[0]
         keys_B = keys_PG[np.array(chosen)].reshape(-1)
-        keys_B = jnp.concatenate([keys_B, jnp.broadcast_to(keys_B[:1], slots - len(keys_B))])
+        keys_B = jnp.concatenate([keys_B, jnp.broadcast_to(keys_B[:1], size - len(keys_B))])
         begun = [ids for n in chosen for ids in forced[n]] if forced else ()
         drawn = list(session.draw(sampling, keys_B, invocation, begun, record))
         tokens_BT, logp_BT = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from vlmem_jax.data import DataConfig
-from vlmem_jax.data.plan import pack
+from vlmem_jax.data.plan import fill_rows
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import Invocation, InvocationConfig
 from vlmem_jax.models import VLM
@@ -60,10 +60,10 @@ def pack_trajectories(
     tile, speech = vlm.tile, vlm.speech if vlm.speech and any(invocation.heeded(vlm.speech)) else None
     samples = [trajectory.sample() for trajectory in trajectories]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
-    T, I = row_slots(max(tokens, default=1), max(tiles, default=0), data, split)
+    T, I = row_sizes(max(tokens, default=1), max(tiles, default=0), data, split)
     order = sorted(range(len(samples)), key=lambda n: (-tokens[n], n))
     sized = [((n, 0), tokens[n], tiles[n]) for n in order]
-    rows = [[n for n, _ in keys] for keys in pack(sized, T, max(I, 1), open_packs=len(samples) + 1)]
+    rows = [[n for n, _ in keys] for keys in fill_rows(sized, T, max(I, 1), open_packs=len(samples) + 1)]
     count = bucket(max(-(-len(rows) // at_once), 1), steps=4) * at_once
     rows += [[]] * (count - len(rows))
 
@@ -79,7 +79,7 @@ def pack_trajectories(
 
     spoken = [[memory for n in row for memory in trajectories[n].invocations] for row in rows]
     states = max((len(memory.states_LD) for row in spoken for memory in row), default=1)
-    J, L = memory_slots(max(map(len, spoken)), states)
+    J, L = memory_sizes(max(map(len, spoken)), states)
     packed = []
     for row, memories in zip(rows, spoken, strict=True):
         batch = pack_row([samples[n] for n in row], data, tile, T, I)
@@ -89,7 +89,7 @@ def pack_trajectories(
                 start, end = end + len(trajectories[n].prompt.tokens_T), end + tokens[n]
                 for j, memory in enumerate(trajectories[n].invocations, first):
                     after = start + trajectories[n].index_T[memory.place]
-                    latent_N = I * tile.tokens + j * speech.slots + np.arange(memory.latents)
+                    latent_N = I * tile.tokens + j * speech.latents + np.arange(memory.latents)
                     batch.text.visual_index_BT[after - memory.latents : after] = latent_N
                 first += len(trajectories[n].invocations)
             batch = batch.replace(formation=_formation(memories, J, L, vlm))
@@ -114,7 +114,7 @@ def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained
     return {"flops": useful, "shape_flops": shapes}
 
 
-def row_slots(tokens: int, tiles: int, data: DataConfig, split: int = 1) -> tuple[int, int]:
+def row_sizes(tokens: int, tiles: int, data: DataConfig, split: int = 1) -> tuple[int, int]:
     """Token and tile slots of rows whose longest trajectory has `tokens`, and none more than `tiles`."""
     T = _multiple(min(bucket(tokens, SHORTEST_ROW, steps=4), data.pack_tokens), split)
     # as many tiles as their share of a whole row, and enough for any one trajectory
@@ -122,7 +122,7 @@ def row_slots(tokens: int, tiles: int, data: DataConfig, split: int = 1) -> tupl
     return T, _multiple(min(I, data.pack_tiles), split)
 
 
-def memory_slots(memories: int, states: int) -> tuple[int, int]:
+def memory_sizes(memories: int, states: int) -> tuple[int, int]:
     """J and L of rows with at most so many memories, formed from at most so many states."""
     return bucket(max(memories, 1)), bucket(states, FEWEST_STATES, steps=4)
 

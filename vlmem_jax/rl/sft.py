@@ -155,7 +155,7 @@ class MemorySFT(NextTokenLoss):
         return ids
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
-        behind = 2 + self.model.speech.slots + len(self._target(prompt))
+        behind = 2 + self.model.speech.latents + len(self._target(prompt))
         check_fits(self._data, prompt, sample, behind)
 
 

@@ -483,7 +483,7 @@ def _has_formed(experiment: Experiment, stage: StageConfig) -> bool:
 
 def longest_answer(config: RLConfig, speech: Speech | None) -> int:
     """Most tokens that may follow a prompt, latent ones included. Raises ValueError for more memories than may be."""
-    return config.max_new_tokens + (config.invocation.budget(speech) * (speech.slots + 1) if speech else 0)
+    return config.max_new_tokens + (config.invocation.budget(speech) * (speech.latents + 1) if speech else 0)
 
 
 class Scores:

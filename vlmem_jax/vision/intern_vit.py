@@ -118,14 +118,14 @@ class VisionAttention(nnx.Module):
         self.k_norm = RMSNorm(width, config.norm_eps, rngs=rngs) if config.qk_norm else None
 
     def __call__(
-        self, x_ND: Float[Array, "N D"], slots: int, length: int, lora: LayerAdapters | None
+        self, x_ND: Float[Array, "N D"], padded: int, length: int, lora: LayerAdapters | None
     ) -> Float[Array, "N D"]:
-        """The first `length` of each tile's T slots are there; what comes out for the others means nothing. N = B T."""
+        """The first `length` of each tile's `padded` tokens are there; what comes out for others means nothing."""
         q_ND, k_ND, v_ND = (adapted_part(self.qkv, n, name, x_ND, lora) for n, name in enumerate("qkv"))
         if self.q_norm is not None and self.k_norm is not None:
             q_ND, k_ND = self.q_norm(q_ND), self.k_norm(k_ND)
         heads = self.qkv.bias.shape[1:]
-        q_BTHC, k_BTHC, v_BTHC = (x_ND.reshape(-1, slots, *heads) for x_ND in (q_ND, k_ND, v_ND))
+        q_BTHC, k_BTHC, v_BTHC = (x_ND.reshape(-1, padded, *heads) for x_ND in (q_ND, k_ND, v_ND))
         out_BTHC = full_attention(self.attention, q_BTHC, k_BTHC, v_BTHC, length)
         return adapted(self.proj, "proj", out_BTHC.reshape(-1, *heads), lora)
 
@@ -154,7 +154,7 @@ class VisionLayer(nnx.Module):
         T, dtype = x_BTD.shape[1], x_BTD.dtype
         # as rows, the compiler lays them out as the attention kernel reads them
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        attn = functools.partial(self.attn, slots=T, length=length, lora=lora)
+        attn = functools.partial(self.attn, padded=T, length=length, lora=lora)
         mlp = functools.partial(self.mlp, lora=lora)
         for n, (scale, norm, block) in enumerate(((self.ls1, self.norm1, attn), (self.ls2, self.norm2, mlp))):
             residual = (scale[...] * block(norm(x_ND)).astype(jnp.float32)).astype(dtype)
@@ -203,7 +203,7 @@ class InternViT(nnx.Module):
         x_BTD = jnp.concatenate([class_token, self.patch(patches)], axis=1)
         x_BTD += spread(resample_positions(self.position_embedding[...], grid), x_BTD.shape, dtype)
         Q = x_BTD.shape[1]
-        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, self._slots(Q) - Q), (0, 0)))
+        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, self._padded(Q) - Q), (0, 0)))
         x_BTD = constrain(x_BTD, "parts", None, None)
 
         graph, layers = nnx.split(self.layers)
@@ -221,7 +221,7 @@ class InternViT(nnx.Module):
 
         return jax.lax.scan(remat(body, remat_policy), x_BTD, (layers, keep_L2B, adapters))[0][:, :Q]
 
-    def _slots(self, length: int) -> int:
+    def _padded(self, length: int) -> int:
         """Tokens of a tile with those that the attention kernel wants beside them."""
         return kernel_length(self.attention, length)
 

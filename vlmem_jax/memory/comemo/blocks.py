@@ -166,11 +166,11 @@ class CoMemo(Memory):
             raise ValueError(f"decode_position must be continue, got {config.decode_position}")
 
     @classmethod
-    def flops(cls, config: CoMemoConfig, decoder: DecoderConfig, tokens: Count, slots: Count) -> tuple[Count, Count]:
+    def flops(cls, config: CoMemoConfig, decoder: DecoderConfig, tokens: Count, visual: Count) -> tuple[Count, Count]:
         """Tokens of a sample without visual tokens pass the blocks unchanged."""
-        blocks, inner, tokens = decoder.layers // config.every, config.heads * config.head_dim, tokens * (slots > 0)
-        weights = 2 * decoder.width * (2 * inner * (tokens + slots) + 3 * config.mlp_width * tokens)
-        return blocks * weights, blocks * 4 * tokens * slots * inner
+        blocks, inner, tokens = decoder.layers // config.every, config.heads * config.head_dim, tokens * (visual > 0)
+        weights = 2 * decoder.width * (2 * inner * (tokens + visual) + 3 * config.mlp_width * tokens)
+        return blocks * weights, blocks * 4 * tokens * visual * inner
 
     @classmethod
     def tensors(cls, config: CoMemoConfig, decoder: DecoderConfig, leaves: Flat, layer: str) -> list[Rule]:
