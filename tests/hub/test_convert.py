@@ -281,6 +281,7 @@ def test_a_disk_that_fails_while_writing(hf_folder, tmp_path, direction):
     limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (10_000, 10_000))"
     call = f"from vlmem_jax.cli.main import main; raise SystemExit(main(['convert', {str(source)!r}, 'new/folder']))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # files of more than 10 kB, which Python would cut off without a word
     done = subprocess.run(
         [sys.executable, "-c", f"{limit}; {call}"], capture_output=True, text=True, cwd=tmp_path, env=environment
     )

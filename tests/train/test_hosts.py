@@ -54,7 +54,7 @@ def line(tmp_path_factory):
         eval_every=4,
         log_samples=True,
     )
-    config.model.memory = "none"  # as small as what goes through every host can be
+    config.model.memory = None  # as small as what goes through every host can be
     return ["train", "--config", str(world.save_config(folder, config)), *MESH, "--workdir"]
 
 
