@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmem_jax.config import load, override
+from vlmem_jax.config import ConfigError, load, override
 from vlmem_jax.models import VLM
 from vlmem_jax.processing import PatchConfig
 from vlmem_jax.rl import TASKS
@@ -55,6 +55,21 @@ def test_a_stage_of_fine_tuning_trains_the_adapter_alone(spec):
     [adapter] = built.model.adapters
     assert trained == {f"adapters/{adapter.name}/decoder/{target}/{x}" for target in adapter.targets for x in "ab"}
     assert [built.model_of(one).adapter for one in built.stages] == [-1] * (len(built.stages) - 1) + [0]
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("template", "qwen2-vl", "config.template is no key any more: the family of the model tells it"),
+        ("image.kind", "tiles", "config.image.kind is no key any more: the tower of the model tells it"),
+        ("image.size", 448, "config.image.size is no key any more: .* model.vision.image_size"),
+        ("model.comemo.every", 2, "config.model.comemo is no key any more: .* config.model.memory"),
+        ("stages.finetune.rl.kl", 0.1, "config.stages.2.rl is no key any more: its keys stand in task"),
+    ],
+)
+def test_a_key_that_there_was_names_what_became_of_it(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment(override(load(str(CONFIGS / "comemo_2b.py")), {key: value}))
 
 
 def test_profiles_of_vismem():

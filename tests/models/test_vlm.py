@@ -226,6 +226,7 @@ def test_published_sizes():
 def test_bad_models_name_the_key():
     for config, message in (
         ({"preset": "comemo_3b"}, "config.model.preset must be one of comemo_2b"),
+        ({"preset": "tiny", "comemo": {"every": 2}}, "config.model.comemo is no key any more: .* config.model.memory"),
         ({"preset": "tiny", "memory": "comemoo"}, "config.model.memory.kind must be one of comemo, vismem"),
         (
             {"preset": "tiny", "decoder": {"kv_heads": 3}},

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from vlmem_jax.demo import attention
+from vlmem_jax.demo.comemo_report import Example, Looking, Map
 from vlmem_jax.demo.evaluate import Answered
 from vlmem_jax.demo.job import Trained
 from vlmem_jax.demo.questions import opening
-from vlmem_jax.demo.report import Example, Looking, Map
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.processing.images import open_image, tile_grid
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmem_jax.config import to_dict
-from vlmem_jax.demo import pictures, report
+from vlmem_jax.demo import comemo_report, pictures
 from vlmem_jax.demo.compare import compare
 from vlmem_jax.demo.config import Recipe
 from vlmem_jax.demo.dataset import write_dataset
@@ -48,7 +48,7 @@ def run_demo(workdir: Path, recipe: Recipe, comparing: bool = False, say: Say = 
     examples = pictures.examples(comemo, demo.dataset)
     looking = pictures.looking(comemo.model, demo.workdir, summary["question"])
     summary["seconds"] = {**demo.seconds, "total": time.perf_counter() - start}
-    demo.write("report.html", report.render(summary, curves, marks, examples, looking))
+    demo.write("report.html", comemo_report.render(summary, curves, marks, examples, looking))
     demo.write("summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

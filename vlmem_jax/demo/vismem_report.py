@@ -10,7 +10,7 @@ from PIL import Image
 from vlmem_jax.demo import charts
 from vlmem_jax.demo.charts import Bar
 from vlmem_jax.demo.evaluate import interval
-from vlmem_jax.demo.report import half, page, percent, verdict
+from vlmem_jax.demo.page import half, head, made, page, percent, table, verdict
 from vlmem_jax.demo.steps import KINDS, final
 from vlmem_jax.processing.images import open_image
 
@@ -77,14 +77,12 @@ def _head(summary: Mapping[str, Any]) -> str:
         ("training steps", f"{summary['steps']['total']:,}"),
         ("minutes, this call", f"{summary['seconds']['total'] / 60:.1f}"),
     ]
-    boxes = "".join(f'<div class="card">{name}<b>{value}</b></div>' for name, value in cards)
-    return (
-        "<h1>Answering in steps, with VisMem's memories in between</h1>"
-        f'<p class="faint">A vision-language model of {parameters["base"]:,} parameters, trained here from random '
-        f"numbers, and VisMem's {parameters['vismem'] - parameters['base']:,}. Every accuracy is that of "
-        f"{summary['dataset']['heldout']} questions about digits that training has never seen.</p>"
-        f'<div class="cards">{boxes}</div>'
+    about = (
+        f"A vision-language model of {parameters['base']:,} parameters, trained here from random numbers, and VisMem's "
+        f"{parameters['vismem'] - parameters['base']:,}. Every accuracy is that of {summary['dataset']['heldout']} "
+        "questions about digits that training has never seen."
     )
+    return head("Answering in steps, with VisMem's memories in between", about, cards)
 
 
 def _ablation(summary: Mapping[str, Any]) -> str:
@@ -99,15 +97,12 @@ def _ablation(summary: Mapping[str, Any]) -> str:
         calls = score.get("invocation")
         numbers += [percent(calls["ratio"][kind]) for kind in ("short", "long")] if calls else ["-", "-"]
         numbers += [f"{calls['per_sample']:.2f}" if calls else "-", f"{1000 * score['seconds']:.1f}"]
-        cells = "".join(f"<td>{number}</td>" for number in numbers)
-        rows.append(f"<tr><td>{n + 1} {html.escape(score['what'])}</td>{cells}</tr>")
+        rows.append((f"{n + 1} {score['what']}", numbers))
     names = ["accuracy", "95 % interval", *KINDS, "with short", "with long", "memories an answer", "ms an answer"]
-    head = "".join(f"<th>{name}</th>" for name in names)
     return (
         "<h2>Accuracy on held-out digits</h2><p>The same questions each time, one run, greedy answers: the interval is "
         "that of the number of questions, not of repeated training. With short, with long: the share of answers with "
-        "such a memory.</p>"
-        f'<div class="scroll"><table><tr><th>model</th>{head}</tr>{"".join(rows)}</table></div>'
+        f"such a memory.</p>{table(names, rows)}"
         f'<div class="row" style="margin-top:16px">{half("Accuracy", charts.bar_chart(bars))}</div>'
     )
 
@@ -179,15 +174,11 @@ def _examples(chosen: Sequence[Example]) -> str:
 
 
 def _how(summary: Mapping[str, Any]) -> str:
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items() if name != "total")
-    steps = ", ".join(f"{name} {count}" for name, count in summary["steps"].items() if name != "total")
-    return (
-        "<h2>How it was made</h2><p>Pictures are mosaics of scikit-learn's handwritten digits: "
-        f"{summary['dataset']['train_digits']:,} for training, {summary['dataset']['heldout_digits']} held out. The "
-        "base model (stages read and answer, supervised) stands for the public model that VisMem starts from; it is "
-        "handed over in the Hugging Face layout, without memory. Some of its answers had pauses, so that it is used to "
-        "tokens that are no step. In the warm-up, what forms memories learns from answers with their steps. The stages "
+    return made(
+        summary,
+        "The base model (stages read and answer, supervised) stands for the public model that VisMem starts from; it "
+        "is handed over in the Hugging Face layout, without memory. Some of its answers had pauses, so that it is used "
+        "to tokens that are no step. In the warm-up, what forms memories learns from answers with their steps. The stages "
         "formation and invocation are those of the paper (VisMem, arXiv 2511.11007), far shorter: GRPO, whose reward "
-        "is 1 for a right answer and 0 otherwise. "
-        f"They leave the base as it is.</p><p>Steps: {steps}. Time of this call: {seconds}.</p>"
+        "is 1 for a right answer and 0 otherwise. They leave the base as it is.",
     )

@@ -1,4 +1,4 @@
-"""report.html: one page that needs no other file, made from the numbers of summary.json and a few pictures."""
+"""The report of CoMemo's demo, made from the numbers of summary.json and a few pictures."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,7 @@ from vlmem_jax.demo import charts
 from vlmem_jax.demo.charts import Bar
 from vlmem_jax.demo.evaluate import interval
 from vlmem_jax.demo.mosaics import CELL
-
-STYLE = """
-body{font:15px/1.55 system-ui,sans-serif;color:#1e293b;background:#f8fafc;margin:0}
-main{max-width:1020px;margin:0 auto;padding:32px 20px 64px}
-h1{font-size:26px;margin:0 0 4px} h2{font-size:18px;margin:36px 0 8px} h3{font-size:14px;margin:0 0 6px}
-p{max-width:76ch;margin:6px 0 12px} .faint{color:#64748b;fill:#94a3b8} code{font-size:13px}
-.cards,.row{display:flex;flex-wrap:wrap;gap:16px}
-.card{background:white;border:1px solid #e2e8f0;border-radius:10px;padding:14px 16px}
-.card b{display:block;font-size:24px;font-weight:600} .half{flex:1 1 440px;min-width:0}
-.chart{width:100%;height:auto;font-size:10px;fill:#334155} .legend{font-size:12px;color:#475569}
-.legend span{margin-right:14px;white-space:nowrap}
-.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}
-svg image{image-rendering:pixelated} svg{display:block}
-table{border-collapse:collapse;background:white;border:1px solid #e2e8f0;border-radius:10px;font-size:13px}
-th,td{padding:6px 10px;text-align:right;border-bottom:1px solid #eef2f7} th{font-weight:600;color:#475569}
-th:first-child,td:first-child{text-align:left} tr:last-child td{border-bottom:0} .scroll{overflow-x:auto}
-.example{box-sizing:border-box;width:calc(25% - 12px);min-width:210px;font-size:13px}
-.pictures{display:flex;flex-wrap:wrap;gap:6px;align-items:flex-end;margin-bottom:8px}
-.right{color:#047857;font-weight:600} .wrong{color:#b91c1c;font-weight:600}
-.tiles{display:grid;gap:3px;width:max-content} .maps{display:flex;flex-wrap:wrap;gap:18px 26px}
-"""
+from vlmem_jax.demo.page import half, head, made, page, percent, table, verdict
 
 
 class Example(NamedTuple):
@@ -84,16 +64,6 @@ def render(
     return page(sections)
 
 
-def page(sections: Sequence[str]) -> str:
-    """The whole document."""
-    body = "\n".join(sections)
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>vlmem demo</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{STYLE}</style><main>{body}</main></html>\n"
-    )
-
-
 def _head(summary: Mapping[str, Any]) -> str:
     comemo, question = summary["comemo"], summary["question"]
     accuracy, chance = comemo["accuracy"], summary["chance"]
@@ -104,16 +74,13 @@ def _head(summary: Mapping[str, Any]) -> str:
         ("training steps", f"{summary['steps']['total']:,}"),
         ("minutes in all", f"{summary['seconds']['total'] / 60:.1f}"),
     ]
-    boxes = "".join(f'<div class="card">{name}<b>{value}</b></div>' for name, value in cards)
-    said = verdict(question["answer"], question["expected"])
-    return (
-        "<h1>Reading mosaics of handwriting with CoMemo</h1>"
-        '<p class="faint">A vision-language model of '
-        f"{comemo['parameters']:,} parameters, trained here from random numbers. Every accuracy is that of single "
-        "questions about one cell, of digits that training has never seen.</p>"
-        f'<div class="cards">{boxes}</div>'
-        f"<p>Asked about a new picture: <i>{html.escape(question['question'])}</i> Answer: {said}.</p>"
+    about = (
+        f"A vision-language model of {comemo['parameters']:,} parameters, trained here from random numbers. Every "
+        "accuracy is that of single questions about one cell, of digits that training has never seen."
     )
+    said = verdict(question["answer"], question["expected"])
+    asked = f"<p>Asked about a new picture: <i>{html.escape(question['question'])}</i> Answer: {said}.</p>"
+    return head("Reading mosaics of handwriting with CoMemo", about, cards) + asked
 
 
 def _examples(examples: Sequence[Example]) -> str:
@@ -188,14 +155,11 @@ def _comparison(summary: Mapping[str, Any]) -> str:
         numbers = [accuracy[column] for column in columns]
         numbers += [accuracy["by_grid"][grid] for grid in grids]
         numbers += [accuracy["by_place_of_four"][place] for place in places]
-        cells = "".join(f"<td>{percent(number)}</td>" for number in numbers)
-        rows.append(f"<tr><td>{html.escape(variant['what'])}</td><td>{variant['steps']}</td>{cells}</tr>")
+        rows.append((variant["what"], [str(variant["steps"]), *map(percent, numbers)]))
     names = ["steps", "one image", "2-4 images", "4 x 2x1, never trained", *grids, *(f"{n} of 4" for n in places)]
-    head = "".join(f"<th>{name}</th>" for name in names)
     return (
         "<h2>Comparison</h2><p>Same data, same seed, one run each: differences of a few points may be chance. Steps "
-        "are those after the base.</p>"
-        f'<div class="scroll"><table><tr><th>model</th>{head}</tr>{"".join(rows)}</table></div>'
+        f"are those after the base.</p>{table(names, rows)}"
         f'<div class="row" style="margin-top:16px">{_compared_charts(summary)}</div>'
     )
 
@@ -220,30 +184,10 @@ def _compared_charts(summary: Mapping[str, Any]) -> str:
 
 
 def _how(summary: Mapping[str, Any]) -> str:
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items() if name != "total")
-    steps = ", ".join(f"{name} {count}" for name, count in summary["steps"].items() if name != "total")
-    return (
-        "<h2>How it was made</h2><p>Pictures are mosaics of scikit-learn's handwritten digits: "
-        f"{summary['dataset']['train_digits']:,} for training, {summary['dataset']['heldout_digits']} held out. The "
-        "base model (stages read and mix) stands for the public vision tower and language model that CoMemo starts "
+    return made(
+        summary,
+        "The base model (stages read and mix) stands for the public vision tower and language model that CoMemo starts "
         "from; it is handed over in the Hugging Face layout, without memory blocks. The stages pretrain, "
         "pretrain_phase2 and finetune are those of the paper (CoMemo, arXiv 2506.06279), far shorter. Optimizer: Muon "
-        f"on matrices, AdamW on the rest.</p><p>Steps: {steps}. Time of this call: {seconds}.</p>"
+        "on matrices, AdamW on the rest.",
     )
-
-
-def half(title: str, chart: str, note: str = "") -> str:
-    """A card of half the width of the page."""
-    return f'<div class="card half"><h3>{title}</h3>{chart}<p class="faint">{note}</p></div>'
-
-
-def verdict(answer: str, expected: str) -> str:
-    """An answer, and whether it is right."""
-    if answer == expected:
-        return f'<span class="right">{html.escape(answer)}, right</span>'
-    return f'<span class="wrong">{html.escape(answer) or "nothing"}, but it is {html.escape(expected)}</span>'
-
-
-def percent(share: float | None) -> str:
-    """`41.7 %`, or a dash."""
-    return "-" if share is None else f"{100 * share:.1f} %"
