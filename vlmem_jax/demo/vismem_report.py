@@ -177,8 +177,8 @@ def _how(summary: Mapping[str, Any]) -> str:
     return made(
         summary,
         "The base model (stages read and answer, supervised) stands for the public model that VisMem starts from; it "
-        "is handed over in the Hugging Face layout, without memory. Some of its answers had pauses, so that it is used "
-        "to tokens that are no step. In the warm-up, what forms memories learns from answers with their steps. The stages "
-        "formation and invocation are those of the paper (VisMem, arXiv 2511.11007), far shorter: GRPO, whose reward "
-        "is 1 for a right answer and 0 otherwise. They leave the base as it is.",
+        "is handed over in the Hugging Face layout, without memory. Some of its answers had pauses, so that it is "
+        "used to tokens that are no step. In the warm-up, what forms memories learns from answers with their steps. "
+        "The stages formation and invocation are those of the paper (VisMem, arXiv 2511.11007), far shorter: GRPO, "
+        "whose reward is 1 for a right answer and 0 otherwise. They leave the base as it is.",
     )
