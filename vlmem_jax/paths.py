@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -112,3 +114,14 @@ def _check_bucket(bucket: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, where it holds something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content

@@ -104,7 +104,7 @@ def test_a_merged_export_is_the_model_through_the_adapter(run, tmp_path):
 
 
 def test_an_adapter_joins_a_checkpoint_and_others_start_fresh(run, tmp_path):
-    """By a flag when it is converted; by the config, from SOURCE/adapters or new, when training starts from it."""
+    """A flag of the conversion adds one; a config takes those of SOURCE/adapters, or has new ones."""
     model = model_of(run)
     shutil.copytree(run / "hf" / "adapters" / "two", tmp_path / "third")
     import_folder(run / "hf", tmp_path / "ours", adapters=[tmp_path / "third"])
@@ -150,7 +150,7 @@ def test_an_adapter_of_another_model_is_refused(run):
         peft.read_adapter(run, model_of(run), "run")
 
 
-@pytest.mark.parametrize("text, message", [("{", "must be JSON"), ("[]", "must be a JSON object, got list")])
+@pytest.mark.parametrize("text, message", [("{", "is no JSON"), ("[]", "must hold a JSON object, got a list")])
 def test_a_damaged_file_is_named(run, tmp_path, text, message):
     folder = tmp_path / "hf"
     shutil.copytree(run / "hf", folder)

@@ -29,7 +29,7 @@ from vlmem_jax.memory import TokenStart, memory_of
 from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.adapters import make_adapters, merged
 from vlmem_jax.models.vlm import Params, make_memory
-from vlmem_jax.paths import AnyPath, as_path, is_remote, write_whole
+from vlmem_jax.paths import AnyPath, as_path, is_remote, read_json, write_whole
 from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer
 from vlmem_jax.trees import flatten, unflatten
 
@@ -225,7 +225,7 @@ def _open(source: str | os.PathLike) -> tuple[Tensors, dict, Released]:
         raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}; a folder in the Hugging Face layout must hold it")
-    content = _read_json(folder / CONFIG_FILE)
+    content = read_json(folder / CONFIG_FILE)
     tensors = Tensors(folder)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE)
@@ -388,18 +388,8 @@ def _merged(base: dict, top: Mapping) -> dict:
     return base
 
 
-def _read_json(path: AnyPath) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
-
-
 def _optional_json(path: AnyPath) -> dict:
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: AnyPath, content: Mapping) -> None:

@@ -19,6 +19,7 @@ from vlmem_jax import families
 from vlmem_jax.config import build
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.models import AdapterConfig, ModelConfig
+from vlmem_jax.paths import read_json
 from vlmem_jax.records import Rule
 
 CONFIG_FILE, STEM = "adapter_config.json", "adapter_model"
@@ -128,21 +129,11 @@ def beside(folder: Path) -> list[Path]:
     """The adapters that lie with a checkpoint in `folder`, in their order in the model."""
 
     def place(adapter: Path) -> int:
-        found = (_content(adapter / CONFIG_FILE).get(KEY) or {}).get("place")
+        found = (read_json(adapter / CONFIG_FILE).get(KEY) or {}).get("place")
         return found if isinstance(found, int) else 0
 
     found = sorted(file.parent for file in (folder / FOLDER).glob(f"*/{CONFIG_FILE}"))
     return sorted(found, key=place)
-
-
-def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +147,7 @@ def read_adapter(folder: Path, model: ModelConfig, name: str) -> tuple[AdapterCo
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"an adapter is a folder with {CONFIG_FILE}, as PEFT writes it; {folder} has none")
-    content = _content(file)
+    content = read_json(file)
     try:
         wrong = [f"{k} must be {v!r}, got {content[k]!r}" for k, v in FIXED.items() if content.get(k, v) != v]
         if wrong:
