@@ -58,13 +58,18 @@ def world(request):
 
 @pytest.fixture(scope="module")
 def scores(world):
-    """Of the plain model, and through each of the adapters."""
+    """Scores through each of the adapters, and those of the plain model."""
     through = [world.read(VLM(world.vlm.config, n), world.params, world.batch) for n in (0, 1)]
     return [*through, world.read(world.plain, world.bare, world.batch)]
 
 
 def test_off_is_the_program_and_the_numbers_of_the_model_without(world, scores):
     off = world.read(VLM(world.vlm.config, -1), world.params, world.batch)
+    programs = [
+        world.read.lower(vlm, params, world.batch).as_text()
+        for vlm, params in ((VLM(world.vlm.config, -1), world.params), (world.plain, world.bare))
+    ]
+    assert programs[0] == programs[1]
     np.testing.assert_array_equal(off, scores[-1])
     for through in scores[:-1]:
         assert np.abs(through - scores[-1]).max() > 0.1
