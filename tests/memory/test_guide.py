@@ -1,4 +1,4 @@
-"""What docs/memory.md shows runs: its memory trains, answers, and goes out and back, on every family."""
+"""The page docs/memory.md runs: its memory trains, answers, and goes out and back."""
 
 import re
 import shlex
@@ -47,7 +47,7 @@ def test_the_line_is_that_of_the_package_and_one_name_more():
 
 @pytest.fixture(scope="module")
 def folder(gist, tmp_path_factory):
-    """Where the commands of the page have run, with the pictures of tests in place of the demo's, and fewer steps."""
+    """The folder in which the page's commands have run, on the pictures of tests, with few steps."""
     folder = tmp_path_factory.mktemp("guide")
     data = world.make(folder / "runs" / "demo" / "dataset")
     shown = data / "images" / "heldout" / "1x1_00000.png"

@@ -76,7 +76,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(trained, folder, setti
 
 
 def test_answers_come_through_the_adapter_or_past_it(trained, base):
-    """By default through the first; `none` is the base."""
+    """The default is the first; `none` is the base."""
     found = {name: load_model(trained, adapter=name) for name in (None, "mine", "none", "idle")}
     assert [found[name].vlm.adapter for name in found] == [0, 0, -1, 1]
     with pytest.raises(ValueError, match="the adapter must be none, mine, idle; got 'mien'"):

@@ -202,13 +202,13 @@ def _load(step_folder: AnyPath, target: Tree, concurrent_gb: float, partial: boo
 
 
 def stored_paths(step_folder: AnyPath) -> set[str]:
-    """Of the parameters of a step, those of its base with them."""
+    """Paths of the parameters of a step, with those of its base."""
     base = base_of(step_folder)
     return parameter_paths(step_folder) | (stored_paths(base) if base else set())
 
 
 def parameter_paths(step_folder: AnyPath) -> set[str]:
-    """Of the parameters that a step itself holds."""
+    """Paths of the parameters that a step itself holds."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(step_folder / "params").item_metadata
     return set(flatten(stored.tree)) if stored else set()

@@ -1,4 +1,4 @@
-"""What the demos' reports have in common: report.html is one page that needs no other file."""
+"""Parts that the demos' reports share: report.html is one page that needs no other file."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ def table(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
 
 
 def made(summary: Mapping[str, Any], about: str) -> str:
-    """How it was made: the pictures, what `about` says, steps and times."""
+    """The section on how it was made: the pictures, what `about` says, steps and times."""
     seconds, steps = summary["seconds"].items(), summary["steps"].items()
     return (
         "<h2>How it was made</h2><p>Pictures are mosaics of scikit-learn's handwritten digits: "

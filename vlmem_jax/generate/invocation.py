@@ -26,9 +26,9 @@ class Invocation(NamedTuple):
     place: int
     """Its latent tokens stand before this token of the answer, which ends it."""
     latents: int
-    """How many these are."""
+    """Number of latent tokens."""
     states_LD: np.ndarray | None = None
-    """What it was formed from, in the dtype of the model, where that is recorded."""
+    """States that it was formed from, in the dtype of the model, where they are recorded."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -260,7 +260,7 @@ class Session:
         self._taken_B = np.zeros(rows, int)
         self._observed_B = np.zeros(rows, int)
         self.invocations: list[list[Invocation]] = [[] for _ in range(rows)]
-        """Of each row, in order, if `draw` is to record them."""
+        """The memories in each row's answer, in order, if `draw` is to record them."""
 
     @property
     def length(self) -> int:
