@@ -52,14 +52,14 @@ def sample(vlm, grids: list[PatchGrid], text: int, seed: int = 0) -> Sample:
     tokens_T = np.concatenate([*parts, rng.integers(5, 100, text)]).astype(np.int32)
     placed = place(tokens_T, grids, PLACEHOLDERS, vlm.config.vision.geometry)
     visual_index_T = np.full(len(tokens_T), -1, np.int32)
-    visual_index_T[np.isin(tokens_T, PLACEHOLDERS)] = placed.slot_M
+    visual_index_T[np.isin(tokens_T, PLACEHOLDERS)] = placed.slot_C
     tile = vlm.tile
     return Sample(
         tokens_T=tokens_T,
         labels_T=np.where(np.arange(len(tokens_T)) < len(tokens_T) - text, IGNORED, tokens_T).astype(np.int32),
         positions_T=placed.positions_T,
         visual_index_T=visual_index_T,
-        pixels_ISSc=rng.integers(0, 256, (len(placed.slot_M), tile.side, tile.side, tile.channels)).astype(np.uint8),
+        pixels_ISSc=rng.integers(0, 256, (len(placed.slot_C), tile.side, tile.side, tile.channels)).astype(np.uint8),
         visual_positions_M=placed.visual_positions_M,
         layout_I4=placed.layout_I4,
         name=f"sample {seed}",

@@ -14,8 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-DHR_MAPS = ("code", "raster")
-"""`code`: the map of the authors' released weights. `raster`: the geometric map of the paper's text."""
+DHR_MAPS = ("code", "raster", "fine")
+"""`code`: the map of the authors' released weights. `raster`: the geometric map of the paper's text. `fine`: the same,
+beside which a memory knows the place of each token inside its cell, see `fine_places`."""
+PLACES = 16
+"""Of a cell in the `fine` map. Those of more tokens than that share places."""
 
 
 def tile_count(cols: int, rows: int, thumbnail: bool = True) -> int:
@@ -34,6 +37,23 @@ def dhr_map(
     return _relative_map(int(cols), int(rows), int(side), kind, bool(thumbnail)) + np.int32(base)
 
 
+def fine_places(cols: int, rows: int, side: int, thumbnail: bool = True) -> Int32[np.ndarray, "N"]:
+    """Where each of one image's tokens lies inside its cell of the thumbnail, below PLACES, in the order of `dhr_map`.
+
+    The cols * rows tokens of a cell are spread over its places, row after row; the thumbnail's own is at place 0.
+    """
+    x, y = np.arange(cols * side) % cols, np.arange(rows * side) % rows
+    index = (y[:, None] * cols + x).reshape(rows, side, cols, side).swapaxes(1, 2)
+    places = spread_places(index.reshape(-1), cols * rows)
+    alone = np.zeros(side * side * (tile_count(cols, rows, thumbnail) - cols * rows), np.int32)
+    return np.concatenate([places, alone])
+
+
+def spread_places(index_N: Int[np.ndarray, "N"], count: int) -> Int32[np.ndarray, "N"]:
+    """Places of tokens that are `index_N` of the `count` in their cell."""
+    return (index_N * PLACES // count).astype(np.int32)
+
+
 @functools.lru_cache(maxsize=1024)
 def _relative_map(cols: int, rows: int, side: int, kind: str, thumbnail: bool) -> np.ndarray:
     if min(cols, rows, side) < 1:
@@ -47,7 +67,7 @@ def _relative_map(cols: int, rows: int, side: int, kind: str, thumbnail: bool) -
         axis = _stretched_axis if kind == "code" else _floor_axis
         x, y = axis(cols, side), axis(rows, side)
         cells = y[None, :, :, None] * side + x[:, None, None, :]  # [cols, rows, side, side]: columns outer
-        if kind == "raster":
+        if kind != "code":
             cells = cells.swapaxes(0, 1)  # the order in which tiles are cut; `code` keeps the released mismatch
         tiles = cells.reshape(-1).astype(np.int32)
         ids = np.concatenate([tiles, whole]) if thumbnail else tiles
@@ -120,6 +140,18 @@ class PatchGrid(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.frames * self.rows * self.cols
+
+    def thinned(self, stride: int, k: int = 1) -> "PatchGrid":
+        """Every `stride`-th step of time, and of it means of k x k tokens, of fewer at the edges."""
+        frames, rows, cols = -(-self.frames // stride), -(-self.rows // k), -(-self.cols // k)
+        return PatchGrid(frames, rows, cols, self.seconds * stride)
+
+    def owners(self, stride: int, k: int = 1) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "C"]]:
+        """Which token of `thinned` stands for each of these, and the first that each stands for; both row-major."""
+        time, row, col = np.indices(self[:3]).reshape(3, -1)
+        thin = self.thinned(stride, k)
+        owner_M = (time // stride * thin.rows + row // k) * thin.cols + col // k
+        return owner_M, np.unique(owner_M, return_index=True)[1]
 
 
 def mrope_positions(

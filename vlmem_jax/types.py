@@ -55,6 +55,10 @@ class TileShape(NamedTuple):
     """Whether tiles of an image see each other, so that the tower needs to know their places."""
     axes: int = 1
     """Rotary positions of a token: 1, or 3 (time, row, column)."""
+    pooled: bool = False
+    """Whether means of visual tokens stand in the sequence, in place of the tokens."""
+    places: int = 1
+    """As in `Views`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +74,14 @@ class Sample:
     positions_T: Int32[np.ndarray, "T"] | Int32[np.ndarray, "T 3"]
     """Rotary position; repeats under RoPE-DHR."""
     visual_index_T: Int32[np.ndarray, "T"]
-    """Which of the sample's M visual tokens replaces this token's embedding; -1 for text."""
+    """Which of the sample's M visual tokens, or of their means, replaces this token's embedding; -1 for text."""
     pixels_ISSc: UInt8[np.ndarray, "I S S c"]
     visual_positions_M: Int32[np.ndarray, "M"] | Int32[np.ndarray, "M 3"]
     """Rotary position of each visual token as a memory key."""
     layout_I4: Int32[np.ndarray, "I 4"] | None = None
     """As in `Views`."""
+    pool_M: Int32[np.ndarray, "M"] | None = None
+    """Which mean each visual token is part of; None: the tokens themselves stand in the sequence."""
     name: str = ""
     """Where the sample came from, as `file:line`, for error messages."""
 
@@ -95,8 +101,8 @@ class Text:
     """Rotary positions, or [B, T, 3], of time, row and column, where the model has M-RoPE. None: each row goes on where
     it stands."""
     visual_index_BT: Int32[Array, "... B T"] | None = None
-    """Which of the row's M visual tokens replaces this token's embedding; -1 for text, and None for text alone. Latent
-    tokens follow the visual ones: M + j * N + n is latent token n of time j."""
+    """Which of the row's M visual tokens, or of their means, replaces this token's embedding; -1 for text, and None for
+    text alone. Latent tokens follow the visual ones: M + j * N + n is latent token n of time j."""
     targets_BT: Int32[Array, "... B T"] | None = None
     """The token that position t must predict, the next one; 0 where the weight is 0. None: nothing is learned."""
     weights_BT: Float32[Array, "... B T"] | None = None
@@ -125,6 +131,16 @@ class Views:
     layout_BI4: Int32[Array, "... B I 4"] | None = None
     """Where tiles see each other: 1 + the index, in the row, of the first tile of the tile's window and of its frame,
     and its own row and column in the image; zeros for padding. None where each tile is on its own."""
+    pool_BM: Int32[Array, "... B M"] | None = None
+    """Which of the row's M means each visual token is part of; -1 for padding. None: the tokens themselves stand in the
+    sequence."""
+    places: int = dataclasses.field(default=1, metadata=dict(static=True))
+    """So many places of visual tokens make a rotary position: positions_BM counts places, from 0 in each position."""
+
+    def moved(self, by: Int32[Array, "B #M"] | Int32[Array, "B #M 1"]) -> "Views":
+        """The same, so many rotary positions later."""
+        by = by * self.places if self.places > 1 else by
+        return dataclasses.replace(self, positions_BM=self.positions_BM + by)
 
 
 @jax.tree_util.register_dataclass
@@ -167,6 +183,8 @@ class Batch:
             positions_BM=zeros(slots, *axes),
             segments_BM=zeros(slots),
             layout_BI4=zeros(tiles, 4) if tile.layout else None,
+            pool_BM=zeros(slots) - 1 if tile.pooled else None,
+            places=tile.places,
         )
 
 
@@ -185,16 +203,20 @@ class Patches(State):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VisualTokens:
-    """What the model sees of each row's views: the visual tokens that stand in its text and that memories read."""
+    """What the model sees of each row's views: visual tokens, all of which memories read."""
 
     tokens_BMD: Float[Array, "B M D"]
     positions_BM: Int32[Array, "B M"]
     """As in `Views`; so are the segments."""
     segments_BM: Int32[Array, "B M"]
     deep_NBMD: Float[Array, "N B M D"] | None = None
-    """What each of the first N layers of the decoder adds to its visual tokens (DeepStack)."""
+    """What each of the first N layers of the decoder adds to what stands in the text (DeepStack)."""
     kept: Patches | None = None
     """What a memory keeps of the vision tower."""
+    means_BMD: Float[Array, "B M D"] | None = None
+    """What stands in the text in place of the tokens, from slot 0 on; None: the tokens themselves."""
+    places: int = dataclasses.field(default=1, metadata=dict(static=True))
+    """As in `Views`."""
 
 
 @jax.tree_util.register_dataclass

@@ -79,10 +79,10 @@ def batch(vlm: VLM, found: list[SimpleNamespace], T: int = 0, I: int = 0) -> Bat
         packed.text.tokens_BT[n, :t] = row.tokens_T
         packed.text.positions_BT[n, :t] = placed.positions_T
         packed.text.segments_BT[n, :t] = 1
-        packed.text.visual_index_BT[n, :t][row.is_visual] = placed.slot_M
+        packed.text.visual_index_BT[n, :t][row.is_visual] = placed.slot_C
         packed.views.positions_BM[n, :m] = placed.visual_positions_M
         packed.views.segments_BM[n, :m] = 1
         packed.views.layout_BI4[n, :m] = placed.layout_I4
         if m:
-            pixels[n, :m][placed.slot_M] = np.concatenate(row.pixels)
+            pixels[n, :m][placed.slot_C] = np.concatenate(row.pixels)
     return jax.tree.map(jnp.asarray, packed.replace(pixels_BISSc=pixels))

@@ -107,7 +107,7 @@ def test_positions_are_not_those_of_newer_libraries(prompt):
 
 def order(row):
     """The index of the visual token at each place of the window order."""
-    return np.argsort(row.placed.slot_M)
+    return np.argsort(row.placed.slot_C)
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -119,10 +119,10 @@ def test_windows(prompt, model, name):
         starts = (np.unique(layout[:, column]) - 1) * vision.merge**2
         np.testing.assert_array_equal([*starts, len(layout) * vision.merge**2], arrays[bounds])
     within = np.indices((vision.merge,) * 2).reshape(2, -1).T
-    places = layout[row.placed.slot_M][:, None, 2:] * vision.merge + within
+    places = layout[row.placed.slot_C][:, None, 2:] * vision.merge + within
     np.testing.assert_array_equal(places.reshape(-1, 2), arrays["vision_pos_hw"])
     tower = model.vlm._merge(model.params).vision
-    tables = tower._rotation(jnp.asarray(layout[None, row.placed.slot_M, 2:]))
+    tables = tower._rotation(jnp.asarray(layout[None, row.placed.slot_C, 2:]))
     for table, wanted in zip(tables, ("vision_rope_cos", "vision_rope_sin"), strict=True):
         np.testing.assert_allclose(np.concatenate([table[0], table[0]], axis=-1), arrays[wanted], atol=1e-6)
 
@@ -158,7 +158,7 @@ def test_each_layer_of_the_vision_tower(prompt, model, layer_outputs, name):
     arrays, [row] = prompt(name)
     n, count, merge = SEEN.index(name), len(arrays["vision_patch_embed"]), model.vlm.config.vision.merge
     blocks = layer_outputs[0][n, :count].reshape(count // merge**2, merge**2, -1)
-    in_order = blocks[row.placed.slot_M].reshape(count, -1)
+    in_order = blocks[row.placed.slot_C].reshape(count, -1)
     np.testing.assert_allclose(in_order, arrays["vision_patch_embed"], **TOWER)
     for layer, found in enumerate(layer_outputs[1:]):
         np.testing.assert_allclose(found[n, :count], arrays[f"vision_block_{layer}"], **TOWER)
@@ -170,7 +170,7 @@ def test_visual_tokens(prompt, model, seen, implementation):
     merged = jax.jit(lambda *given: vlm.see(*given).tokens_BMD)(model.params, seen.views)
     for n, name in enumerate(SEEN):
         arrays, [row] = prompt(name)
-        np.testing.assert_allclose(merged[n, row.placed.slot_M], arrays["vision_merged"], **TOWER)
+        np.testing.assert_allclose(merged[n, row.placed.slot_C], arrays["vision_merged"], **TOWER)
 
 
 # --- the whole model --------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def session(model, found: list[SimpleNamespace], new_tokens: int, **options) -> 
     """Their decoding; `options` of the Generator. Sizes are in buckets, so that prompts share compiled programs."""
     generator = Generator(model.vlm, model.params, stop_ids=(), **options)
     longest = max(len(row.tokens_T) for row in found)
-    tiles = max(len(row.placed.slot_M) for row in found)
+    tiles = max(len(row.placed.slot_C) for row in found)
     T, I = bucket(longest, TEXT), tile_bucket(tiles, model.vlm.tile)
     batch = qwen_golden.batch(model.vlm, found, T, I)
     capacity = T + bucket(generator.room(new_tokens), TEXT)

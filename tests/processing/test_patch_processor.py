@@ -166,7 +166,7 @@ def test_placeholders_must_match_what_is_shown(processor):
 
 def test_where_placeholders_and_features_differ_the_sample_is_named(processor):
     wrong = copy.copy(processor)
-    wrong._tiles = lambda grid: grid.tokens - 1
+    wrong._placeholders = lambda grid: grid.tokens - 1
     with pytest.raises(ValueError, match=r"give 4 features, but the text holds 3 placeholders \(sample a.jsonl:3\)"):
         wrong.encode(talk("<image>"), [picture(16, 16)], name="a.jsonl:3")
 

@@ -54,5 +54,7 @@ def pack_row(
         row.views.segments_BM[memory] = segment
         if tile.layout:
             row.views.layout_BI4[shown] = sample.layout_I4 + [shown.start, shown.start, 0, 0]
+        if tile.pooled:
+            row.views.pool_BM[memory] = sample.pool_M + memory.start
         token, first = span.stop, shown.stop
     return row

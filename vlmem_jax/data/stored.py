@@ -87,6 +87,7 @@ def _config(plan: Plan) -> dict[str, Any]:
         "image": dataclasses.asdict(processor.image),
         "text": [processor.system, processor.template.system, processor.template.start],
         "tile": list(processor.tile),
+        "whole": processor.whole,
         "seed": samples.seed,
     }
 

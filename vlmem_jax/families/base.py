@@ -1,9 +1,10 @@
 """What a family of backbones is to the hub, and what a memory has in its checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from vlmem_jax.config import to_dict
 from vlmem_jax.memory import MEMORIES, memory_config, memory_of
 from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.processing import ImageConfig, PatchConfig
@@ -54,6 +55,22 @@ def memory_tensors(config: ModelConfig, layer: str) -> list[Rule]:
         return []
     leaves = flatten(VLM(config).abstract()["memory"])
     return memory_of(config.memory).tensors(config.memory, config.decoder, leaves, layer)
+
+
+IMAGE = "vlmem_image"
+"""Key of the published files for what they have no key for."""
+
+
+def write_image(image: ImageConfig | PatchConfig, known: Collection[str]) -> dict[str, Any]:
+    """What a file tells of images beside the keys `known` to it, where it is not the default."""
+    default = to_dict(type(image)())
+    own = {key: value for key, value in to_dict(image).items() if key not in known and value != default[key]}
+    return {IMAGE: own} if own else {}
+
+
+def read_image(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `write_image` told."""
+    return dict(content.get(IMAGE) or {})
 
 
 def read_memory(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -4,7 +4,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlmem_jax.config import build
-from vlmem_jax.families.base import CONFIG_FILE, Family, Released, memory_tensors, read_memory, write_memory
+from vlmem_jax.families.base import (
+    CONFIG_FILE,
+    Family,
+    Released,
+    memory_tensors,
+    read_image,
+    read_memory,
+    write_image,
+    write_memory,
+)
 from vlmem_jax.memory import memory_of
 from vlmem_jax.models import ModelConfig
 from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
@@ -205,7 +214,7 @@ def read_config(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     check_fixed(FIXED, content)
     tower, language = content.get("vision_config", {}), content.get("llm_config", {})
     vision, decoder = ours(VISION, tower), ours(DECODER, language)
-    image = ours(IMAGE, content)
+    image = ours(IMAGE, content) | read_image(content)
     stored = vision.get("image_size")
     vision["image_size"] = content.get("force_image_size") or stored
     check_needed("vision_config", VISION, vision, "width layers heads mlp_width image_size patch_size")
@@ -242,7 +251,7 @@ def write_config(model: ModelConfig, image: ImageConfig, dtype: str) -> dict[str
         "dynamic_image_size": image.max_tiles > 1,
         "force_image_size": vision.image_size,
     }
-    content |= theirs(IMAGE, image) | write_memory(model)
+    content |= theirs(IMAGE, image) | write_image(image, IMAGE) | write_memory(model)
     for key, value in FIXED.items():
         *section, name = key.split(".")
         (content[section[0]] if section else content)[name] = value

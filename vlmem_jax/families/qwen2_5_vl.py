@@ -10,7 +10,9 @@ from vlmem_jax.families.base import (
     Family,
     Released,
     memory_tensors,
+    read_image,
     read_memory,
+    write_image,
     write_memory,
 )
 from vlmem_jax.models import ModelConfig
@@ -246,7 +248,7 @@ def read_config(
         "min_pixels": about_pixels.get("min_pixels", size.get("shortest_edge")),
         "max_pixels": about_pixels.get("max_pixels", size.get("longest_edge")),
     }
-    image = {key: value for key, value in limits.items() if value is not None}
+    image = read_image(about_pixels) | {key: value for key, value in limits.items() if value is not None}
     return Released(build(ModelConfig, model, "config.json"), build(PatchConfig, image, "config.json"))
 
 
@@ -289,7 +291,7 @@ def write_preprocessor(model: ModelConfig, image: PatchConfig) -> dict[str, Any]
         "merge_size": vision.merge,
         "image_mean": list(vision.pixel_mean),
         "image_std": list(vision.pixel_std),
-    }
+    } | write_image(image, ("min_pixels", "max_pixels"))
 
 
 def _files(

@@ -29,7 +29,7 @@ from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, even_spec, 
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
-from vlmem_jax.types import Batch, FormationInputs
+from vlmem_jax.types import Batch, FormationInputs, TileShape
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -124,7 +124,7 @@ class Learning:
         def leaf(*axes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*shape, *axes), dtype, sharding=sharding)
 
-        batch = _batch(model, shape, T, I, sharding)
+        batch = _batch(experiment.tile, shape, T, I, sharding)
         if model.speech and any(config.invocation.heeded(model.speech)):
             states = leaf(J, L, model.config.decoder.width, dtype=model.dtype)
             batch = batch.replace(formation=FormationInputs(states, leaf(J, dtype=jnp.int32), leaf(J, dtype=jnp.int32)))
@@ -178,7 +178,7 @@ def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     """Reading a batch of prompts, as `vlmem generate` does."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
     with jax.set_mesh(mesh):
-        batch = _prompts(vlm, serving, mesh)
+        batch = _prompts(experiment.tile, serving, mesh)
         lowered = compiled(vlm, mesh).prefill.lower(params, batch, serving.tokens + serving.new_tokens)
     return Job(lowered, held(params), 0, held(batch))
 
@@ -206,7 +206,7 @@ def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[j
         return _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes)))
 
     with jax.set_mesh(mesh):
-        batch = _prompts(vlm, serving, mesh)
+        batch = _prompts(experiment.tile, serving, mesh)
         capacity = serving.tokens + serving.new_tokens
         logits_BV, state = compiled(vlm, mesh).prefill.eval_shape(params, batch, capacity)
         return place(logits_BV, "batch", "vocab"), lay_out(state, place)
@@ -275,7 +275,7 @@ def batch_shapes(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Batc
     data = experiment.data_of(stage)
     parts = experiment.parts(stage, mesh)
     return _batch(
-        VLM(experiment.model),
+        experiment.tile,
         (parts, data.rows // parts),
         data.pack_tokens,
         data.pack_tiles,
@@ -283,14 +283,14 @@ def batch_shapes(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Batc
     )
 
 
-def _prompts(vlm: VLM, serving: Serving, mesh: Mesh) -> Batch:
+def _prompts(tile: TileShape, serving: Serving, mesh: Mesh) -> Batch:
     if serving.rows % batch_shards(mesh):
         raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
-    return _batch(vlm, (serving.rows,), serving.tokens, serving.tiles, batch_sharding(mesh))
+    return _batch(tile, (serving.rows,), serving.tokens, serving.tiles, batch_sharding(mesh))
 
 
-def _batch(vlm: VLM, rows: tuple[int, ...], T: int, I: int, sharding: NamedSharding) -> Batch:  # noqa: E741
-    row = Batch.empty((), T, I, vlm.tile)
+def _batch(tile: TileShape, rows: tuple[int, ...], T: int, I: int, sharding: NamedSharding) -> Batch:  # noqa: E741
+    row = Batch.empty((), T, I, tile)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*rows, *x.shape), x.dtype, sharding=sharding), row)
 
 

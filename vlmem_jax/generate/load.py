@@ -37,6 +37,7 @@ class LoadedModel:
             stop_ids=self.processor.stop_ids,
             banned_ids=banned,
             delimiter_ids=delimiters(self.processor.tokenizer) if self.vlm.speech else (),
+            tile=self.processor.tile,
             mesh=self.mesh,
         )
 
@@ -71,7 +72,7 @@ def load_model(
     family = of_model(vlm.config)
     image = build(family.image, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
     tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
-    processor = make_processor(tokenizer, image, geometry, described["system"], family.template)
+    processor = make_processor(tokenizer, image, geometry, described["system"], family.template, vlm.reads_beyond)
     devices = jax.devices() if devices is None else devices
     over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, over)

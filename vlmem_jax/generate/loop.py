@@ -26,7 +26,7 @@ from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, constrain, lay_out, put, replicate
 from vlmem_jax.trees import repeat_rows, repeated
-from vlmem_jax.types import Batch, DecodeState, FormationInputs, Sample, Text
+from vlmem_jax.types import Batch, DecodeState, FormationInputs, Sample, Text, TileShape
 
 FINISHED = -1
 """Stands for the token of a row that has stopped, or that has none this time."""
@@ -86,7 +86,7 @@ def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
         if views is not None:
             here = state.position_B.reshape(-1, *(1,) * (text.positions_BT.ndim - 1))
             text = dataclasses.replace(text, positions_BT=text.positions_BT + here)
-            visual = vlm.see(params, dataclasses.replace(views, positions_BM=views.positions_BM + here))
+            visual = vlm.see(params, views.moved(here))
         hidden_BD, state = vlm.extend(params, state, text, visual)
         return laid_out(vlm.score(params, hidden_BD), state)
 
@@ -160,7 +160,8 @@ class Generator:
     """A model with its parameters, ready to answer.
 
     `stop_ids` end an answer and are no part of it; `banned_ids` (control tokens that have a meaning as input only) are
-    never chosen; after `delimiter_ids` chance may call for a memory, see `InvocationConfig`. With a `mesh`, parameters
+    never chosen; after `delimiter_ids` chance may call for a memory, see `InvocationConfig`. `tile`: that of the
+    processor of its prompts, by default the model's. With a `mesh`, parameters
     must be sharded over it; rows are split over it.
     """
 
@@ -172,9 +173,10 @@ class Generator:
         stop_ids: Sequence[int],
         banned_ids: Sequence[int] = (),
         delimiter_ids: Sequence[int] = (),
+        tile: TileShape | None = None,
         mesh: Mesh | None = None,
     ):
-        self.vlm = vlm
+        self.vlm, self.tile = vlm, tile or vlm.tile
         self.params = params
         self.stop_ids = tuple(stop_ids)
         self.banned_ids = tuple(banned_ids)
@@ -203,7 +205,7 @@ class Generator:
         """
         shards = batch_shards(self.mesh) if self.mesh else 1
         rows = -(-(rows or len(samples)) // shards) * shards
-        batch = pad_prompts(samples, rows, self.vlm.tile)
+        batch = pad_prompts(samples, rows, self.tile)
         longest = max(len(sample.tokens_T) for sample in samples)
         capacity = max(bucket(longest + self.room(new_tokens), 64), batch.text.tokens_BT.shape[1])
         with self.context():
@@ -369,7 +371,7 @@ class Session:
         shows = len(sample.pixels_ISSc) > 0
         if shows and not generator.vlm.late_views:
             raise ValueError("images must come before the first token is read, since all tokens read this memory")
-        batch = pad_prompts([sample] * len(self._taken_B), len(self._taken_B), generator.vlm.tile, EXTENSION_BUCKET)
+        batch = pad_prompts([sample] * len(self._taken_B), len(self._taken_B), generator.tile, EXTENSION_BUCKET)
         text = batch.text if shows else Text(batch.text.tokens_BT, batch.text.segments_BT)
         with generator.context():
             more = generator.put((text, batch.views) if shows else (text,), rows=True)

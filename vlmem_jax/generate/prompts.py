@@ -40,4 +40,6 @@ def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest:
         batch.views.segments_BM[row, :m] = 1
         if tile.layout:
             batch.views.layout_BI4[row, :tiles] = sample.layout_I4
+        if tile.pooled:
+            batch.views.pool_BM[row, :m] = sample.pool_M
     return batch

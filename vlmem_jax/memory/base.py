@@ -45,6 +45,11 @@ class Memory(nnx.Module):
     """The layer of the vision tower whose inputs the memory keeps. None: none."""
 
     @classmethod
+    def reads_beyond(cls, config: Any) -> bool:
+        """Whether it reads visual tokens, or patches, that do not stand in the text."""
+        return False
+
+    @classmethod
     def speech(cls, config: Any) -> "Speech | None":
         """How a memory with this config breaks into answers; None: it does not."""
         return None

@@ -119,6 +119,11 @@ class VLM:
         return self.config.memory is None or memory_of(self.config.memory).late_views
 
     @property
+    def reads_beyond(self) -> bool:
+        """Whether something reads visual tokens, or patches, that do not stand in the text."""
+        return memory_of(self.config.memory).reads_beyond(self.config.memory)
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """Ids of tokens that the memory has of its own, which a tokenizer must know, by their text."""
         return self.speech.tokens if self.speech else {}
@@ -208,7 +213,10 @@ class VLM:
             features = modules.vision(tiles, drop_path_key=key, lora=lora, remat_policy=policy)
         tokens_BMD = modules.projector(features).reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
-        return VisualTokens(tokens_BMD, views.positions_BM, views.segments_BM, kept=kept)
+        means_BMD = None if views.pool_BM is None else means(tokens_BMD, views.pool_BM)
+        return VisualTokens(
+            tokens_BMD, views.positions_BM, views.segments_BM, kept=kept, means_BMD=means_BMD, places=views.places
+        )
 
     # --- read ---------------------------------------------------------------------------------------------------------
 
@@ -425,7 +433,7 @@ class VLM:
         x_BTD = modules.decoder.embeddings(text.tokens_BT, self.dtype)
         if isinstance(modules.memory, Speak):
             x_BTD = modules.memory.embed(text.tokens_BT, x_BTD)
-        inputs_BMD = [] if visual is None else [visual.tokens_BMD]
+        inputs_BMD = [] if visual is None else [visual.tokens_BMD if visual.means_BMD is None else visual.means_BMD]
         if latents is not None:
             inputs_BMD.append(latents.reshape(len(x_BTD), -1, x_BTD.shape[2]).astype(self.dtype))
         if not inputs_BMD:
@@ -475,6 +483,15 @@ class VLM:
     def _stretches(self, length: int) -> bool:
         """Whether frequencies change with the length of samples of up to `length` tokens."""
         return self.config.decoder.ntk_factor > 0 and length > self.config.decoder.max_positions
+
+
+@jax.vmap  # a scatter whose indices name rows would gather the tokens of all devices
+def means(tokens_MD: Float[Array, "M D"], pool_M: Int32[Array, "M"]) -> Float[Array, "M D"]:
+    """Means of the tokens of equal `pool`, each at that place; tokens below 0 are left out."""
+    place_M = jnp.where(pool_M < 0, len(pool_M), pool_M)
+    sums_MD = jnp.zeros(tokens_MD.shape, jnp.float32).at[place_M].add(tokens_MD.astype(jnp.float32), mode="drop")
+    counts_M = jnp.zeros(len(pool_M), jnp.float32).at[place_M].add(1.0, mode="drop")
+    return (sums_MD / jnp.maximum(counts_M, 1)[:, None]).astype(tokens_MD.dtype)
 
 
 def deep_tap(visual: VisualTokens, visual_index_BT: Int32[Array, "B T"]) -> Tap:

@@ -28,10 +28,14 @@ def make_processor(
     geometry: TileGeometry | PatchGeometry,
     system: str | None = None,
     template: str = "internlm2-chat",
+    whole: bool = True,
 ) -> Processor:
-    """The processor for a model of this `geometry`. Raises ValueError where the config of images is not for it."""
+    """The processor for a model of this `geometry`; `whole` as in `Processor`.
+
+    Raises ValueError where the config of images is not for it.
+    """
     patches = isinstance(geometry, PatchGeometry)
     wanted = PatchConfig if patches else ImageConfig
     if not isinstance(image, wanted):
         raise ValueError(f"the config of images must be {wanted.__name__} for this tower, got {type(image).__name__}")
-    return (PatchProcessor if patches else TileProcessor)(tokenizer, image, geometry, system, template)
+    return (PatchProcessor if patches else TileProcessor)(tokenizer, image, geometry, system, template, whole)

@@ -12,7 +12,9 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from vlmem_jax import positions
+from vlmem_jax.processing.context import read_context
 from vlmem_jax.processing.media import Encoded, described
+from vlmem_jax.types import TileShape
 
 PILLOW_PIXEL_LIMIT = 178_956_970
 """Pillow itself refuses to open anything larger."""
@@ -36,7 +38,11 @@ class ImageConfig:
     rope_dhr: bool = True
     """Whether the tokens of all tiles share the positions of the thumbnail (RoPE-DHR)."""
     dhr_map: str = "code"
-    """Which RoPE-DHR map: `code` (released weights) or `raster` (geometric, for training from scratch)."""
+    """Which RoPE-DHR map: `code` (released weights), `raster` (geometric, for training from scratch) or `fine` (the
+    same, and a memory that attends to visual tokens knows the place of each inside its cell)."""
+    context: str = "all"
+    """Which visual tokens stand in the sequence, whatever a memory reads: all; thumbnail: of a tiled image, that alone;
+    pooled:k: means of k x k neighbours; stride:n: every n-th frame of a video."""
     max_pixels: int = 89_478_485
     """Largest image that is opened, pixels: a guard against decompression bombs."""
 
@@ -50,8 +56,16 @@ class ImageConfig:
             raise ValueError(f"1 <= min_tiles <= max_tiles must hold, got {self.min_tiles} and {self.max_tiles}")
         if self.dhr_map not in positions.DHR_MAPS:
             raise ValueError(f"dhr_map must be one of {positions.DHR_MAPS}, got {self.dhr_map!r}")
+        if read_context(self.context).kind == "thumbnail" and not self.thumbnail:
+            raise ValueError("thumbnail must be true where it is all that stands in the sequence (context=thumbnail)")
         if not 1 <= self.max_pixels <= PILLOW_PIXEL_LIMIT:
             raise ValueError(f"max_pixels must be 1 ... {PILLOW_PIXEL_LIMIT}, Pillow's limit; got {self.max_pixels}")
+
+    def shows(self, tile: TileShape, whole: bool) -> TileShape:
+        """What a tower's tiles are to a model whose sequence holds this context; `whole` as in `Processor`."""
+        fine = whole and self.dhr_map == "fine"
+        pooled = read_context(self.context).pooled > 1
+        return tile._replace(pooled=pooled, places=positions.PLACES if fine else 1)
 
 
 def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:

@@ -9,6 +9,7 @@ from PIL import Image
 from vlmem_jax import positions
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.processing import patches
+from vlmem_jax.processing.context import read_context
 from vlmem_jax.processing.images import PILLOW_PIXEL_LIMIT
 from vlmem_jax.processing.patches import PatchConfig
 from vlmem_jax.processing.processor import Placed, Processor
@@ -18,7 +19,10 @@ from vlmem_jax.types import PatchGeometry, TileShape
 
 
 class PatchProcessor(Processor):
-    """A tile is a block of patches and becomes one visual token; blocks come window after window."""
+    """A tile is a block of patches and becomes one visual token; blocks come window after window.
+
+    What does not stand in the sequence has the position of what stands for it: the mean, or the step of time before.
+    """
 
     open_limit = PILLOW_PIXEL_LIMIT
     size_knobs = "image.max_pixels", "image.total_pixels or image.max_frames"
@@ -30,8 +34,9 @@ class PatchProcessor(Processor):
         geometry: PatchGeometry,
         system: str | None = None,
         template: str = "qwen2-vl",
+        whole: bool = True,
     ):
-        super().__init__(tokenizer, system, template)
+        super().__init__(tokenizer, system, template, read_context(image.context), whole)
         if not self.template.video:
             raise ValueError(
                 f"a model that sees patches needs a template with videos, such as qwen2-vl; got {template}"
@@ -39,7 +44,7 @@ class PatchProcessor(Processor):
         self.image = image
         self.geometry = geometry
         channels = 3 * geometry.frames * geometry.size**2
-        self.tile = TileShape(geometry.merge, channels, tokens=1, layout=True, axes=3)
+        self.tile = image.shows(TileShape(geometry.merge, channels, tokens=1, layout=True, axes=3), whole)
 
     def choose_frames(
         self, clip: Clip, minimum: int = 4, maximum: int = 24, rng: np.random.Generator | None = None
@@ -52,39 +57,65 @@ class PatchProcessor(Processor):
 
     def _grids(self, shown: Sequence, training: bool) -> list[PatchGrid]:
         sizes = [item if isinstance(item, tuple) else item.size for item in shown]
-        return [
+        grids = [
             patches.video_grid(size, self.image, self.geometry)
             if isinstance(size, VideoSize)
             else patches.image_grid(*size, self.image, self.geometry)
             for size in sizes
         ]
+        return grids if self.whole else [grid.thinned(self.context.stride) for grid in grids]
 
     def _tiles(self, grid: PatchGrid) -> int:
         return grid.tokens
 
+    @property
+    def _thinning(self) -> tuple[int, int]:
+        """Stride and k of what stands in the sequence, among what is seen."""
+        return self.context.stride if self.whole else 1, self.context.pooled
+
+    def _placeholders(self, grid: PatchGrid) -> int:
+        return grid.thinned(*self._thinning).tokens
+
     def _place(self, tokens_T: np.ndarray, grids: Sequence[PatchGrid], rope_dhr: bool | None) -> Placed:
         if rope_dhr is not None:
             raise ValueError("rope_dhr is for images cut into tiles; leave it out for this model")
-        return place(tokens_T, grids, (self.context_id, self.video_id), self.geometry)
+        return place(tokens_T, grids, (self.context_id, self.video_id), self.geometry, *self._thinning)
 
     def _cut(self, picture: Image.Image | Video, grid: PatchGrid, out_ISSc: np.ndarray) -> None:
         frames = picture.frames if isinstance(picture, Video) else [picture]
+        if not self.whole:
+            depth = self.geometry.frames
+            steps = range(0, len(frames), depth * self.context.stride)
+            frames = [frame for first in steps for frame in frames[first : first + depth]]
         order_N, _ = positions.window_order(grid._replace(frames=1), self.geometry.window)
         patches.write_blocks(frames, grid, order_N, self.geometry, out_ISSc)
 
 
 def place(
-    tokens_T: np.ndarray, grids: Sequence[PatchGrid], placeholders: tuple[int, int], geometry: PatchGeometry
+    tokens_T: np.ndarray,
+    grids: Sequence[PatchGrid],
+    placeholders: tuple[int, int],
+    geometry: PatchGeometry,
+    stride: int = 1,
+    k: int = 1,
 ) -> Placed:
-    """Positions of a sequence whose `placeholders` (ids for images and for videos) show `grids`, in order."""
-    positions_T3 = positions.mrope_positions(tokens_T, grids, placeholders, geometry.tokens_per_second)
+    """Positions of a sequence whose `placeholders` (ids for images and for videos) show `grids`, in order, or what
+    `PatchGrid.thinned` leaves of them."""
+    shown = [grid.thinned(stride, k) for grid in grids]
+    positions_T3 = positions.mrope_positions(tokens_T, shown, placeholders, geometry.tokens_per_second)
     total = sum(grid.tokens for grid in grids)
     order_M, layout_M4 = np.empty(total, np.int32), np.empty((total, 4), np.int32)
-    end = 0
-    for grid in grids:
+    owners, slots, end, there = [], [], 0, 0
+    for grid, part in zip(grids, shown, strict=True):
         start, end = end, end + grid.tokens
         order_M[start:end], layout_M4[start:end] = positions.window_order(grid, geometry.window)
         order_M[start:end] += start
         layout_M4[start:end, :2] += start
-    shown_M3 = positions_T3[np.isin(tokens_T, placeholders)]
-    return Placed(positions_T3, np.argsort(order_M).astype(np.int32), shown_M3[order_M], layout_M4)
+        owner_M, first_C = grid.owners(stride, k)
+        owners.append(owner_M + there)
+        slots.append(np.arange(part.tokens) + there if k > 1 else first_C + start)
+        there += part.tokens
+    owner_M, slot_C = (np.concatenate([[], *parts]).astype(np.int32) for parts in (owners, slots))
+    owner_M, shown_C3 = owner_M[order_M], positions_T3[np.isin(tokens_T, placeholders)]
+    slot_C = slot_C if k > 1 else np.argsort(order_M).astype(np.int32)[slot_C]
+    return Placed(positions_T3, slot_C, shown_C3[owner_M], layout_M4, owner_M if k > 1 else None)

@@ -10,9 +10,10 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from vlmem_jax.positions import PatchGrid
+from vlmem_jax.processing.context import read_context
 from vlmem_jax.processing.images import resized
 from vlmem_jax.processing.video import Clip, VideoSize
-from vlmem_jax.types import PatchGeometry
+from vlmem_jax.types import PatchGeometry, TileShape
 
 MAX_ASPECT = 200
 """Longest side of an image, as a multiple of its shortest."""
@@ -38,6 +39,9 @@ class PatchConfig:
     """Frames taken of a second of video."""
     min_frames: int = 4
     max_frames: int = 768
+    context: str = "all"
+    """Which visual tokens stand in the sequence, whatever a memory reads: all; pooled:k: means of k x k neighbours;
+    stride:n: every n-th step of time of a video."""
 
     moved: ClassVar[dict[str, str]] = {"kind": "the tower of the model tells it"}
 
@@ -49,8 +53,14 @@ class PatchConfig:
         ):
             if not 1 <= getattr(self, low) <= getattr(self, high):
                 raise ValueError(f"1 <= {low} <= {high} must hold, got {getattr(self, low)} and {getattr(self, high)}")
+        if read_context(self.context).kind == "thumbnail":
+            raise ValueError("context must be all, pooled:k or stride:n where images are not cut into tiles")
         if not self.fps > 0:
             raise ValueError(f"fps must be a positive number of frames a second, got {self.fps}")
+
+    def shows(self, tile: TileShape, whole: bool) -> TileShape:
+        """As in `ImageConfig`."""
+        return tile._replace(pooled=read_context(self.context).pooled > 1)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int | float) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlmem_jax.processing import chat
+from vlmem_jax.processing.context import Context
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Clip, Video, VideoSize, probe, read_frames
 from vlmem_jax.types import IGNORED, Sample, TileShape
@@ -32,19 +33,22 @@ class SampleSize(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where the tokens of a sample stand, and what becomes of its visual tokens."""
+    """Where the tokens of a sample stand, and what becomes of its visual tokens: C of them stand in the sequence."""
 
     positions_T: np.ndarray
-    slot_M: np.ndarray
-    """Which visual token each placeholder stands for."""
+    slot_C: np.ndarray
+    """Which visual token each placeholder stands for, or which mean."""
     visual_positions_M: np.ndarray
     layout_I4: np.ndarray | None = None
+    pool_M: np.ndarray | None = None
+    """As in `Sample`."""
 
 
 class Processor:
     """Makes samples for a model; a subclass a way of seeing, see `TileProcessor` and `PatchProcessor`.
 
-    `system` replaces the template's system text. Every error names the sample, as far as the caller gives a `name`.
+    `system` replaces the template's system text. `whole`: whether something reads what does not stand in the sequence;
+    if not, it is not seen at all. Every error names the sample, as far as the caller gives a `name`.
     """
 
     tile: TileShape
@@ -56,8 +60,9 @@ class Processor:
     size_knobs: tuple[str, str]
     """Keys that bound the tiles of a sample of images, and of a video."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None, template: str):
+    def __init__(self, tokenizer: Tokenizer, system: str | None, template: str, context: Context, whole: bool):
         self.tokenizer = tokenizer
+        self.context, self.whole = context, whole
         self.system = system
         self.template = chat.template(template)
         ids = {token: _control_id(tokenizer, token) for token in self.template.control_tokens}
@@ -101,10 +106,10 @@ class Processor:
             dialogue = self._read(conversations, image_sizes, video_sizes)
             shown = dialogue.shown
             ids, targets = self._training_text(dialogue)
-            tiles = sum(map(self._tiles, self._grids(shown, training=True)))
+            grids = self._grids(shown, training=True)
             blank = not shown and not mask_text_only
-            length = len(ids) - len(shown) + tiles * self.tile.tokens
-            return SampleSize(length, tiles + blank, int(targets.sum()))
+            length = len(ids) - len(shown) + sum(map(self._placeholders, grids))
+            return SampleSize(length, sum(map(self._tiles, grids)) + blank, int(targets.sum()))
 
     def encode(
         self,
@@ -256,6 +261,10 @@ class Processor:
         """Tiles of a grid."""
         raise NotImplementedError
 
+    def _placeholders(self, grid: Any) -> int:
+        """Tokens of the sequence that stand for what a grid shows."""
+        raise NotImplementedError
+
     def _place(self, tokens_T: np.ndarray, grids: Sequence, rope_dhr: bool | None) -> Placed:
         """Raises ValueError where placeholders do not fit what is shown."""
         raise NotImplementedError
@@ -315,11 +324,11 @@ class Processor:
         counts = [self._tiles(grid) for grid in grids]
         placeholders = self.context_id, self.video_id
         repeats = np.ones(len(ids), np.int64)
-        repeats[np.isin(ids, placeholders)] = np.multiply(counts, self.tile.tokens)
+        repeats[np.isin(ids, placeholders)] = [self._placeholders(grid) for grid in grids]
         tokens_T = np.repeat(ids, repeats)
         placed = self._place(tokens_T, grids, rope_dhr)
         visual_index_T = np.full(len(tokens_T), -1, np.int32)
-        visual_index_T[np.isin(tokens_T, placeholders)] = placed.slot_M
+        visual_index_T[np.isin(tokens_T, placeholders)] = placed.slot_C
         shape = self.tile.side, self.tile.side, self.tile.channels
         pixels_ISSc = np.empty((sum(counts), *shape), np.uint8)
         for picture, grid, count, end in zip(shown, grids, counts, np.cumsum(counts), strict=True):
@@ -332,6 +341,7 @@ class Processor:
             pixels_ISSc=pixels_ISSc,
             visual_positions_M=placed.visual_positions_M,
             layout_I4=placed.layout_I4,
+            pool_M=placed.pool_M,
             name=name,
         )
 
@@ -345,6 +355,8 @@ def blank_tiles(count: int, tile: TileShape) -> dict[str, np.ndarray]:
     }
     if tile.layout:
         fields["layout_I4"] = np.stack([alone_I, alone_I, 0 * alone_I, 0 * alone_I], axis=1)
+    if tile.pooled:
+        fields["pool_M"] = positions_M
     return fields
 
 

@@ -149,6 +149,7 @@ def trainer_generator(
         stop_ids=processor.stop_ids,
         banned_ids=never_sampled(processor, vlm),
         delimiter_ids=delimiter_ids,
+        tile=processor.tile,
         mesh=drawn_on or mesh,
     )
 

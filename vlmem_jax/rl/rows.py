@@ -16,7 +16,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import formation_flops, train_flops
 from vlmem_jax.rl.rollout import Trajectory
 from vlmem_jax.runtime.shapes import bucket
-from vlmem_jax.types import Batch, FormationInputs
+from vlmem_jax.types import Batch, FormationInputs, TileShape
 
 SHORTEST_ROW = 64
 """Tokens; rows are 64, 80, 96, 112, 128, 160, ... long."""
@@ -49,15 +49,17 @@ def pack_trajectories(
     beta: float = 0.0,
     split: int = 1,
     invocation: InvocationConfig = InvocationConfig(),
+    tile: TileShape | None = None,
 ) -> Rows:
     """Numpy arrays with leading axes [parts, `at_once`], the longest trajectories first.
 
     Rows are as long as the longest trajectory, rounded up to one of few lengths and a multiple of `split`, and the
     others fill what is left; the number of parts is rounded up, too, with empty rows. So the shapes are few, whatever
     was drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each trajectory. What
-    memories were formed from goes along, but for `invocation` under which there are none.
+    memories were formed from goes along, but for `invocation` under which there are none. `tile`: that of the processor
+    of the prompts, by default the model's.
     """
-    tile, speech = vlm.tile, vlm.speech if vlm.speech and any(invocation.heeded(vlm.speech)) else None
+    tile, speech = tile or vlm.tile, vlm.speech if vlm.speech and any(invocation.heeded(vlm.speech)) else None
     samples = [trajectory.sample() for trajectory in trajectories]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
     T, I = row_sizes(max(tokens, default=1), max(tiles, default=0), data, split)

@@ -138,8 +138,8 @@ class MemorySFT(NextTokenLoss):
 
     def _rows(self, trajectories: Sequence[Trajectory]) -> Batch:
         """Numpy arrays [parts, rows, ...]."""
-        ones, split = [1.0] * len(trajectories), shards("tokens", self._mesh)
-        return pack_trajectories(trajectories, ones, self._data, self.model, self._at_once, split=split).batch
+        ones, shape = [1.0] * len(trajectories), {"split": shards("tokens", self._mesh), "tile": self._processor.tile}
+        return pack_trajectories(trajectories, ones, self._data, self.model, self._at_once, **shape).batch
 
     def _target(self, prompt: Prompt) -> list[int]:
         """Ids of the first accepted answer. Raises ValueError if it holds tokens that are no text."""

@@ -435,6 +435,7 @@ class GRPO(GRPOLoss):
             self._beta,
             shards("tokens", self._mesh),
             self.config.invocation,
+            self._processor.tile,
         )
         count = int((rows.batch.text.weights_BT > 0).sum())
         rows = put(rows, batch_sharding(self._mesh, leading=1))

@@ -16,6 +16,7 @@ from vlmem_jax.models.placement import check_heads
 from vlmem_jax.processing import ImageConfig, PatchConfig
 from vlmem_jax.runtime.sharding import MeshConfig, batch_shards
 from vlmem_jax.train.profile import ProfileConfig
+from vlmem_jax.types import TileShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +156,12 @@ class Experiment:
                 raise ValueError(
                     f"data.rows {rows} must be a multiple of stages.{stage.name}.accumulation {stage.accumulation}"
                 )
+
+    @property
+    def tile(self) -> TileShape:
+        """What a tile is to the model, with this config of images."""
+        vlm = VLM(self.model)
+        return self.image.shows(vlm.tile, vlm.reads_beyond)
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ConfigError, naming the keys, where rows, tokens, tiles or heads cannot be split over `mesh`."""

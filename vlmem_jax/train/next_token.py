@@ -143,8 +143,8 @@ def eval_program(mesh: Mesh) -> Callable[[VLM, dict, Batch, int], Array]:
 def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
     """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
     tokenizer = Tokenizer.load(experiment.tokenizer, model.special_tokens)
-    geometry = model.config.vision.geometry
-    processor = make_processor(tokenizer, experiment.image, geometry, experiment.system, experiment.template)
+    geometry, read = model.config.vision.geometry, (experiment.system, experiment.template, model.reads_beyond)
+    processor = make_processor(tokenizer, experiment.image, geometry, *read)
     highest, vocab = max(*processor.control_ids, *processor.stop_ids), model.config.decoder.vocab
     if highest >= vocab:
         raise ValueError(

@@ -40,6 +40,8 @@ class Precomputed(State):
     k_LBMHC: Float[Array, "L B M H C"] = axes("layers", "batch", "slots", "heads", "head_dim")
     v_LBMHC: Float[Array, "L B M H C"] = axes("layers", "batch", "slots", "heads", "head_dim")
     segments_BM: Int32[Array, "B M"] = axes("batch", "slots")
+    places: int = dataclasses.field(default=1, metadata=dict(static=True))
+    """As in `Views`."""
 
 
 class MemoryAttention(nnx.Module):
@@ -124,6 +126,8 @@ class CoMemo(Memory):
     ) -> Tap:
         if index_BT is not None and self.config.decode_position == "length":
             positions_BT = index_BT
+        if seen.places > 1:
+            positions_BT = positions_BT * seen.places
         graph, blocks = nnx.split(self.blocks)
         precomputed = isinstance(seen, Precomputed)
         q_tables, k_tables = self._tables(positions_BT), None if precomputed else self._tables(seen.positions_BM)
@@ -154,7 +158,11 @@ class CoMemo(Memory):
 
         _, kv = jax.lax.scan(body, None, blocks)
         k_LBMHC, v_LBMHC = (constrain(x, None, "batch", None, "heads", None) for x in kv)
-        return Precomputed(k_LBMHC, v_LBMHC, visual.segments_BM)
+        return Precomputed(k_LBMHC, v_LBMHC, visual.segments_BM, visual.places)
+
+    @classmethod
+    def reads_beyond(cls, config: CoMemoConfig) -> bool:
+        return True
 
     @classmethod
     def pieces(cls, config: CoMemoConfig, decoder: DecoderConfig) -> tuple[DecoderConfig, int]:

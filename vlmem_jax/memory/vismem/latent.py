@@ -161,6 +161,10 @@ class VisMem(Memory):
                 former.gain[...] = start.rms[None]
 
     @classmethod
+    def reads_beyond(cls, config: VisMemConfig) -> bool:
+        return config.former == "lora_vision"
+
+    @classmethod
     def speech(cls, config: VisMemConfig) -> Speech:
         ids, tokens = config.token_ids, dict(zip(TOKENS, config.token_ids, strict=True))
         limits = config.max_invocations, config.max_prompt_hidden
