@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -161,6 +162,34 @@ def test_a_plain_checkpoint_gets_fresh_memory_blocks(plain_folder, tmp_path):
     for path, leaf in flatten(load_folder(plain_folder, vlm, shardings, seed=1)).items():
         assert leaf.sharding == flatten(shardings)[path]
         np.testing.assert_array_equal(leaf, found[path], strict=True)
+
+
+def test_new_blocks_may_start_from_the_attention_that_they_stand_before(plain_folder, tmp_path):
+    model = with_memory(plain_folder)
+    decoder = model.decoder
+    own = {"start": "attention", "gate": 0.5, "heads": decoder.heads, "head_dim": decoder.head_dim}
+    model = dataclasses.replace(model, memory=dataclasses.replace(model.memory, **own))
+    summary = import_folder(plain_folder, tmp_path / "ours", model=model, seed=1)
+    assert "memory/blocks/attn/q/kernel" in summary.fresh
+    at_random = flatten(VLM(model).fresh(jax.random.key(5)))
+    for made in (parameters(tmp_path / "ours"), at_random):
+        groups, before = decoder.heads // decoder.kv_heads, slice(model.memory.every - 1, None, model.memory.every)
+        assert groups > 1
+        for name in ("q", "k", "v", "o"):
+            layers = np.asarray(made[f"decoder/layers/attn/{name}/kernel"])[before]
+            wanted = np.repeat(layers, groups, axis=2) if name in "kv" else layers
+            np.testing.assert_array_equal(made[f"memory/blocks/attn/{name}/kernel"], wanted, strict=True)
+        np.testing.assert_array_equal(
+            made["memory/blocks/attn_norm/scale"], np.asarray(made["decoder/layers/attn_norm/scale"])[before]
+        )
+        assert (made["memory/blocks/attn_gate"] == 0.5).all() and not made["memory/blocks/mlp_gate"].any()
+    vlm = VLM(model)
+    shardings = sharding.param_shardings(make_mesh(fsdp=4, tensor=2), vlm.abstract(), vlm.axes())
+    found = parameters(tmp_path / "ours")
+    for path, leaf in flatten(load_folder(plain_folder, vlm, shardings, seed=1)).items():
+        np.testing.assert_array_equal(leaf, found[path], strict=True)
+    with pytest.raises(ValueError, match=r"memory.start=attention needs memory.heads and memory.head_dim of the decod"):
+        VLM(dataclasses.replace(model, memory=dataclasses.replace(model.memory, heads=1))).abstract()
 
 
 def test_new_vocabulary_rows(plain_folder, tmp_path, weights):

@@ -22,7 +22,7 @@ from vlmem_jax.config import build, to_dict
 from vlmem_jax.families import Released
 from vlmem_jax.hub import orbax_io, peft
 from vlmem_jax.hub.fit import check_fit
-from vlmem_jax.hub.leaves import Extended, FromTensors, Held, Leaf, Maker
+from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Held, Leaf, Maker, Started
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
 from vlmem_jax.memory import TokenStart, memory_of
@@ -111,11 +111,12 @@ def load_folder(
     model, given = _with_adapters(vlm.config, [path for path in peft.beside(Path(source)) if path.name in names])
     if model != vlm.config:
         raise ValueError(f"model.adapters {vlm.config.adapters} must be those in {source}: {model.adapters}")
-    leaves, fresh, _ = _leaves(vlm, tensors, found.model, given, seed, Path(source))
+    leaves, _, _ = _leaves(vlm, tensors, found.model, given, seed, Path(source))
     where = flatten(shardings)
-    arrays = {path: leaf.array(where[path], dtype) for path, leaf in leaves.items() if path not in fresh}
-    for maker in {leaves[path].maker: None for path in fresh}:
-        arrays |= maker.arrays({path: where[path] for path in fresh if leaves[path].maker is maker}, dtype)
+    made = {path: leaf.maker for path, leaf in leaves.items() if isinstance(leaf, Fresh)}
+    arrays = {path: leaf.array(where[path], dtype) for path, leaf in leaves.items() if path not in made}
+    for maker in dict.fromkeys(made.values()):
+        arrays |= maker.arrays({path: where[path] for path in made if made[path] is maker}, dtype)
     return unflatten(arrays)
 
 
@@ -258,7 +259,9 @@ def _leaves(
     fresh = [path for path in flatten(vlm.abstract()) if path not in leaves]
     if any(path.startswith("memory/") for path in fresh):
         start = _token_start(leaves, vlm.speech.start_id) if vlm.speech else None
+        starts = memory_of(config.memory).starts(config.memory, config.decoder)
         leaves |= _maker(config, start, dtype, seed).leaves
+        leaves |= {f"memory/{path}": Started(leaves[f"decoder/layers/{own.path}"], own) for path, own in starts.items()}
     if any(path.startswith("adapters/") for path in fresh):
         made = _adapters_maker(config, dtype, seed).leaves
         leaves |= {path: leaf for path, leaf in made.items() if path in fresh}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
+from vlmem_jax.memory.base import Start
 from vlmem_jax.records import Rule
 from vlmem_jax.runtime.compiler import once
 
@@ -105,6 +106,23 @@ class Extended(Leaf):
         old = self._leaf.read(tuple(index))
         index[axis] = slice(max(part.start - seam, 0), max(part.stop - seam, 0))
         return np.concatenate([old, self._more[tuple(index)]], axis)
+
+
+class Started(Leaf):
+    """A memory's parameter that starts as one of the decoder's layers, `leaf`."""
+
+    def __init__(self, leaf: Leaf, start: Start):
+        _, *sizes = leaf.shape
+        if start.repeats > 1:
+            sizes[1] *= start.repeats
+        super().__init__((len(start.layers), *sizes), leaf.dtype)
+        self._leaf, self._start = leaf, start
+
+    def read(self, index: Index) -> np.ndarray:
+        own, *inside = self._full(index)
+        layers = [self._leaf.read((slice(n, n + 1),)) for n in self._start.layers[own]]
+        here = self._start._replace(layers=tuple(range(len(layers))))
+        return here.of(np.concatenate(layers))[:, *inside]
 
 
 class Maker:

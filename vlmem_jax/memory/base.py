@@ -30,6 +30,21 @@ class MemoryConfig:
     """Base of the configs of memories, each with a key `kind` of its own."""
 
 
+class Start(NamedTuple):
+    """Where parameters of a memory, stacked, start from."""
+
+    path: str
+    """In a layer of the decoder."""
+    layers: tuple[int, ...]
+    repeats: int = 1
+    """How often each head stands in the memory."""
+
+    def of(self, leaf_L: Any) -> Any:
+        """From the decoder's parameters of all layers, of the axes [L, width, heads, head_dim] where heads repeat."""
+        chosen = leaf_L[np.array(self.layers)]
+        return chosen if self.repeats == 1 else chosen.repeat(self.repeats, axis=2)
+
+
 Count = int | Int64[np.ndarray, "samples"]
 """A number, or one of each of many samples."""
 
@@ -74,6 +89,11 @@ class Memory(nnx.Module):
     @classmethod
     def check_drawn_as_trained(cls, config: Any) -> None:
         """Raises ValueError, naming the key, where answers are drawn from other scores than training computes."""
+
+    @classmethod
+    def starts(cls, config: Any, decoder: DecoderConfig) -> dict[str, "Start"]:
+        """Parameters, by path, that start as those of the decoder's layers."""
+        return {}
 
     # in checkpoints
 

@@ -151,7 +151,12 @@ class VLM:
 
     def init(self, key: jax.Array) -> Params:
         """Random fp32 parameters, as a function to be compiled: see `fresh`."""
-        return nnx.to_pure_dict(nnx.state(_Modules(self.config, rngs=nnx.Rngs(key))))
+        made = nnx.to_pure_dict(nnx.state(_Modules(self.config, rngs=nnx.Rngs(key))))
+        if not (starts := memory_of(self.config.memory).starts(self.config.memory, self.config.decoder)):
+            return made
+        flat = flatten(made)
+        layers = {path: flat[f"decoder/layers/{start.path}"] for path, start in starts.items()}
+        return unflatten(flat | {f"memory/{path}": start.of(layers[path]) for path, start in starts.items()})
 
     def fresh(self, key: jax.Array, held: Params | None = None) -> Params:
         """Random parameters on the devices, in the dtypes and shardings of `held`, which may be some of them (default:

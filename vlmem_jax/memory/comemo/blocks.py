@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from kernels_pallas import Tables, rotary_tables, tables_of_angles
 from kernels_pallas.rotary import rotate
 from vlmem_jax.decoder import DecoderConfig, Tap
-from vlmem_jax.memory.base import Count, Memory
+from vlmem_jax.memory.base import Count, Memory, Start
 from vlmem_jax.memory.comemo import released
 from vlmem_jax.memory.comemo.config import CoMemoConfig
 from vlmem_jax.nn.attention import AttentionConfig, memory_attention, same_segment
@@ -56,13 +56,13 @@ class MemoryAttention(nnx.Module):
 
 
 class MemoryBlock(nnx.Module):
-    """x + tanh(attn_gate) attention(norm x, norm memory), then x + tanh(mlp_gate) MLP(norm x). Gates start at 0."""
+    """x + tanh(attn_gate) attention(norm x, norm memory), then x + tanh(mlp_gate) MLP(norm x)."""
 
     def __init__(self, config: CoMemoConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config
         self.attn_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
         self.attn = MemoryAttention(config, width, rngs=rngs)
-        self.attn_gate = param(zeros, (1,), ("scalar",), rngs)
+        self.attn_gate = param(nnx.initializers.constant(config.gate), (1,), ("scalar",), rngs)
         self.mlp_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
         self.mlp = GatedMLP(width, config.mlp_width, rngs=rngs)
         self.mlp_gate = param(zeros, (1,), ("scalar",), rngs)
@@ -94,7 +94,7 @@ class CoMemo(Memory):
 
     config_type = CoMemoConfig
     wraps_layers = True
-    free_keys = ("decode_position",)
+    free_keys = "decode_position", "start", "gate"
 
     def __init__(
         self, config: CoMemoConfig, decoder: DecoderConfig, vision: Any, attention: AttentionConfig, *, rngs: nnx.Rngs
@@ -105,6 +105,11 @@ class CoMemo(Memory):
             raise ValueError(
                 f"memory.head_dim must be decoder.head_dim {decoder.head_dim}, whose rope_sections the memory shares; "
                 f"got {config.head_dim}"
+            )
+        if config.start == "attention" and (config.heads, config.head_dim) != (decoder.heads, decoder.head_dim):
+            raise ValueError(
+                f"memory.start=attention needs memory.heads and memory.head_dim of the decoder, {decoder.heads} and "
+                f"{decoder.head_dim}; got {config.heads} and {config.head_dim}"
             )
         self.config, self.attention, self.axes = config, attention, decoder.rope_axes
         count = decoder.layers // config.every
@@ -163,6 +168,16 @@ class CoMemo(Memory):
     @classmethod
     def reads_beyond(cls, config: CoMemoConfig) -> bool:
         return True
+
+    @classmethod
+    def starts(cls, config: CoMemoConfig, decoder: DecoderConfig) -> dict[str, Start]:
+        if config.start == "random":
+            return {}
+        layers, groups = tuple(range(config.every - 1, decoder.layers, config.every)), decoder.heads // decoder.kv_heads
+        starts = {f"attn/{name}/kernel": Start(f"attn/{name}/kernel", layers) for name in "qo"}
+        starts |= {f"attn/{name}/kernel": Start(f"attn/{name}/kernel", layers, groups) for name in "kv"}
+        starts["attn_norm/scale"] = Start("attn_norm/scale", layers)
+        return {f"blocks/{path}": start for path, start in starts.items()}
 
     @classmethod
     def pieces(cls, config: CoMemoConfig, decoder: DecoderConfig) -> tuple[DecoderConfig, int]:
