@@ -4,7 +4,9 @@ import pytest
 
 from vlmem_jax.demo.dataset import DatasetConfig, write_dataset
 
-SMALL = DatasetConfig(reading_lines=12, mixture_lines=24, tiles=6, larger=5, heldout_lines=6, questions_each=4)
+SMALL = DatasetConfig(
+    reading_lines=12, mixture_lines=24, budget_lines=12, tiles=6, larger=5, heldout_lines=6, questions_each=4
+)
 
 
 @pytest.fixture(scope="session")

@@ -30,12 +30,12 @@ def model(tmp_path_factory):
     blocks = params["memory"]["blocks"]
     blocks["attn_gate"][:], blocks["mlp_gate"][:] = 0.4, -0.3
     params = jax.device_put(params, param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes()))
-    processor = TileProcessor(Tokenizer.load(folder), ImageConfig(dhr_map="raster"), TileGeometry(32, 4), "")
+    processor = TileProcessor(Tokenizer.load(folder), ImageConfig(dhr_map="raster"), TileGeometry(24, 3), "")
     return LoadedModel(vlm, params, processor, make_mesh(MeshConfig()))
 
 
 def test_weights_of_the_memory_are_those_of_its_softmax(model, monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 48, 3), np.uint8)
     sample = model.processor.prompt("In image 1, which digit is at row 1, column 5?", [Image.fromarray(pixels)])
     seen = attention.last_token(model, sample)
 

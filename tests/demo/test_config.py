@@ -3,7 +3,7 @@
 import pytest
 
 from vlmem_jax.demo import config, vismem
-from vlmem_jax.demo.compare import OTHER_POSITIONS
+from vlmem_jax.demo.compare import BUDGETS, OTHER_STARTS
 from vlmem_jax.runtime.sharding import make_mesh
 from vlmem_jax.train.config import experiment
 
@@ -11,21 +11,25 @@ RECIPE = config.Recipe.scaled(0.01)
 VISMEM = vismem.VisMemRecipe.scaled(0.01)
 
 
-@pytest.mark.parametrize("image", [{}, *(image for _, image in OTHER_POSITIONS.values())])
-def test_every_kind_of_positions_fits_eight_devices(tmp_path, image):
-    for made in (
-        config.comemo_experiment(tmp_path, RECIPE, tmp_path, **image),
-        config.mix_experiment(tmp_path, RECIPE, tmp_path, **image),
-    ):
-        made = experiment(made)
+@pytest.mark.parametrize("context", BUDGETS)
+def test_every_budget_fits_eight_devices(tmp_path, context):
+    for make in (config.comemo_experiment, config.plain_experiment):
+        made = experiment(make(tmp_path, RECIPE, tmp_path, context=context))
         made.check_mesh(make_mesh(made.mesh))
-        assert image.items() <= vars(made.image).items()
+        assert made.image.context == context
+
+
+@pytest.mark.parametrize(("memory", "image"), [start[1:] for start in OTHER_STARTS.values()])
+def test_every_start_fits_eight_devices(tmp_path, memory, image):
+    made = experiment(config.comemo_experiment(tmp_path, RECIPE, tmp_path, memory=memory, **image))
+    made.check_mesh(make_mesh(made.mesh))
+    assert image.items() <= vars(made.image).items() and memory.items() <= vars(made.model.memory).items()
 
 
 def test_other_experiments_fit_eight_devices(tmp_path):
     for made in (
         config.base_experiment(tmp_path, RECIPE),
-        config.plain_experiment(tmp_path, RECIPE, tmp_path, steps=3),
+        config.plain_experiment(tmp_path, RECIPE, tmp_path),
         vismem.base_experiment(tmp_path, VISMEM),
         vismem.vismem_experiment(tmp_path, VISMEM, tmp_path),
     ):

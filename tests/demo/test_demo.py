@@ -10,10 +10,11 @@ from vlmem_jax.demo import compare
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, one_device):
-    """Of the other kinds of positions, one is trained; `test_config` looks at all."""
+    """Of the other starts none is trained, and of the budgets two; `test_config` looks at all."""
     folder = tmp_path_factory.mktemp("run") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(compare.OTHER_POSITIONS, "code_ids")
+        patch.setattr(compare, "OTHER_STARTS", {})
+        patch.setattr(compare, "TRAINED", ("thumbnail", "pooled:2"))
         assert main(["demo", "--workdir", str(folder), "--steps-scale", "0.005", "--compare"]) == 0
     return folder
 
@@ -37,13 +38,24 @@ def test_every_number_is_in_the_summary(summary):
 
 
 @pytest.mark.slow
-def test_the_comparison_spends_equal_budgets(summary):
+def test_what_the_memory_adds_is_said_with_what_it_costs(summary):
+    base, cut, comemo = (summary[name] for name in ("base", "base_at_budget", "comemo"))
+    assert [one["context"] for one in (base, cut, comemo)] == ["all", "thumbnail", "thumbnail"]
+    assert cut["cost"]["tokens"] == comemo["cost"]["tokens"] == 9 < base["cost"]["tokens"] == 27
+    assert cut["cost"]["kv_bytes"] < comemo["cost"]["kv_bytes"]
+    assert cut["cost"]["flops"] < comemo["cost"]["flops"] and cut["cost"]["flops"] < base["cost"]["flops"]
+    assert cut["parameters"] == base["parameters"] < comemo["parameters"]
+
+
+@pytest.mark.slow
+def test_the_comparison_spends_equal_steps(summary):
     rows = summary["compare"]
-    total, full = rows["comemo"]["steps"], summary["steps"]["finetune"]
-    assert rows["plain_equal_steps"]["steps"] == total and rows["plain_equal_full_steps"]["steps"] == full
-    assert rows["dhr_off"]["steps"] == total
+    trained = [name for name in rows if name.startswith(("plain", "comemo"))]
+    assert {rows[name]["steps"] for name in trained} == {summary["steps"]["finetune"]} and len(trained) > 3
     assert rows["gates_zero"]["gates"] == dict.fromkeys(rows["comemo"]["gates"], 0.0)
-    assert rows["plain_equal_steps"]["gates"] == {}
+    assert rows["plain_thumbnail"]["gates"] == {}
+    assert rows["memory_of_thumbnails"]["cost"]["kv_bytes"] < rows["comemo"]["cost"]["kv_bytes"]
+    assert rows["comemo_pooled"]["cost"]["tokens"] == rows["plain_pooled"]["cost"]["tokens"] == 12
 
 
 @pytest.mark.slow
@@ -58,7 +70,7 @@ def test_the_report_needs_no_other_file(workdir):
 def test_a_second_call_trains_nothing_again(workdir, capfd):
     assert main(["demo", "--workdir", str(workdir), "--steps-scale", "0.005"]) == 0
     printed = capfd.readouterr().out
-    assert printed.count("is done") == 5 and "trains" not in printed
+    assert printed.count("is done") == 3 and "trains" not in printed
 
 
 def test_another_size_is_refused_in_the_same_folder(tmp_path, capsys):

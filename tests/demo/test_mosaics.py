@@ -12,8 +12,8 @@ def test_no_handwritten_digit_is_both_trained_and_held_out():
 
 def test_each_cell_shows_a_digit_of_its_label():
     train, _ = load_digits()
-    mosaic = draw_mosaic(np.random.default_rng(0), train, (2, 1))
-    assert mosaic.image.size == (64, 32) and mosaic.digits_RC.shape == (4, 8) and mosaic.grid == (2, 1)
+    mosaic = draw_mosaic(np.random.default_rng(0), train, (2, 1), 3)
+    assert mosaic.image.size == (48, 24) and mosaic.digits_RC.shape == (3, 6) and mosaic.side == 3
     pixels = np.asarray(mosaic.image, np.float32)
     padded = np.pad(train.images_NSS.astype(np.float32), ((0, 0), (1, 1), (1, 1)))
     shifts = [padded[:, i : i + CELL, j : j + CELL] for i in range(3) for j in range(3)]
@@ -27,6 +27,6 @@ def test_each_cell_shows_a_digit_of_its_label():
 
 def test_a_seed_gives_the_same_mosaic_again():
     train, _ = load_digits()
-    first, second = (draw_mosaic(np.random.default_rng(3), train, (2, 2)) for _ in range(2))
+    first, second = (draw_mosaic(np.random.default_rng(3), train, (2, 2), 4) for _ in range(2))
     assert first.image.tobytes() == second.image.tobytes()
     assert (first.digits_RC == second.digits_RC).all()

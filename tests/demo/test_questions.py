@@ -30,7 +30,7 @@ def test_a_conversation_names_its_images_once():
 
 def test_filling_asks_different_questions_and_keeps_within_the_tokens():
     rng = np.random.default_rng(0)
-    mosaics = [draw_mosaic(rng, load_digits()[0], (2, 1)) for _ in range(2)]
+    mosaics = [draw_mosaic(rng, load_digits()[0], (2, 1), 4) for _ in range(2)]
     questions = fill(rng, mosaics, ("all", "row", "column", "cell"), 100)
     texts = [question.text for question in questions]
     assert len(set(texts)) == len(texts)

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         help="positions of tiled images: compressed or not (default: as trained; off helps reading text in images)",
     )
     parser.add_argument(
+        "--context",
+        metavar="WHAT",
+        help="which visual tokens stand in the sequence: all, thumbnail, pooled:k or stride:n (default: as trained)",
+    )
+    parser.add_argument(
         "--adapter", metavar="NAME", help="the model's adapter to answer through, or none (default: the first it has)"
     )
     add_mesh(parser)
@@ -124,7 +129,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
     """
     wanted = invocation(args)
     print(f"loading {args.checkpoint}", file=sys.stderr)
-    model = load_model(args.checkpoint, mesh(args), adapter=args.adapter)
+    model = load_model(args.checkpoint, mesh(args), adapter=args.adapter, context=args.context)
     for line in whole_heads(model.vlm, model.mesh, model.vlm.dtype.itemsize, cache=True):
         print(line, file=sys.stderr)
     if speech := model.vlm.speech:

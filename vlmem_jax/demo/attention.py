@@ -23,7 +23,8 @@ class Attention(NamedTuple):
     memory_LHM: Float[np.ndarray, "L H M"] | None
     """By memory block and head; the weights of a head add up to 1. None without memory."""
     context_LHM: Float[np.ndarray, "L2 H2 M"]
-    """By decoder layer and head, as a share of the weights of all tokens before the query."""
+    """By decoder layer and head, as a share of the weights of all tokens before the query; 0 for what does not stand in
+    the sequence."""
 
 
 def last_token(model: LoadedModel, sample: Sample) -> Attention:
@@ -50,9 +51,11 @@ def last_token(model: LoadedModel, sample: Sample) -> Attention:
 
     with generator.context():
         context_LHS, memory_LHM = jax.device_get(weights(model.params, state))
-    visual_S = np.flatnonzero(before["visual_index_T"] >= 0)
-    slots = len(sample.visual_positions_M)
-    return Attention(None if memory_LHM is None else memory_LHM[..., :slots], context_LHS[..., visual_S])
+    index_S, slots = before["visual_index_T"], len(sample.visual_positions_M)
+    stands_S = np.flatnonzero(index_S >= 0)
+    context_LHM = np.zeros((*context_LHS.shape[:2], slots), context_LHS.dtype)
+    context_LHM[..., index_S[stands_S]] = context_LHS[..., stands_S]
+    return Attention(None if memory_LHM is None else memory_LHM[..., :slots], context_LHM)
 
 
 def _shares(gradient_LBSHC: jax.Array) -> jax.Array:

@@ -13,6 +13,13 @@ from vlmem_jax.demo.evaluate import interval
 from vlmem_jax.demo.mosaics import CELL
 from vlmem_jax.demo.page import half, head, made, page, percent, table, verdict
 
+SHOWN = {
+    "base": "no memory, all tiles in the sequence",
+    "base_at_budget": "the same, the thumbnails alone",
+    "comemo": "CoMemo, the thumbnails, and all tiles in its memory",
+}
+"""Parts of the summary, and what they are of."""
+
 
 class Example(NamedTuple):
     """A held-out question with its pictures."""
@@ -53,6 +60,7 @@ def render(
     comemo = summary["comemo"]
     sections = [
         _head(summary),
+        _added(summary),
         _examples(examples),
         _accuracy(comemo["questions"], summary["chance"]),
         _training(curves, marks),
@@ -66,21 +74,56 @@ def render(
 
 def _head(summary: Mapping[str, Any]) -> str:
     comemo, question = summary["comemo"], summary["question"]
-    accuracy, chance = comemo["accuracy"], summary["chance"]
+    chance = summary["chance"]
+
+    def one(name: str) -> str:
+        return percent(summary[name]["accuracy"]["single_image"])
+
     cards = [
-        ("one image", percent(accuracy["single_image"])),
-        ("two to four images", percent(accuracy["multi_image"])),
+        ("CoMemo, thumbnails in context", one("comemo")),
+        ("no memory, thumbnails", one("base_at_budget")),
+        ("no memory, all tiles", one("base")),
         ("chance", percent(chance)),
         ("training steps", f"{summary['steps']['total']:,}"),
         ("minutes in all", f"{summary['seconds']['total'] / 60:.1f}"),
     ]
     about = (
         f"A vision-language model of {comemo['parameters']:,} parameters, trained here from random numbers. Every "
-        "accuracy is that of single questions about one cell, of digits that training has never seen."
+        "accuracy is that of single questions about one cell, of digits that training has never seen; those above are "
+        "of one image."
     )
     said = verdict(question["answer"], question["expected"])
     asked = f"<p>Asked about a new picture: <i>{html.escape(question['question'])}</i> Answer: {said}.</p>"
-    return head("Reading mosaics of handwriting with CoMemo", about, cards) + asked
+    return head("What a memory adds where the context is short", about, cards) + asked
+
+
+def _added(summary: Mapping[str, Any]) -> str:
+    """The rows that the demo is about, side by side."""
+    parts = []
+    for title, pick in (
+        ("One image", lambda tallies: tallies["single_image"]),
+        ("Of it, 2x2 tiles", lambda tallies: tallies["by_grid"]["2x2"]),
+    ):
+        bars = []
+        for n, name in enumerate(SHOWN):
+            right, asked = pick(summary[name]["questions"])
+            if asked:
+                bars.append(Bar(str(n + 1), right / asked, *interval(right, asked), n))
+        parts.append(half(title, charts.bar_chart(bars, summary["chance"])))
+    costs = [(what, _cost(summary[name]["cost"])) for name, what in SHOWN.items()]
+    return (
+        "<h2>What the memory adds</h2><p>An image is seen as tiles and, whole but small, as a thumbnail. With all of "
+        "them in the sequence the base reads every digit; with the thumbnail alone it cannot. CoMemo has the thumbnail "
+        "in its sequence, and all tiles in its memory, which it attends to beside.</p>"
+        f"{charts.legend([f'{n} {what}' for n, what in enumerate(SHOWN.values(), 1)])}"
+        f'<div class="row">{"".join(parts)}</div>{table(["visual tokens", "MFLOPs", "kB kept"], costs)}'
+        '<p class="faint">A question about one image, mean over the grids: visual tokens in its sequence, operations '
+        "to read it, and keys and values that are kept while it is answered, those of the memory among them.</p>"
+    )
+
+
+def _cost(cost: Mapping[str, float]) -> list[str]:
+    return [f"{cost['tokens']:.0f}", f"{cost['flops'] / 1e6:.0f}", f"{cost['kv_bytes'] / 1e3:.0f}"]
 
 
 def _examples(examples: Sequence[Example]) -> str:
@@ -146,48 +189,44 @@ def _attention(looking: Looking) -> str:
 
 
 def _comparison(summary: Mapping[str, Any]) -> str:
-    rows = []
-    columns = ["single_image", "multi_image", "untrained_length"]
+    variants = summary["compare"]
     grids = list(summary["comemo"]["accuracy"]["by_grid"])
-    places = list(summary["comemo"]["accuracy"]["by_place_of_four"])
-    for variant in summary["compare"].values():
+    rows = []
+    for variant in variants.values():
         accuracy = variant["accuracy"]
-        numbers = [accuracy[column] for column in columns]
+        numbers = [accuracy[column] for column in ("single_image", "multi_image", "untrained_length")]
         numbers += [accuracy["by_grid"][grid] for grid in grids]
-        numbers += [accuracy["by_place_of_four"][place] for place in places]
-        rows.append((variant["what"], [str(variant["steps"]), *map(percent, numbers)]))
-    names = ["steps", "one image", "2-4 images", "4 x 2x1, never trained", *grids, *(f"{n} of 4" for n in places)]
+        about = [variant["context"], str(variant["steps"]), *_cost(variant["cost"])]
+        rows.append((variant["what"], [*about, *map(percent, numbers)]))
+    names = ["context", "steps", "tokens", "MFLOPs", "kB kept"]
+    names += ["one image", "2-4 images", "4 x 2x1, never trained", *grids]
     return (
         "<h2>Comparison</h2><p>Same data, same seed, one run each: differences of a few points may be chance. Steps "
-        f"are those after the base.</p>{table(names, rows)}"
-        f'<div class="row" style="margin-top:16px">{_compared_charts(summary)}</div>'
+        f"are those after the base.</p>{_curves(variants)}{table(names, rows)}"
     )
 
 
-def _compared_charts(summary: Mapping[str, Any]) -> str:
-    variants = list(summary["compare"].values())
+def _curves(variants: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy against what a question costs, of models trained as long with and without memory."""
     parts = []
-    for title, pick in (
-        ("One image", lambda tallies: tallies["single_image"]),
-        ("2x2 tiles", lambda tallies: tallies["by_grid"]["2x2"]),
-        ("Two to four images", lambda tallies: tallies["multi_image"]),
-        ("A length never trained", lambda tallies: tallies["untrained_length"]),
+    for key, unit, label in (
+        ("tokens", 1, "visual tokens in the sequence"),
+        ("flops", 1e6, "MFLOPs to read a question"),
+        ("kv_bytes", 1e3, "kB kept while answering"),
     ):
-        bars = []
-        for n, variant in enumerate(variants):
-            right, asked = pick(variant["questions"])
-            if asked:
-                bars.append(Bar(str(n + 1), right / asked, *interval(right, asked), n))
-        parts.append(half(title, charts.bar_chart(bars, summary["chance"])))
-    names = charts.legend([f"{n + 1} {variant['what']}" for n, variant in enumerate(variants)])
-    return f'<div style="flex-basis:100%">{names}</div>{"".join(parts)}'
+        curves = {}
+        for name, start in (("CoMemo", "comemo"), ("no memory", "plain")):
+            points = [v for n, v in variants.items() if n.partition("_")[0] == start]
+            curves[name] = sorted((v["cost"][key] / unit, 100 * v["accuracy"]["single_image"]) for v in points)
+        parts.append(half(label.capitalize(), charts.line_chart(curves, {}, "right answers, one image, %", label)))
+    return f'<div class="row">{"".join(parts)}</div>'
 
 
 def _how(summary: Mapping[str, Any]) -> str:
     return made(
         summary,
-        "The base model (stages read and mix) stands for the public vision tower and language model that CoMemo starts "
-        "from; it is handed over in the Hugging Face layout, without memory blocks. The stages pretrain, "
-        "pretrain_phase2 and finetune are those of the paper (CoMemo, arXiv 2506.06279), far shorter. Optimizer: Muon "
-        "on matrices, AdamW on the rest.",
+        "The base model (stages read and mix) stands for the public vision tower and language model that CoMemo "
+        "(arXiv 2506.06279) starts from; it is handed over in the Hugging Face layout, without memory blocks. CoMemo "
+        "is trained in one short stage, where the paper has three; its blocks start from the attention that they stand "
+        "before. Optimizer: Muon on matrices, AdamW on the rest.",
     )

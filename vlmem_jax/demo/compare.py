@@ -1,52 +1,72 @@
-"""The same budget spent in other ways: without memory, with other positions, and with the memory switched off."""
+"""What a memory adds at several budgets of context, and beside it what else could have made the difference."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmem_jax.demo.config import comemo_experiment, mix_experiment, plain_experiment
+from vlmem_jax.demo.config import BUDGET, MEMORY, comemo_experiment, plain_experiment
 from vlmem_jax.demo.job import Demo, Trained
 from vlmem_jax.generate import LoadedModel
 
-OTHER_POSITIONS = {
-    "code_ids": ("RoPE-DHR, id map of the released code", {"dhr_map": "code"}),
-    "dhr_off": ("without RoPE-DHR", {"rope_dhr": False}),
+BUDGETS = {BUDGET: "the thumbnail", "pooled:2": "means of 2 x 2 tokens", "all": "all tiles"}
+"""What of an image stands in the sequence."""
+TRAINED = tuple(BUDGETS)
+"""Those that models are trained at, with memory and without."""
+OTHER_STARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "raster_ids": ("CoMemo, ids without the place in a cell", dict(MEMORY), {"dhr_map": "raster"}),
+    "published": (
+        "CoMemo, blocks from random numbers and closed gates, ids of the released code",
+        {"kind": "comemo"},
+        {"dhr_map": "code"},
+    ),
 }
+"""At the budget of the demo: name -> what it is, keys of the memory and of images."""
 
 
-def compare(demo: Demo, base: Path, comemo: Trained) -> dict[str, dict[str, Any]]:
-    """name -> what it is, the steps it was trained for after the base, and its numbers. Raises Interrupted."""
-    total, full = sum(demo.recipe.comemo.values()), demo.recipe.comemo["finetune"]
+def compare(demo: Demo, base: Path, asked: Mapping[str, Trained]) -> dict[str, dict[str, Any]]:
+    """name -> what it is, its context, the steps it was trained for after the base, and its numbers.
+
+    `base` is the folder to start from, and `asked` has the rows of the demo itself. Raises Interrupted.
+    """
+    steps = demo.recipe.comemo_total
     rows: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, what: str, steps: int, trained: Trained) -> None:
-        rows[name] = {"what": what, "steps": steps, **trained.numbers}
+    def add(name: str, what: str, context: str, trained: Trained, steps: int = steps) -> None:
+        rows[name] = {"what": what, "context": context, "steps": steps, **trained.numbers}
         accuracy = rows[name]["accuracy"]
-        demo.say(f"{what}: one image {accuracy['single_image']:.1%}, several {accuracy['multi_image']:.1%}")
+        several = accuracy["multi_image"]
+        demo.say(f"{what}, {BUDGETS[context]}: one image {accuracy['single_image']:.1%}, several {several:.1%}")
 
-    def train(name: str, config: ConfigDict) -> Path:
+    def train_and_add(name: str, what: str, context: str, config: ConfigDict) -> None:
         config.data.eval = []  # these runs draw no curves
-        return demo.train(f"compare/{name}", config)
+        add(name, what, context, demo.ask(demo.train(f"compare/{name}", config)))
 
-    def train_and_add(name: str, what: str, steps: int, config: ConfigDict) -> None:
-        add(name, what, steps, demo.ask(train(name, config)))
-
-    def plain(steps: int):
-        return plain_experiment(demo.dataset, demo.recipe, base, steps)
-
-    add("comemo", "CoMemo", total, comemo)
-    add("gates_zero", "CoMemo, all gates set to zero", total, demo.ask(without_gates(comemo.model)))
-    train_and_add("plain_equal_steps", "no memory, as many steps", total, plain(total))
-    train_and_add("plain_equal_full_steps", "no memory, as many steps of all parameters", full, plain(full))
-    add("base", "the base alone", 0, demo.ask(demo.workdir / "base"))
-    read = demo.workdir / "base" / "read"
-    for name, (what, image) in OTHER_POSITIONS.items():
-        mixed = train(f"{name}_base", mix_experiment(demo.dataset, demo.recipe, read, **image))
-        config = comemo_experiment(demo.dataset, demo.recipe, demo.hand_over(mixed), **image)
-        train_and_add(name, f"CoMemo, {what}", total, config)
+    add("base", "the base", "all", asked["base"], 0)
+    add("base_at_budget", "the base", BUDGET, asked["base_at_budget"], 0)
+    add("base_pooled", "the base", "pooled:2", demo.ask(demo.workdir / "base", "pooled:2"), 0)
+    comemo = asked["comemo"]
+    add("comemo", "CoMemo", BUDGET, comemo)
+    add("gates_zero", "CoMemo, all gates set to zero", BUDGET, demo.ask(without_gates(comemo.model)))
+    add(
+        "memory_of_thumbnails",
+        "CoMemo, whose memory has the thumbnails alone",
+        BUDGET,
+        demo.ask(blinkered(comemo.model)),
+    )
+    for context in TRAINED:
+        short = context.partition(":")[0]
+        config = plain_experiment(demo.dataset, demo.recipe, base, context=context)
+        train_and_add(f"plain_{short}", "no memory, as many steps", context, config)
+        if context != BUDGET:
+            config = comemo_experiment(demo.dataset, demo.recipe, base, context=context)
+            train_and_add(f"comemo_{short}", "CoMemo", context, config)
+    for name, (what, memory, image) in OTHER_STARTS.items():
+        config = comemo_experiment(demo.dataset, demo.recipe, base, memory=memory, **image)
+        train_and_add(name, what, BUDGET, config)
     return rows
 
 
@@ -56,3 +76,15 @@ def without_gates(model: LoadedModel) -> LoadedModel:
     for gate in ("attn_gate", "mlp_gate"):
         blocks[gate] = jnp.zeros_like(blocks[gate])
     return dataclasses.replace(model, params={**model.params, "memory": {"blocks": blocks}})
+
+
+def blinkered(model: LoadedModel) -> LoadedModel:
+    """The same model, which sees no more than stands in its sequence."""
+    processor = model.processor
+    read = type(processor)(
+        processor.tokenizer,
+        dataclasses.replace(processor.image, max_tiles=1),
+        model.vlm.config.vision.geometry,
+        processor.system,
+    )
+    return dataclasses.replace(model, processor=read)

@@ -1,23 +1,32 @@
-"""The demo's experiments: a base model trained from scratch, then CoMemo on top of it in the paper's three stages.
+"""The demo's experiments: a base model trained from scratch, then CoMemo on top of it at a budget of context.
 
-The base stands for what CoMemo starts from, a public vision tower and language model, and is handed over as such: in
-the Hugging Face layout, without memory blocks.
+The base learns with all tiles in its sequence. It stands for what CoMemo starts from, a public vision tower and
+language model, and is handed over as such: in the Hugging Face layout, without memory blocks. CoMemo then reads the
+thumbnails alone in its sequence, and all tiles in its memory.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from vlmem_jax.demo.dataset import DatasetConfig
 
-BASE_STEPS = {"read": 480, "mix": 480}
+BASE_STEPS = {"read": 400, "mix": 600}
 """Learning to read one tile, then all grids and several images."""
-COMEMO_STEPS = {"pretrain": 40, "pretrain_phase2": 30, "finetune": 140}
-"""Projector and memory, the same with gates frozen, everything."""
+COMEMO_STEPS = {"finetune": 600}
+"""Everything, with memory blocks that start from the base's own attention."""
+BUDGET = "thumbnail"
+"""What of an image stands in CoMemo's sequence."""
+MEMORY = {"kind": "comemo", "start": "attention", "gate": 1.0}
 ROWS, FEW_ROWS = 16, 8
+AT_ONCE = 4
+"""Rows that a device works on at a time: of so few tokens, more than one make better use of it."""
+MOST_TILES = 5
+"""Of the images of a conversation: 2x2 and the thumbnail."""
 TRIAL = 0.02
 """Below it, a demo shows that it runs, and no more: a step is small, too."""
 
@@ -46,6 +55,7 @@ class Recipe:
             sizes,
             reading_lines=times(sizes.reading_lines, 64),
             mixture_lines=times(sizes.mixture_lines, 64),
+            budget_lines=times(sizes.budget_lines, 64),
             tiles=times(sizes.tiles, 16),
             larger=times(sizes.larger, 16),
             heldout_lines=min(sizes.heldout_lines, times(sizes.heldout_lines, 16)),
@@ -59,54 +69,48 @@ class Recipe:
         return sum(self.comemo.values())
 
 
-def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
+def base_experiment(dataset: Path, recipe: Recipe, seed: int = 0) -> ConfigDict:
     """Without memory: `read` one tile, then a `mix` of everything."""
-    reading = _data(dataset, "reading", 1, recipe.rows)
+    reading = _data(dataset, "reading", recipe.rows)
     read = stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=reading)
-    return _experiment(dataset, recipe, "none", [read, _mix(recipe)], seed=0)
+    mix = stage("mix", recipe.base["mix"], 4e-3)
+    return _experiment(dataset, recipe, None, [read, mix], seed=seed)
 
 
-def mix_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
-    """The second stage of the base alone, from the end of the first, with other keys of `image`."""
-    return _experiment(dataset, recipe, "none", [_mix(recipe)], seed=0, init=init, **image)
+def comemo_experiment(
+    dataset: Path, recipe: Recipe, init: Path, seed: int = 1, memory: Mapping[str, Any] = MEMORY, **image: Any
+) -> ConfigDict:
+    """CoMemo on a base, in as many steps as `plain_experiment`; other keys of `image` than the demo's."""
+    return _experiment(dataset, recipe, dict(memory), [_finetune(recipe)], seed, init, **{"context": BUDGET, **image})
 
 
-def comemo_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
-    """The three stages of CoMemo (sec. 4) on a base."""
-    new = {"trainable": ["projector/", "memory/"], "schedule": "constant"}
-    steps = recipe.comemo
-    stages = [
-        stage("pretrain", steps["pretrain"], 3e-3, **new),
-        stage("pretrain_phase2", steps["pretrain_phase2"], 3e-3, **new, frozen=["memory/blocks/(attn|mlp)_gate"]),
-        stage("finetune", steps["finetune"], 3e-3),
-    ]
-    return _experiment(dataset, recipe, "comemo", stages, seed=1, init=init, **image)
-
-
-def plain_experiment(dataset: Path, recipe: Recipe, init: Path, steps: int) -> ConfigDict:
+def plain_experiment(dataset: Path, recipe: Recipe, init: Path, seed: int = 1, **image: Any) -> ConfigDict:
     """The control: all of the base trained on, without memory."""
-    return _experiment(dataset, recipe, "none", [stage("finetune", steps, 3e-3)], seed=1, init=init)
+    return _experiment(dataset, recipe, None, [_finetune(recipe)], seed, init, **{"context": BUDGET, **image})
 
 
-def _mix(recipe: Recipe) -> dict[str, Any]:
-    return stage("mix", recipe.base["mix"], 4e-3)
+def _finetune(recipe: Recipe) -> dict[str, Any]:
+    return stage("finetune", recipe.comemo["finetune"], 4e-3)
 
 
 def _experiment(
     dataset: Path,
     recipe: Recipe,
-    memory: str,
+    memory: dict[str, Any] | None,
     stages: Sequence[dict[str, Any]],
     seed: int,
     init: Path | None = None,
+    context: str = "all",
     **image: Any,
 ) -> ConfigDict:
+    source = "budget" if context == BUDGET else "mixture"
+    stages = [{"accumulation": max(ROWS // (AT_ONCE * jax.device_count()), 1), **one} for one in stages]
     return ConfigDict(
         common(dataset, stages, seed, init)
         | {
             "model": {"preset": "digits", "memory": memory},
-            "image": {"dhr_map": "raster", **image},
-            "data": _data(dataset, "mixture", 5, recipe.rows),
+            "image": {"dhr_map": "fine", "context": context, **image},
+            "data": _data(dataset, source, recipe.rows),
             "eval_every": 100,
         }
     )
@@ -133,10 +137,12 @@ def stage(name: str, steps: int, learning_rate: float, **more: Any) -> dict[str,
     return {"name": name, "steps": steps, "learning_rate": learning_rate, **schedule, **more}
 
 
-def _data(dataset: Path, source: str, tiles: int, rows: int) -> dict[str, Any]:
-    longest = DatasetConfig.reading_tokens if source == "reading" else DatasetConfig.mixture_tokens
-    heldout = [{"path": str(dataset / "heldout.jsonl")}] if source == "mixture" else []
-    return conversations(dataset, source, longest, tiles, rows) | {"eval": heldout}
+def _data(dataset: Path, source: str, rows: int) -> dict[str, Any]:
+    """Of SOURCE.jsonl, each conversation a row. The evaluation loss is that of held-out conversations of the kind."""
+    tokens = {name: getattr(DatasetConfig, f"{name}_tokens") for name in ("reading", "mixture", "budget")}
+    heldout = {"mixture": "heldout", "budget": "heldout_budget"}.get(source)
+    data = conversations(dataset, source, tokens[source], 1 if source == "reading" else MOST_TILES, rows)
+    return data | {"eval": [{"path": str(dataset / f"{heldout}.jsonl")}] if heldout else []}
 
 
 def conversations(dataset: Path, source: str, tokens: int, tiles: int, rows: int) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 FOLDER/images/train/*.png, images/heldout/*.png
 FOLDER/reading.jsonl      one tile, to learn to read: transcriptions, rows, columns, cells
 FOLDER/mixture.jsonl      all grids, one to four images
+FOLDER/budget.jsonl       the same, in rows that hold the thumbnails alone, so that there is room for more questions
 FOLDER/heldout.jsonl      as mixture, of digits that training never sees: the evaluation loss
+FOLDER/heldout_budget.jsonl
 FOLDER/questions.jsonl    a question a line about one cell, of the same held-out digits: the accuracy
 FOLDER/tokenizer/
 """
@@ -18,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from vlmem_jax import positions
-from vlmem_jax.demo.mosaics import CELLS, Digits, Mosaic, draw_mosaic, load_digits
+from vlmem_jax.demo.mosaics import Digits, Mosaic, draw_mosaic, load_digits
 from vlmem_jax.demo.questions import Kind, ask, conversation, fill
 from vlmem_jax.demo.tokenizer import write_tokenizer
 
+SIDE = 3
+"""Digits, and visual tokens, along a side of a tile."""
 Grid = tuple[int, int]
 """(columns, rows) of tiles."""
 GRIDS: tuple[Grid, ...] = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -47,16 +51,19 @@ NAME_TOKENS = 3
 class DatasetConfig:
     """Sizes of the dataset."""
 
-    reading_lines: int = 6000
-    mixture_lines: int = 6400
+    reading_lines: int = 6400
+    mixture_lines: int = 9600
+    budget_lines: int = 9600
     tiles: int = 2400
     """Training images of one tile."""
     larger: int = 800
     """Training images of each larger grid."""
     reading_tokens: int = 112
     """Longest conversation in reading.jsonl, tokens."""
-    mixture_tokens: int = 192
+    mixture_tokens: int = 144
     """Longest conversation in mixture.jsonl, tokens."""
+    budget_tokens: int = 112
+    """Longest conversation in budget.jsonl, tokens."""
     heldout_lines: int = 96
     questions_each: int = 150
     """Held-out questions to each kind of single image, and to each number of images."""
@@ -97,14 +104,19 @@ def write_dataset(folder: pathlib.Path, config: DatasetConfig) -> None:
     rng = np.random.default_rng(config.seed)
     write_tokenizer(folder / "tokenizer")
     counts = {grid: config.tiles if grid == (1, 1) else config.larger for grid in GRIDS}
-    album = Album(folder, "train", train, counts, rng)
+    album = Album(folder, "train", train, counts, rng, SIDE)
     lines = (reading(rng, album, config.reading_tokens) for _ in range(config.reading_lines))
     write_lines(folder / "reading.jsonl", lines)
-    mixture = (_mixed(rng, album, config.mixture_tokens) for _ in range(config.mixture_lines))
-    write_lines(folder / "mixture.jsonl", mixture)
-    album = Album(folder, "heldout", heldout, dict.fromkeys(GRIDS, 2 * config.questions_each), rng)
-    unseen = (_mixed(rng, album, config.mixture_tokens) for _ in range(config.heldout_lines))
-    write_lines(folder / "heldout.jsonl", unseen)
+
+    def write(name: str, album: Album, lines: int, tokens: int, thumbnails: bool = False) -> None:
+        mixed = (_mixed(rng, album, tokens, thumbnails) for _ in range(lines))
+        write_lines(folder / f"{name}.jsonl", mixed)
+
+    write("mixture", album, config.mixture_lines, config.mixture_tokens)
+    write("budget", album, config.budget_lines, config.budget_tokens, thumbnails=True)
+    album = Album(folder, "heldout", heldout, dict.fromkeys(GRIDS, 2 * config.questions_each), rng, SIDE)
+    write("heldout", album, config.heldout_lines, config.mixture_tokens)
+    write("heldout_budget", album, config.heldout_lines, config.budget_tokens, thumbnails=True)
     asked = (_ask(rng, album, *group, config.questions_each) for group in GROUPS)
     write_lines(folder / "questions.jsonl", itertools.chain.from_iterable(asked))
 
@@ -119,14 +131,21 @@ class Album:
     """Pictures of one pool of digits, on disk and in memory."""
 
     def __init__(
-        self, folder: pathlib.Path, name: str, pool: Digits, counts: dict[Grid, int], rng: np.random.Generator
+        self,
+        folder: pathlib.Path,
+        name: str,
+        pool: Digits,
+        counts: dict[Grid, int],
+        rng: np.random.Generator,
+        side: int,
     ):
+        """`counts`: pictures by grid; `side`: digits along a side of a tile."""
         (folder / "images" / name).mkdir(parents=True, exist_ok=True)
         self._pictures: dict[Grid, list[tuple[str, Mosaic]]] = {}
         for grid, count in counts.items():
             self._pictures[grid] = []
             for n in range(count):
-                mosaic, path = draw_mosaic(rng, pool, grid), f"images/{name}/{grid_name(grid)}_{n:05}.png"
+                mosaic, path = draw_mosaic(rng, pool, grid, side), f"images/{name}/{grid_name(grid)}_{n:05}.png"
                 mosaic.image.save(folder / path, compress_level=1)
                 self._pictures[grid].append((path, mosaic))
 
@@ -142,16 +161,25 @@ def reading(rng: np.random.Generator, album: Album, tokens: int) -> dict[str, An
     return _line(rng, *album.pick(rng, (1, 1), 1), ("all", "row", "column", "cell"), tokens)
 
 
-def _mixed(rng: np.random.Generator, album: Album, tokens: int) -> dict[str, Any]:
+def _mixed(rng: np.random.Generator, album: Album, tokens: int, thumbnails: bool) -> dict[str, Any]:
     (images, grid) = MIXTURE[int(rng.integers(len(MIXTURE)))]
-    return _line(rng, *album.pick(rng, grid, images), ("row", "column", "cell", "cell"), tokens)
+    return _line(rng, *album.pick(rng, grid, images), ("row", "column", "cell", "cell"), tokens, thumbnails)
 
 
 def _line(
-    rng: np.random.Generator, paths: list[str], mosaics: list[Mosaic], kinds: Sequence[Kind], tokens: int
+    rng: np.random.Generator,
+    paths: list[str],
+    mosaics: list[Mosaic],
+    kinds: Sequence[Kind],
+    tokens: int,
+    thumbnails: bool = False,
 ) -> dict[str, Any]:
-    """A line of JSONL that asks these kinds of questions until it is `tokens` long."""
-    seen = sum(NAME_TOKENS + CELLS**2 * positions.tile_count(*mosaic.grid) for mosaic in mosaics)
+    """A line of JSONL that asks these kinds of questions until it is `tokens` long, tiles or `thumbnails` alone among
+    them."""
+    seen = 0
+    for mosaic in mosaics:
+        tiles = 1 if thumbnails else positions.tile_count(*mosaic.grid)
+        seen += NAME_TOKENS + tiles * mosaic.side**2
     questions = fill(rng, mosaics, kinds, tokens - OPENING_TOKENS - seen)
     return {"image": paths, "conversations": conversation(len(paths), questions)}
 

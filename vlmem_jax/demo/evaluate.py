@@ -1,16 +1,21 @@
 """Accuracy on held-out questions, through the framework's own generation."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from vlmem_jax.demo.dataset import GRIDS, UNTRAINED, Asked, grid_name
 from vlmem_jax.demo.questions import opening
 from vlmem_jax.generate import LoadedModel, SamplingConfig
+from vlmem_jax.models.flops import prefill_flops
 from vlmem_jax.processing.images import open_image
-from vlmem_jax.types import Sample
+from vlmem_jax.types import Batch, Sample
 
 CHANCE = 0.1
 """Of guessing one of ten digits."""
@@ -46,6 +51,22 @@ def ask_all(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> li
     """Answers to held-out questions."""
     texts = answer(model, [prompt(model, dataset, asked) for asked in questions])
     return [Answered(asked, text) for asked, text in zip(questions, texts, strict=True)]
+
+
+def cost(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> dict[str, float]:
+    """What reading a question about one image takes, mean over the grids: visual `tokens` in its sequence, `flops`, and
+    `kv_bytes` that are kept while it is answered, those of the memory among them."""
+    found = []
+    for grid in GRIDS:
+        asked = next(one for one in questions if len(one.images) == 1 and one.grid == grid)
+        sample = prompt(model, dataset, asked)
+        length, tiles = len(sample.tokens_T), len(sample.pixels_ISSc)
+        batch = Batch.empty((1,), length, tiles, model.processor.tile)
+        _, state = jax.eval_shape(functools.partial(model.vlm.prefill, capacity=length), model.params, batch)
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.cache, state.memory)))
+        flops = prefill_flops(model.vlm.config, 1, length, tiles)
+        found.append((int((sample.visual_index_T >= 0).sum()), flops, kept))
+    return dict(zip(("tokens", "flops", "kv_bytes"), np.mean(found, axis=0).tolist(), strict=True))
 
 
 def tally(answered: Sequence[Answered]) -> dict[str, Any]:

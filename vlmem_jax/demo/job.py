@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from vlmem_jax import rl
 from vlmem_jax.config import to_dict
 from vlmem_jax.demo.config import Recipe, base_experiment, comemo_experiment
-from vlmem_jax.demo.dataset import read_questions
-from vlmem_jax.demo.evaluate import Answered, accuracies, answer, ask_all, tally
+from vlmem_jax.demo.dataset import SIDE, read_questions
+from vlmem_jax.demo.evaluate import Answered, accuracies, answer, ask_all, cost, tally
 from vlmem_jax.demo.mosaics import draw_mosaic, load_digits
 from vlmem_jax.demo.questions import ask, opening
 from vlmem_jax.generate import LoadedModel, load_model
@@ -42,6 +42,8 @@ class Trained:
 
     model: LoadedModel
     answered: list[Answered]
+    cost: dict[str, float]
+    """See `evaluate.cost`."""
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class Trained:
         return {
             "accuracy": accuracies(tallies),
             "questions": tallies,
+            "cost": self.cost,
             "gates": {name: float(value) for name, value in gates.items()},
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.model.params)),
         }
@@ -121,19 +124,20 @@ class Demo(Workdir):
         return self.hand_over(self.train("base", base_experiment(self.dataset, self.recipe)))
 
     def comemo(self, base: Path) -> Path:
-        """Trains CoMemo on a base, in the paper's three stages."""
+        """Trains CoMemo on a base, at the budget of context."""
         return self.train("comemo", comemo_experiment(self.dataset, self.recipe, init=base))
 
-    def ask(self, trained: Path | LoadedModel) -> Trained:
-        """Asks all held-out questions."""
+    def ask(self, trained: Path | LoadedModel, context: str | None = None) -> Trained:
+        """Asks all held-out questions, with another context than the one trained with if one is given."""
         with self.timed("questions"):
-            model = trained if isinstance(trained, LoadedModel) else load_model(trained)
-            return Trained(model, ask_all(model, self.dataset, read_questions(self.dataset)))
+            model = trained if isinstance(trained, LoadedModel) else load_model(trained, context=context)
+            questions = read_questions(self.dataset)
+            return Trained(model, ask_all(model, self.dataset, questions), cost(model, self.dataset, questions))
 
     def question(self, model: LoadedModel) -> dict[str, str]:
         """Asks about a new picture, saved as question.png."""
         rng = np.random.default_rng(self.recipe.dataset.seed + 1)
-        mosaic = draw_mosaic(rng, load_digits()[1], (2, 2))
+        mosaic = draw_mosaic(rng, load_digits()[1], (2, 2), SIDE)
         row, column = (int(rng.integers(size)) for size in mosaic.digits_RC.shape)
         asked = ask("cell", 0, mosaic.digits_RC, row, column)
         path = self.workdir / "question.png"

@@ -8,10 +8,6 @@ from PIL import Image
 
 CELL = 8
 """Side of a digit, pixels: the native size of scikit-learn's digits, one visual token of the demo's model."""
-CELLS = 4
-"""Digits along a side of a tile."""
-TILE = CELL * CELLS
-"""Side of a tile, pixels."""
 TRAIN_DIGITS = 1400
 """Handwritten digits that training images are made of; the rest, 397, is held out."""
 
@@ -26,16 +22,17 @@ class Digits:
 
 @dataclasses.dataclass(frozen=True)
 class Mosaic:
-    """A picture of `cols` x `rows` tiles and the digit in each of its cells, top left first."""
+    """A picture of tiles and the digit in each of its cells, top left first."""
 
     image: Image.Image
     digits_RC: Int[np.ndarray, "R C"]
+    grid: tuple[int, int]
+    """(columns, rows) of tiles."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(columns, rows) of tiles."""
-        rows, cols = self.digits_RC.shape
-        return cols // CELLS, rows // CELLS
+    def side(self) -> int:
+        """Digits along a side of a tile."""
+        return self.digits_RC.shape[0] // self.grid[1]
 
 
 def load_digits() -> tuple[Digits, Digits]:
@@ -50,10 +47,13 @@ def load_digits() -> tuple[Digits, Digits]:
     return Digits(images[:cut], labels[:cut]), Digits(images[cut:], labels[cut:])
 
 
-def draw_mosaic(rng: np.random.Generator, pool: Digits, grid: tuple[int, int]) -> Mosaic:
-    """A mosaic of `grid` = (columns, rows) tiles; every digit is drawn anew, shifted by up to a pixel and re-inked."""
+def draw_mosaic(rng: np.random.Generator, pool: Digits, grid: tuple[int, int], side: int) -> Mosaic:
+    """A mosaic of `grid` = (columns, rows) tiles with `side` digits along each side.
+
+    Every digit is drawn anew, shifted by up to a pixel and re-inked.
+    """
     cols, rows = grid
-    shape = (rows * CELLS, cols * CELLS)
+    shape = (rows * side, cols * side)
     chosen = rng.integers(len(pool.labels_N), size=shape)
     cells = np.pad(pool.images_NSS[chosen].astype(np.float32), ((0, 0), (0, 0), (1, 1), (1, 1)))
     down, right = rng.integers(0, 3, (2, *shape, 1, 1))
@@ -62,4 +62,4 @@ def draw_mosaic(rng: np.random.Generator, pool: Digits, grid: tuple[int, int]) -
     shifted = cells[r[..., None, None], c[..., None, None], index[:, None] + down, index + right]
     inked = shifted * rng.uniform(0.7, 1.1, (*shape, 1, 1))
     pixels = np.minimum(inked, 255).swapaxes(1, 2).reshape(shape[0] * CELL, shape[1] * CELL)
-    return Mosaic(Image.fromarray(pixels.astype(np.uint8)), pool.labels_N[chosen])
+    return Mosaic(Image.fromarray(pixels.astype(np.uint8)), pool.labels_N[chosen], grid)

@@ -1,4 +1,8 @@
-"""The main job: make the dataset, train the base and then CoMemo, ask held-out questions, write the report."""
+"""The main job: make the dataset, train the base and then CoMemo, ask held-out questions, write the report.
+
+What it shows is what a memory adds where the context holds a few tokens of each image: the base with all of them, the
+same base with those few, and CoMemo with those few, whose memory has all.
+"""
 
 import json
 import time
@@ -7,8 +11,9 @@ from typing import Any
 
 from vlmem_jax.config import to_dict
 from vlmem_jax.demo import comemo_report, pictures
+from vlmem_jax.demo.comemo_report import SHOWN
 from vlmem_jax.demo.compare import compare
-from vlmem_jax.demo.config import Recipe
+from vlmem_jax.demo.config import BUDGET, Recipe
 from vlmem_jax.demo.dataset import write_dataset
 from vlmem_jax.demo.evaluate import CHANCE
 from vlmem_jax.demo.job import Demo, Say
@@ -23,14 +28,17 @@ def run_demo(workdir: Path, recipe: Recipe, comparing: bool = False, say: Say = 
     demo.make_dataset(recipe.dataset, write_dataset)
     say("2/5 Training a base without memory; it stands for a public vision tower and language model")
     base = demo.base()
-    say("3/5 Training CoMemo on it, in the paper's three stages")
+    say(f"3/5 Training CoMemo on it: of an image, the {BUDGET} alone stands in the sequence, and its memory has all")
     folder = demo.comemo(base)
     say("4/5 Asking about digits that training has never seen")
-    comemo = demo.ask(folder)
+    comemo, whole = demo.ask(folder), demo.ask(demo.workdir / "base")
+    cut = demo.ask(demo.workdir / "base", BUDGET)
     train, heldout = load_digits()
     steps = {**recipe.base, **recipe.comemo}
     summary = {
-        "comemo": comemo.numbers,
+        "comemo": comemo.numbers | {"context": BUDGET},
+        "base": whole.numbers | {"context": "all"},
+        "base_at_budget": cut.numbers | {"context": BUDGET},
         "question": demo.question(comemo.model),
         "chance": CHANCE,
         "dataset": {
@@ -41,7 +49,8 @@ def run_demo(workdir: Path, recipe: Recipe, comparing: bool = False, say: Say = 
         "steps": {**steps, "total": sum(steps.values())},
     }
     if comparing:
-        summary["compare"] = compare(demo, base, comemo)
+        rows = {"base": whole, "base_at_budget": cut, "comemo": comemo}
+        summary["compare"] = compare(demo, base, rows)
     say("5/5 Writing the report")
     curves, marks = pictures.curves([demo.workdir / "base", folder])
     summary["comemo"]["loss"] = {name: curve[-1][1] for name, curve in curves["loss"].items() if curve}
@@ -55,13 +64,21 @@ def run_demo(workdir: Path, recipe: Recipe, comparing: bool = False, say: Say = 
 
 def closing_words(summary: dict[str, Any], workdir: Path) -> str:
     """What to say at the end."""
-    accuracy, question = summary["comemo"]["accuracy"], summary["question"]
+    question, wide = summary["question"], max(map(len, SHOWN.values()))
+    lines = []
+    for name, what in SHOWN.items():
+        accuracy, tokens = summary[name]["accuracy"], summary[name]["cost"]["tokens"]
+        one, several = accuracy["single_image"], accuracy["multi_image"]
+        lines.append(f"  {what.ljust(wide)}  {tokens:>6.1f}  {one:>9.1%}  {several:>8.1%}")
+    added = summary["comemo"]["accuracy"]["single_image"] - summary["base_at_budget"]["accuracy"]["single_image"]
+    grids = ", ".join(f"{name} {share:.1%}" for name, share in summary["comemo"]["accuracy"]["by_grid"].items())
     return "\n".join(
         [
             "",
             f"Right answers to held-out questions, chance {summary['chance']:.0%}:",
-            f"  one image        {accuracy['single_image']:.1%}   by grid: {_shares(accuracy['by_grid'])}",
-            f"  2 to 4 images    {accuracy['multi_image']:.1%}   by place: {_shares(accuracy['by_position'])}",
+            f"  {''.ljust(wide)}  tokens  one image   several",
+            *lines,
+            f"In as few tokens of context, the memory adds {100 * added:.1f} points; by grid: {grids}.",
             "",
             f"A new picture, {workdir / question['image']}: {question['question']}",
             f"  answered {question['answer']}, and it is {question['expected']}. Ask it another:",
@@ -72,7 +89,3 @@ def closing_words(summary: dict[str, Any], workdir: Path) -> str:
             f"every number: {workdir / 'summary.json'}",
         ]
     )
-
-
-def _shares(groups: dict[str, float]) -> str:
-    return ", ".join(f"{name} {share:.1%}" for name, share in groups.items())

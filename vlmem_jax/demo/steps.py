@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlmem_jax.demo.dataset import Album, reading, write_lines
-from vlmem_jax.demo.mosaics import CELLS, load_digits
+from vlmem_jax.demo.mosaics import load_digits
 from vlmem_jax.demo.questions import TURN_TOKENS, Question, conversation, opening
 from vlmem_jax.demo.tokenizer import words, write_tokenizer
 
@@ -27,6 +27,8 @@ Kind = Literal["sum", "largest"]
 KINDS: tuple[Kind, ...] = ("sum", "largest")
 TILE = (1, 1)
 """The grid of every picture."""
+CELLS = 4
+"""Digits along a side of every picture."""
 END, MEMORY = ".", ("<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>")
 """What ends the last step, and the tokens that call for a memory and end it, short and long (VisMem sec. 3)."""
 PAUSE = "um"
@@ -93,13 +95,13 @@ def write_steps(folder: pathlib.Path, config: StepsConfig) -> None:
     train, heldout = load_digits()
     rng = np.random.default_rng(config.seed)
     write_tokenizer(folder / "tokenizer", KEPT)
-    album = Album(folder, "train", train, {TILE: config.pictures}, rng)
+    album = Album(folder, "train", train, {TILE: config.pictures}, rng, CELLS)
     lines = (reading(rng, album, config.tokens) for _ in range(config.reading_lines))
     write_lines(folder / "reading.jsonl", lines)
     write_lines(folder / "steps.jsonl", (_steps(rng, album, config.tokens) for _ in range(config.steps_lines)))
     write_lines(folder / "worked.jsonl", (_worked(_prompt(rng, album)) for _ in range(config.prompts)))
     write_lines(folder / "prompts.jsonl", (_prompt(rng, album) for _ in range(config.prompts)))
-    album = Album(folder, "heldout", heldout, {TILE: config.heldout}, rng)
+    album = Album(folder, "heldout", heldout, {TILE: config.heldout}, rng, CELLS)
     write_lines(folder / "heldout.jsonl", (_prompt(rng, album) for _ in range(config.heldout)))
 
 

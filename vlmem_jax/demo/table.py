@@ -24,12 +24,12 @@ class Demo(NamedTuple):
 
 DEMOS = {
     "comemo": Demo(
-        "many images and high resolution",
+        "many images and high resolution, at a small budget of context",
         run.run_demo,
         run.closing_words,
         Recipe,
         "runs/demo",
-        "also train without memory and with other positions, in as many steps",
+        "also train with and without memory at three budgets of context, and from other starts, in as many steps",
     ),
     "vismem": Demo(
         "answers in several steps, learned from examples and then by reward",

@@ -46,11 +46,13 @@ class Lines:
 
 def settings(model: LoadedModel, config: EvalConfig, prompts: Prompts) -> dict[str, Any]:
     """All that answers and scores depend on, by name."""
+    context = model.processor.image.context
     groups = {"sampling": to_dict(config.sampling), "invocation": to_dict(config.invocation)}
     return {
         **{f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()},
         "metric": config.metric,
         "rope_dhr": config.rope_dhr,
+        **({} if context == "all" else {"context": context}),
         **{f"content of {lines.path}": lines.digest for lines in prompts.files},
         **{f"root of {source.path}": source.root for source in config.data if source.root},
         "parameters of the checkpoint": digest(model.params),

@@ -40,14 +40,14 @@ SIZES: dict[str, dict[str, Any]] = {
         memory="comemo",
         memories=dict(comemo=dict(every=4, heads=16, head_dim=128, mlp_width=16384)),
     ),
-    # reads mosaics of handwritten digits: 16 visual tokens a tile of 32 px
+    # reads mosaics of handwritten digits: 9 visual tokens a tile of 24 px. So few positions want a small base of angles
     "digits": dict(
-        vision=dict(width=64, layers=2, heads=2, mlp_width=192, image_size=32, patch_size=4),
+        vision=dict(width=64, layers=2, heads=2, mlp_width=192, image_size=24, patch_size=4),
         decoder=dict(
-            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=1e4,
+            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=500.0,
         ),
         memory="comemo",
-        memories=dict(comemo=dict(every=2, heads=3, head_dim=32, mlp_width=192, rope_theta=1e4)),
+        memories=dict(comemo=dict(every=2, heads=3, head_dim=32, mlp_width=192, rope_theta=500.0)),
         compute_dtype="float32",
     ),
     # as small as it can be with every part in place

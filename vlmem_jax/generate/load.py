@@ -58,19 +58,21 @@ def load_model(
     mesh: MeshConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
     adapter: str | None = None,
+    context: str | None = None,
 ) -> LoadedModel:
     """The newest checkpoint at `path`, its parameters as `VLM.held`, sharded over `devices` (default: all).
 
     `mesh`: None for that of `serving_mesh`; `adapter`: the one to answer through, or none (default: the first that the
-    model has). Raises ValueError if there is no checkpoint, if it does not fit its own
-    config, or the model cannot be split so.
+    model has); `context`: which visual tokens stand in the sequence (default: as trained). Raises ValueError if there
+    is no checkpoint, if it does not fit its own config, or the model cannot be split so.
     """
     checkpoint = folder.find(path)
     described = checkpoint.model
     model = resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model")
     vlm = VLM(model, 0 if adapter is None else model.adapter_number(adapter))
     family = of_model(vlm.config)
-    image = build(family.image, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
+    images = described["image"] | ({} if context is None else {"context": context})
+    image = build(family.image, images, f"{checkpoint.root}/{folder.MODEL_FILE}: image")
     tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
     processor = make_processor(tokenizer, image, geometry, described["system"], family.template, vlm.reads_beyond)
     devices = jax.devices() if devices is None else devices
