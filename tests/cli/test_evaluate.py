@@ -32,9 +32,10 @@ def test_a_table_is_printed_and_the_same_command_goes_on(checkpoint, tmp_path, c
     assert run(checkpoint, tmp_path, *flags, "--without-memory") == 0
     captured = capsys.readouterr()
     assert captured.out == table and "samples.jsonl: 5 of 5 prompts are there" in captured.err
-    assert run(checkpoint, tmp_path, "--metric", "substr") == 2
+    assert run(checkpoint, tmp_path, "--metric", "substr", "--context", "pooled:2") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "invocation.max_invocations was 1, now None; invocation.disabled was ['long'], now []" in error
+    assert "context was None, now pooled:2" in error
 
 
 def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
@@ -57,6 +58,8 @@ def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
         (["--invocation-probability", "0.5"], "is for --invocation delimiter_random, got it with learned"),
         (["--invocation", "delimiter_random", "--invocation-probability", "2"], "probability must be a probability"),
         (["--rope-dhr", "off", "--on-bad-sample", "raise"], "rope_dhr is for images cut into tiles"),
+        (["--context", "thumbnail"], "context must be all, pooled:k or stride:n where images are not cut into tiles"),
+        (["--context", "less"], "context must be all, thumbnail, pooled:k or stride:n"),
     ],
 )
 def test_bad_input_is_one_plain_line(checkpoint, tmp_path, capsys, arguments, message):

@@ -35,3 +35,11 @@ def test_other_experiments_fit_eight_devices(tmp_path):
     ):
         made = experiment(made)
         made.check_mesh(make_mesh(made.mesh))
+
+
+def test_a_seed_reaches_every_experiment(tmp_path):
+    recipe, other = config.Recipe.scaled(0.01, seed=3), vismem.VisMemRecipe.scaled(0.01, seed=3)
+    made = config.base_experiment(tmp_path, recipe), config.comemo_experiment(tmp_path, recipe, tmp_path)
+    assert {one.seed for one in (*made, vismem.base_experiment(tmp_path, other))} == {3}
+    seeds = {vismem.vismem_experiment(tmp_path, recipe, tmp_path).seed for recipe in (other, VISMEM)}
+    assert len(seeds) == 2

@@ -65,6 +65,16 @@ def test_a_released_config_is_the_preset_of_its_size():
     assert found.image == ImageConfig(max_tiles=12)
 
 
+def test_settings_of_images_that_the_file_has_no_key_for_come_back():
+    model = families.resolve({"preset": "tiny"})
+    plain, own = ImageConfig(max_tiles=4), ImageConfig(max_tiles=4, context="thumbnail", dhr_map="fine", rope_dhr=False)
+    assert "vlmem_image" not in write_config(model, plain, "float32")
+    for image in (plain, own):
+        assert read_config(write_config(model, image, "float32"), {}).image == image
+    with pytest.raises(ValueError, match="context must be all, thumbnail, pooled:k or stride:n"):
+        read_config(write_config(model, own, "float32") | {"vlmem_image": {"context": "none"}}, {})
+
+
 def test_the_golden_config_is_read_whole(released_config):
     found = read_config(released_config, {}).model
     assert (found.memory.kind, found.memory.every, found.memory.head_dim, found.memory.mlp_width) == (

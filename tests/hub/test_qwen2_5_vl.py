@@ -244,7 +244,7 @@ def test_newer_files():
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_what_is_written_is_read_again(changes):
-    model, image = tiny(changes), PatchConfig(min_pixels=64, max_pixels=4096)
+    model, image = tiny(changes), PatchConfig(min_pixels=64, max_pixels=4096, context="pooled:2", fps=1.0)
     found = read_config(write_config(model, "float32"), {}, write_preprocessor(model, image))
     assert found.model == model and found.image == image
 

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, metavar="X", help="times all steps and pictures, to try things out"
     )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of parameters and of the order of the data (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if jax.config.jax_compilation_cache_dir is None:  # its runs, and those of --compare, share most of their programs
         jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
     try:
-        summary = demo.run(workdir, demo.recipe.scaled(args.steps_scale), args.compare)
+        summary = demo.run(workdir, demo.recipe.scaled(args.steps_scale, args.seed), args.compare)
     except Interrupted:
         return 0
     print(demo.closing_words(summary, workdir))

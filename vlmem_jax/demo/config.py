@@ -40,9 +40,11 @@ class Recipe:
     dataset: DatasetConfig
     rows: int
     """Rows of a step."""
+    seed: int = 0
+    """Another one starts from other parameters, and sees the data in another order."""
 
     @classmethod
-    def scaled(cls, scale: float = 1.0) -> "Recipe":
+    def scaled(cls, scale: float = 1.0, seed: int = 0) -> "Recipe":
         """All steps and pictures times `scale`, to try things out; rows are fewer below TRIAL."""
         if not scale > 0:
             raise ValueError(f"--steps-scale must be positive, got {scale}")
@@ -62,31 +64,31 @@ class Recipe:
             questions_each=min(sizes.questions_each, times(sizes.questions_each, 4)),
         )
         steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, COMEMO_STEPS))
-        return cls(*steps, dataset, rows=FEW_ROWS if scale < TRIAL else ROWS)
+        return cls(*steps, dataset, FEW_ROWS if scale < TRIAL else ROWS, seed)
 
     @property
     def comemo_total(self) -> int:
         return sum(self.comemo.values())
 
 
-def base_experiment(dataset: Path, recipe: Recipe, seed: int = 0) -> ConfigDict:
+def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
     """Without memory: `read` one tile, then a `mix` of everything."""
     reading = _data(dataset, "reading", recipe.rows)
     read = stage("read", recipe.base["read"], 5e-3, final_fraction=0.2, data=reading)
     mix = stage("mix", recipe.base["mix"], 4e-3)
-    return _experiment(dataset, recipe, None, [read, mix], seed=seed)
+    return _experiment(dataset, recipe, None, [read, mix])
 
 
 def comemo_experiment(
-    dataset: Path, recipe: Recipe, init: Path, seed: int = 1, memory: Mapping[str, Any] = MEMORY, **image: Any
+    dataset: Path, recipe: Recipe, init: Path, memory: Mapping[str, Any] = MEMORY, **image: Any
 ) -> ConfigDict:
     """CoMemo on a base, in as many steps as `plain_experiment`; other keys of `image` than the demo's."""
-    return _experiment(dataset, recipe, dict(memory), [_finetune(recipe)], seed, init, **{"context": BUDGET, **image})
+    return _experiment(dataset, recipe, dict(memory), [_finetune(recipe)], init, **{"context": BUDGET, **image})
 
 
-def plain_experiment(dataset: Path, recipe: Recipe, init: Path, seed: int = 1, **image: Any) -> ConfigDict:
+def plain_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
     """The control: all of the base trained on, without memory."""
-    return _experiment(dataset, recipe, None, [_finetune(recipe)], seed, init, **{"context": BUDGET, **image})
+    return _experiment(dataset, recipe, None, [_finetune(recipe)], init, **{"context": BUDGET, **image})
 
 
 def _finetune(recipe: Recipe) -> dict[str, Any]:
@@ -98,7 +100,6 @@ def _experiment(
     recipe: Recipe,
     memory: dict[str, Any] | None,
     stages: Sequence[dict[str, Any]],
-    seed: int,
     init: Path | None = None,
     context: str = "all",
     **image: Any,
@@ -106,7 +107,7 @@ def _experiment(
     source = "budget" if context == BUDGET else "mixture"
     stages = [{"accumulation": max(ROWS // (AT_ONCE * jax.device_count()), 1), **one} for one in stages]
     return ConfigDict(
-        common(dataset, stages, seed, init)
+        common(dataset, stages, recipe.seed, init)
         | {
             "model": {"preset": "digits", "memory": memory},
             "image": {"dhr_map": "fine", "context": context, **image},
@@ -119,7 +120,7 @@ def _experiment(
 def common(dataset: Path, stages: Sequence[dict[str, Any]], seed: int, init: Path | None = None) -> dict[str, Any]:
     """Keys of an experiment of any of the demos; those of model, image and data are missing."""
     return {
-        "seed": seed,  # another one sees the data in another order
+        "seed": seed,
         "tokenizer": str(dataset / "tokenizer"),
         "system": "",
         "optimizer": {"name": "muon", "b2": 0.98, "weight_decay": 0.0, "muon_rms": 0.4},

@@ -65,9 +65,11 @@ class VisMemRecipe:
     dataset: StepsConfig
     prompts: int
     """Prompts of a step of reinforcement, and answers drawn to each; other steps have multiples of it."""
+    seed: int = 0
+    """As in CoMemo's."""
 
     @classmethod
-    def scaled(cls, scale: float = 1.0) -> "VisMemRecipe":
+    def scaled(cls, scale: float = 1.0, seed: int = 0) -> "VisMemRecipe":
         """All steps and pictures times `scale`, to try things out; prompts are fewer below TRIAL.
 
         Raises ValueError if it is not positive.
@@ -88,7 +90,7 @@ class VisMemRecipe:
             heldout=min(sizes.heldout, times(sizes.heldout, 24)),
         )
         steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS))
-        return cls(*steps, dataset, prompts=FEW_PROMPTS if scale < TRIAL else PROMPTS)
+        return cls(*steps, dataset, FEW_PROMPTS if scale < TRIAL else PROMPTS, seed)
 
 
 def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
@@ -99,7 +101,7 @@ def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
         stage("read", steps["read"], 5e-3, final_fraction=0.2, data=reading),
         stage("answer", steps["answer"], 4e-3),
     ]
-    return _experiment(dataset, None, stages, answering, seed=0)
+    return _experiment(dataset, None, stages, answering, seed=recipe.seed)
 
 
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
@@ -139,7 +141,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
     # at first it calls for memories as often as it pauses
     memory = {"kind": "vismem", "token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
     memory["memory_output"] = "rescaled"  # as long as embeddings: to so small a model, more is noise
-    config = _experiment(dataset, memory, stages, data, seed=1, init=init, log_every=1)
+    config = _experiment(dataset, memory, stages, data, seed=recipe.seed + 1, init=init, log_every=1)
     config.checkpoint.content = "trained"
     return config
 
