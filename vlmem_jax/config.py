@@ -107,6 +107,15 @@ def to_dict(config: Any) -> Any:
     return _plain(config)
 
 
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of both; those of `top` win, group by group."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else value
+    return merged
+
+
 def _literal(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"

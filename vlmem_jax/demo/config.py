@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from vlmem_jax.demo.dataset import DatasetConfig
 
-BASE_STEPS = {"read": 380, "mix": 500}
+BASE_STEPS = {"read": 400, "mix": 600}
 """Learning to read one tile, then all grids and several images."""
-COMEMO_STEPS = {"finetune": 700}
+COMEMO_STEPS = {"finetune": 600}
 """Everything, with memory blocks that start from the base's own attention."""
 BUDGET = "thumbnail"
 """What of an image stands in CoMemo's sequence."""

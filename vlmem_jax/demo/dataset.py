@@ -37,14 +37,6 @@ MIXTURE: tuple[tuple[int, Grid], ...] = (
     *[(images, (1, 1)) for images in (2, 3, 4)],
 )
 """Images of a training sample and their grid, equally often; the larger a grid, the longer it takes to learn."""
-BUDGET_MIXTURE: tuple[tuple[int, Grid], ...] = (
-    *[(1, (1, 1))] * 1,
-    *[(1, (2, 1))] * 2,
-    *[(1, (1, 2))] * 2,
-    *[(1, (2, 2))] * 8,
-    *[(images, (1, 1)) for images in (2, 3, 4)],
-)
-"""The same where thumbnails alone stand in the sequence: those of single tiles are read as before."""
 UNTRAINED: tuple[int, Grid] = (4, (2, 1))
 """Longer than any training sample."""
 GROUPS = (*dict.fromkeys(MIXTURE), UNTRAINED)
@@ -60,8 +52,8 @@ class DatasetConfig:
     """Sizes of the dataset."""
 
     reading_lines: int = 6400
-    mixture_lines: int = 8000
-    budget_lines: int = 11200
+    mixture_lines: int = 9600
+    budget_lines: int = 9600
     tiles: int = 2400
     """Training images of one tile."""
     larger: int = 800
@@ -170,8 +162,7 @@ def reading(rng: np.random.Generator, album: Album, tokens: int) -> dict[str, An
 
 
 def _mixed(rng: np.random.Generator, album: Album, tokens: int, thumbnails: bool) -> dict[str, Any]:
-    mixture = BUDGET_MIXTURE if thumbnails else MIXTURE
-    images, grid = mixture[int(rng.integers(len(mixture)))]
+    images, grid = MIXTURE[int(rng.integers(len(MIXTURE)))]
     return _line(rng, *album.pick(rng, grid, images), ("row", "column", "cell", "cell"), tokens, thumbnails)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlmem_jax.config import ConfigError, build
+from vlmem_jax.config import ConfigError, build, overlay
 from vlmem_jax.families import internvl, qwen2_5_vl
 from vlmem_jax.families.base import PREPROCESSOR_FILE, Family, Released
 from vlmem_jax.memory import MEMORIES, MemoryConfig, memory_config
@@ -48,7 +48,7 @@ def resolve(config: ConfigDict | Mapping[str, Any], where: str = "config.model")
         )
     sizes = dict(PRESETS.get(name, {}))
     memory = _memory(given.pop("memory", {}), sizes.pop("memory", None), sizes.pop("memories", {}), f"{where}.memory")
-    return build(ModelConfig, _overlay(sizes, given) | {"memory": memory}, where)
+    return build(ModelConfig, overlay(sizes, given) | {"memory": memory}, where)
 
 
 def _memory(given: Any, kind: str | None, sizes: Mapping[str, Mapping], where: str) -> MemoryConfig | None:
@@ -60,12 +60,4 @@ def _memory(given: Any, kind: str | None, sizes: Mapping[str, Mapping], where: s
         if len(keys) > 1:
             raise ConfigError(f"{where}.kind must be one of {', '.join(MEMORIES)}, whose keys these are: {given}")
         return None
-    return memory_config(_overlay(sizes.get(keys["kind"], {}), keys), where)
-
-
-def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged
+    return memory_config(overlay(sizes.get(keys["kind"], {}), keys), where)

@@ -18,7 +18,7 @@ from flax import nnx
 from vlmem_jax import families
 from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
-from vlmem_jax.config import build, to_dict
+from vlmem_jax.config import build, overlay, to_dict
 from vlmem_jax.families import Released
 from vlmem_jax.hub import orbax_io, peft
 from vlmem_jax.hub.fit import check_fit
@@ -185,7 +185,7 @@ def export_folder(
         tokenizer = Tokenizer.load(checkpoint.tokenizer) if has_tokenizer else None
         contents = family.write_files(model, image, max(kinds, key=kinds.count), tokenizer)
         original = _optional_json(checkpoint.root / RELEASED_CONFIG)
-        contents[CONFIG_FILE] = _merged(original, contents[CONFIG_FILE])
+        contents[CONFIG_FILE] = overlay(original, contents[CONFIG_FILE])
         for name, content in contents.items():
             _write_json(folder / name, content)
     return _summary(target, stored)
@@ -382,13 +382,6 @@ def whole_folder(target: str | os.PathLike, nbytes: int) -> Iterator[AnyPath]:
 def _summary(target: str | os.PathLike, leaves: Mapping[str, Leaf], **more) -> Summary:
     parameters = sum(leaf.size for leaf in leaves.values())
     return Summary(as_path(target), parameters, sum(leaf.nbytes for leaf in leaves.values()), **more)
-
-
-def _merged(base: dict, top: Mapping) -> dict:
-    for key, value in top.items():
-        both = isinstance(value, Mapping) and isinstance(base.get(key), dict)
-        base[key] = _merged(base[key], value) if both else value
-    return base
 
 
 def _optional_json(path: AnyPath) -> dict:
