@@ -61,8 +61,8 @@ class Memory(nnx.Module):
 
     @classmethod
     def reads_beyond(cls, config: Any) -> bool:
-        """Whether it reads visual tokens, or patches, that do not stand in the text."""
-        return False
+        """Whether it reads visual tokens, or patches, that do not stand in the text; at the door ATTEND, it does."""
+        return issubclass(cls, Attend)
 
     @classmethod
     def speech(cls, config: Any) -> "Speech | None":

@@ -166,10 +166,6 @@ class CoMemo(Memory):
         return Precomputed(k_LBMHC, v_LBMHC, visual.segments_BM, visual.places)
 
     @classmethod
-    def reads_beyond(cls, config: CoMemoConfig) -> bool:
-        return True
-
-    @classmethod
     def starts(cls, config: CoMemoConfig, decoder: DecoderConfig) -> dict[str, Start]:
         if config.start == "random":
             return {}
