@@ -10,7 +10,7 @@ from vlmem_jax.demo import compare
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, one_device):
-    """Of the other starts none is trained, and of the budgets two; `test_config` looks at all."""
+    """A demo with --compare that trains at two budgets and from no other start; `test_config` looks at all."""
     folder = tmp_path_factory.mktemp("run") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "OTHER_STARTS", {})

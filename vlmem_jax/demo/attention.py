@@ -23,8 +23,8 @@ class Attention(NamedTuple):
     memory_LHM: Float[np.ndarray, "L H M"] | None
     """By memory block and head; the weights of a head add up to 1. None without memory."""
     context_LHM: Float[np.ndarray, "L2 H2 M"]
-    """By decoder layer and head, as a share of the weights of all tokens before the query; 0 for what does not stand in
-    the sequence."""
+    """Weights by decoder layer and head, as shares of those of all tokens before the query; 0 for what does not stand
+    in the sequence."""
 
 
 def last_token(model: LoadedModel, sample: Sample) -> Attention:

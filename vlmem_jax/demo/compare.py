@@ -1,4 +1,4 @@
-"""What a memory adds at several budgets of context, and beside it what else could have made the difference."""
+"""A comparison with and without memory at several budgets of context, and of what else could make the difference."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from vlmem_jax.demo.job import Demo, Trained
 from vlmem_jax.generate import LoadedModel
 
 BUDGETS = {BUDGET: "the thumbnail", "pooled:2": "means of 2 x 2 tokens", "all": "all tiles"}
-"""What of an image stands in the sequence."""
+"""The budgets of context, and what stands in the sequence under each."""
 TRAINED = tuple(BUDGETS)
-"""Those that models are trained at, with memory and without."""
+"""The budgets that models are trained at, with memory and without."""
 OTHER_STARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "raster_ids": ("CoMemo, ids without the place in a cell", dict(MEMORY), {"dhr_map": "raster"}),
     "published": (
@@ -79,7 +79,7 @@ def without_gates(model: LoadedModel) -> LoadedModel:
 
 
 def blinkered(model: LoadedModel) -> LoadedModel:
-    """The same model, which sees no more than stands in its sequence."""
+    """A copy of the model that sees no more than stands in its sequence."""
     processor = model.processor
     read = type(processor)(
         processor.tokenizer,

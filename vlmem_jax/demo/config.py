@@ -20,13 +20,13 @@ BASE_STEPS = {"read": 400, "mix": 600}
 COMEMO_STEPS = {"finetune": 600}
 """Everything, with memory blocks that start from the base's own attention."""
 BUDGET = "thumbnail"
-"""What of an image stands in CoMemo's sequence."""
+"""The context budget of CoMemo: the part of an image that stands in its sequence."""
 MEMORY = {"kind": "comemo", "start": "attention", "gate": 1.0}
 ROWS, FEW_ROWS = 16, 8
 AT_ONCE = 4
 """Rows that a device works on at a time: of so few tokens, more than one make better use of it."""
 MOST_TILES = 5
-"""Of the images of a conversation: 2x2 and the thumbnail."""
+"""Tiles of the largest picture, 2x2, and its thumbnail; no conversation shows more."""
 TRIAL = 0.02
 """Below it, a demo shows that it runs, and no more: a step is small, too."""
 
@@ -139,7 +139,7 @@ def stage(name: str, steps: int, learning_rate: float, **more: Any) -> dict[str,
 
 
 def _data(dataset: Path, source: str, rows: int) -> dict[str, Any]:
-    """Of SOURCE.jsonl, each conversation a row. The evaluation loss is that of held-out conversations of the kind."""
+    """Keys of data that make each conversation of SOURCE.jsonl a row, and evaluate on held-out ones of the kind."""
     tokens = {name: getattr(DatasetConfig, f"{name}_tokens") for name in ("reading", "mixture", "budget")}
     heldout = {"mixture": "heldout", "budget": "heldout_budget"}.get(source)
     data = conversations(dataset, source, tokens[source], 1 if source == "reading" else MOST_TILES, rows)

@@ -54,8 +54,8 @@ def ask_all(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> li
 
 
 def cost(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> dict[str, float]:
-    """What reading a question about one image takes, mean over the grids: visual `tokens` in its sequence, `flops`, and
-    `kv_bytes` that are kept while it is answered, those of the memory among them."""
+    """The cost of reading a question about one image, mean over the grids: visual `tokens` in its sequence, `flops`,
+    and `kv_bytes` that are kept while it is answered, those of the memory among them."""
     found = []
     for grid in GRIDS:
         asked = next(one for one in questions if len(one.images) == 1 and one.grid == grid)

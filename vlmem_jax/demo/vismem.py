@@ -66,7 +66,7 @@ class VisMemRecipe:
     prompts: int
     """Prompts of a step of reinforcement, and answers drawn to each; other steps have multiples of it."""
     seed: int = 0
-    """As in CoMemo's."""
+    """The seed of parameters and of the order of the data."""
 
     @classmethod
     def scaled(cls, scale: float = 1.0, seed: int = 0) -> "VisMemRecipe":
