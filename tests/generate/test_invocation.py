@@ -1,8 +1,10 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.patches_world import save_tokenizer
-from vlmem_jax.generate.invocation import InvocationConfig, Rule, delimiters
+from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule, delimiters
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
 
@@ -31,10 +33,20 @@ def test_who_may_call_and_how_often():
 
 
 def test_probabilities_are_those_of_the_mode():
-    for mode, wanted in (("learned", (0, 0)), ("always", (1, 0)), ("delimiter_random", (0.25, 0.02))):
+    wanted = {"learned": (0, 0, 0), "always": (0, 1, 0), "delimiter_random": (0.02, 0.25, 0.02), "first": (1, 0, 0)}
+    for mode, chances in wanted.items():
         made = rule(InvocationConfig(mode, anywhere=0.02))
-        np.testing.assert_allclose((made.after_delimiter, made.anywhere), wanted, rtol=1e-6)
+        np.testing.assert_allclose((made.after_prompt, made.after_delimiter, made.anywhere), chances, rtol=1e-6)
     assert np.flatnonzero(rule().delimiter_V).tolist() == [1, 2]
+
+
+def test_first_calls_right_after_the_prompt_and_never_again():
+    made, keys_B = rule(InvocationConfig("first", disabled=("a",))), jax.random.split(jax.random.key(0), 2)
+    calls = Calls.none(2, budget=1)
+    first_B = calls.force(made, SPEECH, keys_B, jnp.zeros(2, jnp.int32))
+    assert first_B.tolist() == [12, 12], "of the kind that is heeded"
+    calls = calls.take(made, SPEECH, first_B, jnp.ones(2, jnp.int32))
+    assert calls.force(made, SPEECH, keys_B, jnp.ones(2, jnp.int32)).tolist() == [-1, -1]
 
 
 def test_forced_tokens_stand_in_rows_of_few_lengths():

@@ -153,6 +153,16 @@ def test_it_learns_what_forms_memories_and_goes_on_where_it_stopped(make, mesh, 
     assert {"/".join(path.split("/")[:2]) for path in changed} == set(FORMATION)
 
 
+def test_one_kind_alone_may_be_formed(make, mesh, params):
+    config = make(stages__0__task__disabled=("long",))
+    task = MemorySFT(config, config.stages[0], VLM(config.model), mesh)
+    with jax.set_mesh(mesh):
+        work = task.work(0, params)
+    task.close()
+    kinds = np.asarray(work.batch.text.formation.kinds_BJ)
+    assert set(kinds[kinds >= 0].tolist()) == {0} and work.numbers["memory/long"] == 0
+
+
 def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
     lines = [{"prompt": "Say b", "answer": "b"}, {"prompt": "Say c"}, {"prompt": "Say d", "answer": "d<|im_end|>"},
              {"prompt": "Say e", "answer": "e" * 180}, {"prompt": "Say f", "answer": "f<ms_I>"}]  # fmt: skip
@@ -181,6 +191,11 @@ def test_answers_that_cannot_be_learned(make, mesh, tmp_path):
         ({"stages__0__task__kl": 0.1}, "unknown key config.stages.warmup.task.kl"),
         ({"stages__0__task__prompts": 0}, "config.stages.warmup.task: prompts must be at least 1"),
         ({"data__train": []}, "data.train must name at least one JSONL file of prompts"),
+        (
+            {"stages__0__task__disabled": ("shrot",)},
+            "task.disabled must name kinds of the memory, short, long; got 'sh",
+        ),
+        ({"stages__0__task__disabled": ("short", "long")}, "task.disabled leaves no kind of memory to form"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_done(make, mesh, tmp_path, changes, message):

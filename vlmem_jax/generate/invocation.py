@@ -37,9 +37,10 @@ class InvocationConfig:
 
     `learned`: the model, by choosing a token. `never`: nobody. `delimiter_random`: after a delimiter chance, with
     `probability`, of either kind; the model's own calls are banned. `always`: the same, after every delimiter.
+    `first`: the same, once, right after the prompt.
     """
 
-    mode: Literal["learned", "never", "delimiter_random", "always"] = "learned"
+    mode: Literal["learned", "never", "delimiter_random", "always", "first"] = "learned"
     probability: float = 0.25
     anywhere: float = 0.0
     """Probability of delimiter_random after any other token."""
@@ -81,6 +82,7 @@ class InvocationConfig:
 class Rule(NamedTuple):
     """The settings as arrays, so that changing one compiles nothing."""
 
+    after_prompt: Float[Array, ""]
     after_delimiter: Float[Array, ""]
     anywhere: Float[Array, ""]
     share_K: Float[Array, "K"]
@@ -116,6 +118,7 @@ class Rule(NamedTuple):
         for row, ids in enumerate(forced):
             forced_BS[row, : len(ids)] = ids
         return cls(
+            np.float32(1.0 if config.mode == "first" else anywhere),
             np.float32(chance),
             np.float32(anywhere),
             (heeded_K / max(heeded_K.sum(), 1)).astype(np.float32),
@@ -161,7 +164,8 @@ class Calls(State):
             return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, index), 1), 2)
 
         draws_B2 = jax.vmap(draw)(keys_B, index_B)
-        chance_B = jnp.where(rule.delimiter_V[self.last_B] & (self.last_B >= 0), rule.after_delimiter, rule.anywhere)
+        chance_B = jnp.where(rule.delimiter_V[self.last_B], rule.after_delimiter, rule.anywhere)
+        chance_B = jnp.where(self.last_B >= 0, chance_B, rule.after_prompt)
         kinds_B = (draws_B2[:, 1, None] >= jnp.cumsum(rule.share_K)[:-1]).sum(-1)
         called_B = (draws_B2[:, 0] < chance_B) & (self.left_B > 0) & rule.heeded_K.any()
         tokens_B = jnp.where(called_B, jnp.array(speech.invoke_ids, jnp.int32)[kinds_B], -1)

@@ -153,6 +153,8 @@ class MemorySFTConfig:
     """Prompts that are read at the same time, to hear what a memory is formed from."""
     loss_mean: LossMean = "sequence"
     """Mean of the tokens of each answer and then of answers, or of all tokens alike."""
+    disabled: tuple[str, ...] = ()
+    """Kinds of memory that are not formed, such as long."""
 
     def __post_init__(self):
         for key in ("prompts", "rollout_rows"):

@@ -16,7 +16,7 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
-from vlmem_jax.rl.config import LOSS_WEIGHTS, check_prompted, sft_config
+from vlmem_jax.rl.config import LOSS_WEIGHTS, MemorySFTConfig, check_prompted, sft_config
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
 from vlmem_jax.rl.rows import flops_of, pack_trajectories
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
@@ -34,7 +34,7 @@ ONE_CALL = InvocationConfig(max_invocations=1)
 class MemorySFT(NextTokenLoss):
     """The `memory_sft` task: [prompt, call, memory, end, answer], of which the answer is learned.
 
-    The memory is short or long by chance, and formed from what a call right after the prompt hears. What a checkpoint
+    The memory is of a kind by chance, and formed from what a call right after the prompt hears. What a checkpoint
     keeps of it: the prompts drawn.
     """
 
@@ -53,6 +53,8 @@ class MemorySFT(NextTokenLoss):
         self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[self.config.loss_mean])
         self._seeds = experiment.seed, zlib.crc32(stage.name.encode())
         self._trained = Split.of(stage, list(flatten(model.abstract()))).trainable
+        self._kinds = self._used(self.config, model)
+        """Numbers of the kinds of memory that are formed."""
         self._at_once = self._data.rows // experiment.parts(stage, mesh)
         self._processor = experiment_processor(experiment, model)
         self._stream = PromptStream(
@@ -70,13 +72,24 @@ class MemorySFT(NextTokenLoss):
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
         """Raises ConfigError, naming the key, where a stage cannot be trained by this task."""
-        sft_config(stage)
+        config, model = sft_config(stage), VLM(experiment.model)
         check_prompted(experiment, stage)
-        if VLM(experiment.model).speech is None:
+        if model.speech is None:
             raise ConfigError(
                 f"config.stages.{stage.name}.task memory_sft is for a memory that speaks; model.memory is "
                 f"{experiment.model.memory_kind}"
             )
+        try:
+            used = MemorySFT._used(config, model)
+        except ValueError as error:
+            raise ConfigError(f"config.stages.{stage.name}.task.{error}") from error
+        if not used:
+            raise ConfigError(f"config.stages.{stage.name}.task.disabled leaves no kind of memory to form")
+
+    @staticmethod
+    def _used(config: MemorySFTConfig, model: VLM) -> list[int]:
+        heeded = InvocationConfig(disabled=config.disabled).heeded(model.speech)
+        return [kind for kind, is_heeded in enumerate(heeded) if is_heeded]
 
     # --- the loop's side ----------------------------------------------------------------------------------------------
 
@@ -84,7 +97,7 @@ class MemorySFT(NextTokenLoss):
         """The rows of `step`."""
         with jax.transfer_guard("allow"):
             loaded = self._stream.take_same(self.config.prompts)
-            kinds = np.random.default_rng([*self._seeds, step]).integers(2, size=len(loaded))
+            kinds = np.random.default_rng([*self._seeds, step]).choice(self._kinds, size=len(loaded))
             trajectories = self._answers(params, loaded, kinds)
             batch = self._rows(trajectories)
             placed = put(batch, batch_sharding(self._mesh, leading=1))
@@ -104,7 +117,7 @@ class MemorySFT(NextTokenLoss):
         losses, weight = [], 0.0
         with jax.transfer_guard("allow"):
             for loaded in self._stream.held_out(self.config.rollout_rows):
-                batch = self._rows(self._answers(params, loaded, np.arange(len(loaded)) % 2))
+                batch = self._rows(self._answers(params, loaded, np.resize(self._kinds, len(loaded))))
                 weight += float(batch.text.weights_BT.sum())
                 for n in range(len(batch.text.tokens_BT)):
                     part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
