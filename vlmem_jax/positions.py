@@ -17,8 +17,8 @@ from jaxtyping import Int, Int32
 DHR_MAPS = ("code", "raster", "fine")
 """`code`: the map of the authors' released weights. `raster`: the geometric map of the paper's text. `fine`: the same,
 beside which a memory knows the place of each token inside its cell, see `fine_places`."""
-PLACES = 16
-"""Of a cell in the `fine` map. Those of more tokens than that share places."""
+PLACES = 64
+"""Of a cell in the `fine` map, far enough apart for rotary attention to tell. Those of more tokens share places."""
 
 
 def tile_count(cols: int, rows: int, thumbnail: bool = True) -> int:

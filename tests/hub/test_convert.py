@@ -182,7 +182,8 @@ def test_new_blocks_may_start_from_the_attention_that_they_stand_before(plain_fo
         np.testing.assert_array_equal(
             made["memory/blocks/attn_norm/scale"], np.asarray(made["decoder/layers/attn_norm/scale"])[before]
         )
-        assert (made["memory/blocks/attn_gate"] == 0.5).all() and not made["memory/blocks/mlp_gate"].any()
+        assert (made["memory/blocks/attn_gate"] == 0.5).all() and (made["memory/blocks/mlp_gate"] == 0.5).all()
+        assert not made["memory/blocks/mlp/down/kernel"].any() and made["memory/blocks/mlp/up/kernel"].any()
     vlm = VLM(model)
     shardings = sharding.param_shardings(make_mesh(fsdp=4, tensor=2), vlm.abstract(), vlm.axes())
     found = parameters(tmp_path / "ours")

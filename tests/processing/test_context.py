@@ -114,7 +114,7 @@ def test_fine_places_tell_the_tokens_of_a_cell_apart(make):
     assert not (thumbnail_M % PLACES).any()
     # the four tokens of the first cell lie at the top left of the first tile, one quarter of a position apart
     tile_RC = tiles_M[:9].reshape(3, 3) - tiles_M.min()
-    assert tile_RC[:2, :2].tolist() == [[0, 4], [8, 12]]
+    assert tile_RC[:2, :2].tolist() == [[0, PLACES // 4], [PLACES // 2, 3 * PLACES // 4]]
     assert make(TILES, "thumbnail", whole=False, dhr_map="fine").tile.places == 1, "nobody reads them"
 
 

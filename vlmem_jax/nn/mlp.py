@@ -13,10 +13,12 @@ from vlmem_jax.nn.lora import LayerAdapters, adapted
 class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, hidden: int, *, bias: bool = False, down_init: Callable | None = None, rngs: nnx.Rngs
+    ):
         self.gate = Linear({"embed": width}, {"mlp": hidden}, bias=bias, rngs=rngs)
         self.up = Linear({"embed": width}, {"mlp": hidden}, bias=bias, rngs=rngs)
-        self.down = Linear({"mlp": hidden}, {"embed": width}, bias=bias, rngs=rngs)
+        self.down = Linear({"mlp": hidden}, {"embed": width}, bias=bias, init=down_init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"], lora: LayerAdapters | None = None) -> Float[Array, "... D"]:
         hidden = jax.nn.silu(adapted(self.gate, "gate", x, lora)) * adapted(self.up, "up", x, lora)

@@ -64,8 +64,9 @@ class MemoryBlock(nnx.Module):
         self.attn = MemoryAttention(config, width, rngs=rngs)
         self.attn_gate = param(nnx.initializers.constant(config.gate), (1,), ("scalar",), rngs)
         self.mlp_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
-        self.mlp = GatedMLP(width, config.mlp_width, rngs=rngs)
-        self.mlp_gate = param(zeros, (1,), ("scalar",), rngs)
+        begun = config.start == "attention"
+        self.mlp = GatedMLP(width, config.mlp_width, down_init=zeros if begun else None, rngs=rngs)
+        self.mlp_gate = param(nnx.initializers.constant(config.gate if begun else 0.0), (1,), ("scalar",), rngs)
 
     def keys_values(self, tokens_BMD: Float[Array, "B M D"]) -> tuple[Float[Array, "B M H C"], Float[Array, "B M H C"]]:
         """Keys, not turned yet, and values of the memory, normalised by the norm that the text goes through."""

@@ -18,10 +18,11 @@ class CoMemoConfig(MemoryConfig):
     rope_theta: float = 1e6
     norm_eps: float = 1e-5
     start: Literal["random", "attention"] = "random"
-    """What the attention of new blocks starts from: random numbers, or that of the decoder's layer that each stands
-    before, whose heads must then be those of the block."""
+    """What new blocks start from: random numbers, or the attention of the decoder's layer that each stands before,
+    whose heads must then be those of the block, and an MLP that adds nothing yet."""
     gate: float = 0.0
-    """tanh of it is what new blocks' attention is multiplied by; the published 0 leaves the decoder as it was."""
+    """tanh of it is what new blocks' attention is multiplied by, and with start=attention their MLP, too; the published
+    0 leaves the decoder as it was."""
     decode_position: Literal["continue", "length"] = "continue"
     """Position of generated tokens as memory queries: the next rotary position, or (as the published inference code
     does, unlike its training) the number of tokens so far."""
