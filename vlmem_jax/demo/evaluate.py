@@ -19,7 +19,7 @@ from vlmem_jax.types import Batch, Sample
 
 CHANCE = 0.1
 """Of guessing one of ten digits."""
-BATCH = 48
+BATCH = 100
 LONGEST_ANSWER = 4
 """Tokens; a right answer is one digit."""
 
@@ -43,14 +43,18 @@ def prompt(model: LoadedModel, dataset: Path, asked: Asked) -> Sample:
 
 def answer(model: LoadedModel, samples: Sequence[Sample]) -> list[str]:
     """The model's most probable answer to each prompt."""
-    ids = model.generator().generate(samples, SamplingConfig(max_new_tokens=LONGEST_ANSWER), batch_size=BATCH)
+    generator, sampling = model.generator(), SamplingConfig(max_new_tokens=LONGEST_ANSWER)
+    batches = (samples[first : first + BATCH] for first in range(0, len(samples), BATCH))
+    ids = [one for batch in batches for one in generator.generate(batch, sampling, BATCH)]
     return [model.processor.tokenizer.decode(one).strip() for one in ids]
 
 
 def ask_all(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> list[Answered]:
     """Answers to held-out questions."""
-    texts = answer(model, [prompt(model, dataset, asked) for asked in questions])
-    return [Answered(asked, text) for asked, text in zip(questions, texts, strict=True)]
+    order = np.random.default_rng(0).permutation(len(questions))  # batches of one mixture have one shape to compile
+    texts = answer(model, [prompt(model, dataset, questions[n]) for n in order])
+    answers = dict(zip(order.tolist(), texts, strict=True))
+    return [Answered(asked, answers[n]) for n, asked in enumerate(questions)]
 
 
 def cost(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> dict[str, float]:
