@@ -46,7 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
             kind="qwen_vit", width=64, layers=2, heads=2, mlp_width=192, patch_size=4, window=8, full_layers=(1,),
         ),
         decoder=dict(
-            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=1e4,
+            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=500.0,
             rope_sections=(4, 6, 6), qkv_bias=True, norm_eps=1e-6,
         ),
         memories=dict(
