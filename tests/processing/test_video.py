@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmem_jax.processing.media import Encoded
-from vlmem_jax.processing.video import choose_frames, probe, read_frames, sampled_frames
+from vlmem_jax.processing.video import Clip, choose_frames, probe, read_frames, sampled_frames
 
 LENGTH = 50
 KINDS = {
@@ -60,7 +60,7 @@ def test_random_frames_are_ordered_and_one_to_an_interval(available, minimum, mo
 
 @pytest.mark.parametrize("name", KINDS)
 def test_exactly_the_asked_frames_come(videos, name):
-    assert probe(videos / name) == (LENGTH, 25.0, 64, 48)
+    assert probe(videos / name) == Clip(LENGTH, 25.0, 64, 48)
     indices = [0, 1, 11, 12, 13, 30, 49, 7]
     frames = read_frames(videos / name, indices)
     assert all(frame.mode == "RGB" and frame.size == (64, 48) for frame in frames)

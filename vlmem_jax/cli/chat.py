@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlmem_jax.cli import answering
 from vlmem_jax.generate import Chat
+from vlmem_jax.processing import Processor
 from vlmem_jax.processing.images import open_image
 
 EXAMPLE = """vlmem chat --checkpoint RUN
@@ -46,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
         if command == "/reset":
             chat, images = new_chat(), []
         elif command == "/image":
-            images += _image(argument.strip())
+            images += _image(argument.strip(), model.processor)
         elif line:
             _answer(chat, line, images)
             images = []
 
 
-def _image(path: str) -> list[Image.Image]:
+def _image(path: str, processor: Processor) -> list[Image.Image]:
     """The image, or none and a message: a typing error must not end the conversation."""
     try:
-        return [open_image(path)]
+        return [open_image(path, config=processor.image)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return []

@@ -30,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sampling, invocation = answering.sampling(args), answering.invocation(args)
-    shown = [(kind, open_image(value) if kind == "image" else value) for kind, value in args.shown]
+    for kind, value in args.shown:
+        if kind == "image":
+            open_image(value)  # a wrong name is found before the model is loaded
     model = answering.load(args)
     parts: list[Any] = []
-    for kind, value in shown:
+    for kind, value in args.shown:
         if kind == "text":
             parts.append(value)
         elif kind == "image":
-            parts += model.processor.message((), [value])
+            parts += model.processor.message((), [open_image(value, config=model.processor.image)])
         else:
             video, chosen = model.processor.open_video(value)
             print(f"{value}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from vlmem_jax.processing.images import Head
 from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
 
@@ -23,8 +24,8 @@ class Record:
     conversations: Sequence[Mapping[str, str]]
     images: tuple[str | Encoded, ...] = ()
     video: str | Encoded | None = None
-    sizes: tuple[tuple[int, int], ...] | None = None
-    """(width, height) of the images in pixels, where they are known."""
+    heads: tuple[Head, ...] | None = None
+    """Of the images, where they are known."""
     clip: Clip | None = None
     """What the header of the video says, where it is known."""
 

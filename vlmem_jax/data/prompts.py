@@ -110,7 +110,7 @@ class Prompts:
         def opened(source: ImageSource | VideoSource) -> Image.Image | Video:
             path = images.resolve(self.roots[key[0]], source.path)
             if isinstance(source, ImageSource):
-                return images.open_image(path, processor.open_limit)
+                return images.open_image(path, processor.open_limit, processor.image)
             return processor.open_video(path, fps=source.fps, frames=source.frames)[0]
 
         with naming(prompt.name):

@@ -25,7 +25,7 @@ from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
 
 SUFFIX = ".array_record"
-FORMAT = "vlmem samples 2"
+FORMAT = "vlmem samples 3"
 SHARD_BYTES = 10**9
 """Size after which a file is closed and the next begun."""
 READ_AT_ONCE = 64
@@ -79,8 +79,8 @@ class PackedLines:
         spans = itertools.pairwise(itertools.accumulate(head["bytes"], initial=0))
         names = (record.video,) if record.video else record.images
         files = [] if small else [Encoded(n, content[a:b]) for n, (a, b) in zip(names, spans, strict=True)]
-        sizes = tuple((width, height) for width, height in head["sizes"])
-        return dataclasses.replace(record, sizes=sizes, clip=head["clip"] and Clip(*head["clip"])), files
+        heads = tuple(images.Head(*one) for one in head["heads"])
+        return dataclasses.replace(record, heads=heads, clip=head["clip"] and Clip(*head["clip"])), files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,20 +234,20 @@ def _read(lines: JsonLines, root: str | os.PathLike, index: int) -> tuple[bytes,
     except ValueError as error:
         return error
     names = (record.video,) if record.video else record.images
-    clip, sizes = None, []
+    clip, heads = None, []
     try:
         files = [_encoded(root, name) for name in names]
         if record.video:
             clip = video.probe(files[0])
         else:
-            sizes = [images.image_size(file, images.PILLOW_PIXEL_LIMIT) for file in files]
+            heads = [images.read_head(file, images.PILLOW_PIXEL_LIMIT) for file in files]
     except ValueError as error:
         return ValueError(f"{error} (sample {record.name})")
     head = {
         "line": json.loads(lines.text(index)),
         "from": record.name,
         "bytes": [len(file.data) for file in files],
-        "sizes": sizes,
+        "heads": heads,
         "clip": clip,
     }
     return json.dumps(head).encode(), [file.data for file in files]

@@ -109,12 +109,12 @@ class Samples:
         """
         record = self.files[key[0]][key[1]]
         with naming(record.name):
-            limit = self.processor.open_limit
+            limit, shown_as = self.processor.open_limit, self.processor.image
             if record.video:
                 clip, chosen = self._frames(key, record)
-                pictures = video.read_frames(self._path(key, record.video), chosen, limit)
+                pictures = video.read_frames(self._path(key, record.video), chosen, limit, shown_as)
             else:
-                pictures = [images.open_image(self._path(key, path), limit) for path in record.images]
+                pictures = [images.open_image(self._path(key, path), limit, shown_as) for path in record.images]
         if augment is not None:
             pictures = [images.jpeg_round_trip(picture, int(augment.integers(75, 101))) for picture in pictures]
         shown = {"videos": [video.Video(pictures, clip.seconds(chosen))]} if record.video else {"images": pictures}
@@ -137,7 +137,7 @@ class Samples:
             with naming(record.name):
                 if record.video:
                     clip, chosen = self._frames(key, record)
-                    shown = {"video_sizes": [clip.taken(chosen)]}
+                    shown = {"video_sizes": [clip.taken(chosen, self.processor.image)]}
                 else:
                     shown = {"image_sizes": self._image_sizes(key, record)}
             plan = self.processor.plan(
@@ -168,18 +168,18 @@ class Samples:
         return path if isinstance(path, Encoded) else images.resolve(self.roots[key[0]], path)
 
     def _image_sizes(self, key: Key, record: Record) -> list[tuple[int, int]]:
-        limit = self.processor.open_limit
-        if record.sizes is None:
-            return [images.image_size(self._path(key, path), limit) for path in record.images]
-        for path, size in zip(record.images, record.sizes, strict=True):
-            images.check_pixels(path, size, limit)
-        return list(record.sizes)
+        limit, shown_as = self.processor.open_limit, self.processor.image
+        if record.heads is None:
+            return [images.image_size(self._path(key, path), limit, shown_as) for path in record.images]
+        for path, head in zip(record.images, record.heads, strict=True):
+            images.check_pixels(path, head[:2], limit)
+        return [head.size(shown_as) for head in record.heads]
 
     def _frames(self, key: Key, record: Record) -> tuple[video.Clip, list[int]]:
         """The video of a sample, and which frames it takes of it: the same each time it is seen."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, *key])
         clip = record.clip or video.probe(self._path(key, record.video))
-        return clip, self.processor.choose_frames(clip, self.config.min_frames, self.config.max_frames, rng)
+        return clip, clip.at(self.processor.choose_frames(clip, self.config.min_frames, self.config.max_frames, rng))
 
 
 def open_lines(path: str) -> JsonLines | PackedLines:

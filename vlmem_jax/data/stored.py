@@ -14,7 +14,7 @@ from vlmem_jax.data.plan import Plan
 from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.runtime import hosts
 
-VERSION = 1
+VERSION = 2
 """Of the file and of the way to pack: a change of either makes older files of no use."""
 _KEYS = (
     "pack_tokens", "pack_tiles", "max_sample_tokens", "open_packs", "on_bad_sample", "mask_text_only", "min_frames",

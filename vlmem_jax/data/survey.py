@@ -81,10 +81,10 @@ def glance(source: SourceConfig, threads: int) -> Glance:
             if record.video:
                 clip = record.clip or video.probe(images.resolve(root, record.video))
                 return [], clip.frames
-            sizes = record.sizes
-            if sizes is None:
-                sizes = [images.image_size(images.resolve(root, path)) for path in record.images]
-            return [width * height for width, height in sizes], 0
+            heads = record.heads
+            if heads is None:
+                heads = [images.read_head(images.resolve(root, path)) for path in record.images]
+            return [head.width * head.height for head in heads], 0
         except ValueError as error:
             return str(error)
 

@@ -23,6 +23,7 @@ from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
 from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.models.placement import asked_mesh
 from vlmem_jax.processing.images import open_image
+from vlmem_jax.processing.shown import shown
 from vlmem_jax.runtime.sharding import MESH_AXES
 from vlmem_jax.types import Sample
 
@@ -120,9 +121,10 @@ class LmmsModel(lmms):
                 if part.type == "text":
                     parts.append(part.text)
                 elif part.type == "image":
-                    shown = part.url
-                    shown = shown.convert("RGB") if isinstance(shown, Image.Image) else open_image(shown)
-                    parts += processor.message((), [shown])
+                    picture = part.url
+                    if not isinstance(picture, Image.Image):
+                        picture = open_image(picture, config=processor.image)
+                    parts += processor.message((), [shown(picture, processor.image, name)])
                 elif part.type == "video" and (part.start_time, part.end_time) == (None, None):
                     parts += processor.message((), videos=[processor.open_video(part.url)[0]])
                 else:

@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import pathlib
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from vlmem_jax import positions
 from vlmem_jax.processing.context import read_context
 from vlmem_jax.processing.media import Encoded, described
+from vlmem_jax.processing.shown import SHOWN, SIDEWAYS, NoRangeError, ShownConfig, shown, to_rgb, turn_of
 from vlmem_jax.types import TileShape
 
 PILLOW_PIXEL_LIMIT = 178_956_970
@@ -26,7 +27,7 @@ FORMATS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageConfig:
+class ImageConfig(ShownConfig):
     """How an image becomes tiles."""
 
     min_tiles: int = 1
@@ -77,20 +78,42 @@ def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:
     return full
 
 
-def image_size(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone. Raises ValueError naming the file."""
+class Head(NamedTuple):
+    """What the header of an image says."""
+
+    width: int
+    """Pixels, as stored."""
+    height: int
+    sideways: bool = False
+    """Whether it is shown with width and height exchanged."""
+
+    def size(self, config: ShownConfig = SHOWN) -> tuple[int, int]:
+        """(width, height) of the image as it is shown."""
+        return (self.height, self.width) if self.sideways and config.upright else (self.width, self.height)
+
+
+def read_head(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels) -> Head:
+    """The header of an image file, nothing decoded. Raises ValueError naming the file."""
     with _open(path, max_pixels) as image:
-        return image.size
+        return Head(*image.size, turn_of(image) in SIDEWAYS)
 
 
-def open_image(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB, as stored: rotation tags and transparency are not applied.
+def image_size(
+    path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels, config: ShownConfig = SHOWN
+) -> tuple[int, int]:
+    """(width, height) in pixels of what `open_image` gives, from the header alone. Raises ValueError naming the file."""
+    return read_head(path, max_pixels).size(config)
 
-    Raises ValueError naming the file if it cannot be had.
-    """
+
+def open_image(
+    path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels, config: ShownConfig = SHOWN
+) -> Image.Image:
+    """The first frame of an image file as 8-bit RGB, as viewers show it. Raises ValueError naming the file."""
     with _open(path, max_pixels) as image:
         try:
-            return to_rgb(image)
+            return shown(image, config, path)
+        except NoRangeError as error:
+            raise ValueError(f"image {path}: {error}") from error
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
             raise ValueError(f"image {path} is truncated or damaged: {error}") from error
 
@@ -131,21 +154,6 @@ def _open(path: str | os.PathLike | Encoded, max_pixels: int) -> Image.Image:
         image.close()
         raise
     return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB. Integer modes of more than 8 bits keep their upper 8 of 16; raises ValueError for floating point."""
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255 and leaves most of such an image white
-        values = np.asarray(image)
-        if values.size and not 0 <= values.min() <= values.max() <= 65535:
-            raise ValueError(f"integer pixels must lie in 0 ... 65535, got {values.min()} ... {values.max()}")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; convert the image to 8 or 16 bits")
-    return image.convert("RGB")
 
 
 def jpeg_round_trip(image: Image.Image, quality: int) -> Image.Image:

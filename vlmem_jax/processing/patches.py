@@ -12,6 +12,7 @@ from PIL import Image
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.processing.context import read_context
 from vlmem_jax.processing.images import resized
+from vlmem_jax.processing.shown import ShownConfig
 from vlmem_jax.processing.video import Clip, VideoSize
 from vlmem_jax.types import PatchGeometry, TileShape
 
@@ -22,7 +23,7 @@ TOKEN_PIXELS = 28 * 28
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchConfig:
+class PatchConfig(ShownConfig):
     """How images and videos are resized before they are cut into patches, and which frames a video gives."""
 
     min_pixels: int = 4 * TOKEN_PIXELS

@@ -238,9 +238,10 @@ class Processor:
                 chosen = np.linspace(0, clip.frames - 1, frames).round().astype(int).tolist()
             else:
                 chosen = self.choose_frames(clip) if fps is None else self.frames_at(clip, fps)
+            chosen = clip.at(chosen)
         except ValueError as error:
             raise ValueError(f"{error} ({path})") from error
-        return Video(read_frames(path, chosen, self.open_limit), clip.seconds(chosen)), chosen
+        return Video(read_frames(path, chosen, self.open_limit, self.image), clip.seconds(chosen)), chosen
 
     def frames_at(self, clip: Clip, fps: float) -> list[int]:
         """Which frames to take of a video so that there are `fps` of each second."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.media import Encoded, described
+from vlmem_jax.processing.shown import SHOWN, SIDEWAYS, ShownConfig, Turn, turn_of_matrix
 
 FORMATS = {
     "MP4, MOV, 3GP": "mov",
@@ -37,25 +38,38 @@ FORMATS = {
 _OPTIONS = {"format_whitelist": ",".join(FORMATS.values()), "protocol_whitelist": "file"}
 DEFAULT_FPS = 25
 """Of a file that does not say."""
+EVEN = 1e-3
+"""Part by which rates, and times between frames, may differ where frames are evenly spaced."""
 
 
 class Clip(NamedTuple):
-    """What the header of a video file says."""
+    """What is known of a video file before its frames are decoded."""
 
     frames: int
     fps: float
-    """Frames a second."""
+    """Frames a second, the mean where they are not evenly spaced."""
     width: int
-    """Pixels."""
+    """Pixels, as stored."""
     height: int
+    sideways: bool = False
+    """Whether it is shown with width and height exchanged."""
+    starts: Sequence[float] | None = None
+    """Of each frame, where they are not evenly spaced: the part of the video that has gone by when it appears."""
+
+    def at(self, indices: Sequence[int]) -> list[int]:
+        """The frames that are seen where frame `indices` would be if all were evenly spaced."""
+        if self.starts is None:
+            return list(indices)
+        return [max(bisect.bisect_right(self.starts, index / self.frames + 1e-9) - 1, 0) for index in indices]
 
     def seconds(self, chosen: Sequence[int]) -> float:
         """From one of the frames `chosen`, which are spread over the whole video, to the next."""
         return self.frames / self.fps / len(chosen)
 
-    def taken(self, chosen: Sequence[int]) -> "VideoSize":
-        """Sizes of the frames `chosen`."""
-        return VideoSize(len(chosen), self.width, self.height, self.seconds(chosen))
+    def taken(self, chosen: Sequence[int], config: ShownConfig = SHOWN) -> "VideoSize":
+        """Sizes of the frames `chosen`, as they are shown."""
+        size = (self.height, self.width) if self.sideways and config.upright else (self.width, self.height)
+        return VideoSize(len(chosen), *size, self.seconds(chosen))
 
 
 class VideoSize(NamedTuple):
@@ -95,23 +109,65 @@ def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Gen
 
 
 def probe(path: str | os.PathLike | Encoded) -> Clip:
-    """What the header says, nothing decoded; frames that it does not count are counted by reading the packets.
+    """What the header says, and the first frame, which alone is decoded, of how it is turned.
 
-    Raises ValueError naming the file if it is missing, damaged or empty.
+    The packets are read where the header does not count the frames, or gives two rates. Raises ValueError naming the
+    file if it is missing, damaged or empty.
     """
     with _open(path) as (container, stream):
-        fps = float(stream.average_rate or DEFAULT_FPS)
-        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        fps, count, starts = float(stream.average_rate or DEFAULT_FPS), stream.frames, None
         width, height = stream.width, stream.height
-    if not count:
+        first = next(container.decode(stream), None)
+        turn = None if first is None else _turn(first)
+    with _open(path) as (container, stream):  # a raw stream cannot rewind
+        if not count or _rates_differ(stream):
+            times = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.size)
+            count, rate = len(times), _real_times(times, stream)
+            fps, starts = rate or (fps, None)
+    if not count or first is None:
         raise ValueError(f"video {path} holds no frame")
-    return Clip(count, fps, width, height)
+    return Clip(count, fps, width, height, turn in SIDEWAYS, starts)
+
+
+def _rates_differ(stream) -> bool:
+    """Whether the mean of a stream's frames a second is not what its time stamps suggest."""
+    mean, suggested = stream.average_rate, stream.base_rate
+    return bool(mean and suggested) and abs(mean / suggested - 1) > EVEN
+
+
+def _real_times(times: Sequence[tuple[int | None, int]], stream) -> tuple[float, list[float]] | None:
+    """(frames a second, `Clip.starts`) of frames of these times and durations, None where they are evenly spaced."""
+    if len(times) < 2 or times[0][0] is None or not stream.time_base:
+        return None
+    starts = np.array([time for time, _ in times], float)
+    gaps = np.diff(starts)
+    unit = 1 / float(stream.time_base)
+    if gaps.min() <= 0 or gaps.max() - gaps.min() <= max(2.0, 2 * EVEN * gaps.mean()):  # rounded to ticks
+        return None
+    last = times[-1][1] or float(np.median(gaps))
+    whole = starts[-1] - starts[0] + last
+    return len(times) * unit / whole, ((starts - starts[0]) / whole).tolist()
+
+
+def _turn(frame) -> Turn:
+    """What brings a decoded frame upright."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else turn_of_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
+
+
+def _picture(frame, config: ShownConfig) -> Image.Image:
+    turn = _turn(frame) if config.upright else None
+    image = frame.to_image()
+    return image if turn is None else image.transpose(turn)
 
 
 def read_frames(
-    path: str | os.PathLike | Encoded, indices: Sequence[int], max_pixels: int = ImageConfig.max_pixels
+    path: str | os.PathLike | Encoded,
+    indices: Sequence[int],
+    max_pixels: int = ImageConfig.max_pixels,
+    config: ShownConfig = SHOWN,
 ) -> list[Image.Image]:
-    """The frames at `indices` as RGB images; decodes only from the nearest key frame before each.
+    """The frames at `indices` as RGB images, upright; decodes only from the nearest key frame before each.
 
     Raises ValueError naming the file if it is missing, damaged, shorter than its header says, or too large.
     """
@@ -123,11 +179,11 @@ def read_frames(
         wanted, timed = sorted(set(indices)), all(time is not None for time, _ in packets)
         if timed:
             times, keys = sorted(time for time, _ in packets), sorted(time for time, is_key in packets if is_key)
-            images = _seek_frames(container, stream, {i: times[i] for i in wanted}, keys)
+            images = _seek_frames(container, stream, {i: times[i] for i in wanted}, keys, config)
     if not timed or len(images) < len(wanted):  # a raw stream can neither seek nor rewind, others do not always
         with _open(path) as (container, stream):
             frames = enumerate(itertools.islice(container.decode(stream), wanted[-1] + 1))
-            images = {i: frame.to_image() for i, frame in frames if i in wanted}
+            images = {i: _picture(frame, config) for i, frame in frames if i in wanted}
     if missing := set(indices) - images.keys():
         raise ValueError(f"video {path} is damaged: frame {min(missing)} cannot be decoded")
     return [images[i] for i in indices]
@@ -148,11 +204,13 @@ def sampled_frames(
             time = number / rate if frame.time is None else frame.time
             first = time if first is None else first
             if (time - first) * fps >= wanted - 1e-6:
-                yield number, time - first, frame.to_image()
+                yield number, time - first, _picture(frame, SHOWN)
                 wanted = int((time - first) * fps + 1e-6) + 1
 
 
-def _seek_frames(container, stream, times: dict[int, int], keys: list[int]) -> dict[int, Image.Image]:
+def _seek_frames(
+    container, stream, times: dict[int, int], keys: list[int], config: ShownConfig
+) -> dict[int, Image.Image]:
     """Images by index for presentation `times` in ascending order; none where seeking went past one."""
     images, frames, position = {}, iter(()), None
     for index, time in times.items():
@@ -164,7 +222,7 @@ def _seek_frames(container, stream, times: dict[int, int], keys: list[int]) -> d
             position = frame.pts
             if position is not None and position >= time:
                 if position == time:
-                    images[index] = frame.to_image()
+                    images[index] = _picture(frame, config)
                 break
     return images
 
@@ -184,6 +242,8 @@ def _open(path: str | os.PathLike | Encoded, max_pixels: int | None = None) -> I
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"video {path} has a stream of no known codec")
             if max_pixels is not None and stream.width * stream.height > max_pixels:
                 raise ValueError(
                     f"video {path} has frames of {stream.width}x{stream.height} pixels but image.max_pixels is "
