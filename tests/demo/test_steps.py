@@ -10,7 +10,7 @@ from vlmem_jax.families import resolve
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.models import VLM
 from vlmem_jax.processing.images import image_size
-from vlmem_jax.scoring.rewards import extract_answer
+from vlmem_jax.scoring.answers import extract_answer
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
 

@@ -10,7 +10,7 @@ import pytest
 from vlmem_jax.rl.advantages import group_advantages
 from vlmem_jax.rl.loss import grpo_loss, k3
 from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
-from vlmem_jax.scoring import rewards
+from vlmem_jax.scoring import answers
 
 CLOSE = dict(rtol=0, atol=1e-9)
 
@@ -54,5 +54,5 @@ def test_loss(grpo):
 
 def test_released_rewards(golden):
     for case in json.loads((golden / "vismem" / "rewards.json").read_text()):
-        got = rewards.exact(case["pred"], case["ref"]), rewards.substr(case["pred"], case["ref"])
+        got = answers.exact(case["pred"], case["ref"]), answers.substr(case["pred"], case["ref"])
         assert got == (case["exact"], case["substr"]), case

@@ -4,8 +4,8 @@ import pytest
 
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompt
-from vlmem_jax.scoring import rewards
-from vlmem_jax.scoring.rewards import RewardConfig, RewardError, Rewards, choice, extract_answer, number
+from vlmem_jax.scoring import maths
+from vlmem_jax.scoring.rewards import RewardConfig, RewardError, Rewards
 
 
 def prompt(*answers, **fields):
@@ -14,52 +14,6 @@ def prompt(*answers, **fields):
 
 def score(output, prompt, *names, **fields):
     return Rewards([RewardConfig(name, **fields) for name in names]).score(output, prompt)
-
-
-@pytest.mark.parametrize(
-    "output, answer",
-    [
-        ("so <answer>1</answer>, no: <answer> 2\n</answer> Answer: 3", "2"),
-        (r"first \boxed{1}, then \boxed{\frac{3}{4}} \boxed{open Answer: 3", r"\frac{3}{4}"),
-        ("Answer: 1\nAnswer: B) red\n", "B) red"),
-        ("It is large.\n\n Paris \n\n", "Paris"),
-        ("", ""),
-    ],
-)
-def test_the_answer_is_found_in_the_output(output, answer):
-    assert extract_answer(output) == answer
-
-
-@pytest.mark.parametrize("answer", ["b", "(B)", "B.", "B) dogs", "**B**", "Option B", "The answer is (b).", "Dogs."])
-def test_an_option_is_named_in_many_ways(answer):
-    assert choice(answer, "B", ["cats", "dogs"]) == 1
-    assert choice(answer, "dogs", ["cats", "dogs"]) == 1
-    assert choice(answer, "A", ["cats", "dogs"]) == 0
-
-
-@pytest.mark.parametrize("answer", ["A cat", "none", "", "Bees", "(C)", "AB"])
-def test_what_names_no_option_is_wrong(answer):
-    assert choice(answer, "A", ["cats", "dogs"]) == choice(answer, "B", ["cats", "dogs"]) == 0
-
-
-@pytest.mark.parametrize(
-    "answer, reference, same",
-    [
-        ("1,234.5 km", "1234.5", 1),
-        ("12.5%", "12.5", 1),
-        (r"$\frac{3}{4}$", "0.75", 1),
-        ("-3", "3", 0),
-        ("\u22123 m/s", "-3", 1),
-        ("1000.9", "1000", 1),
-        ("1001.1", "1000", 0),
-        ("0.0", "0", 1),
-        ("1e3", "1000", 1),
-        ("many", "3", 0),
-        ("1/0", "3", 0),
-    ],
-)
-def test_numbers_are_compared_as_numbers(answer, reference, same):
-    assert number(answer, reference) == same
 
 
 def test_an_answer_is_compared_as_its_prompt_says():
@@ -121,4 +75,21 @@ def test_answers_that_cannot_be_judged_are_said():
     assert answers.needs_answer and not Rewards([RewardConfig("regex", pattern="a")]).needs_answer
     with pytest.raises(ConfigError, match="at least one"):
         Rewards([])
-    assert rewards.substr("anything", "") == 1
+
+
+@pytest.mark.parametrize(
+    "output, answer, same",
+    [
+        (r"The area is $\frac{1}{2}$.", "0.5", 1),
+        (r"\boxed{[1, 2)}", "[1,2)", 1),
+        (r"so the set is $\{1,2\}$", r"\{2,1\}", 1),
+        ("$x^2+2x+1$", "(x+1)^2", 1),
+        ("4", "3", 0),
+        ("no formula at all", "3", 0),
+        ("$9^{9^{9^{9^9}}}$", "3", 0),
+        ("$((((", "3", 0),
+    ],
+)
+def test_formulas_are_compared_by_what_they_are(output, answer, same, monkeypatch):
+    monkeypatch.setattr(maths, "SECONDS", 20.0 if same else 2.0)
+    assert score(output, prompt(answer), "math") == same

@@ -101,7 +101,7 @@ def read_head(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.m
 def image_size(
     path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels, config: ShownConfig = SHOWN
 ) -> tuple[int, int]:
-    """(width, height) in pixels of what `open_image` gives, from the header alone. Raises ValueError naming the file."""
+    """(width, height) of what `open_image` gives, from the header alone. Raises ValueError naming the file."""
     return read_head(path, max_pixels).size(config)
 
 

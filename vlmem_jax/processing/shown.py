@@ -34,7 +34,7 @@ _OF_MATRIX = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
 }
-"""By the signs of a, b, c, d of a track's matrix, ISO/IEC 14496-12 sec. 8.3.2: (x, y) is shown at (ax + cy, bx + dy)."""
+"""By the signs of a, b, c, d of a track's matrix, which shows (x, y) at (ax + cy, bx + dy): ISO/IEC 14496-12, 8.3.2."""
 SIDEWAYS = frozenset(
     {
         Image.Transpose.TRANSPOSE,

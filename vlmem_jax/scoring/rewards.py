@@ -1,17 +1,17 @@
 """What an answer is worth: plain functions of a model's output and its prompt, named in the config.
 
-The answer in an output is what `extract_answer` finds; `exact` and `substr` compare the whole output, as released.
+See `answers` for what is found in an output; `exact` and `substr` compare the whole output, as released.
 """
 
 import dataclasses
 import importlib
 import math
 import re
-import string
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vlmem_jax.config import ConfigError
+from vlmem_jax.scoring import answers, maths
 
 
 class Asked(Protocol):
@@ -30,132 +30,39 @@ class Asked(Protocol):
 Reward = Callable[[str, Asked], float]
 """`reward(output, prompt)`: what the text that a model wrote is worth."""
 
-RELATIVE_TOLERANCE = 1e-3
-"""Of numbers that count as equal."""
-
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """One term of the score."""
 
     name: str
-    """exact, substr, answer (text, choice or number, as the prompt says), text, choice, number, regex, format, or
-    MODULE:FUNCTION of your own, called with the output and the `data.Prompt`."""
+    """exact, substr, answer (text, choice or number, as the prompt says), text, choice, number, math, regex, format,
+    or MODULE:FUNCTION of your own, called with the output and the `data.Prompt`."""
     weight: float = 1.0
     pattern: str = ""
     """Of regex: what the output must hold; empty: the prompt's answers are the expressions."""
-
-
-# --- the answer in an output ------------------------------------------------------------------------------------------
-
-
-def extract_answer(output: str) -> str:
-    """The last <answer>...</answer>, else the last \\boxed{...}, else what follows the last `Answer:`, else the last
-    line that is not blank; stripped."""
-    if tagged := re.findall(r"<answer>(.*?)</answer>", output, re.DOTALL):
-        return tagged[-1].strip()
-    if (boxed := _last_boxed(output)) is not None:
-        return boxed.strip()
-    _, marker, after = output.rpartition("Answer:")
-    if marker:
-        return after.strip()
-    return output.strip().rpartition("\n")[2].strip()
-
-
-def _last_boxed(output: str) -> str | None:
-    """What stands in the last \\boxed{...} whose braces are closed."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", output)]):
-        depth = 1
-        for place, character in enumerate(output[start:], start):
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return output[start:place]
-    return None
-
-
-# --- an output, or its answer, against one reference ------------------------------------------------------------------
-
-
-def normalise(text: str) -> str:
-    """Lower case, stripped, with runs of whitespace as one space."""
-    return " ".join(text.lower().split())
-
-
-def exact(output: str, reference: str | None) -> float:
-    """1 if both are equal once normalised."""
-    return float(reference is not None and normalise(output) == normalise(reference))
-
-
-def substr(output: str, reference: str | None) -> float:
-    """1 if the output holds the reference, whatever the case; an empty reference is in every output."""
-    return float(reference is not None and reference.lower() in output.lower())
-
-
-def choice(answer: str, reference: str, choices: Sequence[str] = ()) -> float:
-    """1 if both name the same option; where the reference names none, if they are equal once normalised."""
-    wanted = option(reference, choices)
-    return exact(answer, reference) if wanted is None else float(option(answer, choices) == wanted)
-
-
-def option(text: str, choices: Sequence[str] = ()) -> str | None:
-    """The letter of the option that a text names: `b`, `(B)`, `B. red`, `Option B`, or the words of the choice."""
-    letters = string.ascii_uppercase[: len(choices)] or string.ascii_uppercase
-    by_text = {normalise(words): letter for words, letter in zip(choices, letters, strict=False)}
-    if (words := normalise(text.strip().rstrip("."))) in by_text:
-        return by_text[words]
-    found = _OPTION.match(text.strip())
-    letter = found and next(filter(None, found.groups())).upper()
-    return letter if letter and letter in letters else None
-
-
-_OPTION = re.compile(
-    r"(?:(?:the\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s*)?"
-    r"[*\"']*(?:\(([a-z])\)|([a-z])(?=[*\"']*\s*(?:$|[.:),])))",
-    re.IGNORECASE,
-)
-
-
-def number(answer: str, reference: str) -> float:
-    """1 if both are the same number but for RELATIVE_TOLERANCE; commas, percent signs and units do not count."""
-    given, wanted = parse_number(answer), parse_number(reference)
-    if given is None or wanted is None:
-        return 0.0
-    return float(abs(given - wanted) <= RELATIVE_TOLERANCE * abs(wanted))
-
-
-def parse_number(text: str) -> float | None:
-    """The first number in a text, or fraction such as 3/4; None if there is none."""
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text.replace("\u2212", "-"))
-    found = _NUMBER.search(re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    if found is None:
-        return None
-    value, below = float(found[1]), float(found[2] or 1)
-    return value / below if below and math.isfinite(value) else None
-
-
-_NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*/\s*(\d+\.?\d*))?")
 
 
 # --- rewards by name --------------------------------------------------------------------------------------------------
 
 
 def _best(compare: Callable[[str, str], float], output: str, prompt: Asked) -> float:
-    return max((compare(output, reference) for reference in prompt.answers), default=0.0)
+    return max((float(compare(output, reference)) for reference in prompt.answers), default=0.0)
 
 
 def _answer(kind: str, output: str, prompt: Asked) -> float:
     """The answer in an output, compared as `kind` of answer."""
     comparisons = {
-        "text": exact,
-        "number": number,
-        "choice": lambda answer, reference: choice(answer, reference, prompt.choices),
+        "text": answers.text,
+        "number": answers.number,
+        "choice": lambda output, reference: answers.choice(output, reference, prompt.choices),
     }
-    return _best(comparisons[kind], extract_answer(output), prompt)
+    return _best(comparisons[kind], output, prompt)
 
 
 def _format(output: str, prompt: Asked) -> float:
     """1 if the output has an <answer>...</answer> or \\boxed{...}."""
-    return float(bool(re.search(r"<answer>.*?</answer>", output, re.DOTALL)) or _last_boxed(output) is not None)
+    return float(bool(re.search(r"<answer>.*?</answer>", output, re.DOTALL)) or answers.last_boxed(output) is not None)
 
 
 def _regex(pattern: str) -> Reward:
@@ -166,12 +73,13 @@ def _regex(pattern: str) -> Reward:
 
 
 BUILT_IN: dict[str, Reward] = {
-    "exact": lambda output, prompt: _best(exact, output, prompt),
-    "substr": lambda output, prompt: _best(substr, output, prompt),
+    "exact": lambda output, prompt: _best(answers.exact, output, prompt),
+    "substr": lambda output, prompt: _best(answers.substr, output, prompt),
     "answer": lambda output, prompt: _answer(prompt.answer_type, output, prompt),
     "text": lambda output, prompt: _answer("text", output, prompt),
     "choice": lambda output, prompt: _answer("choice", output, prompt),
     "number": lambda output, prompt: _answer("number", output, prompt),
+    "math": lambda output, prompt: _best(maths.equal, output, prompt),
     "format": _format,
 }
 
@@ -203,7 +111,7 @@ class Rewards:
                     f"answer_type judge needs a judge: a reward MODULE:FUNCTION in place of {config.name} "
                     f"(sample {prompt.name})"
                 )
-            if kind == "number" and (wrong := [text for text in prompt.answers if parse_number(text) is None]):
+            if kind == "number" and (wrong := [text for text in prompt.answers if answers.parse_number(text) is None]):
                 raise ValueError(
                     f"an answer of answer_type number must be one, got {wrong[0]!r} (sample {prompt.name})"
                 )
