@@ -36,6 +36,10 @@ def prompts(folder, processor):
     return read
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
 def text(processor, sample):
     return processor.tokenizer.decode(sample.tokens_T, skip_special=False)
 
@@ -134,19 +138,21 @@ def test_a_video_gives_as_many_frames_as_asked_for(prompts):
     [
         ("{", "a line must be one JSON object"),
         ([1], "a line must be a JSON object, got list"),
-        ({"question": "?"}, r"`prompt` must be given; this line has the keys \['question'\]"),
+        ({"question": "?"}, r"`prompt` must be given; this line has the keys question; `question` must be called so"),
         ({"prompt": 3}, "`prompt` must be a text or a list of texts, .*, got 3"),
         (
             {"prompt": ["a", {"image": 3}]},
             "`prompt` must be a text or a list .*, got {'image': 3} in the list",
         ),
-        ({"prompt": ["a", {"video": "a.mp4", "fps": 0}]}, "an element of `videos` must be"),
+        ({"prompt": ["a", {"video": "a.mp4", "fps": 0}]}, "a video must be a path, or {path"),
         ({"prompt": ["a", ["b"]]}, r"got \['b'\] in the list"),
-        ({"prompt": "?", "image": ["a", "b"]}, "`image` must be one path; several go in `images`"),
-        ({"prompt": "?", "images": "a"}, "`images` must be a list of texts"),
+        ({"prompt": "?", "image": 3}, "`image` must be a path or a list of paths"),
+        ({"prompt": "?", "image_path": "a.png"}, "there is no key `image_path`; it must be called `image`"),
+        ({"prompt": "?", "options": ["a"]}, "there is no key `options`; it must be called `choices`"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "must alternate user and assistant, .*; got none"),
         ({"prompt": "?", "answers": [1]}, "`answers` must be a list of texts"),
         ({"prompt": "?", "answer_type": "essay"}, "`answer_type` must be one of choice, .*; got 'essay'"),
-        ({"prompt": "?", "videos": ["a.mp4"]}, "an element of `videos` must be"),
+        ({"prompt": "?", "videos": [3]}, "a video must be a path, or {path"),
         ({"prompt": "?", "videos": [{"path": "a.mp4", "fps": 1, "frames": 2}]}, "with one of the last two"),
         ({"prompt": "?", "prompt_is_raw": "yes"}, "`prompt_is_raw` must be true or false"),
     ],
@@ -165,3 +171,34 @@ def test_what_cannot_be_shown_names_its_line(prompts):
 def test_prompts_are_no_packed_lines(processor):
     with pytest.raises(ValueError, match="read from JSONL files"):
         Prompts([SourceConfig("prompts.array_record")], processor)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"}, "Which?"]}], "answer": "dog"},
+        {"conversations": [turn("human", "<image>Which?"), turn("gpt", "dog")], "image": "0.png"},
+        {"messages": [turn("user", "Which?"), turn("assistant", "dog")], "images": ["0.png"]},
+        {"prompt": "Which?", "image": ["0.png"], "answer": "dog"},
+        {"prompt": [{"image": "0.png"}, "Which?"], "answers": ["dog"]},
+    ],
+)  # fmt: skip
+def test_one_question_in_many_forms(prompts, line):
+    read = prompts(line, {"prompt": "Which?", "images": ["0.png"], "answer": "dog"})
+    assert read[0, 0].answers == ("dog",)
+    np.testing.assert_array_equal(read.sample((0, 0)).tokens_T, read.sample((0, 1)).tokens_T)
+    np.testing.assert_array_equal(read.sample((0, 0)).pixels_ISSc, read.sample((0, 1)).pixels_ISSc)
+
+
+def test_what_was_said_before_is_part_of_a_prompt(prompts, processor):
+    turns = [("user", "Look."), ("assistant", "Yes?"), ("user", "Which?")]
+    messages = [{"role": "system", "content": "Be brief."}, *({"role": r, "content": c} for r, c in turns)]
+    read = prompts({"messages": messages, "images": ["1.png"]})
+    shown = text(processor, read.sample((0, 0)))
+    assert shown.index("Be brief.") < shown.index("<|vision_start|>") < shown.index("Look.") < shown.index("Which?")
+    assert read[0, 0].answers == () and len(read.sample((0, 0)).pixels_ISSc)
+
+
+def test_videos_by_either_key(prompts):
+    read = prompts({"prompt": "What?", "video": "a.mp4"}, {"prompt": "What?", "videos": [{"path": "a.mp4"}]})
+    np.testing.assert_array_equal(read.sample((0, 0)).tokens_T, read.sample((0, 1)).tokens_T)

@@ -18,7 +18,7 @@ from vlmem_jax.types import TileGeometry
 def packed(folder, lines, name="data.array_record", **options):
     """The config key of `lines`, packed."""
     jsonl = JsonLines(folder.jsonl(lines, "packed.jsonl"))
-    pack(jsonl, folder.path, folder.path / name, **options)
+    pack(jsonl, SourceConfig(jsonl.path, str(folder.path)), folder.path / name, **options)
     return SourceConfig(str(folder.path / name))
 
 
@@ -98,14 +98,19 @@ def test_a_bad_line_stops_packing_and_leaves_nothing(folder):
 
 def test_bad_lines_are_left_out_and_named(folder, processor):
     lines = JsonLines(folder.jsonl([folder.talk(), "{oops", folder.talk("other")]))
-    done = pack(lines, folder.path, folder.path / "data.array_record", skip=True)
+    done = pack(lines, SourceConfig(lines.path), folder.path / "data.array_record", skip=True)
     assert done.samples == 2 and len(done.skipped) == 1 and "train.jsonl:2" in done.skipped[0]
     read = PackedLines(str(folder.path / "data.array_record"))
     assert read[1].conversations[0]["value"] == "other" and read[1].name.endswith(
         "data.array_record:2 (" + lines.name(2) + ")"
     )
     with pytest.raises(ValueError, match="no line of .* can be used; the first: .*bad.jsonl:1"):
-        pack(JsonLines(folder.jsonl(["{"], "bad.jsonl")), folder.path, folder.path / "bad.array_record", skip=True)
+        pack(
+            JsonLines(bad := folder.jsonl(["{"], "bad.jsonl")),
+            SourceConfig(bad),
+            folder.path / "bad.array_record",
+            skip=True,
+        )
 
 
 def test_files_are_not_written_over(folder):
@@ -155,4 +160,4 @@ def test_files_that_do_not_belong_together_are_refused(folder):
     with pytest.raises(ValueError, match="data must be files such as .*none-00000-of-00001.array_record, but there is"):
         PackedLines(str(folder.path / "none.array_record"))
     with pytest.raises(ValueError, match="must be named NAME.array_record, got 'data.bin'"):
-        pack(JsonLines(folder.jsonl([folder.talk()])), folder.path, "data.bin")
+        pack(JsonLines(good := folder.jsonl([folder.talk()])), SourceConfig(good), "data.bin")

@@ -118,7 +118,7 @@ def test_control_tokens_of_the_template_are_told_from_text_that_reads_the_same()
         ([turn("human", "a"), turn("system", "b")], r"needs `from` \(human \| gpt\).*message 2"),
         ([turn("user", "a")], r"needs `from` \(system \| human \| gpt\).*message 1"),
         ([{"from": "human"}], "a text `value`"),
-        ([turn("human", ["a"])], "a text `value`"),
+        ([turn("human", [3])], "a text `value`"),
         (["a", "b"], "message 1 is 'a'"),
         ("a", "must be a list of messages, got 'a'"),
         (None, "must be a list of messages, got None"),

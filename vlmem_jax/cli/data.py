@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     packing.add_argument("--data", required=True, metavar="FILE", help="the JSONL file")
     packing.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
     packing.add_argument("--out", required=True, metavar="NAME.array_record", help="written as NAME-00000-of-... files")
+    _add_links(packing)
     packing.add_argument(
         "--shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="of a file, such as 500MB (default: 1GB)"
     )
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     looking.add_argument("--data", metavar="FILE", help="a file in place of data.train and data.eval of the experiment")
     looking.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
+    _add_links(looking)
     looking.add_argument("--stage", help="stage whose data to look at (default: those of the experiment)")
     looking.add_argument("--bad", type=int, default=20, metavar="N", help="bad lines to name (default: %(default)s)")
     cutting = _action(
@@ -84,13 +86,17 @@ def _action(
     return parser
 
 
+def _add_links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--follow-links", action="store_true", help="links below that folder may lead out of it")
+
+
 def _pack(args: argparse.Namespace) -> int:
     lines = JsonLines(args.data)
     with progress_bar() as bar:
         task = bar.add_task("packing", total=len(lines))
         packed = pack(
             lines,
-            args.root or lines.folder,
+            SourceConfig(args.data, args.root, follow_links=args.follow_links),
             args.out,
             args.shard_size,
             args.skip_bad,
@@ -109,7 +115,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.experiment is None:
         if not args.data:
             raise ConfigError("`vlmem data inspect` needs --config, or --data for what can be told without a tokenizer")
-        found = glance(SourceConfig(args.data, args.root), DataConfig().thread_count)
+        found = glance(SourceConfig(args.data, args.root, follow_links=args.follow_links), DataConfig().thread_count)
         print(f"{args.data}\n{found.text()}")
         _name_bad(found.bad, args.bad)
         return 1 if found.bad else 0
@@ -121,7 +127,7 @@ def _inspect(args: argparse.Namespace) -> int:
     processor = experiment_processor(settings, VLM(settings.model))
     parts = {"data.train": (config.train, settings.seed), "data.eval": (config.eval, None)}
     if args.data:
-        parts = {"--data": ((SourceConfig(args.data, args.root),), settings.seed)}
+        parts = {"--data": ((SourceConfig(args.data, args.root, follow_links=args.follow_links),), settings.seed)}
     bad = 0
     for name, (sources, seed) in parts.items():
         if not sources:

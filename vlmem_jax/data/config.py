@@ -15,6 +15,13 @@ class SourceConfig:
     """Folder that the paths in a JSONL file start from and must stay in; empty: the folder of the file."""
     weight: float = 1.0
     """How often a sample of this file is drawn, relative to samples of the other files."""
+    follow_links: bool = False
+    """Whether links below root may lead out of it; only for data whose links are one's own."""
+
+    @property
+    def folder(self) -> str:
+        """Where paths start from."""
+        return self.root or os.path.dirname(self.path) or "."
 
     def __post_init__(self):
         if not self.weight > 0:

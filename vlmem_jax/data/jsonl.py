@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from vlmem_jax.data.forms import read_line
 from vlmem_jax.processing.images import Head
 from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
@@ -21,13 +22,15 @@ class Record:
 
     name: str
     """`file:line`, counted from 1."""
-    conversations: Sequence[Mapping[str, str]]
+    conversations: Sequence[Mapping[str, Any]]
     images: tuple[str | Encoded, ...] = ()
     video: str | Encoded | None = None
     heads: tuple[Head, ...] | None = None
     """Of the images, where they are known."""
     clip: Clip | None = None
     """What the header of the video says, where it is known."""
+    ignored: tuple[str, ...] = ()
+    """Keys of the line that mean nothing here."""
 
 
 class JsonLines:
@@ -35,7 +38,7 @@ class JsonLines:
 
     def __init__(self, path: str):
         """Finds the lines. Raises ValueError if there is no such file or no line in it."""
-        self.path, self.folder = path, os.path.dirname(path) or "."
+        self.path = path
         self._starts, self._ends, self._numbers = array.array("q"), array.array("q"), array.array("q")
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - stays open for as long as the object lives
@@ -87,19 +90,14 @@ class JsonLines:
 
 
 def as_record(name: str, fields: Any) -> Record:
-    """A line that was parsed. Raises ValueError if it has not the expected form."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"a line must be a JSON object, got {type(fields).__name__}")
-    conversations = fields.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
-        raise ValueError(f"`conversations` must be a list of messages; this line has the keys {sorted(fields)}")
-    images = fields.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise ValueError(f"`image` must be a path or a list of paths, got {images!r:.200}")
-    video = fields.get("video") or None
-    if not isinstance(video, str | None):
-        raise ValueError(f"`video` must be a path, got {video!r:.200}")
-    if images and video:
+    """A line that was parsed. Raises ValueError if it has none of the forms of `forms`."""
+    said = read_line(fields, ABOUT)
+    if len(said.videos) > 1:
+        raise ValueError(f"a sample has one video at most, this one has {len(said.videos)}")
+    if said.images and said.videos:
         raise ValueError("a sample has either `image` or `video`, this one has both")
-    return Record(name, conversations, tuple(images), video)
+    return Record(name, said.conversations, said.images, said.videos[0] if said.videos else None, ignored=said.ignored)
+
+
+ABOUT = ("id", "source", "split", "dataset")
+"""Keys that tell of a line and are not missed."""

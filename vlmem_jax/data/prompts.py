@@ -1,23 +1,25 @@
 """Questions with their accepted answers, from JSONL files: what reinforcement learning and evaluation ask.
 
-A line holds `prompt` and perhaps `id`, `image` or `images`, `videos` ({path, fps?, frames?}), `system`, `answer`,
-`answers`, `answer_type`, `choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in `meta`. Images and
-videos stand before the prompt; where they stand in its midst, `prompt` is a list of texts, {image: path} and
-{video: path, fps?, frames?}. A text is never searched for markers.
+A line holds `prompt` and perhaps `id`, `image` or `images`, `video` or `videos` (paths or {path, fps?, frames?}),
+`system`, `answer`, `answers`, `answer_type`, `choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in
+`meta`. Images and videos stand before the prompt; where they stand in its midst, `prompt` is a list of texts,
+{image: path} and {video: path, fps?, frames?}. A text is never searched for markers. In place of `prompt` there may be
+`messages` or `conversations` in the forms of training data, whose last answer is the accepted one if there is no other.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from vlmem_jax.data.config import SourceConfig
+from vlmem_jax.data.forms import check_near, check_object, check_text, paths, read_line, short
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SUFFIX
-from vlmem_jax.data.samples import Key, naming
-from vlmem_jax.processing import Processor, Video, images
+from vlmem_jax.data.samples import Key
+from vlmem_jax.processing import Processor, Video, chat, images, media
+from vlmem_jax.processing.processor import naming
 from vlmem_jax.types import Sample
 
 ANSWER_TYPES = ("choice", "number", "text", "judge")
@@ -51,8 +53,10 @@ class Prompt:
     """Of the line, else its number among those that are not blank, from 0."""
     parts: tuple[str | ImageSource | VideoSource, ...]
     """What it says, and shows in between."""
+    history: tuple[tuple[tuple[str | ImageSource | VideoSource, ...], str], ...] = ()
+    """What was asked and answered before."""
     images: tuple[str, ...] = ()
-    """Paths of what stands before."""
+    """Paths of what stands before all that is said."""
     videos: tuple[VideoSource, ...] = ()
     answers: tuple[str, ...] = ()
     """All that are accepted; none where the line gives none."""
@@ -84,7 +88,7 @@ class Prompts:
                 raise ValueError(f"prompts are read from JSONL files, got {source.path}; give the file it was made of")
         self.processor = processor
         self.files = [JsonLines(source.path) for source in sources]
-        self.roots = [source.root or os.path.dirname(source.path) or "." for source in sources]
+        self.sources = sources
 
     @property
     def counts(self) -> list[int]:
@@ -105,64 +109,76 @@ class Prompts:
 
         Raises ValueError for what cannot be shown.
         """
-        prompt, processor = self[key], self.processor
+        prompt, processor, file = self[key], self.processor, self.sources[key[0]]
 
         def opened(source: ImageSource | VideoSource) -> Image.Image | Video:
-            path = images.resolve(self.roots[key[0]], source.path)
+            path = media.resolve(file.folder, source.path, file.follow_links)
             if isinstance(source, ImageSource):
                 return images.open_image(path, processor.open_limit, processor.image)
             return processor.open_video(path, fps=source.fps, frames=source.frames)[0]
 
+        def message(parts: Sequence[str | ImageSource | VideoSource]) -> list[Any]:
+            return [part if isinstance(part, str) else opened(part) for part in parts]
+
         with naming(prompt.name):
             pictures = [opened(ImageSource(path)) for path in prompt.images]
             videos = [opened(source) for source in prompt.videos]
-            question = [part if isinstance(part, str) else opened(part) for part in prompt.parts]
+            question, history = message(prompt.parts), [(message(asked), answer) for asked, answer in prompt.history]
         if prompt.is_raw:
             return processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
-        return processor.prompt(
-            question, pictures, videos=videos, rope_dhr=rope_dhr, system=prompt.system, name=prompt.name
-        )
+        if history:
+            history[0] = processor.message(history[0][0], pictures, videos), history[0][1]
+            pictures = videos = ()
+        settings = {"rope_dhr": rope_dhr, "system": prompt.system, "name": prompt.name}
+        return processor.prompt(question, pictures, history, videos=videos, **settings)
 
 
 def as_prompt(name: str, fields: Any, number: str) -> Prompt:
     """A line that was parsed; `number` is its id if it has none. Raises ValueError if it has not the expected form."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"a line must be a JSON object, got {type(fields).__name__}")
-    left = dict(fields)
+    check_object(fields)
+    check_text(fields)
+    unrolled = "prompt" not in fields and fields.keys() & {"messages", "conversations"}
+    left = _unrolled(fields) if unrolled else dict(fields)
 
     def take(key: str, kind: type | tuple[type, ...], default: Any, rule: str) -> Any:
         value = left.pop(key, None)
         if value is None:
             return default
         if not isinstance(value, kind):
-            raise ValueError(f"`{key}` must be {rule}, got {value!r:.200}")
+            raise ValueError(f"`{key}` must be {rule}, got {short(value)}")
         return value
 
     def texts(key: str) -> list[str]:
         values = take(key, list, [], "a list of texts")
         if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"`{key}` must be a list of texts, got {values!r:.200}")
+            raise ValueError(f"`{key}` must be a list of texts, got {short(values)}")
         return values
 
     prompt = take("prompt", (str, list), None, f"a text or {_PARTS}")
     if prompt is None:
-        raise ValueError(f"`prompt` must be given; this line has the keys {sorted(fields)}")
+        known = next((key for key in ("question", "query", "instruction") if key in fields), None)
+        hint = f"; `{known}` must be called so" if known else ""
+        raise ValueError(f"`prompt` must be given; this line has the keys {', '.join(list(fields)[:12])}{hint}")
     is_raw = take("prompt_is_raw", bool, False, "true or false")
     if is_raw and not isinstance(prompt, str):
-        raise ValueError(f"a `prompt` that `prompt_is_raw` must be a text, got {prompt!r:.200}")
-    image = take("image", str, None, "one path; several go in `images`")
+        raise ValueError(f"a `prompt` that `prompt_is_raw` must be a text, got {short(prompt)}")
+    images = paths(left, "image")
+    videos = [left.pop("video", None) or [], take("videos", list, [], "a list of paths or objects with `path`")]
+    videos = [one for value in videos for one in (value if isinstance(value, list) else [value])]
     answer = take("answer", str, None, "a text")
     answers = dict.fromkeys(([] if answer is None else [answer]) + texts("answers"))
     choices = texts("choices")
     answer_type = take("answer_type", str, "choice" if choices else "text", "a text")
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"`answer_type` must be one of {', '.join(ANSWER_TYPES)}; got {answer_type!r}")
-    return Prompt(
+    history = left.pop(_HISTORY, ())
+    read = Prompt(
         name=name,
         id=str(take("id", object, number, "anything")),
         parts=(prompt,) if isinstance(prompt, str) else tuple(map(_part, prompt)),
-        images=tuple(([image] if image else []) + texts("images")),
-        videos=tuple(map(_video, take("videos", list, [], "a list of objects with `path`"))),
+        history=history,
+        images=images,
+        videos=tuple(map(_video, videos)),
         answers=tuple(answers),
         answer_type=answer_type,
         choices=tuple(choices),
@@ -172,23 +188,60 @@ def as_prompt(name: str, fields: Any, number: str) -> Prompt:
         is_raw=is_raw,
         meta=left,
     )
+    check_near([key for key, value in left.items() if value not in (None, "", [], {})], _NEAR)
+    return read
+
+
+_NEAR = {"options": "choices", "choice": "choices", "option": "choices", "answertype": "answer_type"}
+_HISTORY = "_history"
+
+
+def _unrolled(fields: dict[str, Any]) -> dict[str, Any]:
+    """A line with the last question of its conversation as `prompt`, and what was said before as history."""
+    about = {key: value for key, value in fields.items() if key not in _SAID}
+    said = read_line(fields, tuple(about))
+    turns = [turn["value"] for turn in said.conversations]
+    speakers = [turn["from"] for turn in said.conversations]
+    if speakers[0] == "system":
+        speakers, about["system"] = speakers[1:], turns.pop(0)
+    if speakers[-1:] == ["gpt"]:
+        speakers, answer = speakers[:-1], turns.pop()
+        if not (about.get("answer") or about.get("answers")):
+            about["answer"] = answer
+    if speakers != ["human", "gpt"] * (len(turns) // 2) + ["human"]:
+        raise ValueError(
+            f"turns must alternate user and assistant, a question last; got {', '.join(speakers) or 'none'}"
+        )
+    if any(isinstance(piece, chat.Control) for turn in turns[::2] for piece in chat.pieces(turn)):
+        messages = chat.marked(turns, list(map(ImageSource, said.images)), list(map(VideoSource, said.videos)))
+    else:
+        messages = chat.marked(turns)
+        about |= {"images": list(said.images), "videos": list(said.videos)}
+    *before, asked = messages
+    about[_HISTORY] = tuple((tuple(q), "".join(a)) for q, a in zip(before[::2], before[1::2], strict=True))
+    return about | {"prompt": list(asked)}
+
+
+_SAID = {"messages", "conversations", "system", "image", "images", "video", "videos"}
 
 
 _PARTS = "a list of texts, {image: path} and {video: path, fps?, frames?}"
 
 
 def _part(value: Any) -> str | ImageSource | VideoSource:
-    if isinstance(value, str):
+    if isinstance(value, str | ImageSource | VideoSource):
         return value
     if isinstance(value, dict) and value.keys() == {"image"} and isinstance(value["image"], str):
         return ImageSource(value["image"])
     if isinstance(value, dict) and "video" in value and "path" not in value:
         return _video({"path" if key == "video" else key: held for key, held in value.items()})
-    raise ValueError(f"`prompt` must be a text or {_PARTS}, got {value!r:.200} in the list")
+    raise ValueError(f"`prompt` must be a text or {_PARTS}, got {short(value)} in the list")
 
 
 def _video(fields: Any) -> VideoSource:
-    rule = f"an element of `videos` must be {{path, fps?, frames?}} with one of the last two, got {fields!r:.200}"
+    if isinstance(fields, str):
+        return VideoSource(fields)
+    rule = f"a video must be a path, or {{path, fps?, frames?}} with one of the last two, got {short(fields)}"
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not fields.keys() <= _VIDEO_KEYS:
         raise ValueError(rule)
     fps, frames = fields.get("fps"), fields.get("frames")

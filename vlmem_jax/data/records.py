@@ -19,8 +19,9 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from vlmem_jax.data.config import SourceConfig
 from vlmem_jax.data.jsonl import JsonLines, Record, as_record
-from vlmem_jax.processing import images, video
+from vlmem_jax.processing import images, media, video
 from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
 
@@ -96,13 +97,13 @@ class Packed:
 
 def pack(
     lines: JsonLines,
-    root: str | os.PathLike,
+    source: SourceConfig,
     out: str | os.PathLike,
     shard_bytes: int = SHARD_BYTES,
     skip: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Packed:
-    """Writes the samples of a JSONL file with their images, found below `root`, to the files of `out`.
+    """Writes the samples of a JSONL file with their images, found below the root of `source`, to the files of `out`.
 
     Files appear when all are complete. Raises ValueError for a line that cannot be read or whose image or video cannot
     be opened, or leaves it out with `skip`; and if there are such files already.
@@ -115,7 +116,7 @@ def pack(
     done: list[tuple[Path, int, int]] = []
     with contextlib.ExitStack() as cleaning:
         shard = None
-        for index, result in enumerate(_read_all(lines, root)):
+        for index, result in enumerate(_read_all(lines, source)):
             progress(index)
             if isinstance(result, ValueError):
                 if not skip:
@@ -220,15 +221,15 @@ def _matching(folder: Path, stem: str) -> Iterator[Path]:
     return (file for file in folder.glob(f"*{SUFFIX}") if pattern.fullmatch(file.name))
 
 
-def _read_all(lines: JsonLines, root: str | os.PathLike) -> Iterator[tuple[bytes, list[bytes]] | ValueError]:
+def _read_all(lines: JsonLines, source: SourceConfig) -> Iterator[tuple[bytes, list[bytes]] | ValueError]:
     """Header and files of every sample, or what is wrong with it."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as executor:
         for first in range(0, len(lines), READ_AT_ONCE):
             span = range(first, min(first + READ_AT_ONCE, len(lines)))
-            yield from executor.map(lambda index: _read(lines, root, index), span)
+            yield from executor.map(lambda index: _read(lines, source, index), span)
 
 
-def _read(lines: JsonLines, root: str | os.PathLike, index: int) -> tuple[bytes, list[bytes]] | ValueError:
+def _read(lines: JsonLines, source: SourceConfig, index: int) -> tuple[bytes, list[bytes]] | ValueError:
     try:
         record = lines[index]
     except ValueError as error:
@@ -236,7 +237,7 @@ def _read(lines: JsonLines, root: str | os.PathLike, index: int) -> tuple[bytes,
     names = (record.video,) if record.video else record.images
     clip, heads = None, []
     try:
-        files = [_encoded(root, name) for name in names]
+        files = [_encoded(source, name) for name in names]
         if record.video:
             clip = video.probe(files[0])
         else:
@@ -253,11 +254,10 @@ def _read(lines: JsonLines, root: str | os.PathLike, index: int) -> tuple[bytes,
     return json.dumps(head).encode(), [file.data for file in files]
 
 
-def _encoded(root: str | os.PathLike, name: str) -> Encoded:
-    path = images.resolve(root, name)
+def _encoded(source: SourceConfig, name: str) -> Encoded:
+    path = media.resolve(source.folder, name, source.follow_links)
+    media.check_file(path, "file")
     try:
         return Encoded(name, path.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

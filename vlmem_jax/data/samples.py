@@ -1,9 +1,8 @@
 """The samples of some JSONL or ArrayRecord files: their sizes without decoding an image, and the samples themselves."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,8 +12,9 @@ import numpy as np
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.jsonl import JsonLines, Record
 from vlmem_jax.data.records import SUFFIX, PackedLines
-from vlmem_jax.processing import Processor, images, video
+from vlmem_jax.processing import Processor, images, media, video
 from vlmem_jax.processing.media import Encoded
+from vlmem_jax.processing.processor import naming
 from vlmem_jax.runtime import hosts
 from vlmem_jax.types import IGNORED, Sample
 
@@ -45,7 +45,6 @@ class Samples:
         self.config, self.processor, self.seed = config, processor, seed
         self.sources = sources
         self.files = [open_lines(source.path) for source in sources]
-        self.roots = [source.root or os.path.dirname(source.path) or "." for source in sources]
         self.weights = [source.weight for source in sources]
         self._sizes = [np.zeros((len(lines), len(Size._fields)), np.int32) for lines in self.files]
         self._errors: dict[Key, str] = {}
@@ -165,7 +164,8 @@ class Samples:
             raise ValueError("a sample must have an answer to learn, but this one has no target token")
 
     def _path(self, key: Key, path: str | Encoded) -> os.PathLike | Encoded:
-        return path if isinstance(path, Encoded) else images.resolve(self.roots[key[0]], path)
+        source = self.sources[key[0]]
+        return path if isinstance(path, Encoded) else media.resolve(source.folder, path, source.follow_links)
 
     def _image_sizes(self, key: Key, record: Record) -> list[tuple[int, int]]:
         limit, shown_as = self.processor.open_limit, self.processor.image
@@ -185,12 +185,3 @@ class Samples:
 def open_lines(path: str) -> JsonLines | PackedLines:
     """The samples of a file, by its name."""
     return PackedLines(path) if path.endswith(SUFFIX) else JsonLines(path)
-
-
-@contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Adds the sample's name to a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error} (sample {name})") from error

@@ -11,7 +11,7 @@ import numpy as np
 from vlmem_jax.data.config import DataConfig, SourceConfig
 from vlmem_jax.data.plan import Plan, draws
 from vlmem_jax.data.samples import Samples, open_lines
-from vlmem_jax.processing import Processor, images, video
+from vlmem_jax.processing import Processor, images, media, video
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -72,18 +72,21 @@ class Glance:
 
 def glance(source: SourceConfig, threads: int) -> Glance:
     """Reads all lines of a file and the headers of its images, `threads` at a time."""
-    lines, root = open_lines(source.path), source.root or os.path.dirname(source.path) or "."
+    lines = open_lines(source.path)
+
+    def found_at(path: str) -> os.PathLike:
+        return media.resolve(source.folder, path, source.follow_links)
 
     def read(index: int) -> tuple[list[int], int] | str:
         """Pixels of the images and frames of the video, or what is wrong."""
         try:
             record = lines.header(index)
             if record.video:
-                clip = record.clip or video.probe(images.resolve(root, record.video))
+                clip = record.clip or video.probe(found_at(record.video))
                 return [], clip.frames
             heads = record.heads
             if heads is None:
-                heads = [images.read_head(images.resolve(root, path)) for path in record.images]
+                heads = [images.read_head(found_at(path)) for path in record.images]
             return [head.width * head.height for head in heads], 0
         except ValueError as error:
             return str(error)

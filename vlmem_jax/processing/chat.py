@@ -13,6 +13,7 @@ VIDEO_MARKER = "<video>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 """Control tokens round the visual tokens of an image, and the placeholder of one visual token."""
 _MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
+_MARKER_OF = {"image": IMAGE_MARKER, "video": VIDEO_MARKER}
 
 Part = Any
 """Of a message: a text, or what it shows, an image or a `Video` (or their sizes, to plan with)."""
@@ -96,6 +97,8 @@ class Dialogue:
 
     messages: tuple[Message, ...]
     system: str | None = None
+    learned: tuple[bool, ...] = ()
+    """Whether each answer is, in training; where it is not said, all are."""
 
     @property
     def shown(self) -> list[Any]:
@@ -122,10 +125,11 @@ def read_conversation(
 ) -> Dialogue:
     """A training conversation, ready for the template: a list of {`from`: human | gpt, `value`: text} as JSON gives it.
 
-    The first message may be from system. Texts are stripped. `<image>` and `<video>` in a question mark where `images`
-    and `videos` stand; where no turn marks them, that is before the first question, `before_text` after each; `<image>`
-    may mark the only video, too. A conversation that starts with gpt loses that turn. Raises ValueError for any other
-    order, for an empty answer, and where markers and what is shown differ in number.
+    The first message may be from system, and one with `loss: false` is not learned. Texts are stripped. `<image>` and
+    `<video>` in a question mark where `images` and `videos` stand; where no turn marks them, that is before the first
+    question, `before_text` after each; `<image>` may mark the only video, too. A `value` may also be a list of texts,
+    which are not searched, and {`type`: image | video}. A conversation that starts with gpt loses that turn. Raises
+    ValueError for any other order, for an empty answer, and where markers and what is shown differ in number.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str):
         raise ValueError(f"conversations must be a list of messages, got {repr(conversations)[:200]}")
@@ -135,32 +139,41 @@ def read_conversation(
         system = entries.pop(0)[1]
     if entries and entries[0][0] == "gpt":
         entries.pop(0)
-    speakers = [speaker for speaker, _ in entries]
+    speakers = [speaker for speaker, *_ in entries]
     if not entries or speakers != ["human", "gpt"] * (len(entries) // 2):
         raise ValueError(f"turns must alternate human, gpt and end with gpt; got {', '.join(speakers) or 'none'}")
-    turns = [value for _, value in entries]
+    turns = [value for _, value, _ in entries]
     turns[0] = _place(turns, len(images), len(videos), before_text)
-    turns = [turn.strip() for turn in turns]
+    turns = [turn.strip() if isinstance(turn, str) else turn for turn in turns]
     if "" in turns[1::2]:
         raise ValueError(f"an answer must not be empty, but answer {turns[1::2].index('') + 1} is")
     if any(IMAGE_MARKER in turn for turn in turns[1::2]):
         raise ValueError(f"{IMAGE_MARKER} may stand in a question only, but an answer holds it")
-    return Dialogue(marked(turns, images, videos), system)
+    return Dialogue(marked(turns, images, videos), system, tuple(learned for *_, learned in entries[1::2]))
 
 
-def marked(turns: Sequence[str], images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> tuple[Message, ...]:
+def marked(
+    turns: Sequence[str | Sequence[Any]], images: Sequence[Any] = (), videos: Sequence[Any] = ()
+) -> tuple[Message, ...]:
     """Turns as messages, in whose questions (the first turn, the third, ...) `<image>` and `<video>` are markers.
 
     Only formats that define the markers are read like this. Raises ValueError where their numbers are not those of
     `images` and `videos`.
     """
-    pieces = [[turn] if n % 2 else _MARKERS.split(turn) for n, turn in enumerate(turns)]
+    said = [[turn] if n % 2 else pieces(turn) for n, turn in enumerate(turns)]
     for marker, shown, what in ((IMAGE_MARKER, images, "images"), (VIDEO_MARKER, videos, "videos")):
-        count = sum(one[1::2].count(marker) for one in pieces)
+        count = sum(isinstance(piece, Control) and piece == marker for one in said for piece in one)
         if count != len(shown):
             raise ValueError(f"the text holds {count} {marker} but there are {len(shown)} {what}")
     left = {IMAGE_MARKER: iter(images), VIDEO_MARKER: iter(videos)}
-    return tuple(tuple(next(left[piece]) if n % 2 else piece for n, piece in enumerate(one)) for one in pieces)
+    return tuple(tuple(next(left[part]) if isinstance(part, Control) else part for part in one) for one in said)
+
+
+def pieces(turn: str | Sequence[Any]) -> list[str]:
+    """The texts of a turn, and its markers as `Control`."""
+    if isinstance(turn, str):
+        return [Control(piece) if n % 2 else piece for n, piece in enumerate(_MARKERS.split(turn))]
+    return [part if isinstance(part, str) else Control(_MARKER_OF[part["type"]]) for part in turn]
 
 
 def render(dialogue: Dialogue, chat: Template, system: str | None = None) -> list[str]:
@@ -184,27 +197,42 @@ def check_text(text: str, chat: Template) -> None:
             raise ValueError(f"a text must not hold the control token {token}; got {_around(text, token)!r}")
 
 
-def _entry(index: int, entry: Any) -> tuple[str, str]:
+def _entry(index: int, entry: Any) -> tuple[str, str | list[Any], bool]:
     speaker, value = (entry.get("from"), entry.get("value")) if isinstance(entry, Mapping) else (None, None)
     allowed = ("system", "human", "gpt") if index == 0 else ("human", "gpt")
+    if speaker == "human" and isinstance(value, list) and all(map(_is_part, value)):
+        return speaker, value, True
     if speaker not in allowed or not isinstance(value, str):
         raise ValueError(
             f"a message needs `from` ({' | '.join(allowed)}) and a text `value`, "
             f"but message {index + 1} is {repr(entry)[:200]}"
         )
-    return speaker, value
+    return speaker, value, entry.get("loss", True)
 
 
-def _place(turns: Sequence[str], images: int, videos: int, before_text: str) -> str:
+def _is_part(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, Mapping) and part.get("type") in _MARKER_OF)
+
+
+def _place(turns: Sequence[str | list[Any]], images: int, videos: int, before_text: str) -> str | list[Any]:
     """The first turn with markers for images and videos that no turn marks."""
     first = turns[0]
-    if videos and not any(VIDEO_MARKER in turn for turn in turns):
-        if (images, videos) == (0, 1) and first.count(IMAGE_MARKER) == 1:
+
+    def marks(turn: str | list[Any], kind: str) -> bool:
+        return _MARKER_OF[kind] in turn if isinstance(turn, str) else {"type": kind} in turn
+
+    def before(kind: str, count: int) -> str | list[Any]:
+        if isinstance(first, str):
+            return f"{_MARKER_OF[kind]}{before_text}" * count + first
+        return [{"type": kind}, *([before_text] if before_text else [])] * count + first
+
+    if videos and not any(marks(turn, "video") for turn in turns):
+        if (images, videos) == (0, 1) and isinstance(first, str) and first.count(IMAGE_MARKER) == 1:
             first = first.replace(IMAGE_MARKER, VIDEO_MARKER)
         else:
-            first = f"{VIDEO_MARKER}{before_text}" * videos + first
-    if images and not any(IMAGE_MARKER in turn for turn in turns):
-        first = f"{IMAGE_MARKER}{before_text}" * images + first
+            first = before("video", videos)
+    if images and not any(marks(turn, "image") for turn in turns):
+        first = before("image", images)
     return first
 
 

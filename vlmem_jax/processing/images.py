@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import io
 import os
-import pathlib
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlmem_jax import positions
 from vlmem_jax.processing.context import read_context
-from vlmem_jax.processing.media import Encoded, described
+from vlmem_jax.processing.media import Encoded, check_file, described
 from vlmem_jax.processing.shown import SHOWN, SIDEWAYS, NoRangeError, ShownConfig, shown, to_rgb, turn_of
 from vlmem_jax.types import TileShape
 
@@ -67,15 +66,6 @@ class ImageConfig(ShownConfig):
         fine = whole and self.dhr_map == "fine"
         pooled = read_context(self.context).pooled > 1
         return tile._replace(pooled=pooled, places=positions.PLACES if fine else 1)
-
-
-def resolve(root: str | os.PathLike, path: str) -> pathlib.Path:
-    """`path` below `root`, links followed. Raises ValueError if it leads out of `root`."""
-    inside = pathlib.Path(root).resolve()
-    full = (inside / path).resolve()
-    if not full.is_relative_to(inside):
-        raise ValueError(f"data may only name files below its root {inside}, but {path!r} leads to {full}; change root")
-    return full
 
 
 class Head(NamedTuple):
@@ -136,10 +126,9 @@ def _formats() -> tuple[str, ...]:
 
 
 def _open(path: str | os.PathLike | Encoded, max_pixels: int) -> Image.Image:
+    check_file(path, "image")
     try:
         image = Image.open(io.BytesIO(path.data) if isinstance(path, Encoded) else path, formats=_formats())
-    except FileNotFoundError as error:
-        raise ValueError(f"image {path} does not exist") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"image {path} must have at most image.max_pixels={max_pixels} pixels: {error}") from error
     except UnidentifiedImageError as error:

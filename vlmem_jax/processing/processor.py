@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +102,7 @@ class Processor:
         name: str = "",
     ) -> SampleSize:
         """Sizes of what `encode` gives for images and videos of these sizes; raises what `encode` raises."""
-        with _naming(name):
+        with naming(name):
             dialogue = self._read(conversations, image_sizes, video_sizes)
             shown = dialogue.shown
             ids, targets = self._training_text(dialogue)
@@ -125,7 +125,7 @@ class Processor:
         Without images and videos the sample gets a blank tile that no token stands for, or none with `mask_text_only`.
         Raises ValueError for a conversation or images that do not fit.
         """
-        with _naming(name):
+        with naming(name):
             dialogue = self._read(conversations, images, videos)
             shown = dialogue.shown
             ids, targets = self._training_text(dialogue)
@@ -157,7 +157,7 @@ class Processor:
         `videos` stand before the last one. Whatever a text holds, it is text. `rope_dhr` and `system` replace the
         config's here. Without images there are no tiles. Raises ValueError for images that do not fit (CoMemo sec. 3).
         """
-        with _naming(name):
+        with naming(name):
             turns = [said for asked, answer in history for said in (chat.message(asked), (answer,))]
             dialogue = chat.Dialogue((*turns, self.message(question, images, videos)), system)
             dialogue = self._laid_out(dialogue)
@@ -178,7 +178,7 @@ class Processor:
 
         `rope_dhr` as in `prompt`. Raises ValueError where the numbers differ.
         """
-        with _naming(name):
+        with naming(name):
             ids = np.array(self.tokenizer.encode(text), np.int32)
             if self.video_id == self.context_id and videos:
                 raise ValueError("a raw prompt for this model cannot show videos; leave prompt_is_raw out")
@@ -301,7 +301,9 @@ class Processor:
         ids = self._ids(dialogue)
         targets = np.zeros(len(ids), bool)
         starts, ends = np.flatnonzero(ids == self._start_id), np.flatnonzero(ids == self.stop_id)
-        for start, end in zip(starts[2::2], ends[2::2], strict=True):  # turns: system, user, assistant, user, ...
+        learned = dialogue.learned or (True,) * len(starts[2::2])
+        turns = zip(starts[2::2], ends[2::2], learned, strict=True)  # turns: system, user, assistant, user, ...
+        for start, end, is_learned in turns:
             answer = start + len(self._answer_start)
             if ids[start:answer].tolist() != self._answer_start:
                 opening = "".join(self.template.answer_start)
@@ -309,7 +311,7 @@ class Processor:
                     f"the tokenizer joins the start of an answer to the text before it ({opening!r} "
                     f"should be ids {self._answer_start}, got {ids[start:answer].tolist()}), so its targets are unknown"
                 )
-            targets[answer : end + 1] = True
+            targets[answer : end + 1] = is_learned
         return ids, targets
 
     def _sample(
@@ -372,11 +374,15 @@ def _control_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 @contextlib.contextmanager
-def _naming(name: str):
-    """Adds the sample's name to a ValueError."""
+def naming(name: str) -> Iterator[None]:
+    """Makes any exception of a sample a ValueError that names it; running out of memory is no sample's fault."""
     try:
         yield
     except ValueError as error:
         if not name:
             raise
         raise ValueError(f"{error} (sample {name})") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}{f' (sample {name})' if name else ''}") from error

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlmem_jax.processing.images import ImageConfig
-from vlmem_jax.processing.media import Encoded, described
+from vlmem_jax.processing.media import Encoded, check_file, described
 from vlmem_jax.processing.shown import SHOWN, SIDEWAYS, ShownConfig, Turn, turn_of_matrix
 
 FORMATS = {
@@ -234,8 +234,7 @@ def _open(path: str | os.PathLike | Encoded, max_pixels: int | None = None) -> I
         import av
     except ImportError as error:
         raise ValueError(f"reading video {path} needs PyAV; install vlmem_jax[video]") from error
-    if not isinstance(path, Encoded) and not os.path.exists(path):  # nor may it be a pattern of names or an address
-        raise ValueError(f"video {path} does not exist")
+    check_file(path, "video")  # nor may it be a pattern of names or an address
     try:
         file = io.BytesIO(path.data) if isinstance(path, Encoded) else f"file:{path}"
         with av.open(file, options=_OPTIONS) as container:
