@@ -1,7 +1,10 @@
 import functools
+import hashlib
 import json
+import os
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -251,6 +254,76 @@ def test_the_second_ctrl_c_ends_the_program():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_a_signal_is_told_at_once_while_the_compiler_runs(monkeypatch):
+    told = []
+    monkeypatch.setattr(loop, "print", lambda text, **_: told.append((text, time.monotonic())), raising=False)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interruption() as asked:
+            sender = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+            sender.start()
+            while not told or time.monotonic() < told[0][1] + 0.2:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # like a compiler: no signal ends it
+            end = time.monotonic()
+        assert asked.is_set() and told[0][0] == loop.STOPPING and told[0][1] < end - 0.1
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+class Failing(standin.Task):
+    """Raises at a step of training, or in an evaluation."""
+
+    at, where = 6, "work"
+
+    def work(self, step, params):
+        if step == self.at and self.where == "work":
+            raise ValueError("image a.jpg is damaged (sample train.jsonl:34)")
+        return super().work(step, params)
+
+    def evaluate(self, params):
+        if self.where == "evaluate":
+            raise KeyError("eval")
+        return super().evaluate(params)
+
+
+@pytest.mark.parametrize(
+    "where, step, kind, words",
+    [
+        ("work", 6, ValueError, r"a.jpg is damaged \(sample train.jsonl:34\). Step 6 of stage only is saved; the same"),
+        ("evaluate", 4, ValueError, "KeyError: 'eval'. Step 4 of stage only is saved"),
+    ],
+)
+def test_what_data_raise_loses_no_step(tmp_path, whole, where, step, kind, words):
+    settings, mesh = standin.experiment(), mesh_of(1, 1, 1)
+    task = Failing(settings, settings.stages[0], None, mesh)
+    task.where = where
+    with pytest.raises(kind, match=words):
+        train(tmp_path, settings, task)
+    assert Store(tmp_path / "only").latest() == step
+    train(tmp_path, settings)
+    assert losses(tmp_path) == whole(1, 1, 1)
+
+
+@pytest.mark.parametrize("lost", ["params/manifest.ocdbt", "train/_METADATA", "meta/metadata", "params/d"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, capsys, whole, lost):
+    train(tmp_path, until=9)
+    steps = Store(tmp_path / "only").steps()
+    path = tmp_path / "only" / str(steps[-1]) / lost
+    shutil.rmtree(path) if path.is_dir() else path.write_bytes(b"")
+    done, _ = train(tmp_path)
+    assert done == 12 and losses(tmp_path) == whole(1, 1, 1)
+    assert "is damaged" in (said := capsys.readouterr().out) and f"going on from step {steps[-2]}" in said
+    assert (tmp_path / "only" / f"{steps[-1]}.damaged").is_dir()
+
+
+def test_where_every_checkpoint_is_damaged_a_run_starts_again(tmp_path, capsys, whole):
+    train(tmp_path, until=2)
+    [step] = Store(tmp_path / "only").steps()
+    (tmp_path / "only" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
+    assert train(tmp_path)[0] == 12 and losses(tmp_path) == whole(1, 1, 1)
+    assert "starting again" in capsys.readouterr().out
 
 
 def test_waiting_for_data_is_told_from_training(tmp_path):

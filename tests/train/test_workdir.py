@@ -60,10 +60,35 @@ def test_a_stage_may_change_until_it_has_a_checkpoint(tmp_path, settings):
         tmp_path, dataclasses.replace(settings, stages=(a, dataclasses.replace(b, steps=9), StageConfig("c", 1, 1.0)))
     )
     start(tmp_path, "b")
-    with pytest.raises(ConfigError, match="stages.b.steps: 9 there, 5 now"):
-        prepare(tmp_path, settings)
+    with pytest.raises(ConfigError, match="stages.b.steps: 9 there, 2 now"):
+        prepare(tmp_path, dataclasses.replace(settings, stages=(a, dataclasses.replace(b, steps=2))))
     with pytest.raises(ConfigError, match="stages.a.learning_rate: 0.1 there, None now"):
         prepare(tmp_path, dataclasses.replace(settings, stages=(b, StageConfig("c", 1, 1.0))))
+
+
+def test_the_last_stage_that_was_begun_may_get_other_steps(tmp_path, settings):
+    prepare(tmp_path, settings)
+    start(tmp_path, "a", "b")
+    a, b = settings.stages
+    said = []
+    prepare(tmp_path, dataclasses.replace(settings, stages=(a, dataclasses.replace(b, steps=8))), said.append)
+    assert said == ["stages.b.steps was 5 and is 8; from step 3 on, learning rates are those of 8"]
+    assert json.loads((tmp_path / "config.json").read_text())["stages"][1]["steps"] == 8
+    with pytest.raises(ConfigError, match="stages.a.steps: 5 there, 6 now"):
+        prepare(tmp_path, dataclasses.replace(settings, stages=(dataclasses.replace(a, steps=6), b)))
+
+
+def test_what_happens_to_bad_samples_may_change(tmp_path, settings):
+    skipping = dataclasses.replace(settings.data, on_bad_sample="skip")
+    a, b = settings.stages
+    own, skips = (
+        dataclasses.replace(settings, stages=(dataclasses.replace(a, data=data), b))
+        for data in (settings.data, skipping)
+    )
+    prepare(tmp_path, own)
+    start(tmp_path, "a")
+    prepare(tmp_path, dataclasses.replace(own, data=skipping))
+    prepare(tmp_path, skips)
 
 
 def test_nothing_is_left_half_written(tmp_path, settings):

@@ -57,6 +57,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; the message says which one is still good."""
 
 
+class DamagedError(ValueError):
+    """A checkpoint cannot be read, though it was complete once."""
+
+
 class Store:
     """Checkpoints of one stage in `folder`.
 
@@ -131,9 +135,24 @@ class Store:
     def restore(self, step: int, params: Tree, train: Tree) -> tuple[Any, Any, dict]:
         """`(params, train, meta)` of `step`, in the shapes, dtypes and shardings of the two target trees."""
         folder = self.folder / str(step)
-        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        try:
+            meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{folder} is damaged: {_first_line(error)}") from error
         gb = self._restore_concurrent_gb
         return load_params(folder, params, gb), _restore(folder / "train", train, gb), meta
+
+    def set_aside(self, step: int) -> str:
+        """Takes a damaged step out of the checkpoints without removing it; gives where it is."""
+        folder = self.folder / str(step)
+        if is_remote(folder):  # a folder of a bucket cannot be renamed, but without this file it counts as unfinished
+            (folder / "commit_success.txt").unlink(missing_ok=True)
+            aside = folder
+        else:
+            aside = next(name for n in range(1000) if not (name := self.folder / f"{step}.damaged{n or ''}").exists())
+            os.rename(folder, aside)
+        self._manager.reload()
+        return str(aside)
 
     def close(self) -> None:
         """Waits for the last write, and ends the background threads."""
@@ -163,9 +182,10 @@ class Store:
                 if is_remote(self.folder)
                 else "Make room on the disk or lower checkpoint.keep_last"
             )
+            again = "at the beginning" if last is None else "from there"
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {_first_line(error)}; {good}. "
-                f"{advice}, then start again: it continues from there"
+                f"{advice}, then give the same command: it goes on {again}"
             ) from error
 
 
@@ -225,9 +245,12 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool 
         raise ValueError(f"{folder.parent} is no checkpoint: it has no folder {folder.name!r}")
     quieten_orbax()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=concurrent_gb)) as checkpointer:
-        stored = checkpointer.metadata(folder).item_metadata
+        try:
+            stored = checkpointer.metadata(folder).item_metadata
+        except Exception as error:  # of many kinds, by what is broken
+            raise DamagedError(f"{folder} is damaged: {_first_line(error)}") from error
         if stored is None:
-            raise ValueError(f"{folder} is damaged: it has no _METADATA; use another step of this run")
+            raise DamagedError(f"{folder} is damaged: its _METADATA cannot be read")
         _check_fit(folder, flatten(stored.tree), flatten(target), partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         try:
@@ -239,7 +262,7 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool 
                     f"{folder} holds arrays of which a device needs more at once than "
                     f"checkpoint.restore_concurrent_gb={concurrent_gb:g} allows ({_first_line(error)}); raise it"
                 ) from error
-            raise ValueError(f"{folder} is damaged: {_first_line(error)}; use another step of this run") from error
+            raise DamagedError(f"{folder} is damaged: {_first_line(error)}") from error
 
 
 def _check_fit(folder: AnyPath, stored: Tree, wanted: Tree, partial: bool) -> None:

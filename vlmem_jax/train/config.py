@@ -1,6 +1,7 @@
 """The keys of a whole experiment: everything that `vlmem train` needs to know."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -83,6 +84,8 @@ class StageConfig:
     def __post_init__(self):
         if not isinstance(self.task, dict):
             object.__setattr__(self, "task", {"kind": self.task})
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a number of at least 0, got {self.learning_rate}")
         if self.steps < 1 or self.accumulation < 0:
             raise ValueError(f"steps must be at least 1, accumulation 0; got {self.steps} and {self.accumulation}")
         if not self.name or set(self.name) & set("/\\.") or self.name.isdigit():

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
+import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from vlmem_jax.checkpoint import Store
+from vlmem_jax.checkpoint import DamagedError, Store
 from vlmem_jax.paths import AnyPath, Mirror
 from vlmem_jax.runtime import hosts
 from vlmem_jax.runtime.compiler import options
@@ -107,27 +109,29 @@ def fit(
     workdir: AnyPath,
     start: Callable[[dict], dict],
     clock: Goodput,
+    say: Callable[[str], None] = print,
 ) -> tuple[int, bool]:
-    """Trains one stage from its newest checkpoint, if it has one, to its last step; gives the steps done.
+    """Trains one stage from its newest checkpoint that is whole, if it has one, to its last step; gives the steps done.
 
     `start(target)` gives the parameters of step 0 in the shapes, dtypes and shardings of `target`; `clock` learns where
     the time goes. On SIGTERM and Ctrl-C, at any one of the hosts, all of them finish and save the same step, and the
-    second result is True. Raises NonFiniteError and CheckpointError; the last checkpoint is then as it was.
+    second result is True. Raises NonFiniteError and CheckpointError; the last checkpoint is then as it was. What data
+    and evaluation raise goes on when the steps before are saved (on one host: of several, the others are not there).
     """
     with jax.set_mesh(mesh), interruption() as interrupted, contextlib.ExitStack() as closing:
         program = Program(task, experiment, stage, mesh)
         closing.callback(task.close)
-        step = store.latest() or 0
+        with clock.spent("checkpoint"):
+            step, restored = newest(program, store, say)
         files = closing.enter_context(Mirror(workdir, ["metrics.jsonl", f"samples/{jax.process_index()}.jsonl"]))
         records = Recorder(files.local, experiment, stage, step, clock)
         closing.callback(records.close)
         profile = Profile(experiment.profile, files.local / "profile" / stage.name, records.say)
         closing.callback(profile.close)
         samples = SampleLog(files.local, stage.name) if experiment.log_samples else None
-        if step:
-            with clock.spent("checkpoint"):
-                state, frozen, saved = program.restore(store, step)
-                task.restore(saved)
+        if restored is not None:
+            state, frozen, saved = restored
+            task.restore(saved)
         else:
             state, frozen = program.begin(start)
         closing.enter_context(clock.spent("step"))
@@ -151,13 +155,31 @@ def fit(
                     samples.write(done, work.sample_ids)
                 records.step(done, values | work.numbers, work.counts)
 
+        def save(loss: float | None = None) -> None:
+            settle()
+            with clock.spent("checkpoint"):
+                files.send()  # first: a run that goes on from this checkpoint has the records before it
+                program.save(store, step, state, frozen, task.state(), loss)
+
+        @contextlib.contextmanager
+        def saving() -> Iterator[None]:
+            """Saves the steps done before an error of the block goes on."""
+            try:
+                yield
+            except Exception as error:
+                if alone and step > (store.latest() or 0):
+                    save()
+                    store.wait()
+                    raise _saved(error, step, stage) from error
+                raise
+
         while step < stage.steps and not stopping:
             if profile.due(step + 1):
                 settle()
                 with clock.spent("other"):
                     profile.switch()
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                with clock.input_wait():
+                with saving(), clock.input_wait():
                     work = task.work(step, unflatten({**frozen, **state.params}))
                 denominator = _everywhere(np.float32(work.denominator), program.replicated)
                 shapes = tuple(x.shape for x in jax.tree.leaves(work.batch))
@@ -176,19 +198,42 @@ def fit(
             scores = {}
             if step % experiment.eval_every == 0 or step == stage.steps:
                 settle()
-                with clock.spent("evaluation"):
+                with saving(), clock.spent("evaluation"):
                     scores = task.evaluate(unflatten({**frozen, **state.params}))
                 if scores:
                     records.write(step, {f"eval/{name}": value for name, value in scores.items()})
             stopping |= alone and interrupted.is_set()
             if step % experiment.checkpoint.every == 0 or step == stage.steps or stopping:
-                settle()
-                with clock.spent("checkpoint"):
-                    files.send()  # first: a run that goes on from this checkpoint has the records before it
-                    program.save(store, step, state, frozen, task.state(), scores.get("loss"))
+                save(scores.get("loss"))
         with clock.spent("checkpoint"):
             store.wait()
         return step, stopping
+
+
+def newest(
+    program: "Program", store: Store, say: Callable[[str], None]
+) -> tuple[int, tuple[TrainState, Flat, dict] | None]:
+    """The newest step whose checkpoint is whole and what it holds, else 0 and None. Damaged ones are told by `say` and
+    set aside; on several hosts, which may not all see the damage, they are an error."""
+    while step := store.latest():
+        try:
+            return step, program.restore(store, step)
+        except DamagedError as error:
+            if jax.process_count() > 1:
+                raise
+            before = [one for one in store.steps() if one < step]
+            aside = store.set_aside(step)
+            say(
+                f"{error}. It was moved to {aside}; "
+                + (f"going on from step {before[-1]}" if before else "starting again")
+            )
+    return 0, None
+
+
+def _saved(error: Exception, step: int, stage: StageConfig) -> Exception:
+    """The error, which also tells that nothing is lost."""
+    words = f"{error}. Step {step} of stage {stage.name} is saved; the same command goes on from there"
+    return type(error)(words) if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {words}")
 
 
 class Program:
@@ -264,12 +309,17 @@ def _by_name(optimizer: Any) -> dict:
 
 @contextlib.contextmanager
 def interruption() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; another, more than REPEATED later, ends the program the usual way."""
+    """An event that SIGTERM or Ctrl-C sets, which is told at once, also while a program compiles.
+
+    Another signal, more than REPEATED later, ends the program without saving; a checkpoint that is being written is
+    finished, unless a third one comes.
+    """
     event, asked = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM
+    former = {number: signal.getsignal(number) for number in numbers}
 
     def restore(*_):
         for number, handler in former.items():
@@ -282,14 +332,49 @@ def interruption() -> Iterator[threading.Event]:
             asked = time.monotonic()
         elif time.monotonic() - asked > REPEATED:
             restore()
-            signal.raise_signal(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     for number in former:
         signal.signal(number, ask)
+    with _told_at_once(numbers):
+        try:
+            yield event
+        finally:
+            restore()
+
+
+@contextlib.contextmanager
+def _told_at_once(numbers: Sequence[int]) -> Iterator[None]:
+    """Says what a first and a second of these signals do when they come: Python's own handlers wait for the compiler,
+    the bytes that signals write to a pipe do not."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def tell() -> None:
+        first = None
+        while content := os.read(read, 1):
+            if content[0] not in numbers:
+                continue
+            if first is None:
+                first = time.monotonic()
+                print(STOPPING, file=sys.stderr, flush=True)
+            elif time.monotonic() - first > REPEATED:
+                print(ENDING, file=sys.stderr, flush=True)
+
+    telling = threading.Thread(target=tell, name="signals", daemon=True)
+    telling.start()
     try:
-        yield event
+        yield
     finally:
-        restore()
+        signal.set_wakeup_fd(former)
+        os.close(write)
+        telling.join()
+        os.close(read)
+
+
+STOPPING = "stopping when this step is done and saved; once more: at once, without saving"
+ENDING = "ending; a checkpoint that is being written is finished first; once more: it is given up"
 
 
 def any_host(mesh: Mesh) -> Callable[[bool], Array]:

@@ -1,5 +1,6 @@
 """A whole experiment: its stages one after the other, each from the last checkpoint of the one before."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -25,6 +26,7 @@ from vlmem_jax.runtime.sharding import make_mesh
 from vlmem_jax.train import workdir as folder
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.goodput import Goodput
+from vlmem_jax.train.lock import locked
 from vlmem_jax.train.loop import Task, fit
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.stages import Split
@@ -68,13 +70,16 @@ def run(
     experiment.check_mesh(mesh)
     for line in whole_heads(model, mesh, jnp.dtype(jnp.float32).itemsize, cache=False):
         say(line)
-    hosts.on_first(lambda: folder.prepare(workdir, experiment))
-    _check_shared(experiment, workdir)
-    for stage in [stages[only]] if only else experiment.stages:
-        if _last(workdir, stage) == stage.steps:
-            say(f"stage {stage.name} is done")
-        elif not _run_stage(experiment, stage, experiment.model_of(stage), mesh, workdir, tasks[stage.task_kind], say):
-            return False
+    with contextlib.ExitStack() as holding:
+        hosts.on_first(lambda: holding.enter_context(locked(workdir, say)))
+        hosts.on_first(lambda: folder.prepare(workdir, experiment, say))
+        _check_shared(experiment, workdir)
+        for stage in [stages[only]] if only else experiment.stages:
+            model = experiment.model_of(stage)
+            if _last(workdir, stage) == stage.steps:
+                say(f"stage {stage.name} is done")
+            elif not _run_stage(experiment, stage, model, mesh, workdir, tasks[stage.task_kind], say):
+                return False
     return True
 
 
@@ -103,7 +108,7 @@ def _run_stage(
     store = Store(workdir / stage.name, keep.keep_last, keep.keep_best, keep.restore_concurrent_gb)
     try:
         start = _with_base(experiment, stage, model, workdir, start)
-        done, stopped = fit(task, experiment, stage, mesh, store, workdir, start, clock)
+        done, stopped = fit(task, experiment, stage, mesh, store, workdir, start, clock, say)
     finally:
         store.close()
         clock.close()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Callable
 from typing import Any
 
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, committed_steps
@@ -11,12 +13,12 @@ from vlmem_jax.train.config import Experiment
 
 CHANGEABLE = (
     "mesh.", "checkpoint.", "log_every", "log_samples", "eval_every", "profile.", "data.threads", "data.prefetch",
-    "data.plan_folder",
+    "data.plan_folder", "data.on_bad_sample",
 )  # fmt: skip
 """Keys that say how a run is carried out, not what it computes: they may differ when it goes on."""
 
 
-def prepare(workdir: str | os.PathLike, experiment: Experiment) -> None:
+def prepare(workdir: str | os.PathLike, experiment: Experiment, say: Callable[[str], None] = print) -> None:
     """Writes config.json, model.json and the tokenizer into `workdir`.
 
     Raises ConfigError if it holds something else: another experiment (the keys that differ are listed), or a converted
@@ -24,7 +26,7 @@ def prepare(workdir: str | os.PathLike, experiment: Experiment) -> None:
     """
     workdir, config = as_path(workdir), to_dict(experiment)
     if (workdir / CONFIG_FILE).is_file():
-        _check_same(workdir, json.loads((workdir / CONFIG_FILE).read_bytes()), config)
+        _check_same(workdir, json.loads((workdir / CONFIG_FILE).read_bytes()), config, say)
     elif (workdir / MODEL_FILE).is_file():
         raise ConfigError(
             f"{workdir} holds a checkpoint; start from it with --config.init={workdir}, in another --workdir"
@@ -51,24 +53,31 @@ def _write(file: AnyPath, content: dict) -> None:
     write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _check_same(workdir: AnyPath, old: dict, new: dict) -> None:
-    """A stage without a checkpoint may still change; everything else must be as it was."""
-    started = [stage["name"] for stage in old["stages"] if committed_steps(workdir / stage["name"])]
+def _check_same(workdir: AnyPath, old: dict, new: dict, say: Callable[[str], None]) -> None:
+    """A stage without a checkpoint may still change, and the last that has one get other steps than it was to do;
+    everything else must be as it was."""
+    done = {stage["name"]: committed_steps(workdir / stage["name"]) for stage in old["stages"]}
+    started = [name for name, steps in done.items() if steps]
     if not started:
         return
+    last, steps = f"stages.{started[-1]}.steps", done[started[-1]][-1]
     until = 1 + max(n for n, stage in enumerate(old["stages"]) if stage["name"] in started)
     old, new = ({**config, "stages": {s["name"]: s for s in config["stages"][:until]}} for config in (old, new))
     olds, news = flat(old), flat(new)
     differing = [
         key
         for key in sorted(olds.keys() | news.keys())
-        if olds.get(key) != news.get(key) and not key.startswith(CHANGEABLE)
+        if olds.get(key) != news.get(key) and not re.sub(r"^stages\.[^.]+\.(?=data\.)", "", key).startswith(CHANGEABLE)
     ]
+    if last in differing and isinstance(news.get(last), int) and news[last] >= steps:
+        differing.remove(last)
+        was, now = olds[last], news[last]
+        say(f"{last} was {was} and is {now}; from step {steps} on, learning rates are those of {now}")
     if differing:
         lines = "\n".join(f"  {key}: {olds.get(key)!r} there, {news.get(key)!r} now" for key in differing)
         raise ConfigError(
             f"{workdir} was trained with another config, and these keys differ:\n{lines}\n"
-            "Use another --workdir, or give the keys their values back"
+            "Use another --workdir, which --config.init may start from this one, or give the keys their values back"
         )
 
 
