@@ -156,9 +156,15 @@ def test_list_elements_go_by_index_or_name(stages):
     ]
 
 
+def test_the_index_behind_the_last_adds_an_element():
+    changed = override(experiment(), {"stages.2.name": "more", "stages.2.steps": "3"})
+    assert [stage["name"] for stage in changed.stages] == ["pretrain", "finetune", "more"]
+    assert changed.stages[2]["steps"] == 3
+
+
 def test_override_refuses_paths_that_lead_nowhere():
     assert "did you mean config.stages.pretrain?" in message(override, experiment(), {"stages.pretrian.steps": "3"})
-    assert "config.stages has 2 elements" in message(override, experiment(), {"stages.2.steps": "3"})
+    assert "config.stages has 2 elements" in message(override, experiment(), {"stages.3.steps": "3"})
     assert "config.steps is 5 (int), not a group" in message(override, experiment(), {"steps.more": "3"})
     assert "empty" in message(override, experiment(), {"optimizer..name": "3"})
 

@@ -131,6 +131,8 @@ def _set(node: Any, keys: list[str], value: Any, where: str) -> None:
         raise ConfigError(f"a key has names between its dots; got an empty one after {where}")
     if isinstance(node, list):
         key = _index(node, key, where)
+        if key == len(node):
+            node.append(ConfigDict() if rest else None)
         child = node[key]
     else:
         child = node.get(key)
@@ -160,8 +162,10 @@ def _index(items: list, key: str, where: str) -> int:
     if not key.isdecimal():
         hint = _nearest(key, [name for name in names if name], prefix=f"{where}.")
         raise ConfigError(f"{where}.{key}: no element of {where} has this name; {hint}")
-    if int(key) >= len(items):
-        raise ConfigError(f"{where}.{key}: {where} has {len(items)} elements, counted from 0")
+    if int(key) > len(items):
+        raise ConfigError(
+            f"{where}.{key}: {where} has {len(items)} elements, counted from 0; {where}.{len(items)} adds one"
+        )
     return int(key)
 
 

@@ -136,7 +136,7 @@ def bad_lines(folder):
     talk = folder.talk
     return [
         ("{oops", "must be one JSON object", ""),
-        ({"conversations": []}, "`conversations` must be a list", ""),
+        ({"conversations": []}, "`conversations` is empty", ""),
         (talk("<image><image>", image="good.png"), "2 <image> but there are 1 images", ""),
         (talk("<image>", image=["good.png", "good.png"]), "1 <image> but there are 2 images", ""),
         (talk("<image>"), "1 <image> but there are 0 images", ""),

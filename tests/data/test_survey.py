@@ -1,6 +1,7 @@
 import numpy as np
 
-from vlmem_jax.data.survey import histogram, survey
+from vlmem_jax.data import SourceConfig
+from vlmem_jax.data.survey import glance, histogram, survey
 
 
 def test_every_sample_is_counted_once_and_bad_ones_are_named(folder, processor):
@@ -24,3 +25,26 @@ def test_a_histogram_goes_by_powers_of_two():
         ["8", "to", "15", "5"],
     ]
     assert lines[-1].endswith(" " + "#" * 40) and lines[0].endswith(" " + "#" * 8)
+
+
+def test_keys_that_are_not_read_are_counted(folder, processor):
+    lines = [folder.talk() | {"width": 3, "tags": []}, folder.talk() | {"width": 4, "id": 7}, folder.talk()]
+    source = SourceConfig(folder.jsonl(lines))
+    found = survey([source], folder.config(), processor, 0)
+    assert found.ignored == {"width": 2} and "keys that are not read: width (2 lines)" in found.text()
+    assert "keys that are not read: width (2 lines)" in glance(source, 2).text()
+
+
+def test_what_headers_do_not_tell_decoding_does(folder, processor):
+    folder.image("whole.png", 64, 32)
+    folder.image("half.png", 64, 32)
+    folder.truncate("half.png")
+    source = SourceConfig(folder.jsonl([folder.talk(image="whole.png"), folder.talk(image="half.png")]))
+    for look in (
+        lambda decode: glance(source, 2, decode),
+        lambda decode: survey([source], folder.config(), processor, 0, decode),
+    ):
+        assert not look(False).bad
+        [(name, reason)] = look(True).bad.items()
+        assert name.endswith(":2") and "half.png is truncated or damaged" in reason
+    assert "1 samples can be used, 1 cannot" in survey([source], folder.config(), processor, 0, True).text()

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--data", metavar="FILE", help="a file in place of data.train and data.eval of the experiment")
     looking.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
     _add_links(looking)
+    looking.add_argument("--decode", action="store_true", help="decode every image, too: headers alone do not tell all")
     looking.add_argument("--stage", help="stage whose data to look at (default: those of the experiment)")
     looking.add_argument("--bad", type=int, default=20, metavar="N", help="bad lines to name (default: %(default)s)")
     cutting = _action(
@@ -115,7 +116,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.experiment is None:
         if not args.data:
             raise ConfigError("`vlmem data inspect` needs --config, or --data for what can be told without a tokenizer")
-        found = glance(SourceConfig(args.data, args.root, follow_links=args.follow_links), DataConfig().thread_count)
+        found = glance(
+            SourceConfig(args.data, args.root, follow_links=args.follow_links), DataConfig().thread_count, args.decode
+        )
         print(f"{args.data}\n{found.text()}")
         _name_bad(found.bad, args.bad)
         return 1 if found.bad else 0
@@ -132,7 +135,7 @@ def _inspect(args: argparse.Namespace) -> int:
     for name, (sources, seed) in parts.items():
         if not sources:
             continue
-        found = survey(sources, config, processor, seed)
+        found = survey(sources, config, processor, seed, args.decode)
         print(f"{name}: {', '.join(source.path for source in sources)}\n{found.text()}")
         _name_bad(found.bad, args.bad)
         bad += len(found.bad)

@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,10 +18,13 @@ from vlmem_jax.data.config import DataConfig
 from vlmem_jax.data.rows import sample_weight
 from vlmem_jax.data.samples import Key, Samples
 from vlmem_jax.processing import Processor
+from vlmem_jax.processing.media import cut
 
 MEASURED_AT_ONCE = 1024
 """Samples that the threads of a host measure before they are packed."""
 SKIP_HINT = "data.on_bad_sample=skip leaves out what cannot be used"
+KEYS_NAMED = 8
+"""Keys that are not read which the report names."""
 SKIPPED_NAMED = 3
 """Skipped samples whose reason the report gives."""
 
@@ -87,6 +90,15 @@ def fill_rows(
     yield from (p.keys for p in packs)
 
 
+def ignored_keys(counts: Mapping[str, int]) -> str:
+    """What a report says of keys that mean nothing; nothing where there are none."""
+    if not counts:
+        return ""
+    most = sorted(counts.items(), key=lambda item: -item[1])[:KEYS_NAMED]
+    more = f" and {len(counts) - KEYS_NAMED} more" * (len(counts) > KEYS_NAMED)
+    return f"; keys that are not read: {', '.join(f'{cut(key)} ({count} lines)' for key, count in most)}{more}"
+
+
 class Plan:
     """Rows of sample keys, made as far as they are asked for; thread-safe. See `train` and `eval`."""
 
@@ -145,10 +157,10 @@ class Plan:
 
     def dump(self) -> bytes:
         """All rows made so far, with the sizes of their samples, as the bytes of an .npz file without objects."""
-        sizes, errors = self.samples.measured()
+        sizes, about = self.samples.measured()
         rows = {"files": self._files, "lines": self._lines, "ends": self._ends}
         arrays = {name: np.frombuffer(values, values.typecode) for name, values in rows.items()}
-        facts = json.dumps({"complete": self._complete, "errors": errors}).encode()
+        facts = json.dumps({"complete": self._complete, **about}).encode()
         content = io.BytesIO()
         np.savez(content, **arrays, **sizes, facts=np.frombuffer(facts, np.uint8))
         return content.getvalue()
@@ -161,7 +173,7 @@ class Plan:
         for name, values in (("files", self._files), ("lines", self._lines)):
             values.frombytes(arrays.pop(name).tobytes())
         self._ends = array.array("q", arrays.pop("ends").tobytes())
-        self.samples.remember(arrays, facts["errors"])
+        self.samples.remember(arrays, facts)
         self._complete = facts["complete"]
         self._used += self.samples.used(self._files, self._lines)
         self.skipped |= self.samples.errors()
@@ -202,6 +214,7 @@ class Plan:
         )
         if fill["tokens"] < 0.9 < fill["tiles"]:
             text += " (tiles are the limit: raise data.pack_tiles or lower data.pack_tokens)"
+        text += ignored_keys(self.samples.ignored)
         if self.skipped:
             reasons = "; ".join(list(self.skipped.values())[:SKIPPED_NAMED])
             text += f"; {len(self.skipped)} samples skipped: {reasons}" + "; ..." * (len(self.skipped) > SKIPPED_NAMED)

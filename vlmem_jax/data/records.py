@@ -23,6 +23,7 @@ from vlmem_jax.data.config import SourceConfig
 from vlmem_jax.data.jsonl import JsonLines, Record, as_record
 from vlmem_jax.processing import images, media, video
 from vlmem_jax.processing.media import Encoded
+from vlmem_jax.processing.processor import naming
 from vlmem_jax.processing.video import Clip
 
 SUFFIX = ".array_record"
@@ -106,7 +107,7 @@ def pack(
     """Writes the samples of a JSONL file with their images, found below the root of `source`, to the files of `out`.
 
     Files appear when all are complete. Raises ValueError for a line that cannot be read or whose image or video cannot
-    be opened, or leaves it out with `skip`; and if there are such files already.
+    be decoded, or leaves it out with `skip`; and if there are such files already.
     """
     folder, stem = split(out)
     if found := list(_matching(folder, stem)):
@@ -237,13 +238,17 @@ def _read(lines: JsonLines, source: SourceConfig, index: int) -> tuple[bytes, li
     names = (record.video,) if record.video else record.images
     clip, heads = None, []
     try:
-        files = [_encoded(source, name) for name in names]
-        if record.video:
-            clip = video.probe(files[0])
-        else:
-            heads = [images.read_head(file, images.PILLOW_PIXEL_LIMIT) for file in files]
+        with naming(record.name):
+            files = [_encoded(source, name) for name in names]
+            if record.video:
+                clip = video.probe(files[0])
+                video.check_decodes(files[0], clip, images.PILLOW_PIXEL_LIMIT)
+            else:
+                heads = [images.read_head(file, images.PILLOW_PIXEL_LIMIT) for file in files]
+                for file in files:
+                    images.open_image(file, images.PILLOW_PIXEL_LIMIT)
     except ValueError as error:
-        return ValueError(f"{error} (sample {record.name})")
+        return error
     head = {
         "line": json.loads(lines.text(index)),
         "from": record.name,

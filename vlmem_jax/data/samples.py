@@ -1,10 +1,11 @@
 """The samples of some JSONL or ArrayRecord files: their sizes without decoding an image, and the samples themselves."""
 
+import collections
 import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,6 +49,8 @@ class Samples:
         self.weights = [source.weight for source in sources]
         self._sizes = [np.zeros((len(lines), len(Size._fields)), np.int32) for lines in self.files]
         self._errors: dict[Key, str] = {}
+        self.ignored: collections.Counter[str] = collections.Counter()
+        """Keys of the lines measured so far that mean nothing, and in how many they stand."""
         self.plan_file: str | None = None
         """Where what was measured is kept, if it is."""
 
@@ -72,16 +75,19 @@ class Samples:
         if together:
             parts = [json.loads(part) for part in hosts.gather(json.dumps(results).encode())]
             results = [parts[i % count][i // count] for i in range(len(new))]
-        for key, result in zip(new, results, strict=True):
+        for key, (result, ignored) in zip(new, results, strict=True):
             if isinstance(result, str):
                 self._errors[key] = result
             else:
                 self._sizes[key[0]][key[1]] = result
+            self.ignored.update(ignored)
 
-    def measured(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Everything measured so far: sizes by file, errors by `file:sample`, both as numbers. For `remember`."""
+    def measured(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything measured so far, for `remember`: sizes by file, and, ready for JSON, errors by `file:sample`, both
+        as numbers, and ignored keys."""
         sizes = {f"sizes_{file}": sizes for file, sizes in enumerate(self._sizes)}
-        return sizes, {f"{file}:{line}": error for (file, line), error in self._errors.items()}
+        errors = {f"{file}:{line}": error for (file, line), error in self._errors.items()}
+        return sizes, {"errors": errors, "ignored": dict(self.ignored)}
 
     def errors(self) -> dict[str, str]:
         """What is wrong with samples that were measured, by `file:line`."""
@@ -93,13 +99,14 @@ class Samples:
         parts = [sizes[lines[files == file], :2].sum(0, np.int64) for file, sizes in enumerate(self._sizes)]
         return np.sum(parts, axis=0)
 
-    def remember(self, sizes: Mapping[str, np.ndarray], errors: Mapping[str, str]) -> None:
+    def remember(self, sizes: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Takes what `measured` gave of the same files and config."""
         self._sizes = [sizes[f"sizes_{file}"] for file in range(len(self.files))]
-        keys = (name.split(":") for name in errors)
+        keys = (name.split(":") for name in facts["errors"])
         self._errors = {
-            (int(file), int(line)): error for (file, line), error in zip(keys, errors.values(), strict=True)
+            (int(file), int(line)): error for (file, line), error in zip(keys, facts["errors"].values(), strict=True)
         }
+        self.ignored = collections.Counter(facts["ignored"])
 
     def load(self, key: Key, augment: np.random.Generator | None = None) -> Sample:
         """A sample with its images decoded, of the size that was measured; else raises ValueError.
@@ -129,8 +136,8 @@ class Samples:
             )
         return sample
 
-    def _measure(self, key: Key) -> Size | str:
-        """The size, or what is wrong with the sample."""
+    def _measure(self, key: Key) -> tuple[Size | str, tuple[str, ...]]:
+        """The size, or what is wrong with the sample, and keys of its line that mean nothing."""
         try:
             record = self.files[key[0]].header(key[1])
             with naming(record.name):
@@ -145,9 +152,9 @@ class Samples:
             size = Size(plan.tokens, plan.tiles, plan.targets, len(chosen if record.video else shown["image_sizes"]))
             with naming(record.name):
                 self._check_limits(size, record.video is not None)
-            return size
+            return size, record.ignored
         except ValueError as error:
-            return str(error)
+            return str(error), ()
 
     def _check_limits(self, size: Size, is_video: bool) -> None:
         config = self.config

@@ -38,6 +38,8 @@ FORMATS = {
 _OPTIONS = {"format_whitelist": ",".join(FORMATS.values()), "protocol_whitelist": "file"}
 DEFAULT_FPS = 25
 """Of a file that does not say."""
+CHECKED = 8
+"""Frames that are decoded to find out whether a video is whole."""
 EVEN = 1e-3
 """Part by which rates, and times between frames, may differ where frames are evenly spaced."""
 
@@ -127,6 +129,11 @@ def probe(path: str | os.PathLike | Encoded) -> Clip:
     if not count or first is None:
         raise ValueError(f"video {path} holds no frame")
     return Clip(count, fps, width, height, turn in SIDEWAYS, starts)
+
+
+def check_decodes(path: str | os.PathLike | Encoded, clip: Clip, max_pixels: int = ImageConfig.max_pixels) -> None:
+    """Decodes CHECKED frames of a video, evenly spaced. Raises ValueError naming the file if one cannot be."""
+    read_frames(path, np.linspace(0, clip.frames - 1, min(CHECKED, clip.frames)).astype(int).tolist(), max_pixels)
 
 
 def _rates_differ(stream) -> bool:
