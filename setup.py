@@ -46,6 +46,7 @@ setup(
         "gcs": ["gcsfs>=2025.12"],
         "lmms": ["lmms-eval>=0.7"],
         "demo": ["scikit-learn>=1.5"],
+        "parquet": ["pyarrow>=16"],
         "math": ["math-verify[antlr4_13_2]>=0.8"],
         "test": [
             "av>=14.0",
@@ -56,6 +57,7 @@ setup(
             "math-verify[antlr4_13_2]>=0.8",
             # the TPU compiler, which runs without a TPU; jax names the release that fits it
             "jax[tpu]>=0.10,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "pyarrow>=16",
             "pytest>=8.3,<9.2",  # in 9.2 pytest-xdist 3.8 no longer groups tests (pytest-xdist issue 1386)
             "pytest-xdist>=3.8",
             "ruff>=0.9",

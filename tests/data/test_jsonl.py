@@ -67,7 +67,7 @@ def test_a_bad_line_names_file_and_line(lines, line, reason):
 
 
 def test_a_file_must_be_there_and_hold_a_line(lines, tmp_path):
-    with pytest.raises(ValueError, match="nothing.jsonl: No such file"):
+    with pytest.raises(ValueError, match="nothing.jsonl does not exist"):
         JsonLines(str(tmp_path / "nothing.jsonl"))
     with pytest.raises(ValueError, match="train.jsonl has no line"):
         lines("\n\n")

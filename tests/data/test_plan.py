@@ -181,7 +181,7 @@ def test_bad_samples_are_skipped_counted_and_reported(folder, strict_processor):
 
 
 def test_data_without_any_usable_sample_is_an_error(folder, processor):
-    config = folder.config("{oops", "{oops", eval=["[]"], on_bad_sample="skip")
+    config = folder.config("{oops", "{oops", eval=["{oops"], on_bad_sample="skip")
     with pytest.raises(ValueError, match="no sample of the data can be used; one of them: .*train.jsonl"):
         Plan.train(config, processor, 0).extend(1)
     with pytest.raises(ValueError, match="no sample of the data can be used; one of them: .*eval.jsonl"):

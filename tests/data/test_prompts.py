@@ -137,7 +137,7 @@ def test_a_video_gives_as_many_frames_as_asked_for(prompts):
     "line, message",
     [
         ("{", "a line must be one JSON object"),
-        ([1], "a line must be a JSON object, got list"),
+        ("3", "a line must be a JSON object, got int"),
         ({"question": "?"}, r"`prompt` must be given; this line has the keys question; `question` must be called so"),
         ({"prompt": 3}, "`prompt` must be a text or a list of texts, .*, got 3"),
         (

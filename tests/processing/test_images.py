@@ -134,7 +134,7 @@ def test_empty_file(tmp_path):
 
 def test_a_file_of_something_else(tmp_path):
     (tmp_path / "a.jpg").write_text("<html>not found</html>")
-    with pytest.raises(ValueError, match=r"a\.jpg is not of a known image format"):
+    with pytest.raises(ValueError, match=r"a\.jpg is a web page \(HTML\)"):
         open_image(tmp_path / "a.jpg")
 
 

@@ -1,4 +1,4 @@
-"""Look at data before a run, and pack them for pods. Each action has its own --help."""
+"""Look at data before a run, convert them, and pack them for pods. Each action has its own --help."""
 
 import argparse
 import re
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig, SourceConfig
+from vlmem_jax.data.convert import convert
 from vlmem_jax.data.frames import extract
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SHARD_BYTES, pack
@@ -50,6 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--decode", action="store_true", help="decode every image, too: headers alone do not tell all")
     looking.add_argument("--stage", help="stage whose data to look at (default: those of the experiment)")
     looking.add_argument("--bad", type=int, default=20, metavar="N", help="bad lines to name (default: %(default)s)")
+    turning = _action(
+        actions,
+        "convert",
+        _convert,
+        "Make JSONL of a JSON array, of parquet, of alpaca's keys, and files of the images that lines hold.",
+        "vlmem data convert their/train.parquet --out my/train.jsonl",
+    )
+    turning.add_argument("data", metavar="FILE", help="JSON, JSONL or parquet")
+    turning.add_argument("--out", required=True, metavar="NAME.jsonl", help="the file to write")
+    turning.add_argument("--images", metavar="DIR", help="folder of images, in that of --out (default: NAME_images)")
+    turning.add_argument("--skip-bad", action="store_true", help="leave out values that cannot be used, and name them")
     cutting = _action(
         actions,
         "frames",
@@ -109,6 +121,16 @@ def _pack(args: argparse.Namespace) -> int:
     print(
         f"{args.out}: {packed.samples} samples, {packed.nbytes / 1e9:.3f} GB in {files}; {len(packed.skipped)} left out"
     )
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    with progress_bar() as bar:
+        task = bar.add_task("converting", total=None)
+        made = convert(args.data, args.out, args.images, args.skip_bad, lambda done: bar.update(task, completed=done))
+    for reason in made.skipped:
+        print(f"left out: {reason}")
+    print(f"{args.out}: {made.lines} lines, {made.images} images written; {len(made.skipped)} left out")
     return 0
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlmem_jax.data.forms import read_line
+from vlmem_jax.data.sniff import not_jsonl
 from vlmem_jax.processing.images import Head
-from vlmem_jax.processing.media import Encoded
+from vlmem_jax.processing.media import Encoded, check_file
 from vlmem_jax.processing.video import Clip
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class JsonLines:
         """Finds the lines. Raises ValueError if there is no such file or no line in it."""
         self.path = path
         self._starts, self._ends, self._numbers = array.array("q"), array.array("q"), array.array("q")
+        check_file(path, "data file")
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - stays open for as long as the object lives
         except OSError as error:
@@ -56,6 +58,8 @@ class JsonLines:
         """Of the whole file."""
         if not self._starts:
             raise ValueError(f"data must have at least one sample, but {path} has no line")
+        if found := not_jsonl(path):
+            raise ValueError(f"data must be JSONL, but {path} {found}")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -82,6 +86,8 @@ class JsonLines:
         try:
             return form(name, json.loads(self.text(index)))
         except json.JSONDecodeError as error:
+            if self.text(index).rstrip().endswith(b"},"):
+                raise ValueError(f"{name}: a line must be one JSON object, without a comma behind it") from error
             raise ValueError(f"{name}: a line must be one JSON object; {error.msg} at column {error.colno}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: a line must be UTF-8; {error.reason} at byte {error.start + 1}") from error

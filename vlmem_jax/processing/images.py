@@ -88,6 +88,12 @@ def read_head(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.m
         return Head(*image.size, turn_of(image) in SIDEWAYS)
 
 
+def read_format(path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels) -> str:
+    """Pillow's name of the format of an image file. Raises ValueError naming the file."""
+    with _open(path, max_pixels) as image:
+        return image.format
+
+
 def image_size(
     path: str | os.PathLike | Encoded, max_pixels: int = ImageConfig.max_pixels, config: ShownConfig = SHOWN
 ) -> tuple[int, int]:

@@ -16,8 +16,15 @@ _BEGINNINGS = {
     b"ffconcat": "a list of other files (ffconcat)",
     b"#EXTM3U": "a playlist (M3U8)",
     b"v=0": "the description of a session (SDP)",
-    b"<?xml": "XML",
-    b"<svg": "SVG",
+    b"<?xml": "XML, perhaps SVG, which is no picture of pixels; export it as PNG",
+    b"<svg": "SVG, which is no picture of pixels; export it as PNG",
+    b"<!doctype": "a web page (HTML), perhaps of an error; download the file again",
+    b"<!DOCTYPE": "a web page (HTML), perhaps of an error; download the file again",
+    b"<html": "a web page (HTML), perhaps of an error; download the file again",
+    b"version https:": "a git-lfs pointer, not the file itself; `git lfs pull` fetches it",
+    b"\x1f\x8b": "compressed by gzip; `gunzip` unpacks it",
+    b"PK\x03\x04": "a zip archive; `unzip` unpacks it",
+    b"{": "JSON",
     b"%PDF": "PDF",
     b"\x1aE\xdf\xa3": "MKV or WEBM",
 }
@@ -99,6 +106,8 @@ def described(path: str | os.PathLike | Encoded) -> str | None:
         return "is empty (0 bytes)"
     if found := next((kind for start, kind in _BEGINNINGS.items() if head.startswith(start)), None):
         return f"is {found}"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "is HEIC, of a phone; convert it to JPEG"
     if head[4:8] == b"ftyp" and head[8:11] != b"avi":
         return "is MP4 or MOV"
     Image.init()
