@@ -346,7 +346,8 @@ def write_random(folder: Path, model) -> None:
     writer = Writer(folder, {name: (rule.shape, bf16) for rule in rules for name in rule.names}, 400_000_000)
     rng = np.random.default_rng(0)
     for tensor in writer.values():
-        tensor.view(np.uint8)[...] = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(*tensor.shape[:-1], -1)
+        bits = np.frombuffer(rng.bytes(tensor.nbytes), np.uint16) & 0xBFFF  # none of them NaN or infinity
+        tensor.view(np.uint16)[...] = bits.reshape(tensor.shape)
     writer.flush()
     content = write_config(model, ImageConfig(), "bfloat16")
     (folder / "config.json").write_text(json.dumps(content))

@@ -115,6 +115,11 @@ def _describe(summary: Summary) -> str:
         lines.append(f"not in the source, newly initialised: {', '.join(summary.fresh)}")
     if summary.new_tokens:
         lines.append(f"added to the tokenizer: {' '.join(summary.new_tokens)}")
+    if summary.unused:
+        names = ", ".join(summary.unused)
+        lines.append(f"not read: {names}")
+        if "adapter_config.json" in summary.unused:
+            lines.append("the adapter beside the model was not used; name its folder with --adapter to have it, too")
     if summary.new_rows:
         lines.append(f"rows added to the vocabulary: {summary.new_rows}")
     return "\n".join(lines)

@@ -272,6 +272,9 @@ def write_config(model: ModelConfig, dtype: str, tokenizer: Tokenizer | None = N
         "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": list(decoder.rope_sections)},
     }
+    rate = content["vision_config"]["tokens_per_second"]
+    if rate == int(rate):  # as released; transformers takes a whole number alone
+        content["vision_config"]["tokens_per_second"] = int(rate)
     content |= theirs(DECODER, decoder) | write_memory(model)
     if tokenizer is not None:
         content |= {key: tokenizer.id(token) for key, token in TOKENS.items()}

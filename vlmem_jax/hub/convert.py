@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ class Summary:
     """Rows added to the vocabulary."""
     new_tokens: tuple[str, ...] = ()
     """Tokens added to the tokenizer."""
+    unused: tuple[str, ...] = ()
+    """Files of the source that were not read."""
 
 
 def import_folder(
@@ -95,7 +98,19 @@ def import_folder(
         about = {"model": to_dict(model), "image": to_dict(image or found.image), "system": None}
         _write_json(folder / RELEASED_CONFIG, content)
         _write_json(folder / MODEL_FILE, about)  # last: without it, a folder is no checkpoint
-    return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added)
+    unused = _unused(source)
+    return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added, unused=unused)
+
+
+def _unused(source: Path) -> tuple[str, ...]:
+    """Files beside the tensors that hold weights or settings and that nothing reads: an adapter that is not merged, the
+    same weights in another format, code."""
+    read = {CONFIG_FILE, families.PREPROCESSOR_FILE, "processor_config.json", *FILES}
+    indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    telling = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".py", ".json")
+    names = [path.name for path in source.iterdir() if path.is_file() and path.suffix in telling]
+    is_model = [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+    return tuple(sorted(set(names) - read - set(indices) - set(is_model)))
 
 
 def load_folder(
@@ -225,15 +240,29 @@ def _open(source: str | os.PathLike) -> tuple[Tensors, dict, Released]:
     if not folder.is_dir():
         raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
     if not (folder / CONFIG_FILE).is_file():
+        if (folder / peft.CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{folder} is an adapter (LoRA) without its model; convert the model, with --adapter {folder}"
+            )
         raise ValueError(f"{folder} has no {CONFIG_FILE}; a folder in the Hugging Face layout must hold it")
     content = read_json(folder / CONFIG_FILE)
     tensors = Tensors(folder)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE)
+    preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE) or _newer_preprocessor(folder)
     try:
         return tensors, content, families.of_config(content).read_config(content, shapes, preprocessor)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than the key has, such as null
+        raise ValueError(f"{folder / CONFIG_FILE} holds what no such config does: {error}") from error
+
+
+def _newer_preprocessor(folder: Path) -> dict[str, Any] | None:
+    """The image processor of a processor_config.json, which transformers 5 writes: of its limits, `size` counts."""
+    found = (_optional_json(folder / "processor_config.json") or {}).get("image_processor")
+    if found and found.get("size"):
+        found = {key: value for key, value in found.items() if key not in ("min_pixels", "max_pixels")}
+    return found
 
 
 def _leaves(

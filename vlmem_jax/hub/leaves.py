@@ -60,11 +60,14 @@ class FromTensors(Leaf):
     def read(self, index: Index) -> np.ndarray:
         index = self._full(index)
         if not self._rule.stacked:
-            return np.array(self._layer(self._rule.names[0])[index], order="C")  # never a map of the file
+            out = np.array(self._layer(self._rule.names[0])[index], order="C")  # never a map of the file
+            check_finite(self._rule.names[0], out)
+            return out
         names = self._rule.names[index[0]]
         out = np.empty((len(names), *(part.stop - part.start for part in index[1:])), self.dtype)
         for layer, name in zip(out, names, strict=True):
             layer[...] = self._layer(name)[index[1:]]
+            check_finite(name, layer)
         return out
 
     def view(self) -> np.ndarray:
@@ -75,6 +78,24 @@ class FromTensors(Leaf):
     def _layer(self, name: str) -> np.ndarray:
         view = self._rule.view(self._tensors[name])
         return view.reshape(self.shape[1:] if self._rule.stacked else self.shape)
+
+
+_EXPONENTS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+"""Bits that are all set in numbers that are not finite, by dtype: to look at them is faster than `np.isfinite`."""
+
+
+class NonFiniteError(ValueError):
+    """A tensor holds NaN or infinity."""
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises NonFiniteError, naming the tensor, if it holds NaN or infinity."""
+    if array.dtype.name in _EXPONENTS:
+        kind, mask = _EXPONENTS[array.dtype.name]
+        bits = np.ascontiguousarray(array).view(kind).reshape(-1)
+        for start in range(0, len(bits), 1 << 20):  # little memory
+            if ((bits[start : start + (1 << 20)] & mask) == mask).any():
+                raise NonFiniteError(f"tensor {name} holds numbers that are not finite (NaN or infinity); get it again")
 
 
 class Held(Leaf):

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from vlmem_jax.checkpoint.store import quieten_orbax
-from vlmem_jax.hub.leaves import Leaf
+from vlmem_jax.hub.leaves import Leaf, NonFiniteError
 from vlmem_jax.paths import AnyPath
 from vlmem_jax.trees import flatten, unflatten
 
@@ -72,6 +72,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         with self._writing:
             try:
                 await self._write(value, chunk * max(SLAB_BYTES // (chunk * row_bytes), 1), tspec, ts_context)
+            except NonFiniteError:
+                raise
             except ValueError as error:
                 raise OSError(f"the checkpoint could not be written: {str(error).rsplit(': ', 1)[-1]}") from error
 

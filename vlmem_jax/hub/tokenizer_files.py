@@ -14,7 +14,13 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
+"""Small files that go with a model: its tokenizer, first, and what only others read."""
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
 
 
@@ -31,6 +37,11 @@ class TokenizerFiles:
         """Finds out which of `wanted` are missing. A folder without a tokenizer has size 0 and gets none."""
         folder = as_path(folder)
         if not any((folder / name).is_file() for name in FILES[:2]):
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                raise ValueError(
+                    f"{folder} has its tokenizer as vocab.json and merges.txt alone, and needs a tokenizer.json; write "
+                    f"one with transformers: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
+                )
             return cls(folder)
         tokenizer = Tokenizer.load(folder)
         if all(_has(tokenizer, token) for token in IMAGE_TOKENS):

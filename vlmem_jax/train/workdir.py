@@ -46,7 +46,7 @@ def prepare(workdir: str | os.PathLike, experiment: Experiment, say: Callable[[s
 
 def _of_tokenizer(name: str) -> bool:
     """Whether to copy a file: the tokenizer may lie beside weights."""
-    return name.endswith((".json", ".model", ".txt")) and not name.endswith(".index.json")
+    return name.endswith((".json", ".model", ".txt", ".jinja")) and not name.endswith(".index.json")
 
 
 def _write(file: AnyPath, content: dict) -> None:
