@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 INIT = Path(__file__).parent / "vlmem_jax" / "__init__.py"
 VERSION = re.search(r'__version__ = "(.+)"', INIT.read_text())[1]
 
+MATH = ["math-verify>=0.8", "antlr4-python3-runtime==4.13.2"]
+"""math-verify leaves the release of its parser open."""
+
 setup(
     name="vlmem_jax",
     version=VERSION,
@@ -47,14 +50,14 @@ setup(
         "lmms": ["lmms-eval>=0.7"],
         "demo": ["scikit-learn>=1.5"],
         "parquet": ["pyarrow>=16"],
-        "math": ["math-verify[antlr4_13_2]>=0.8"],
+        "math": MATH,
         "test": [
             "av>=14.0",
             "beartype>=0.20",
             "gcsfs>=2025.12",
             "hypothesis>=6.100",
             "import-linter>=2.1",
-            "math-verify[antlr4_13_2]>=0.8",
+            *MATH,
             # the TPU compiler, which runs without a TPU; jax names the release that fits it
             "jax[tpu]>=0.10,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "pyarrow>=16",
