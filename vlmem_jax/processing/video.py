@@ -123,7 +123,7 @@ def probe(path: str | os.PathLike | Encoded) -> Clip:
         turn = None if first is None else _turn(first)
     with _open(path) as (container, stream):  # a raw stream cannot rewind
         if not count or _rates_differ(stream):
-            times = sorted((packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.size)
+            times = [(packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.size]
             count, rate = len(times), _real_times(times, stream)
             fps, starts = rate or (fps, None)
     if not count or first is None:
@@ -144,8 +144,9 @@ def _rates_differ(stream) -> bool:
 
 def _real_times(times: Sequence[tuple[int | None, int]], stream) -> tuple[float, list[float]] | None:
     """(frames a second, `Clip.starts`) of frames of these times and durations, None where they are evenly spaced."""
-    if len(times) < 2 or times[0][0] is None or not stream.time_base:
+    if len(times) < 2 or any(time is None for time, _ in times) or not stream.time_base:
         return None
+    times = sorted(times)  # of reordered frames, packets come in another order
     starts = np.array([time for time, _ in times], float)
     gaps = np.diff(starts)
     unit = 1 / float(stream.time_base)
