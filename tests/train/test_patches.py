@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.patches_world import save_tokenizer, save_video
 from vlmem_jax.cli.main import main
-from vlmem_jax.data import EvalData, Plan, TrainData
+from vlmem_jax.data import EvalData, Plan, SourceConfig, TrainData
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import pack
 from vlmem_jax.models import VLM
@@ -130,7 +130,8 @@ def test_rows_hold_patches_and_tokens_on_their_own_axes(folder):
 
 
 def test_packed_files_give_the_same_rows(folder, tmp_path):
-    pack(JsonLines(str(folder / "train.jsonl")), folder, tmp_path / "a.array_record")
+    source = SourceConfig(str(folder / "train.jsonl"))
+    pack(JsonLines(source.path), source, tmp_path / "a.array_record")
     settings = config(folder)
     ours, _ = rows_of(settings)
     settings.data.eval = [dict(path=str(tmp_path / "a.array_record"))]
