@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tests.train import world
 
-STEPS, EVERY = 60, 3
-LONGEST = 2.5
+STEPS, EVERY = 24, 3
+LONGEST = 1.5
 """Seconds after its first new step in which a run is killed; within them are steps, saves and evaluations."""
 
 
@@ -37,7 +37,8 @@ def child(folder: str, workdir: str) -> None:
 
 def start(folder: Path, workdir: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.train.kills", "--child", str(folder), str(workdir)]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {"XLA_FLAGS": ""} | cache
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
