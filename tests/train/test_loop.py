@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.train import standin
-from vlmem_jax.checkpoint import Store, load_params
+from vlmem_jax.checkpoint import DamagedError, Store, load_params
 from vlmem_jax.runtime import sharding
 from vlmem_jax.train import loop
 from vlmem_jax.train.config import OptimizerConfig
@@ -318,12 +318,27 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, 
     assert (tmp_path / "only" / f"{steps[-1]}.damaged").is_dir()
 
 
-def test_where_every_checkpoint_is_damaged_a_run_starts_again(tmp_path, capsys, whole):
-    train(tmp_path, until=2)
-    [step] = Store(tmp_path / "only").steps()
-    (tmp_path / "only" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
-    assert train(tmp_path)[0] == 12 and losses(tmp_path) == whole(1, 1, 1)
-    assert "starting again" in capsys.readouterr().out
+def test_where_no_checkpoint_is_whole_nothing_is_moved_and_the_run_ends(tmp_path):
+    train(tmp_path, until=5)
+    steps = Store(tmp_path / "only").steps()
+    for step in steps:
+        (tmp_path / "only" / str(step) / "params" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(DamagedError, match=f"only/{steps[-1]}/params is damaged"):
+        train(tmp_path)
+    assert Store(tmp_path / "only").steps() == steps
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path, monkeypatch):
+    train(tmp_path, until=9)
+    steps = Store(tmp_path / "only").steps()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be read: PermissionError"):
+        patch.setattr("orbax.checkpoint.Checkpointer.restore", refuse)
+        train(tmp_path)
+    assert Store(tmp_path / "only").steps() == steps
 
 
 def test_waiting_for_data_is_told_from_training(tmp_path):

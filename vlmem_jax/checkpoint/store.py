@@ -58,7 +58,27 @@ class CheckpointError(OSError):
 
 
 class DamagedError(ValueError):
-    """A checkpoint cannot be read, though it was complete once."""
+    """A checkpoint cannot be read, though it was complete once, and reading it again will not help."""
+
+    def __init__(self, folder: str | os.PathLike, reason: str):
+        super().__init__(f"{folder} is damaged: {reason}")
+        self.folder = str(folder)
+        """The part that is damaged."""
+
+
+_PASSING = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "ABORTED"),
+    *("Permission denied", "timed out", "Too many open files", "Cannot allocate memory"),
+)
+"""In what is said of a checkpoint that cannot be read now and may be whole."""
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> ValueError:
+    """What an error of reading a checkpoint means."""
+    passing = PermissionError, TimeoutError, ConnectionError, MemoryError
+    if isinstance(error, passing) or any(words in str(error) for words in _PASSING):
+        return ValueError(f"{folder} cannot be read: {_first_line(error)}; the same command tries again")
+    return DamagedError(folder, _first_line(error))
 
 
 class Store:
@@ -138,7 +158,7 @@ class Store:
         try:
             meta = json.loads((folder / "meta" / "metadata").read_bytes())
         except (OSError, ValueError) as error:
-            raise DamagedError(f"{folder} is damaged: {_first_line(error)}") from error
+            raise _unreadable(folder, error) from error
         gb = self._restore_concurrent_gb
         return load_params(folder, params, gb), _restore(folder / "train", train, gb), meta
 
@@ -248,9 +268,9 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool 
         try:
             stored = checkpointer.metadata(folder).item_metadata
         except Exception as error:  # of many kinds, by what is broken
-            raise DamagedError(f"{folder} is damaged: {_first_line(error)}") from error
+            raise _unreadable(folder, error) from error
         if stored is None:
-            raise DamagedError(f"{folder} is damaged: its _METADATA cannot be read")
+            raise DamagedError(folder, "its _METADATA cannot be read")
         _check_fit(folder, flatten(stored.tree), flatten(target), partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         try:
@@ -262,7 +282,7 @@ def _restore(folder: AnyPath, target: Tree, concurrent_gb: float, partial: bool 
                     f"{folder} holds arrays of which a device needs more at once than "
                     f"checkpoint.restore_concurrent_gb={concurrent_gb:g} allows ({_first_line(error)}); raise it"
                 ) from error
-            raise DamagedError(f"{folder} is damaged: {_first_line(error)}") from error
+            raise _unreadable(folder, error) from error
 
 
 def _check_fit(folder: AnyPath, stored: Tree, wanted: Tree, partial: bool) -> None:

@@ -19,7 +19,6 @@ SPEAKERS = {
 _MEDIA = re.compile(
     r"(?:image|img|picture|photo)s?([_-]?(?:path|file|url|uri|src)s?)?|(?:video|vid)s?([_-]?(?:path|file|url|uri|src)s?)?"
 )
-_KEYS = {"image", "images", "video", "videos"}
 LONGEST = 120
 """Characters of a user's data that a message shows."""
 

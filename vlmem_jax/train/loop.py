@@ -213,27 +213,37 @@ def fit(
 def newest(
     program: "Program", store: Store, say: Callable[[str], None]
 ) -> tuple[int, tuple[TrainState, Flat, dict] | None]:
-    """The newest step whose checkpoint is whole and what it holds, else 0 and None. Damaged ones are told by `say` and
-    set aside; on several hosts, which may not all see the damage, they are an error."""
-    while step := store.latest():
+    """The newest step whose checkpoint is whole and what it holds; 0 and None where there is no checkpoint.
+
+    Damaged ones after it are told by `say` and set aside. Raises DamagedError where none is whole, where the damage is
+    in the checkpoint that all refer to, and on several hosts, which may not all see it.
+    """
+    damaged: dict[int, DamagedError] = {}
+    for step in reversed(store.steps()):
         try:
-            return step, program.restore(store, step)
+            found = program.restore(store, step)
         except DamagedError as error:
-            if jax.process_count() > 1:
+            if jax.process_count() > 1 or not error.folder.startswith(str(store.folder / str(step))):
                 raise
-            before = [one for one in store.steps() if one < step]
-            aside = store.set_aside(step)
-            say(
-                f"{error}. It was moved to {aside}; "
-                + (f"going on from step {before[-1]}" if before else "starting again")
-            )
+            damaged[step] = error
+            continue
+        for number, error in damaged.items():
+            say(f"{error}. It was moved to {store.set_aside(number)}; going on from step {step}")
+        return step, found
+    if damaged:
+        raise next(iter(damaged.values()))
     return 0, None
 
 
 def _saved(error: Exception, step: int, stage: StageConfig) -> Exception:
     """The error, which also tells that nothing is lost."""
     words = f"{error}. Step {step} of stage {stage.name} is saved; the same command goes on from there"
-    return type(error)(words) if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {words}")
+    if not isinstance(error, ValueError):
+        return ValueError(f"{type(error).__name__}: {words}")
+    try:
+        return type(error)(words)
+    except TypeError:  # one that is made of more than words
+        return ValueError(words)
 
 
 class Program:
