@@ -313,3 +313,9 @@ def test_a_tokenizer_that_joins_role_and_answer_voids_the_sample(char_tokenizer,
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"joins the start of an answer.*\(sample a:1\)"):
         make(type(char_tokenizer).load(tmp_path)).encode(QUESTION, name="a:1")
+
+
+def test_what_no_encoding_has_is_a_plain_error(processor):
+    words = r"a text must be Unicode, but has what is not: .*bad \\udcff text' \(sample --prompt\)"
+    with pytest.raises(ValueError, match=words):
+        processor.prompt("bad \udcff text", name="--prompt")

@@ -72,6 +72,9 @@ def test_answers_that_cannot_be_judged_are_said():
     with pytest.raises(ValueError, match=r"must be one, got 'many' \(sample prompts.jsonl:3"):
         answers.check(prompt("many", answer_type="number"))
     answers.check(prompt("3 km", answer_type="number"))
+    with pytest.raises(ValueError, match=r"must be one of the 2 choices, got 'E' \(sample prompts.jsonl:3"):
+        answers.check(prompt("E", answer_type="choice", choices=("cat", "dog")))
+    answers.check(prompt("dog", answer_type="choice", choices=("cat", "dog")))
     assert answers.needs_answer and not Rewards([RewardConfig("regex", pattern="a")]).needs_answer
     with pytest.raises(ConfigError, match="at least one"):
         Rewards([])

@@ -288,8 +288,14 @@ class Processor:
         ids: list[int] = []
         for is_control, run in itertools.groupby(pieces, lambda piece: isinstance(piece, chat.Control)):
             together = list(run)
-            ids += [self._control[token] for token in together] if is_control else self._encode_text("".join(together))
+            ids += [self._control[token] for token in together] if is_control else self._encode_whole("".join(together))
         return ids
+
+    def _encode_whole(self, text: str) -> list[int]:
+        try:
+            return self._encode_text(text)
+        except TypeError as error:  # what no encoding has, such as an argument of the command line that is no UTF-8
+            raise ValueError(f"a text must be Unicode, but has what is not: {text[:60]!a}") from error
 
     def _ids(self, dialogue: chat.Dialogue) -> np.ndarray:
         """Ids of the prompt with one placeholder for all that it shows."""

@@ -111,6 +111,12 @@ class Rewards:
                     f"answer_type judge needs a judge: a reward MODULE:FUNCTION in place of {config.name} "
                     f"(sample {prompt.name})"
                 )
+            names = [answers.option(text, prompt.choices) for text in prompt.answers] if prompt.choices else []
+            if kind == "choice" and names and not any(names):
+                raise ValueError(
+                    f"an answer of answer_type choice must be one of the {len(prompt.choices)} choices, got "
+                    f"{prompt.answers[0]!r:.100} (sample {prompt.name})"
+                )
             if kind == "number" and (wrong := [text for text in prompt.answers if answers.parse_number(text) is None]):
                 raise ValueError(
                     f"an answer of answer_type number must be one, got {wrong[0]!r} (sample {prompt.name})"
