@@ -49,6 +49,19 @@ def test_an_answer_depends_on_the_images(checkpoint, capsys):
     assert len(set(answers)) == 3
 
 
+def test_a_prompt_longer_than_the_model_was_made_for_is_told(checkpoint, capsys):
+    words = "the model was made for 32768 (model.decoder.max_positions)"
+    assert ask(checkpoint, "--prompt", "Say a word.") == 0 and words not in capsys.readouterr().err
+    about = json.loads((checkpoint / "model.json").read_text())
+    short = about["model"]["decoder"] | {"max_positions": 20, "ntk_factor": 0.0}
+    (checkpoint / "model.json").write_text(json.dumps(about | {"model": about["model"] | {"decoder": short}}))
+    try:
+        assert ask(checkpoint, "--prompt", "Say a word.") == 0
+        assert words.replace("32768", "20") in capsys.readouterr().err
+    finally:
+        (checkpoint / "model.json").write_text(json.dumps(about))
+
+
 def test_parts_stand_as_the_flags_do_and_texts_are_texts(checkpoint, monkeypatch):
     asked = []
 

@@ -45,6 +45,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"{value}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)
             parts += model.processor.message((), videos=[video])
     sample = model.processor.prompt([*parts, args.prompt], rope_dhr=answering.rope_dhr(args), name="--prompt")
+    decoder, last = model.vlm.config.decoder, int(sample.positions_T.max()) + sampling.max_new_tokens
+    if last >= decoder.max_positions and not decoder.ntk_factor:
+        print(
+            f"warning: the prompt and {sampling.max_new_tokens} tokens behind it take {last + 1} positions, and the "
+            f"model was made for {decoder.max_positions} (model.decoder.max_positions): answers may be of no use",
+            file=sys.stderr,
+        )
     answer = answering.transcript(args, model)
     session = model.generator().start([sample], sampling.max_new_tokens)
     for tokens_B in session.stream(sampling, invocation):
