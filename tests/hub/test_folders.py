@@ -1,4 +1,4 @@
-"""What lies beside the tensors of a Hugging Face folder: read, carried along, or named."""
+"""Files beside the tensors of a Hugging Face folder are read, carried along, or named."""
 
 import json
 import shutil
@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.hub.test_qwen2_5_vl import PREPROCESSOR, hf_folder  # noqa: F401 - a fixture
+from tests.hub.test_qwen2_5_vl import PREPROCESSOR
+from tests.hub.test_qwen2_5_vl import hf_folder as golden_folder
 from tests.patches_world import save_tokenizer
 from vlmem_jax.hub.convert import export_folder, import_folder, released
 
+hf_folder = golden_folder
+"""The fixture of the golden Qwen2.5-VL, in place of that of the folder's conftest."""
 SMALL = {
     "generation_config.json": '{"temperature": 0.1}',
     "chat_template.jinja": "{% for m in messages %}{{ m.content }}{% endfor %}",
@@ -19,7 +22,7 @@ SMALL = {
 }
 
 
-def test_small_files_that_came_go_back_out(hf_folder, tmp_path):  # noqa: F811
+def test_small_files_that_came_go_back_out(hf_folder, tmp_path):
     save_tokenizer(hf_folder)
     for name, content in SMALL.items():
         (hf_folder / name).write_text(content)
@@ -29,14 +32,14 @@ def test_small_files_that_came_go_back_out(hf_folder, tmp_path):  # noqa: F811
         assert (tmp_path / "back" / name).read_text() == content, name
 
 
-def test_a_rate_of_frames_that_is_whole_goes_out_as_it_came(hf_folder, tmp_path):  # noqa: F811
+def test_a_rate_of_frames_that_is_whole_goes_out_as_it_came(hf_folder, tmp_path):
     import_folder(hf_folder, tmp_path / "ours")
     export_folder(tmp_path / "ours", tmp_path / "back")
     rate = json.loads((tmp_path / "back" / "config.json").read_text())["vision_config"]["tokens_per_second"]
     assert type(rate) is int
 
 
-def test_the_image_processor_of_newer_files(hf_folder):  # noqa: F811
+def test_the_image_processor_of_newer_files(hf_folder):
     (hf_folder / "preprocessor_config.json").unlink()
     size = {"shortest_edge": 1024, "longest_edge": 2048}
     newer = PREPROCESSOR | {"size": size, "min_pixels": 1, "max_pixels": 2, "image_mean": [0.1, 0.2, 0.3]}
@@ -46,7 +49,7 @@ def test_the_image_processor_of_newer_files(hf_folder):  # noqa: F811
     assert found.model.vision.pixel_mean == (0.1, 0.2, 0.3)
 
 
-def test_files_that_are_not_read_are_named(hf_folder, tmp_path):  # noqa: F811
+def test_files_that_are_not_read_are_named(hf_folder, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "modeling_theirs.py"):
         (hf_folder / name).write_text("{}")
     (hf_folder / "README.md").write_text("x")
@@ -55,7 +58,7 @@ def test_files_that_are_not_read_are_named(hf_folder, tmp_path):  # noqa: F811
     assert summary.unused == names
 
 
-def test_an_adapter_alone_is_named_for_what_it_is(hf_folder, tmp_path):  # noqa: F811
+def test_an_adapter_alone_is_named_for_what_it_is(hf_folder, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(
@@ -66,7 +69,7 @@ def test_an_adapter_alone_is_named_for_what_it_is(hf_folder, tmp_path):  # noqa:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_weights_that_are_not_finite_are_named(hf_folder, tmp_path, bad, name):  # noqa: F811
+def test_weights_that_are_not_finite_are_named(hf_folder, tmp_path, bad, name):
     weights = safetensors.numpy.load_file(hf_folder / "model.safetensors")
     weights[name] = weights[name].copy()
     weights[name].reshape(-1)[1] = bad
@@ -79,14 +82,14 @@ def test_weights_that_are_not_finite_are_named(hf_folder, tmp_path, bad, name): 
 @pytest.mark.parametrize(
     "change", [{"vision_config": None}, {"vision_config": 3}, {"hidden_size": None}, {"rope_scaling": []}]
 )
-def test_values_of_another_kind_are_a_plain_error(hf_folder, change):  # noqa: F811
+def test_values_of_another_kind_are_a_plain_error(hf_folder, change):
     content = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(content | change))
     with pytest.raises(ValueError, match="config.json"):
         released(hf_folder)
 
 
-def test_a_tokenizer_that_cannot_be_read_is_not_left_out(hf_folder, tmp_path):  # noqa: F811
+def test_a_tokenizer_that_cannot_be_read_is_not_left_out(hf_folder, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (hf_folder / name).write_text("{}")
     with pytest.raises(ValueError, match="as vocab.json and merges.txt alone, and needs a tokenizer.json"):

@@ -74,7 +74,7 @@ _PASSING = (
 
 
 def _unreadable(folder: AnyPath, error: Exception) -> ValueError:
-    """What an error of reading a checkpoint means."""
+    """The error to raise for one of reading a checkpoint: of damage, or of what may pass."""
     passing = PermissionError, TimeoutError, ConnectionError, MemoryError
     if isinstance(error, passing) or any(words in str(error) for words in _PASSING):
         return ValueError(f"{folder} cannot be read: {_first_line(error)}; the same command tries again")

@@ -16,11 +16,11 @@ class SourceConfig:
     weight: float = 1.0
     """How often a sample of this file is drawn, relative to samples of the other files."""
     follow_links: bool = False
-    """Whether links below root may lead out of it; only for data whose links are one's own."""
+    """Links below root may lead out of it; only for data whose links are one's own."""
 
     @property
     def folder(self) -> str:
-        """Where paths start from."""
+        """The folder that paths start from."""
         return self.root or os.path.dirname(self.path) or "."
 
     def __post_init__(self):

@@ -21,17 +21,17 @@ from vlmem_jax.processing.media import Encoded
 
 _DATA = re.compile(r"data:[\w/+.-]*;base64,(.*)", re.DOTALL)
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg"}
-"""By Pillow's name of a format, where it is not that in small letters."""
+"""Endings of files by Pillow's name of a format, where they are not that in small letters."""
 
 
 class Converted(NamedTuple):
-    """What `convert` wrote."""
+    """The outcome of `convert`."""
 
     lines: int
     images: int
     """Files written, each once however many lines show it."""
     skipped: list[str]
-    """What was wrong with each value that was left out."""
+    """The reason why each value that was left out was."""
 
 
 def convert(

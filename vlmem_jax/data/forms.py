@@ -24,10 +24,10 @@ LONGEST = 120
 
 
 class Said(NamedTuple):
-    """What a line says and shows."""
+    """A line, as far as its conversation goes."""
 
     conversations: list[dict[str, Any]]
-    """As `chat.read_conversation` takes it."""
+    """Messages as `chat.read_conversation` takes them."""
     images: tuple[str, ...]
     videos: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -62,7 +62,7 @@ def read_line(fields: Any, known: Sequence[str] = ()) -> Said:
         raise ValueError(f"`system` must be a text, got {short(system)}")
     entries, shown = [], {"image": [], "video": []}
     for index, message in enumerate(messages):
-        entries.append(_message(index, message, form, shown))
+        entries.append(_message(index, message, shown))
     if system is not None and entries[0]["from"] != "system":
         entries.insert(0, {"from": "system", "value": system})
     for kind, given in (("image", images), ("video", videos)):
@@ -122,7 +122,7 @@ def paths(fields: dict[str, Any], kind: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _message(index: int, message: Any, form: str, shown: dict[str, list[str]]) -> dict[str, Any]:
+def _message(index: int, message: Any, shown: dict[str, list[str]]) -> dict[str, Any]:
     keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
     if not isinstance(message, dict) or not isinstance(message.get(keys[0]), str):
         raise ValueError(

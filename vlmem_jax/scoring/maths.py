@@ -26,7 +26,7 @@ def equal(output: str, reference: str) -> bool:
     """
     global _process
     try:
-        import math_verify  # noqa: F401
+        import math_verify  # noqa: F401 - here only to say what is missing; the process below uses it
     except ImportError as error:
         raise ImportError("the reward math needs math-verify; install vlmem_jax[math]") from error
     with _lock:
