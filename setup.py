@@ -28,6 +28,7 @@ setup(
         "etils[epath]>=1.13",
         "flax>=0.12.4",
         "grain>=0.2.14",
+        "huggingface_hub>=0.34",
         "jax>=0.10,<0.12",
         "jaxtyping>=0.3",
         "ml-collections>=1.0",

@@ -79,6 +79,26 @@ def bucket(gcs, request):
     return f"gs://bucket/{re.sub(r'[^a-z0-9]+', '-', request.node.name)}"
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What this process takes for the Hugging Face hub, empty; the working folder is the test's own."""
+    from huggingface_hub import constants
+
+    from tests.hf_hub import TOKEN, Hub
+    from vlmem_jax.hub import repos
+
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path)
+    repos._fetched.cache_clear()
+    yield hub
+    hub.shutdown()
+
+
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, help="skip tests whose turn comes later than this; keep the order given")
 

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a workdir of `vlmem train` or a folder made by `vlmem convert`, on a disk or gs://",
+        help="a workdir of `vlmem train` or a folder made by `vlmem convert`, on a disk or gs://; or a folder or "
+        "repository of Hugging Face (USER/NAME, or USER/NAME@REVISION)",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer, tokens (%(default)s)"

@@ -1,5 +1,6 @@
 """Converts a checkpoint: a Hugging Face folder of InternVL2, CoMemo or Qwen2.5-VL (config.json, safetensors, tokenizer
-files) to ours, or any of ours (a workdir, a stage, a step, a converted folder) to one of Hugging Face. SOURCE decides.
+files), or a repository of the hub, to ours, or any of ours (a workdir, a stage, a step, a converted folder) to one of
+Hugging Face. SOURCE decides. With --push, TARGET is a repository of the hub.
 
 Memory follows the size of a layer, not of the model. TARGET is a new folder; it appears whole or not at all. A
 checkpoint of ours may lie in a bucket (gs://BUCKET/...).
@@ -7,26 +8,35 @@ A plain checkpoint gets a fresh memory with --config.model.memory=NAME.
 """
 
 import argparse
+import dataclasses
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from vlmem_jax import families
+from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import build, override, to_dict
+from vlmem_jax.hub import repos
+from vlmem_jax.hub.card import model_card
 from vlmem_jax.hub.convert import SHARD_BYTES, Summary, export_folder, import_folder, released
-from vlmem_jax.paths import AnyPath, as_path
+from vlmem_jax.paths import AnyPath
 
-EXAMPLE = "vlmem convert downloads/CoMemo-2B checkpoints/mine\n  vlmem convert RUN CoMemo-2B-mine --dtype bfloat16"
+EXAMPLE = """vlmem convert Qwen/Qwen2.5-VL-3B-Instruct checkpoints/mine
+  vlmem convert RUN CoMemo-2B-mine --dtype bfloat16
+  vlmem convert RUN USER/CoMemo-2B-mine --push"""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="the checkpoint to read")
+    source = "the checkpoint to read: a folder, or USER/NAME[@REVISION] of the hub"
+    parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("target", metavar="TARGET", help="the new folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of fresh memory blocks and vocabulary rows (default: 0)")
     parser.add_argument(
@@ -55,11 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a Hugging Face folder whose weights have this adapter in them (default: adapters lie apart, in "
         "TARGET/adapters, in PEFT's layout)",
     )
+    parser.add_argument(
+        "--push",
+        action="store_true",
+        help="TARGET is USER/NAME: write that repository of the hub, with a model card made from the run, and no "
+        "folder; needs the token of `hf auth login`",
+    )
+    parser.add_argument("--private", action="store_true", help="a repository that --push makes is seen by you alone")
     add_config(parser, optional=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    source = as_path(args.source)
+    source = repos.folder(args.source)
+    if args.private and not args.push:
+        raise ValueError("--private is of the repository that --push makes")
+    if args.push and not _is_ours(source):
+        raise ValueError(f"--push writes one of our checkpoints to the hub; {source} is none")
+    if args.push:
+        repos.check_name(args.target)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("converting", total=None)
@@ -73,7 +96,10 @@ def run(args: argparse.Namespace) -> int:
             if args.adapter:
                 raise ValueError("--adapter is read beside a Hugging Face folder; this SOURCE is one of ours")
             how = dict(dtype=args.dtype, shard_bytes=args.max_shard_size, merge=args.merge)
-            summary = export_folder(source, args.target, **how, progress=progress)
+            if args.push:
+                summary = _push(source, args, **how, progress=progress)
+            else:
+                summary = export_folder(source, args.target, **how, progress=progress)
         else:
             if args.dtype:
                 raise ValueError("--dtype is for writing a Hugging Face folder; reading one keeps its dtypes")
@@ -84,6 +110,16 @@ def run(args: argparse.Namespace) -> int:
             summary = import_folder(source, args.target, **how, progress=progress)
     print(_describe(summary))
     return 0
+
+
+def _push(source: AnyPath, args: argparse.Namespace, **how) -> Summary:
+    """Writes a folder that is gone afterwards, and sends it to the hub."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "model"
+        summary = export_folder(source, folder, **how)
+        (folder / "README.md").write_text(model_card(find(source), args.target, summary.parameters))
+        address = repos.push(folder, args.target, args.private)
+    return dataclasses.replace(summary, folder=address)
 
 
 def _wanted(args: argparse.Namespace, source: AnyPath):

@@ -1,8 +1,10 @@
 """A model and its processor from a folder: a workdir of training, a converted checkpoint, or a Hugging Face folder."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -12,10 +14,14 @@ from vlmem_jax.config import build
 from vlmem_jax.families import of_model, resolve
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.generate.loop import Generator
-from vlmem_jax.models import VLM
+from vlmem_jax.hub import repos
+from vlmem_jax.hub.convert import is_released, load_onto, released
+from vlmem_jax.hub.tokenizer_files import TokenizerFiles
+from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
-from vlmem_jax.processing import Processor, Tokenizer, make_processor
+from vlmem_jax.paths import AnyPath
+from vlmem_jax.processing import ImageConfig, PatchConfig, Processor, Tokenizer, make_processor
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 
@@ -62,21 +68,51 @@ def load_model(
 ) -> LoadedModel:
     """The newest checkpoint at `path`, its parameters as `VLM.held`, sharded over `devices` (default: all).
 
-    `mesh`: None for that of `serving_mesh`; `adapter`: the one to answer through, or none (default: the first that the
-    model has); `context`: which visual tokens stand in the sequence (default: as trained). Raises ValueError if there
-    is no checkpoint, if it does not fit its own config, or the model cannot be split so.
+    `path` is a folder of ours, on a disk or gs://, or one in the Hugging Face layout, on a disk or a repository of the
+    hub. `mesh`: None for that of `serving_mesh`; `adapter`: the one to answer through, or none (default: the first that
+    the model has); `context`: which visual tokens stand in the sequence (default: as trained). Raises ValueError if
+    there is no checkpoint, if it does not fit its own config, or the model cannot be split so.
     """
-    checkpoint = folder.find(path)
-    described = checkpoint.model
-    model = resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model")
-    vlm = VLM(model, 0 if adapter is None else model.adapter_number(adapter))
-    family = of_model(vlm.config)
-    images = described["image"] | ({} if context is None else {"context": context})
-    image = build(family.image, images, f"{checkpoint.root}/{folder.MODEL_FILE}: image")
-    tokenizer, geometry = Tokenizer.load(checkpoint.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
-    processor = make_processor(tokenizer, image, geometry, described["system"], family.template, vlm.reads_beyond)
+    found = _released(repos.folder(path)) if is_released(repos.folder(path)) else _ours(path)
+    vlm = VLM(found.model, 0 if adapter is None else found.model.adapter_number(adapter))
+    image = found.image if context is None else dataclasses.replace(found.image, context=context)
+    tokenizer, geometry = Tokenizer.load(found.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
+    template = of_model(vlm.config).template
+    processor = make_processor(tokenizer, image, geometry, found.system, template, vlm.reads_beyond)
     devices = jax.devices() if devices is None else devices
     over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, over)
     target = vlm.held(param_shardings(over, vlm.abstract(), vlm.axes()))
-    return LoadedModel(vlm, store.load_params(checkpoint.step_folder, target), processor, over)
+    return LoadedModel(vlm, found.load(vlm, target), processor, over)
+
+
+class _Found(NamedTuple):
+    """What a folder holds."""
+
+    model: ModelConfig
+    image: ImageConfig | PatchConfig
+    tokenizer: AnyPath
+    system: str | None
+    load: Callable[[VLM, Params], Params]
+    """`load(vlm, target)` gives the parameters in the dtypes and places of `target`."""
+
+
+def _ours(path: str | os.PathLike) -> _Found:
+    checkpoint = folder.find(path)
+    described = checkpoint.model
+    model = resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model")
+    image = build(of_model(model).image, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
+    load = functools.partial(store.load_params, checkpoint.step_folder)
+    return _Found(model, image, checkpoint.tokenizer, described["system"], lambda _, target: load(target))
+
+
+def _released(source: AnyPath) -> _Found:
+    """Raises ValueError where the tokenizer lacks tokens of images, which `vlmem convert` adds."""
+    found = released(source)
+    lacking = TokenizerFiles.of(source, of_model(found.model).added_tokens).added
+    if lacking:
+        raise ValueError(
+            f"the tokenizer in {source} lacks {' '.join(lacking)}; add them, and make a checkpoint, by "
+            f"vlmem convert {source} NEW_FOLDER"
+        )
+    return _Found(found.model, found.image, source, None, functools.partial(load_onto, source))

@@ -21,7 +21,7 @@ from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
 from vlmem_jax.config import build, overlay, to_dict
 from vlmem_jax.families import Released
-from vlmem_jax.hub import orbax_io, peft
+from vlmem_jax.hub import orbax_io, peft, repos
 from vlmem_jax.hub.fit import check_fit
 from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Held, Leaf, Maker, Started
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
@@ -47,7 +47,8 @@ Progress = Callable[[int, int], None]
 class Summary:
     """What a conversion did."""
 
-    folder: AnyPath
+    folder: AnyPath | str
+    """Where it is now; an address, if it was pushed."""
     parameters: int
     nbytes: int
     fresh: tuple[str, ...] = ()
@@ -70,7 +71,8 @@ def import_folder(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
-    """Converts the Hugging Face folder `source` into a new checkpoint folder `target`, on a disk or gs://, dtypes kept.
+    """Converts the Hugging Face folder `source`, or a repository of the hub, into a new checkpoint folder `target`, on
+    a disk or gs://, dtypes kept.
 
     model, image: what to make of it (default: what its config.json says). A model with memory blocks may start from a
     checkpoint without, and one with a larger vocabulary from a smaller one; `seed` is that of what is made new.
@@ -78,8 +80,8 @@ def import_folder(
     SOURCE/adapters. Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at
     all.
     """
+    source = _local(source)
     tensors, content, found = _open(source)
-    source = Path(source)
     tokenizer = TokenizerFiles.of(source, families.of_config(content).added_tokens)
     if model is None:
         vocab = max(found.model.decoder.vocab, tokenizer.new_size)
@@ -89,7 +91,7 @@ def import_folder(
             f"model.decoder.vocab must be at least {tokenizer.new_size}, the size of the tokenizer with "
             f"{len(tokenizer.added)} added tokens; got {model.decoder.vocab}"
         )
-    model, given = _with_adapters(model, [*peft.beside(source), *map(Path, adapters)])
+    model, given = _with_adapters(model, [*peft.beside(source), *map(_local, adapters)])
     leaves, fresh, new_rows = _leaves(VLM(model), tensors, found.model, given, seed, source)
     total = sum(leaf.nbytes for leaf in leaves.values())
     with whole_folder(target, total) as folder:
@@ -121,18 +123,30 @@ def load_folder(
     shardings: a tree like `vlm.abstract()`. dtype: of all parameters (default: as stored). See `import_folder` for what
     may be missing, and for what raises ValueError.
     """
+    source = _local(source)
     tensors, _, found = _open(source)
     names = [adapter.name for adapter in vlm.config.adapters]
-    model, given = _with_adapters(vlm.config, [path for path in peft.beside(Path(source)) if path.name in names])
+    model, given = _with_adapters(vlm.config, [path for path in peft.beside(source) if path.name in names])
     if model != vlm.config:
         raise ValueError(f"model.adapters {vlm.config.adapters} must be those in {source}: {model.adapters}")
-    leaves, _, _ = _leaves(vlm, tensors, found.model, given, seed, Path(source))
+    leaves, _, _ = _leaves(vlm, tensors, found.model, given, seed, source)
     where = flatten(shardings)
     made = {path: leaf.maker for path, leaf in leaves.items() if isinstance(leaf, Fresh)}
     arrays = {path: leaf.array(where[path], dtype) for path, leaf in leaves.items() if path not in made}
     for maker in dict.fromkeys(made.values()):
         arrays |= maker.arrays({path: where[path] for path in made if made[path] is maker}, dtype)
     return unflatten(arrays)
+
+
+def load_onto(source: str | os.PathLike, vlm: VLM, target: Params, seed: int = 0) -> Params:
+    """Parameters as `load_folder` gives them, in the dtypes and places of the tree `target`."""
+    places = jax.tree.map(lambda t: t.sharding, target)
+    params = load_folder(source, vlm, places, seed=seed)
+
+    def cast(params: Params) -> Params:
+        return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), params, target)
+
+    return jax.jit(cast, out_shardings=places, donate_argnums=0)(params)
 
 
 def _with_adapters(model: ModelConfig, folders: Sequence[Path]) -> tuple[ModelConfig, dict[str, Leaf]]:
@@ -160,7 +174,7 @@ def export_folder(
     """
     if is_remote(target):
         raise ValueError(f"a folder in the Hugging Face layout is written to a disk; got {target}")
-    checkpoint = find(source)
+    checkpoint = find(repos.folder(source))
     about = checkpoint.model
     model = families.resolve(about["model"])
     family = families.of_model(model)
@@ -229,14 +243,27 @@ def _assign(rule, tensors: Mapping[str, np.ndarray], slab: np.ndarray, start: in
 
 
 def released(source: str | os.PathLike) -> Released:
-    """What a Hugging Face folder says of its model. Raises ValueError naming what is missing or not supported."""
-    return _open(source)[2]
+    """What a Hugging Face folder says of its model, with the adapters that lie in it. Raises ValueError naming what is
+    missing or not supported."""
+    source = _local(source)
+    found = _open(source)[2]
+    model, _ = _with_adapters(found.model, peft.beside(source))
+    return dataclasses.replace(found, model=model)
 
 
-def _open(source: str | os.PathLike) -> tuple[Tensors, dict, Released]:
+def is_released(folder: AnyPath) -> bool:
+    """Whether the folder is one in the Hugging Face layout, and none of ours."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / MODEL_FILE).is_file()
+
+
+def _local(source: str | os.PathLike) -> Path:
+    """The folder of the disk that `source` means, in the Hugging Face layout."""
     if is_remote(source):
         raise ValueError(f"a folder in the Hugging Face layout must lie on a disk; got {source}")
-    folder = Path(source)
+    return Path(repos.folder(source))
+
+
+def _open(folder: Path) -> tuple[Tensors, dict, Released]:
     if not folder.is_dir():
         raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
     if not (folder / CONFIG_FILE).is_file():

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import EvalData, HostBatch, Plan, TrainData, store
+from vlmem_jax.hub import repos
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import train_flops
 from vlmem_jax.paths import as_path
@@ -142,7 +143,7 @@ def eval_program(mesh: Mesh) -> Callable[[VLM, dict, Batch, int], Array]:
 
 def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
     """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
-    tokenizer = Tokenizer.load(experiment.tokenizer, model.special_tokens)
+    tokenizer = Tokenizer.load(repos.folder(experiment.tokenizer), model.special_tokens)
     geometry, read = model.config.vision.geometry, (experiment.system, experiment.template, model.reads_beyond)
     processor = make_processor(tokenizer, experiment.image, geometry, *read)
     highest, vocab = max(*processor.control_ids, *processor.stop_ids), model.config.decoder.vocab

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 import kernels_pallas
 import vlmem_jax
 from vlmem_jax.checkpoint import Store, find, load_params, save_params, stored_paths
-from vlmem_jax.checkpoint.folder import BASE_FILE, CONFIG_FILE, MODEL_FILE, committed_steps, set_base
+from vlmem_jax.checkpoint.folder import BASE_FILE, CONFIG_FILE, committed_steps, set_base
 from vlmem_jax.config import ConfigError, to_dict
-from vlmem_jax.hub.convert import load_folder
+from vlmem_jax.hub import repos
+from vlmem_jax.hub.convert import is_released, load_onto
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.paths import AnyPath, as_path, is_remote
@@ -152,9 +153,8 @@ def _with_base(
 
 def checkpoint_of(init: str) -> AnyPath | None:
     """The step folder that `init` means; None for a folder in the Hugging Face layout."""
-    source = as_path(init)
-    released = (source / CONFIG_FILE).is_file() and not (source / MODEL_FILE).is_file()
-    return None if released else find(source).step_folder
+    source = repos.folder(init)
+    return None if is_released(source) else find(source).step_folder
 
 
 def _silent(text: str) -> None:
@@ -210,8 +210,8 @@ def origin(
         return (lambda target: model.fresh(jax.random.key(experiment.seed), target)), f"seed {experiment.seed}"
     step = checkpoint_of(experiment.init)
     if step is None:
-        source = as_path(experiment.init)
-        return (lambda target: _released(model, source, experiment.seed, target)), str(source)
+        source = experiment.init
+        return (lambda target: load_onto(source, model, target, experiment.seed)), str(source)
     new = new_adapters(model, step)
     if not new:
         return (lambda target: load_params(step, target, limit)), str(step)
@@ -229,13 +229,3 @@ def new_adapters(model: VLM, step: AnyPath) -> list[str]:
     paths = [path for path in flatten(model.abstract()) if path.startswith("adapters/")]
     stored = stored_paths(step) if paths else ()
     return [path for path in paths if path not in stored]
-
-
-def _released(model: VLM, source: AnyPath, seed: int, target: dict) -> dict:
-    places = jax.tree.map(lambda t: t.sharding, target)
-    params = load_folder(source, model, places, seed=seed)
-
-    def cast(params: dict) -> dict:
-        return jax.tree.map(lambda x, t: jnp.asarray(x, t.dtype), params, target)
-
-    return jax.jit(cast, out_shardings=places, donate_argnums=0)(params)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, committed_steps
 from vlmem_jax.config import ConfigError, to_dict
+from vlmem_jax.hub import repos
 from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.train.config import Experiment
 
@@ -31,7 +32,7 @@ def prepare(workdir: str | os.PathLike, experiment: Experiment, say: Callable[[s
         raise ConfigError(
             f"{workdir} holds a checkpoint; start from it with --config.init={workdir}, in another --workdir"
         )
-    tokenizer = as_path(experiment.tokenizer)
+    tokenizer = repos.folder(experiment.tokenizer)
     if not tokenizer.is_dir():
         raise ConfigError(
             f"config.tokenizer must be a folder with a tokenizer; there is no folder {experiment.tokenizer!r}"
