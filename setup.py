@@ -31,6 +31,7 @@ setup(
         "huggingface_hub>=0.34",
         "jax>=0.10,<0.12",
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5",
         "numpy>=2.0",
@@ -42,6 +43,7 @@ setup(
         "tensorboardX>=2.6",
         "tensorstore>=0.1.76",
         "tokenizers>=0.21",
+        "transformers>=5.0",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],

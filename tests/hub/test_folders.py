@@ -92,6 +92,6 @@ def test_values_of_another_kind_are_a_plain_error(hf_folder, change):
 def test_a_tokenizer_that_cannot_be_read_is_not_left_out(hf_folder, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (hf_folder / name).write_text("{}")
-    with pytest.raises(ValueError, match="as vocab.json and merges.txt alone, and needs a tokenizer.json"):
+    with pytest.raises(ValueError, match="as vocab.json and merges.txt alone, which make no tokenizer.json"):
         import_folder(hf_folder, tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours", ignore_errors=True)

@@ -113,6 +113,18 @@ def test_missing_shards_are_all_named(tmp_path):
         Tensors(tmp_path)
 
 
+def test_shards_without_an_index_are_read_if_all_are_there(tmp_path):
+    tensors = {f"t{i}": np.full(10, i, np.float32) for i in range(4)}
+    write(tmp_path, tensors, shard_bytes=40)
+    (tmp_path / INDEX_FILE).unlink()
+    read = Tensors(tmp_path)
+    assert all((read[name] == value).all() for name, value in tensors.items())
+    for i in (3, 4):
+        (tmp_path / f"model-0000{i}-of-00004.safetensors").unlink()
+    with pytest.raises(ValueError, match="shards without an index beside them, and lacks number 3, 4 of 4"):
+        Tensors(tmp_path)
+
+
 def test_an_index_may_not_lead_out_of_its_folder(tmp_path):
     (tmp_path / INDEX_FILE).write_text('{"weight_map": {"x": "../secret.safetensors"}}')
     with pytest.raises(ValueError, match="only name files beside it"):

@@ -158,7 +158,7 @@ def _describe(summary: Summary) -> str:
             lines.append("the adapter beside the model was not used; name its folder with --adapter to have it, too")
     if summary.new_rows:
         lines.append(f"rows added to the vocabulary: {summary.new_rows}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *summary.notes])
 
 
 def _bytes(text: str) -> int:

@@ -1,5 +1,6 @@
 """A folder in the released Hugging Face layout -> our checkpoint, or straight into sharded arrays; and back."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -21,8 +22,8 @@ from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
 from vlmem_jax.config import build, overlay, to_dict
 from vlmem_jax.families import Released
-from vlmem_jax.hub import orbax_io, peft, repos
-from vlmem_jax.hub.fit import check_fit
+from vlmem_jax.hub import library, orbax_io, peft, repos
+from vlmem_jax.hub.fit import BUFFERS, check_fit
 from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Held, Leaf, Maker, Started
 from vlmem_jax.hub.safetensors_io import Tensors, Writer
 from vlmem_jax.hub.tokenizer_files import FILES, TokenizerFiles
@@ -31,7 +32,7 @@ from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.adapters import make_adapters, merged
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, read_json, write_whole
-from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer
+from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, chat
 from vlmem_jax.trees import flatten, unflatten
 
 RELEASED_CONFIG = "released_config.json"
@@ -59,6 +60,8 @@ class Summary:
     """Tokens added to the tokenizer."""
     unused: tuple[str, ...] = ()
     """Files of the source that were not read."""
+    notes: tuple[str, ...] = ()
+    """What one should know of the source, or of what others will make of the target; a line each."""
 
 
 def import_folder(
@@ -100,8 +103,21 @@ def import_folder(
         about = {"model": to_dict(model), "image": to_dict(image or found.image), "system": None}
         _write_json(folder / RELEASED_CONFIG, content)
         _write_json(folder / MODEL_FILE, about)  # last: without it, a folder is no checkpoint
-    unused = _unused(source)
-    return _summary(target, leaves, fresh=fresh, new_rows=new_rows, new_tokens=tokenizer.added, unused=unused)
+    more = dict(new_tokens=tokenizer.added, unused=_unused(source), notes=_notes(source, tensors, model))
+    return _summary(target, leaves, fresh=fresh, new_rows=new_rows, **more)
+
+
+def _notes(source: Path, tensors: Tensors, model: ModelConfig) -> tuple[str, ...]:
+    notes = []
+    kinds = collections.Counter(tensor.dtype.name for tensor in tensors.values())
+    if len(kinds) > 1:
+        counts = ", ".join(f"{count} of {kind}" for kind, count in kinds.most_common())
+        notes.append(f"tensors of several dtypes, which are kept: {counts}")
+    if left := sum(name.endswith(BUFFERS) for name in tensors):
+        notes.append(f"{left} tensors named *{BUFFERS[0]} are not read: they follow from the config")
+    if differs := library.template_differs(source, chat.template(families.of_model(model).template)):
+        notes.append(differs)
+    return tuple(notes)
 
 
 def _unused(source: Path) -> tuple[str, ...]:
@@ -217,7 +233,8 @@ def export_folder(
         contents[CONFIG_FILE] = overlay(original, contents[CONFIG_FILE])
         for name, content in contents.items():
             _write_json(folder / name, content)
-    return _summary(target, stored)
+        notes = tuple(library.misread(contents[CONFIG_FILE]))
+    return _summary(target, stored, notes=notes)
 
 
 def _of_adapter(stored: Mapping[str, Leaf], name: str) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from vlmem_jax.models import ModelConfig
 from vlmem_jax.records import Rule
 from vlmem_jax.trees import unflatten
 
-BUFFERS = (".rotary_emb.inv_freq",)
+BUFFERS = (".inv_freq",)
 """Endings of tensors that some checkpoints carry along and that follow from the config."""
 FLOATS = ("float32", "bfloat16", "float16")
 

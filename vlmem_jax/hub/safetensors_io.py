@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,9 +149,25 @@ def _files(folder: Path, stem: str) -> list[Path]:
         return [folder / name for name in names]
     if single.is_file():
         return [single]
+    if shards := _without_index(folder, stem):
+        return shards
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     hint = f"; {', '.join(pickled[:3])} may hold code and is never opened, save it as safetensors" if pickled else ""
     raise ValueError(f"{folder} has neither {single.name} nor {index.name}{hint}")
+
+
+def _without_index(folder: Path, stem: str) -> list[Path]:
+    """Shards by their own names, which say how many there are. Raises ValueError where one is missing."""
+    matches = [re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.safetensors", path.name) for path in sorted(folder.iterdir())]
+    found = {int(match[1]): folder / match[0] for match in matches if match}
+    totals = {int(match[2]) for match in matches if match}
+    missing = sorted(set(range(1, max(totals, default=0) + 1)) - found.keys())
+    if len(totals) > 1 or missing:
+        raise ValueError(
+            f"{folder} has shards without an index beside them, and lacks number {', '.join(map(str, missing)) or '?'} "
+            f"of {max(totals)}"
+        )
+    return list(found.values())
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, dict]]:

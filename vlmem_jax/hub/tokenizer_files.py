@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
+from vlmem_jax.hub import library
 from vlmem_jax.paths import AnyPath, as_path, write_whole
 from vlmem_jax.processing.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START
 from vlmem_jax.processing.tokenizer import Tokenizer, with_special
@@ -29,6 +30,8 @@ class TokenizerFiles:
     """The tokenizer of `folder`; `added` go behind its `size` ids."""
 
     folder: AnyPath
+    files: Mapping[str, bytes]
+    """The content of those of FILES that lie there; of an old tokenizer, a tokenizer.json that says the same, too."""
     size: int = 0
     added: tuple[str, ...] = ()
 
@@ -36,17 +39,16 @@ class TokenizerFiles:
     def of(cls, folder: str | os.PathLike, wanted: Sequence[str]) -> "TokenizerFiles":
         """Finds out which of `wanted` are missing. A folder without a tokenizer has size 0 and gets none."""
         folder = as_path(folder)
-        if not any((folder / name).is_file() for name in FILES[:2]):
-            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                raise ValueError(
-                    f"{folder} has its tokenizer as vocab.json and merges.txt alone, and needs a tokenizer.json; write "
-                    f"one with transformers: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
-                )
-            return cls(folder)
-        tokenizer = Tokenizer.load(folder)
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if not files.keys() & set(FILES[:2]):
+            if not {"vocab.json", "merges.txt"} <= files.keys():
+                return cls(folder, files)
+            files["tokenizer.json"] = library.tokenizer_json(files, folder)
+        tokenizer = Tokenizer.read(files, folder)
+        size = tokenizer.vocab_size
         if all(_has(tokenizer, token) for token in IMAGE_TOKENS):
-            return cls(folder, tokenizer.vocab_size)
-        return cls(folder, tokenizer.vocab_size, tuple(token for token in wanted if not _has(tokenizer, token)))
+            return cls(folder, files, size)
+        return cls(folder, files, size, tuple(token for token in wanted if not _has(tokenizer, token)))
 
     @property
     def new_size(self) -> int:
@@ -58,8 +60,7 @@ class TokenizerFiles:
 
         Raises ValueError where one of these or its id is in use otherwise.
         """
-        present = (name for name in FILES if (self.folder / name).is_file())
-        files = {name: (self.folder / name).read_bytes() for name in present}
+        files = self.files
         if self.size:
             behind = {token: self.size + i for i, token in enumerate(self.added)}
             files = with_special(files, behind | own, self.folder)

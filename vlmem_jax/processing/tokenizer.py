@@ -55,6 +55,13 @@ class Tokenizer:
         """
         folder = as_path(folder)
         files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        return cls.read(files, folder, special)
+
+    @classmethod
+    def read(
+        cls, files: Mapping[str, bytes], folder: str | os.PathLike, special: Mapping[str, int] = {}
+    ) -> "Tokenizer":
+        """As `load`, from the content of the files of `folder`."""
         return cls(*_with_special(files, special, folder), folder, special)
 
     def digest(self) -> str:
