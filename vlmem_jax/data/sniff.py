@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 HEAD = 1 << 16
 """Bytes that are looked at."""
@@ -12,10 +13,11 @@ def not_jsonl(path: str | os.PathLike) -> str | None:
     with open(path, "rb") as file:
         head = file.read(HEAD)
         size = os.fstat(file.fileno()).st_size
-    convert = f"`vlmem data convert {path} --out {os.path.splitext(path)[0]}_lines.jsonl` makes JSONL of it"
+    word, lines = (shlex.quote(os.fspath(text)) for text in (path, f"{os.path.splitext(path)[0]}_lines.jsonl"))
+    convert = f"`vlmem data convert {word} --out {lines}` makes JSONL of it"
     for start, what, help in (
-        (b"\x1f\x8b", "is compressed by gzip", f"`gunzip {path}` unpacks it"),
-        (b"PK\x03\x04", "is a zip archive", f"`unzip {path}` unpacks it"),
+        (b"\x1f\x8b", "is compressed by gzip", f"`gunzip {word}` unpacks it"),
+        (b"PK\x03\x04", "is a zip archive", f"`unzip {word}` unpacks it"),
         (b"PAR1", "is a parquet file", convert),
         (b"version https://git-lfs", "is a git-lfs pointer, not the file itself", "`git lfs pull` fetches it"),
         (b"\x89HDF", "is an HDF5 file", "write its rows as lines of JSON"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -113,6 +114,6 @@ def _released(source: AnyPath) -> _Found:
     if lacking:
         raise ValueError(
             f"the tokenizer in {source} lacks {' '.join(lacking)}; add them, and make a checkpoint, by "
-            f"vlmem convert {source} NEW_FOLDER"
+            f"`vlmem convert {shlex.quote(str(source))} NEW_FOLDER`"
         )
     return _Found(found.model, found.image, source, None, functools.partial(load_onto, source))
