@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vlmem_jax.processing.patches import PatchConfig
 from vlmem_jax.processing.shown import ShownConfig, turn_of_matrix
 from vlmem_jax.processing.video import Clip, choose_frames, probe, read_frames, sampled_frames
 
-STORED = ShownConfig(upright=False, on_white=False, own_depth=False)
+STORED = ShownConfig(upright=False, on_white=False, own_depth=False, square=False)
 CORNERS = np.zeros((20, 30), np.uint8)
 CORNERS[:10, :15], CORNERS[:10, 15:], CORNERS[10:, :15] = 250, 170, 90
 """Four patches of grey: bright at the top left, dark at the bottom right."""
@@ -165,7 +166,7 @@ def test_a_guess_of_the_depth_is_said_once(caplog):
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-def film(path, times=range(8), turn=None):
+def film(path, times=range(8), turn=None, aspect=None):
     """A video whose frame n, shown at `times[n]` of a 25th second, is CORNERS, 16 n brighter at most."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
@@ -173,6 +174,8 @@ def film(path, times=range(8), turn=None):
         stream.width, stream.height, stream.pix_fmt = 30 * 2, 20 * 2, "yuv420p"
         if turn:
             stream.set_display_rotation(*turn)
+        if aspect:
+            stream.sample_aspect_ratio = aspect
         for n, time in enumerate(times):
             pixels = np.minimum(CORNERS.repeat(2, 0).repeat(2, 1) * 0.5 + 16 * n, 255).astype(np.uint8)
             frame = av.VideoFrame.from_image(Image.fromarray(pixels).convert("RGB"))
@@ -203,6 +206,27 @@ def test_the_rotation_of_a_track_is_followed(tmp_path, name, turn, expected):
     np.testing.assert_array_equal(sampled, frame)
     [stored] = read_frames(path, [0], config=STORED)
     assert stored.size == (60, 40) == clip.taken([0], STORED)[1:3]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "b.mkv"])
+@pytest.mark.parametrize("turn", [None, (90,)])
+def test_pixels_that_are_not_square_are_shown_in_their_shape(tmp_path, name, turn):
+    path = film(tmp_path / name, aspect=Fraction(3, 2), turn=turn)
+    clip = probe(path)
+    expected = (90, 40) if turn is None else (40, 90)
+    assert clip.taken([0])[1:3] == expected
+    [frame] = read_frames(path, [0])
+    assert frame.size == expected and next(sampled_frames(path, 5.0))[2].size == expected
+    [stored] = read_frames(path, [0], config=STORED)
+    assert stored.size == (60, 40) == clip.taken([0], STORED)[1:3]
+    with pytest.raises(ValueError, match="has frames of 90x40 pixels but image.max_pixels is 3000"):
+        read_frames(path, [0], 3000)
+
+
+@pytest.mark.parametrize("told", [Fraction(1, 1), Fraction(1000, 1), Fraction(1, 1000)])
+def test_a_shape_of_pixels_that_cannot_be_is_not_followed(tmp_path, told):
+    path = film(tmp_path / "a.mp4", aspect=told)
+    assert read_frames(path, [0])[0].size == (60, 40)
 
 
 def test_matrices_that_are_no_quarter_turn():

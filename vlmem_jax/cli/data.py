@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     packing.add_argument("--data", required=True, metavar="FILE", help="the JSONL file")
     packing.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
     packing.add_argument("--out", required=True, metavar="NAME.array_record", help="written as NAME-00000-of-... files")
-    _add_links(packing)
+    add_links(packing)
     packing.add_argument(
         "--shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="of a file, such as 500MB (default: 1GB)"
     )
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     looking.add_argument("--data", metavar="FILE", help="a file in place of data.train and data.eval of the experiment")
     looking.add_argument("--root", default="", metavar="DIR", help="folder of its images (default: that of the file)")
-    _add_links(looking)
+    add_links(looking)
     looking.add_argument("--decode", action="store_true", help="decode every image, too: headers alone do not tell all")
     looking.add_argument("--stage", help="stage whose data to look at (default: those of the experiment)")
     looking.add_argument("--bad", type=int, default=20, metavar="N", help="bad lines to name (default: %(default)s)")
@@ -99,7 +99,8 @@ def _action(
     return parser
 
 
-def _add_links(parser: argparse.ArgumentParser) -> None:
+def add_links(parser: argparse.ArgumentParser) -> None:
+    """--follow-links."""
     parser.add_argument("--follow-links", action="store_true", help="links below that folder may lead out of it")
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 
 from vlmem_jax.cli import answering
-from vlmem_jax.cli.data import progress_bar
+from vlmem_jax.cli.data import add_links, progress_bar
 from vlmem_jax.data import SourceConfig
 from vlmem_jax.evals import EvalConfig, evaluate, table
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", action="append", required=True, metavar="FILE", help="JSONL file of prompts; may be repeated"
     )
     parser.add_argument("--root", default="", metavar="DIR", help="folder of images and videos (default: that of FILE)")
+    add_links(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of what it writes, on a disk or gs://")
     parser.add_argument(
         "--metric",
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = EvalConfig(
-        data=tuple(SourceConfig(path, args.root) for path in args.data),
+        data=tuple(SourceConfig(path, args.root, follow_links=args.follow_links) for path in args.data),
         metric=args.metric,
         sampling=answering.sampling(args),
         invocation=answering.invocation(args),

@@ -57,6 +57,8 @@ class ShownConfig:
     own_depth: bool = True
     """Whether samples of fewer bits than the 16 they are kept in are scaled to their own range: that of the file's
     sBIT or BitsPerSample, or the next power of two above the largest, of at least 10 bits."""
+    square: bool = True
+    """Whether frames of a video whose pixels are not square are made as wide as they are shown."""
 
 
 SHOWN = ShownConfig()

@@ -40,6 +40,8 @@ DEFAULT_FPS = 25
 """Of a file that does not say."""
 CHECKED = 8
 """Frames that are decoded to find out whether a video is whole."""
+WIDEST = 4.0
+"""By which pixels may be wider than high, or higher than wide; other headers are wrong."""
 EVEN = 1e-3
 """Part by which rates, and times between frames, may differ where frames are evenly spaced."""
 
@@ -57,6 +59,8 @@ class Clip(NamedTuple):
     """Whether it is shown with width and height exchanged."""
     starts: Sequence[float] | None = None
     """Of each frame, where they are not evenly spaced: the part of the video that has gone by when it appears."""
+    aspect: float = 1.0
+    """The width of a pixel by its height."""
 
     def at(self, indices: Sequence[int]) -> list[int]:
         """The frames that are seen where frame `indices` would be if all were evenly spaced."""
@@ -70,7 +74,8 @@ class Clip(NamedTuple):
 
     def taken(self, chosen: Sequence[int], config: ShownConfig = SHOWN) -> "VideoSize":
         """Sizes of the frames `chosen`, as they are shown."""
-        size = (self.height, self.width) if self.sideways and config.upright else (self.width, self.height)
+        size = _size(self.width, self.height, self.aspect, config)
+        size = size[::-1] if self.sideways and config.upright else size
         return VideoSize(len(chosen), *size, self.seconds(chosen))
 
 
@@ -118,7 +123,7 @@ def probe(path: str | os.PathLike | Encoded) -> Clip:
     """
     with _open(path) as (container, stream):
         fps, count, starts = float(stream.average_rate or DEFAULT_FPS), stream.frames, None
-        width, height = stream.width, stream.height
+        width, height, aspect = stream.width, stream.height, _aspect(stream)
         first = next(container.decode(stream), None)
         turn = None if first is None else _turn(first)
     with _open(path) as (container, stream):  # a raw stream cannot rewind
@@ -128,7 +133,7 @@ def probe(path: str | os.PathLike | Encoded) -> Clip:
             fps, starts = rate or (fps, None)
     if not count or first is None:
         raise ValueError(f"video {path} holds no frame")
-    return Clip(count, fps, width, height, turn in SIDEWAYS, starts)
+    return Clip(count, fps, width, height, turn in SIDEWAYS, starts, aspect)
 
 
 def check_decodes(path: str | os.PathLike | Encoded, clip: Clip, max_pixels: int = ImageConfig.max_pixels) -> None:
@@ -163,9 +168,22 @@ def _turn(frame) -> Turn:
     return None if matrix is None else turn_of_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
 
 
-def _picture(frame, config: ShownConfig) -> Image.Image:
+def _aspect(stream) -> float:
+    """`Clip.aspect`; a header that says nothing of use means square pixels."""
+    told = float(stream.sample_aspect_ratio or 1)
+    return told if 1 / WIDEST <= told <= WIDEST else 1.0
+
+
+def _size(width: int, height: int, aspect: float, config: ShownConfig) -> tuple[int, int]:
+    """(width, height) of a frame before it is turned."""
+    return (max(round(width * aspect), 1) if config.square else width), height
+
+
+def _picture(frame, stream, config: ShownConfig) -> Image.Image:
     turn = _turn(frame) if config.upright else None
     image = frame.to_image()
+    size = _size(*image.size, _aspect(stream), config)
+    image = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     return image if turn is None else image.transpose(turn)
 
 
@@ -191,7 +209,7 @@ def read_frames(
     if not timed or len(images) < len(wanted):  # a raw stream can neither seek nor rewind, others do not always
         with _open(path) as (container, stream):
             frames = enumerate(itertools.islice(container.decode(stream), wanted[-1] + 1))
-            images = {i: _picture(frame, config) for i, frame in frames if i in wanted}
+            images = {i: _picture(frame, stream, config) for i, frame in frames if i in wanted}
     if missing := set(indices) - images.keys():
         raise ValueError(f"video {path} is damaged: frame {min(missing)} cannot be decoded")
     return [images[i] for i in indices]
@@ -212,7 +230,7 @@ def sampled_frames(
             time = number / rate if frame.time is None else frame.time
             first = time if first is None else first
             if (time - first) * fps >= wanted - 1e-6:
-                yield number, time - first, _picture(frame, SHOWN)
+                yield number, time - first, _picture(frame, stream, SHOWN)
                 wanted = int((time - first) * fps + 1e-6) + 1
 
 
@@ -230,7 +248,7 @@ def _seek_frames(
             position = frame.pts
             if position is not None and position >= time:
                 if position == time:
-                    images[index] = _picture(frame, config)
+                    images[index] = _picture(frame, stream, config)
                 break
     return images
 
@@ -251,9 +269,10 @@ def _open(path: str | os.PathLike | Encoded, max_pixels: int | None = None) -> I
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise ValueError(f"video {path} has a stream of no known codec")
-            if max_pixels is not None and stream.width * stream.height > max_pixels:
+            width, height = _size(stream.width, stream.height, _aspect(stream), SHOWN)
+            if max_pixels is not None and width * height > max_pixels:
                 raise ValueError(
-                    f"video {path} has frames of {stream.width}x{stream.height} pixels but image.max_pixels is "
+                    f"video {path} has frames of {width}x{height} pixels but image.max_pixels is "
                     f"{max_pixels}; raise image.max_pixels or shrink the video"
                 )
             yield container, stream
