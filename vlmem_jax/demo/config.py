@@ -17,7 +17,7 @@ from vlmem_jax.demo.dataset import DatasetConfig
 
 BASE_STEPS = {"read": 400, "mix": 600}
 """Learning to read one tile, then all grids and several images."""
-COMEMO_STEPS = {"finetune": 600}
+COMEMO_STEPS = {"finetune": 1000}
 """Everything, with memory blocks that start from the base's own attention."""
 BUDGET = "thumbnail"
 """The context budget of CoMemo: the part of an image that stands in its sequence."""

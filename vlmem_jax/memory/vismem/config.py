@@ -25,15 +25,21 @@ class VisMemConfig(MemoryConfig):
     tiny: EncoderConfig = EncoderConfig()
     """Of each kind's encoder under tiny_transformer."""
     lora: LoRAConfig = LoRAConfig()
-    visual_states: Literal["vision_encoder", "llm_hidden_first_span"] = "vision_encoder"
-    """What is kept of images: their tokens as the decoder sees them, or the decoder's last states of the first of them,
-    from its start token to its end token."""
+    visual_states: Literal["vision_encoder", "all", "llm_hidden_first_span"] = "vision_encoder"
+    """What is kept of images: their tokens as the decoder sees them; all of them in the order of the tower, also where
+    `image.context` keeps some out of the sequence; or the decoder's last states of the first image, from its start
+    token to its end token."""
     max_visual_hidden: int = 2048
     """Most states kept of a row's images; of more, neighbours are averaged."""
     max_prompt_hidden: int = 1024
     """Most states of the text; the newest are kept."""
     max_positions: int = 4096
     """Learned positions of the query builder."""
+    position_std: float = 0.02
+    """What they, and its learned queries, start from: normal numbers of this size."""
+    normed_states: bool = False
+    """Whether the query builder scales each state to a root mean square of 1; beside visual tokens that are much
+    larger than 1, small positions are lost, and with them which token is which."""
     memory_output: Literal["raw", "rescaled"] = "raw"
     """Whether latent tokens are scaled to the size of embeddings, by a gain that is trained."""
     max_invocations: int = 8

@@ -61,7 +61,8 @@ class QueryBuilder(nnx.Module):
     """Learned queries that read all states, which do not see them (VisMem eq. 9-11)."""
 
     def __init__(self, config: VisMemConfig, width: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
+        init = nnx.initializers.normal(config.position_std)
+        self.normed = config.normed_states
         self.q_init = param(init, (config.query_len, width), ("slots", "embed"), rngs)
         self.pos_emb = param(init, (config.max_positions, width), ("positions", "embed"), rngs)
         self.encoder = Encoder(config.query_builder, width, rngs=rngs)
@@ -77,6 +78,8 @@ class QueryBuilder(nnx.Module):
                 f"{L} states and {K} queries need as many positions, but there are {positions}; raise "
                 "memory.max_positions"
             )
+        if self.normed:
+            states_BLD = rescaled(states_BLD, jnp.ones(len(states_BLD)))
         positions_BK = lengths_B[:, None] + jnp.arange(K)
         shape, dtype = (len(states_BLD), K, states_BLD.shape[2]), states_BLD.dtype
         queries_BKD = spread(self.q_init[...], shape, dtype) + self.pos_emb[...][positions_BK].astype(dtype)
@@ -162,7 +165,7 @@ class VisMem(Memory):
 
     @classmethod
     def reads_beyond(cls, config: VisMemConfig) -> bool:
-        return config.former == "lora_vision"
+        return config.former == "lora_vision" or config.visual_states == "all"
 
     @classmethod
     def speech(cls, config: VisMemConfig) -> Speech:
@@ -229,11 +232,14 @@ class VisMem(Memory):
         visual: VisualTokens | None,
     ) -> Observed:
         B, T, D = x_BTD.shape
-        if self.config.visual_states == "vision_encoder":
-            slots = 0 if visual is None else visual.segments_BM.shape[1]
+        slots = 0 if visual is None else visual.segments_BM.shape[1]
+        if self.config.visual_states == "llm_hidden_first_span":
+            visual_BYD, length_B = kept(hidden_BTD, self._first_span(text.tokens_BT), self._most(T))
+        elif self.config.visual_states == "vision_encoder" or visual is None:
             visual_BYD, length_B = kept(x_BTD, text.visual_index_BT >= 0, self._most(slots))
         else:
-            visual_BYD, length_B = kept(hidden_BTD, self._first_span(text.tokens_BT), self._most(T))
+            seen_BMD = visual.tokens_BMD.astype(x_BTD.dtype)
+            visual_BYD, length_B = kept(seen_BMD, visual.segments_BM > 0, self._most(slots))
         text_BZD = jnp.zeros((B, self.config.max_prompt_hidden, D), x_BTD.dtype)
         visual_BYD, text_BZD = (constrain(states, "batch", None, None) for states in (visual_BYD, text_BZD))
         patches = None if visual is None else visual.kept
