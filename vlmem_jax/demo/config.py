@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from vlmem_jax.demo.dataset import DatasetConfig
 
-BASE_STEPS = {"read": 400, "mix": 600}
+BASE_STEPS = {"read": 400, "mix": 850}
 """Learning to read one tile, then all grids and several images."""
 COMEMO_STEPS = {"finetune": 1000}
-"""Everything, with memory blocks that start from the base's own attention."""
+"""Everything but the gates, with memory blocks that start from the base's own attention."""
 BUDGET = "thumbnail"
 """The context budget of CoMemo: the part of an image that stands in its sequence."""
 MEMORY = {"kind": "comemo", "start": "attention", "gate": 1.0}
@@ -83,7 +83,9 @@ def comemo_experiment(
     dataset: Path, recipe: Recipe, init: Path, memory: Mapping[str, Any] = MEMORY, **image: Any
 ) -> ConfigDict:
     """CoMemo on a base, in as many steps as `plain_experiment`; other keys of `image` than the demo's."""
-    return _experiment(dataset, recipe, dict(memory), [_finetune(recipe)], init, **{"context": BUDGET, **image})
+    frozen = ("memory/blocks/.*_gate",) if memory.get("gate") else ()  # open ones stay as they are
+    stages = [_finetune(recipe, frozen=frozen)]
+    return _experiment(dataset, recipe, dict(memory), stages, init, **{"context": BUDGET, **image})
 
 
 def plain_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) -> ConfigDict:
@@ -91,8 +93,8 @@ def plain_experiment(dataset: Path, recipe: Recipe, init: Path, **image: Any) ->
     return _experiment(dataset, recipe, None, [_finetune(recipe)], init, **{"context": BUDGET, **image})
 
 
-def _finetune(recipe: Recipe) -> dict[str, Any]:
-    return stage("finetune", recipe.comemo["finetune"], 4e-3)
+def _finetune(recipe: Recipe, **more: Any) -> dict[str, Any]:
+    return stage("finetune", recipe.comemo["finetune"], 4e-3, **more)
 
 
 def _experiment(
