@@ -20,6 +20,7 @@ from vlmem_jax.families import of_model, resolve
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.processing import Tokenizer, make_processor
+from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.types import Text
 
 FAMILIES = {"tiny": ("thumbnail", "pooled:3"), "tiny_qwen2_5_vl": ("pooled:2",)}
@@ -152,6 +153,19 @@ def test_a_prompt_that_goes_on_token_by_token_is_read_as_at_once(read, preset, c
     for t in (T - 2, T - 1):
         logits_BV, state = step(params, state, jnp.asarray(sample.tokens_T[t]))
         np.testing.assert_allclose(logits_BV[0], whole[t], atol=1e-5)
+
+
+@pytest.mark.parametrize(("preset", "context"), CASES)
+def test_split_tokens_and_tiles_have_the_means_of_whole_ones(read, preset, context):
+    vlm, params = model(preset)
+    processor = read(preset, context)
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *(row(processor, [one]) for one in samples(processor)))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
+        found = jax.jit(vlm.logits)(placed, jax.device_put(jax.device_get(batch), batch_sharding(mesh)))
+    real = np.asarray(batch.text.segments_BT) > 0
+    np.testing.assert_allclose(np.asarray(found)[real], np.asarray(compiled(vlm)(params, batch))[real], atol=3e-4)
 
 
 def test_nothing_of_a_budget_is_in_the_program_without_one(read):

@@ -32,6 +32,10 @@ MODELS = {
 }  # fmt: skip
 
 
+POOLED = 4
+"""Visual tokens that one stands for in the text, where patches are seen."""
+
+
 def random_params(vlm: VLM) -> dict:
     """Nothing at a start where it has no effect: gates, biases, scales and the second halves of adapters are random."""
     rng = np.random.default_rng(2)
@@ -44,7 +48,9 @@ def random_params(vlm: VLM) -> dict:
 
 def batch(vlm: VLM) -> Batch:
     """Rows of one sample each: visual tokens, latent ones where a memory speaks, then text, most of it one token."""
-    rng, tile = np.random.default_rng(5), vlm.tile  # the gradients of gains nearly cancel in others
+    rng = np.random.default_rng(5)  # the gradients of gains nearly cancel in others
+    patches = vlm.config.vision.kind == "qwen_vit"
+    tile = vlm.tile._replace(pooled=True) if patches else vlm.tile
     b, M = Batch.empty((ROWS,), TOKENS, TILES, tile), TILES * tile.tokens
     T = np.arange(TOKENS, dtype=np.int32)
     tokens = np.where(rng.random((ROWS, TOKENS)) < 0.9, COMMON, rng.integers(5, 100, (ROWS, TOKENS))).astype(np.int32)
@@ -60,6 +66,8 @@ def batch(vlm: VLM) -> Batch:
     positions = np.broadcast_to(T if b.text.positions_BT.ndim == 2 else T[:, None], b.text.positions_BT.shape)
     if b.views.layout_BI4 is not None:
         I = np.arange(TILES, dtype=np.int32)
+        b.views.pool_BM[:] = np.arange(M) // POOLED
+        slots = np.where(slots < M, slots // POOLED, slots)
         b.views.layout_BI4[:] = np.stack([1 + I // 4 * 4, np.ones_like(I), I // 4, I % 4], axis=-1)
     b = b.replace(
         tokens_BT=tokens, targets_BT=np.roll(tokens, -1, 1), weights_BT=b.text.weights_BT + 1, positions_BT=positions,
