@@ -32,6 +32,8 @@ def test_other_experiments_fit_eight_devices(tmp_path):
         config.plain_experiment(tmp_path, RECIPE, tmp_path),
         vismem.base_experiment(tmp_path, VISMEM),
         vismem.vismem_experiment(tmp_path, VISMEM, tmp_path),
+        vismem.plain_at_budget(tmp_path, VISMEM, tmp_path),
+        vismem.vismem_at_budget(tmp_path, VISMEM, tmp_path),
     ):
         made = experiment(made)
         made.check_mesh(make_mesh(made.mesh))

@@ -53,13 +53,16 @@ def summary(workdir):
 def test_every_number_is_in_the_summary(summary):
     vismem = summary["vismem"]
     rows = ["sft", "warmup", "formation", "invocation", "off", "always", "random_50", "random_75", "short_only"]
-    assert list(vismem["accuracy"]) == [*rows, "long_only", "reversed"]
+    budget = ["budget_base", "budget_plain", "budget_off", "budget_first", "budget_learned"]
+    assert list(vismem["accuracy"]) == [*rows, "long_only", "reversed", *budget]
     assert all(0 <= accuracy <= 1 for accuracy in vismem["accuracy"].values())
     assert vismem["accuracy"]["off"] == vismem["accuracy"]["sft"]  # VisMem leaves the base as it is
     for name, score in vismem["scores"].items():
         assert score["scored"] == summary["dataset"]["heldout"]
-        called = score["invocation"]["per_sample"] if name != "sft" else 0
-        assert called == 0 or name not in ("sft", "off")
+        called = score.get("invocation", {"per_sample": 0})["per_sample"]
+        assert called == 0 or name not in ("sft", "off", "budget_off")
+    assert vismem["accuracy"]["budget_off"] == vismem["accuracy"]["budget_plain"]
+    assert vismem["scores"]["budget_first"]["invocation"]["per_sample"] == 1
     assert vismem["scores"]["short_only"]["invocation"]["ratio"]["long"] == 0
     assert vismem["scores"]["long_only"]["invocation"]["ratio"]["short"] == 0
     steps = [line["step"] for line in vismem["rewards"]]

@@ -1,6 +1,6 @@
 """Questions about a mosaic that take several steps to answer, and the dataset of VisMem's demo on disk.
 
-FOLDER/images/train/*.png, images/heldout/*.png    mosaics of 4 x 4 digits
+FOLDER/images/train/*.png, images/heldout/*.png    mosaics of 3 x 3 digits
 FOLDER/reading.jsonl    conversations to learn to read: transcriptions, rows, columns, cells
 FOLDER/steps.jsonl      conversations whose answers write the steps out, to learn to answer
 FOLDER/worked.jsonl     one question a line, its answer with the steps: what memories are warmed up on
@@ -27,7 +27,7 @@ Kind = Literal["sum", "largest"]
 KINDS: tuple[Kind, ...] = ("sum", "largest")
 TILE = (1, 1)
 """The grid of every picture."""
-CELLS = 4
+CELLS = 3
 """Digits along a side of every picture."""
 END, MEMORY = ".", ("<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>")
 """What ends the last step, and the tokens that call for a memory and end it, short and long (VisMem sec. 3)."""
@@ -50,6 +50,7 @@ class StepsConfig:
     steps_lines: int = 4800
     tokens: int = 128
     """Longest conversation."""
+    worked: int = 4800
     prompts: int = 1600
     heldout: int = 400
     seed: int = 0
@@ -99,7 +100,7 @@ def write_steps(folder: pathlib.Path, config: StepsConfig) -> None:
     lines = (reading(rng, album, config.tokens) for _ in range(config.reading_lines))
     write_lines(folder / "reading.jsonl", lines)
     write_lines(folder / "steps.jsonl", (_steps(rng, album, config.tokens) for _ in range(config.steps_lines)))
-    write_lines(folder / "worked.jsonl", (_worked(_prompt(rng, album)) for _ in range(config.prompts)))
+    write_lines(folder / "worked.jsonl", (_worked(_prompt(rng, album)) for _ in range(config.worked)))
     write_lines(folder / "prompts.jsonl", (_prompt(rng, album) for _ in range(config.prompts)))
     album = Album(folder, "heldout", heldout, {TILE: config.heldout}, rng, CELLS)
     write_lines(folder / "heldout.jsonl", (_prompt(rng, album) for _ in range(config.heldout)))

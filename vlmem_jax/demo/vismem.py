@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -22,36 +22,68 @@ from vlmem_jax.demo.config import TRIAL, common, conversations, stage
 from vlmem_jax.demo.job import Say, Workdir
 from vlmem_jax.demo.mosaics import load_digits
 from vlmem_jax.demo.pictures import records
-from vlmem_jax.demo.steps import MEMORY, PAUSE, StepsConfig, token_ids, write_steps
+from vlmem_jax.demo.steps import CELLS, MEMORY, PAUSE, StepsConfig, token_ids, write_steps
 from vlmem_jax.evals import EvalConfig, evaluate
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, load_model
 
-BASE_STEPS = {"read": 480, "answer": 400}
+BASE_STEPS = {"read": 400, "answer": 500}
 """Learning to read, then to answer in steps."""
 VISMEM_STEPS = {"warmup": 60, "formation": 40, "invocation": 40}
+BUDGET_STEPS = {"plain": 200, "warmup": 300}
+"""With one visual token of a picture in the sequence: the base alone, then VisMem on that."""
+FORMING = ("memory/query_builder", "memory/short", "memory/long")
+ADAM = {"name": "adamw", "weight_decay": 0.0}
+MEMORY_KEYS = {
+    "kind": "vismem",
+    "token_ids": token_ids(*MEMORY),
+    "start_id": token_ids(PAUSE)[0],
+    "invoke_bias": 0.0,  # at first it calls for memories as often as it pauses
+    "memory_output": "rescaled",  # as long as embeddings: to so small a model, more is noise
+}
 PROMPTS, FEW_PROMPTS = 8, 4
-ANSWER_TOKENS = 28
-"""Most that a model chooses; a right answer has 17, and pauses and calls for memories count."""
+ANSWER_TOKENS = 24
+"""Most that a model chooses; a right answer has 13, and pauses and calls for memories count."""
+BUDGET = "pooled:3"
+"""A budget of context: of the nine visual tokens of a picture, their mean alone stands in the sequence."""
 BATCH = 100
 """Held-out questions answered together."""
 RANDOM = InvocationConfig("delimiter_random", probability=0.25)
 """Who calls for memories in stage I."""
 OFF = InvocationConfig("never")
-DEFAULT_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
-    "sft": ("base", "base, no memory", OFF),
-    "warmup": ("vismem/warmup", "after the warm-up, called at random (25 %)", RANDOM),
-    "formation": ("vismem/formation", "after stage I, called at random (25 %)", RANDOM),
-    "invocation": ("vismem", "after stage II, called by the model", InvocationConfig()),
-    "off": ("vismem", "after stage II, memory off", OFF),
-    "always": ("vismem", "after stage II, always", InvocationConfig("always")),
+AFTER_PROMPT = InvocationConfig("first", max_invocations=1)
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    where: str
+    """The folder of the model."""
+    what: str
+    calls: InvocationConfig
+    """Who calls for memories."""
+    context: str | None = None
+    """Which visual tokens stand in the sequence; None: those that it was trained with."""
+
+
+DEFAULT_ROWS = {
+    "sft": Row("base", "base, no memory", OFF),
+    "warmup": Row("vismem/warmup", "after the warm-up, called at random (25 %)", RANDOM),
+    "formation": Row("vismem/formation", "after stage I, called at random (25 %)", RANDOM),
+    "invocation": Row("vismem", "after stage II, called by the model", InvocationConfig()),
+    "off": Row("vismem", "after stage II, memory off", OFF),
+    "always": Row("vismem", "after stage II, always", InvocationConfig("always")),
 }
-"""name -> where the model lies, what it is, who calls for memories."""
-COMPARED_ROWS: dict[str, tuple[str, str, InvocationConfig]] = {
-    "random_50": ("vismem", "after stage II, at random, 50 %", dataclasses.replace(RANDOM, probability=0.5)),
-    "random_75": ("vismem", "after stage II, at random, 75 %", dataclasses.replace(RANDOM, probability=0.75)),
-    "short_only": ("vismem", "after stage II, short alone", InvocationConfig(disabled=("long",))),
-    "long_only": ("vismem", "after stage II, long alone", InvocationConfig(disabled=("short",))),
-    "reversed": ("vismem", "after stage II, kinds reversed", InvocationConfig(reverse_types=True)),
+COMPARED_ROWS = {
+    "random_50": Row("vismem", "after stage II, at random, 50 %", dataclasses.replace(RANDOM, probability=0.5)),
+    "random_75": Row("vismem", "after stage II, at random, 75 %", dataclasses.replace(RANDOM, probability=0.75)),
+    "short_only": Row("vismem", "after stage II, short alone", InvocationConfig(disabled=("long",))),
+    "long_only": Row("vismem", "after stage II, long alone", InvocationConfig(disabled=("short",))),
+    "reversed": Row("vismem", "after stage II, kinds reversed", InvocationConfig(reverse_types=True)),
+    "budget_base": Row("base", "one token of context: the base", OFF, BUDGET),
+    "budget_plain": Row("budget/plain", "one token of context: a base trained on there, no memory", OFF),
+    "budget_off": Row("budget/vismem", "one token of context: VisMem warmed up there on that, memory off", OFF),
+    "budget_first": Row("budget/vismem", "one token of context: the same, called after the prompt", AFTER_PROMPT),
+    "budget_learned": Row("budget/vismem", "one token of context: the same, called by the model", InvocationConfig()),
 }
 """What `--compare` adds."""
 
@@ -62,6 +94,7 @@ class VisMemRecipe:
 
     base: dict[str, int]
     vismem: dict[str, int]
+    budget: dict[str, int]
     dataset: StepsConfig
     prompts: int
     """Prompts of a step of reinforcement, and answers drawn to each; other steps have multiples of it."""
@@ -86,22 +119,49 @@ class VisMemRecipe:
             pictures=times(sizes.pictures, 16),
             reading_lines=times(sizes.reading_lines, 64),
             steps_lines=times(sizes.steps_lines, 64),
+            worked=times(sizes.worked, 32),
             prompts=times(sizes.prompts, 32),
             heldout=min(sizes.heldout, times(sizes.heldout, 24)),
         )
-        steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS))
+        steps = ({name: times(n) for name, n in steps.items()} for steps in (BASE_STEPS, VISMEM_STEPS, BUDGET_STEPS))
         return cls(*steps, dataset, FEW_PROMPTS if scale < TRIAL else PROMPTS, seed)
 
 
 def base_experiment(dataset: Path, recipe: VisMemRecipe) -> ConfigDict:
     """Without memory: `read` the digits, then `answer` in steps."""
-    steps, tokens, rows = recipe.base, recipe.dataset.tokens, 2 * recipe.prompts
-    reading, answering = (conversations(dataset, name, tokens, 16, rows) for name in ("reading", "steps"))
+    steps = recipe.base
     stages = [
-        stage("read", steps["read"], 5e-3, final_fraction=0.2, data=reading),
+        stage("read", steps["read"], 5e-3, final_fraction=0.2, data=_talks(dataset, "reading", recipe)),
         stage("answer", steps["answer"], 4e-3),
     ]
-    return _experiment(dataset, None, stages, answering, seed=recipe.seed)
+    return _experiment(dataset, None, stages, _talks(dataset, "steps", recipe), seed=recipe.seed)
+
+
+def _talks(dataset: Path, name: str, recipe: VisMemRecipe) -> dict[str, Any]:
+    """Keys of data: conversations about a picture each."""
+    return conversations(dataset, name, recipe.dataset.tokens, CELLS**2, 2 * recipe.prompts)
+
+
+def plain_at_budget(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
+    """A base that goes on to learn to answer, with one visual token of a picture."""
+    stages = [stage("answer", recipe.budget["plain"], 2e-3)]
+    config = _experiment(dataset, None, stages, _talks(dataset, "steps", recipe), seed=recipe.seed, init=init)
+    config.image.context = BUDGET
+    return config
+
+
+def vismem_at_budget(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
+    """A warm-up of VisMem on that: memories are formed from all visual tokens, which do not stand in the sequence.
+
+    States are scaled, and positions start large, so that a query builder can tell visual tokens apart; small encoders
+    with all their matrices form memories, by Muon.
+    """
+    memory = {"former": "tiny_transformer", "visual_states": "all", "normed_states": True, "position_std": 0.5}
+    memory |= {"query_len": CELLS, "short_len": CELLS, "query_builder": {"layers": 2, "heads": 4, "ff_mult": 2}}
+    warmup = _warmup(dataset, recipe, recipe.budget["warmup"], 4e-3, None, disabled=("long",))
+    config = _experiment(dataset, MEMORY_KEYS | memory, [warmup], warmup["data"], seed=recipe.seed + 1, init=init)
+    config.image.context = BUDGET
+    return config
 
 
 def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> ConfigDict:
@@ -110,22 +170,14 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
     rollouts = {"prompts": N, "group_size": N, "rollout_rows": N * N, "max_new_tokens": ANSWER_TOKENS}
     rollouts["drop_zero_variance"] = False  # always as many answers: fewer shapes to compile
     random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
-    adam = {"name": "adamw", "weight_decay": 0.0}
-    forming = {"trainable": ("memory/query_builder", "memory/short", "memory/long"), "optimizer": adam}
     stages = [
-        stage(
-            "warmup",
-            recipe.vismem["warmup"],
-            6e-3,
-            data=conversations(dataset, "worked", 128, 32, 2 * N),
-            task={"kind": "memory_sft", "prompts": 4 * N, "rollout_rows": 4 * N},
-            **forming,
-        ),
+        _warmup(dataset, recipe, recipe.vismem["warmup"], 6e-3, ADAM),
         stage(
             "formation",
             recipe.vismem["formation"],
             3e-4,
-            **forming,
+            trainable=FORMING,
+            optimizer=ADAM,
             task={"kind": "grpo", **rollouts, "invocation": random, "kl": 0.015},
         ),
         stage(
@@ -133,17 +185,30 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
             recipe.vismem["invocation"],
             1e-2,
             trainable=("memory/special_", "memory/invoke_logit_bias"),
-            optimizer=adam,
+            optimizer=ADAM,
             task={"kind": "grpo", **rollouts, "invocation_penalty": 0.3, "kl": 0.03},
         ),
     ]
-    data = conversations(dataset, "prompts", 256, 48, 2 * N)
-    # at first it calls for memories as often as it pauses
-    memory = {"kind": "vismem", "token_ids": token_ids(*MEMORY), "start_id": token_ids(PAUSE)[0], "invoke_bias": 0.0}
-    memory["memory_output"] = "rescaled"  # as long as embeddings: to so small a model, more is noise
-    config = _experiment(dataset, memory, stages, data, seed=recipe.seed + 1, init=init, log_every=1)
+    data = conversations(dataset, "prompts", 256, 6 * CELLS**2, 2 * N)
+    config = _experiment(dataset, MEMORY_KEYS, stages, data, seed=recipe.seed + 1, init=init, log_every=1)
     config.checkpoint.content = "trained"
     return config
+
+
+def _warmup(
+    dataset: Path, recipe: VisMemRecipe, steps: int, rate: float, optimizer: dict[str, Any] | None, **task: Any
+) -> dict[str, Any]:
+    """A stage in which what forms memories learns from answers with their steps; other keys of its task."""
+    N = recipe.prompts
+    return stage(
+        "warmup",
+        steps,
+        rate,
+        data=conversations(dataset, "worked", 128, 4 * CELLS**2, 2 * N),
+        task={"kind": "memory_sft", "prompts": 4 * N, "rollout_rows": 4 * N, **task},
+        trainable=FORMING,
+        optimizer=optimizer,
+    )
 
 
 def _experiment(
@@ -189,13 +254,17 @@ def run_demo(workdir: Path, recipe: VisMemRecipe, comparing: bool = False, say: 
     base = demo.train("base", base_experiment(demo.dataset, recipe))
     say("3/5 Training VisMem on it, in the paper's two stages, from rewards alone")
     folder = demo.train("vismem", vismem_experiment(demo.dataset, recipe, demo.hand_over(base)))
+    if comparing:
+        plain = demo.train("budget/plain", plain_at_budget(demo.dataset, recipe, demo.hand_over(base)))
+        demo.train("budget/vismem", vismem_at_budget(demo.dataset, recipe, demo.hand_over(plain)))
     say("4/5 Asking about digits that training has never seen")
     scores, models = {}, {}
-    for name, (where, what, invocation) in (DEFAULT_ROWS | (COMPARED_ROWS if comparing else {})).items():
-        if where not in models:
-            models[where] = load_model(demo.workdir / where)
-        scores[name] = {"what": what, **demo.score(name, models[where], invocation)}
-        say(f"{what}: {scores[name]['accuracy']:.1%}")
+    for name, row in (DEFAULT_ROWS | (COMPARED_ROWS if comparing else {})).items():
+        asked = row.where, row.context
+        if asked not in models:
+            models[asked] = load_model(demo.workdir / row.where, context=row.context)
+        scores[name] = {"what": row.what, **demo.score(name, models[asked], row.calls)}
+        say(f"{row.what}: {scores[name]['accuracy']:.1%}")
     say("5/5 Writing the report")
     train, heldout = load_digits()
     lines, marks = records([folder])
@@ -206,7 +275,7 @@ def run_demo(workdir: Path, recipe: VisMemRecipe, comparing: bool = False, say: 
             "rewards": [{"step": step, **_rewards(line)} for step, line in lines if "score/mean" in line],
             "stages": marks,
             "scores": scores,
-            "parameters": {where: _parameters(model) for where, model in models.items()},
+            "parameters": {where: _parameters(model) for (where, _), model in models.items()},
         },
         "dataset": {
             "train_digits": len(train.labels_N),
