@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             # the ids that the dataset's tokenizer gives to the memory's tokens and to a pause
-            model=dict(preset="tiny_qwen2_5_vl", memory=dict(kind="vismem", token_ids=(78, 79, 80, 81), start_id=77)),
+            model=dict(preset="tiny_qwen2_5_vl", memory=dict(kind="vismem", token_ids=(69, 70, 71, 72), start_id=68)),
             tokenizer=f"{DATASET}/tokenizer",
             system="",
             image=dict(min_pixels=256, max_pixels=4096),

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 
 from vlmem_jax.config import load
-from vlmem_jax.demo.steps import END, KEPT, MEMORY, PAUSE, StepsConfig, ask, final, hesitating, token_ids, write_steps
+from vlmem_jax.demo.steps import (
+    CELLS,
+    END,
+    KEPT,
+    MEMORY,
+    PAUSE,
+    StepsConfig,
+    ask,
+    final,
+    hesitating,
+    token_ids,
+    write_steps,
+)
 from vlmem_jax.demo.vismem import ANSWER_TOKENS, VisMemRecipe, base_experiment
 from vlmem_jax.families import resolve
 from vlmem_jax.generate.invocation import delimiters
@@ -104,4 +116,4 @@ def test_the_tiny_config_knows_the_tokens_of_the_memory():
 
 
 def test_the_largest_sum_is_a_token():
-    assert final(ask("sum", np.full((4, 4), 9), "row", 0).answer) in KEPT
+    assert final(ask("sum", np.full((CELLS, CELLS), 9), "row", 0).answer) in KEPT

@@ -151,7 +151,7 @@ def _accuracy(tallies: Mapping[str, Any], chance: float) -> str:
         return half(title, charts.bar_chart(bars, chance), note)
 
     parts = [
-        chart("One image, by grid", "Columns x rows of tiles; a tile holds 4 x 4 digits.", tallies["by_grid"]),
+        chart("One image, by grid", "Columns x rows of tiles; a tile holds 3 x 3 digits.", tallies["by_grid"]),
         chart("By number of images", "Each a single tile.", tallies["by_images"]),
         chart("By place of the asked image", "Among two to four images.", tallies["by_position"]),
         chart("Place among four", "Each a single tile.", tallies["by_place_of_four"]),
@@ -165,7 +165,7 @@ def _accuracy(tallies: Mapping[str, Any], chance: float) -> str:
 def _training(curves: Mapping[str, Any], marks: Mapping[str, int]) -> str:
     loss = charts.line_chart(curves["loss"], marks, "cross-entropy, nats")
     gates = charts.line_chart(curves["gates"], marks, "tanh(gate)")
-    note = "What the memory adds is multiplied by these; at 0 it adds nothing."
+    note = "What the memory adds is multiplied by these. They start open, and the demo leaves them as they are."
     both = half("Loss", loss, "The first stage has easier text and no held-out loss.")
     return f'<h2>Training</h2><div class="row">{both}{half("Gates of the memory", gates, note)}</div>'
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vlmem_jax.config import build
+from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.families.base import (
     CONFIG_FILE,
     PREPROCESSOR_FILE,
@@ -98,7 +99,7 @@ def name_table(config: ModelConfig, nested: bool | None = None, vocab: int | Non
     vocab: rows of the checkpoint's embedding, if not the model's.
     """
     tower, text = ("model.visual.", "model.language_model.") if nested else ("visual.", "model.")
-    rules = _vision(config, tower) + _decoder(config.decoder, text, vocab)
+    rules = _vision(config, tower) + decoder_tensors(config.decoder, text, vocab)
     return rules + memory_tensors(config, f"{text}layers.{{}}.")
 
 
@@ -136,7 +137,8 @@ def _vision(config: ModelConfig, prefix: str) -> list[Rule]:
     ]
 
 
-def _decoder(decoder, prefix: str, vocab: int | None) -> list[Rule]:
+def decoder_tensors(decoder: DecoderConfig, prefix: str, vocab: int | None) -> list[Rule]:
+    """The decoder's part of a name table, as Qwen2 and those after it name tensors."""
     sizes = {"V": vocab or decoder.vocab, "D": decoder.width, "F": decoder.mlp_width}
     sizes |= {"H": decoder.heads, "K": decoder.kv_heads, "C": decoder.head_dim}
     layer = [

@@ -26,13 +26,22 @@ class GatedMLP(nnx.Module):
 
 
 class GeluMLP(nnx.Module):
-    """fc2(gelu(fc1 x)) with biases and the exact (erf) GELU. `bias_init` makes an initialiser from the fan-in."""
+    """fc2(gelu(fc1 x)) with biases. `tanh`: whether GELU is its approximation by tanh, not the exact one (erf);
+    `bias_init` makes an initialiser from the fan-in."""
 
     def __init__(
-        self, inputs: int, hidden: int, outputs: int, *, bias_init: Callable = lambda fan_in: zeros, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        *,
+        tanh: bool = False,
+        bias_init: Callable = lambda fan_in: zeros,
+        rngs: nnx.Rngs,
     ):
+        self.tanh = tanh
         self.fc1 = Linear({"embed": inputs}, {"mlp": hidden}, bias=True, bias_init=bias_init(inputs), rngs=rngs)
         self.fc2 = Linear({"mlp": hidden}, {"embed": outputs}, bias=True, bias_init=bias_init(hidden), rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"], lora: LayerAdapters | None = None) -> Float[Array, "... E"]:
-        return adapted(self.fc2, "fc2", jax.nn.gelu(adapted(self.fc1, "fc1", x, lora), approximate=False), lora)
+        return adapted(self.fc2, "fc2", jax.nn.gelu(adapted(self.fc1, "fc1", x, lora), approximate=self.tanh), lora)

@@ -7,8 +7,9 @@ from flax import nnx
 
 from vlmem_jax.vision.intern_vit import InternViT, VisionConfig
 from vlmem_jax.vision.pixels import normalise
-from vlmem_jax.vision.projector import Merger, Projector, ProjectorConfig
+from vlmem_jax.vision.projector import FrameProjector, Merger, Projector, ProjectorConfig
 from vlmem_jax.vision.qwen_vit import QwenViT, QwenViTConfig
+from vlmem_jax.vision.siglip import SigLIP, SigLIPConfig
 
 
 class Tower(NamedTuple):
@@ -25,17 +26,21 @@ TOWERS = {
     "qwen_vit": Tower(
         QwenViT, lambda c, projector, width, rngs: Merger(c.merge**2, c.width, width, c.norm_eps, rngs=rngs)
     ),
+    "siglip": Tower(SigLIP, lambda c, projector, width, rngs: FrameProjector(c, width, rngs=rngs)),
 }
 """By `vision.kind`."""
 
 __all__ = [
     "TOWERS",
+    "FrameProjector",
     "InternViT",
     "Merger",
     "Projector",
     "ProjectorConfig",
     "QwenViT",
     "QwenViTConfig",
+    "SigLIP",
+    "SigLIPConfig",
     "VisionConfig",
     "normalise",
 ]

@@ -3,12 +3,16 @@
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlmem_jax.nn.linear import param, spread
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.runtime.sharding import constrain
+from vlmem_jax.vision.siglip import SigLIPConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,54 @@ class Projector(nnx.Module):
     def __call__(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
         normed_BQE = self.norm(pixel_shuffle(features_BPD, self.config.shuffle))
         return self.mlp(constrain(normed_BQE, "parts", None, None))  # weights are gathered, however few the tiles
+
+
+class FrameProjector(nnx.Module):
+    """A two-layer MLP of each patch, pooling of 2 x 2 neighbours, newlines among the visual tokens (LLaVA-Video)."""
+
+    def __init__(self, config: SigLIPConfig, width: int, *, rngs: nnx.Rngs):
+        self.pool, self.place = config.pool, config.newline
+        self.mlp = GeluMLP(config.width, width, width, rngs=rngs)
+        init, there = nnx.initializers.normal(width**-0.5), config.newline != "none"
+        self.newline = param(init, (width,), ("norm",), rngs) if there else None
+
+    def __call__(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
+        projected = self.mlp(constrain(features_BPD, "parts", None, None))
+        side = round(projected.shape[1] ** 0.5)
+        x_BHWE = pooled(projected.reshape(len(projected), side, side, -1), self.pool)
+        if self.newline is None:
+            return x_BHWE.reshape(len(x_BHWE), -1, x_BHWE.shape[-1])
+        B, H, W, E = x_BHWE.shape
+        lines = (B, H, W, E) if self.place == "grid" else (B, 1, H * W, E)
+        newline = spread(self.newline[...], (*lines[:2], 1, E), x_BHWE.dtype)
+        return jnp.concatenate([x_BHWE.reshape(lines), newline], axis=2).reshape(B, -1, E)
+
+
+def pooled(x_BHWD: Float[Array, "B H W D"], pool: str) -> Float[Array, "B h w D"]:
+    """One for each 2 x 2 of a square of features, see `SigLIPConfig.pool`."""
+    side = x_BHWD.shape[1]
+    if pool == "bilinear":
+        weights = jnp.asarray(_halving(side), jnp.float32)
+        half = jnp.einsum("hH,BHWD->BhWD", weights, x_BHWD.astype(jnp.float32))
+        return jnp.einsum("wW,BhWD->BhwD", weights, half).astype(x_BHWD.dtype)
+    even = side // 2 * 2
+    B, D = len(x_BHWD), x_BHWD.shape[-1]
+    blocks = x_BHWD[:, :even, :even].reshape(B, even // 2, 2, even // 2, 2, D)
+    if pool == "max":
+        return blocks.max((2, 4))
+    return blocks.astype(jnp.float32).mean((2, 4)).astype(x_BHWD.dtype)
+
+
+def _halving(side: int) -> np.ndarray:
+    """[target, source] weights of linear interpolation from `side` to half as many, rounded up: half-pixel centres,
+    without anti-aliasing, edges repeated."""
+    target = -(-side // 2)
+    centres = ((np.arange(target) + 0.5) * side / target - 0.5).clip(0, side - 1)
+    low = np.floor(centres).astype(int)
+    matrix = np.zeros((target, side))
+    np.add.at(matrix, (np.arange(target), low), 1 - (centres - low))
+    np.add.at(matrix, (np.arange(target), np.minimum(low + 1, side - 1)), centres - low)
+    return matrix
 
 
 class Merger(nnx.Module):
