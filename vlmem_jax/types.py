@@ -22,6 +22,15 @@ class TileGeometry(NamedTuple):
     tokens_per_side: int
 
 
+class FrameGeometry(NamedTuple):
+    """How a vision tower sees a frame of a video, whatever its shape."""
+
+    size: int
+    """Side that it is resized to, pixels."""
+    tokens: int
+    """Visual tokens of a frame, those that end its rows among them."""
+
+
 class PatchGeometry(NamedTuple):
     """How a vision tower cuts what it sees."""
 

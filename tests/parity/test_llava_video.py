@@ -38,7 +38,7 @@ def world(golden):
                    tied=text["tie"])  # fmt: skip
     config = build(ModelConfig, {"vision": vision, "decoder": decoder, "compute_dtype": "float32"}, "config.model")
     weights = dict(np.load(folder / "weights.npz"))
-    read = {name: x for name, x in weights.items() if not llava_video.unread(config.vision.layers).match(name)}
+    read = {name: x for name, x in weights.items() if not llava_video.unread(config).match(name)}
     params = jax.tree.map(jnp.asarray, assemble(llava_video.name_table(config), read))
     return SimpleNamespace(vlm=VLM(config), params=params, io=dict(np.load(folder / "io.npz")), content=content)
 

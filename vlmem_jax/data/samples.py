@@ -123,7 +123,7 @@ class Samples:
                 pictures = [images.open_image(self._path(key, path), limit, shown_as) for path in record.images]
         if augment is not None:
             pictures = [images.jpeg_round_trip(picture, int(augment.integers(75, 101))) for picture in pictures]
-        shown = {"videos": [video.Video(pictures, clip.seconds(chosen))]} if record.video else {"images": pictures}
+        shown = {"videos": [clip.video(pictures, chosen)]} if record.video else {"images": pictures}
         sample = self.processor.encode(
             record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
         )

@@ -1,13 +1,14 @@
 """What a family of backbones is to the hub, and what a memory has in its checkpoints."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from vlmem_jax.config import to_dict
 from vlmem_jax.memory import MEMORIES, memory_config, memory_of
 from vlmem_jax.models import VLM, ModelConfig
-from vlmem_jax.processing import ImageConfig, PatchConfig
+from vlmem_jax.processing import AnyImageConfig
 from vlmem_jax.records import Rule
 from vlmem_jax.trees import flatten
 
@@ -19,7 +20,7 @@ class Released:
     """What a released config.json says."""
 
     model: ModelConfig
-    image: ImageConfig | PatchConfig
+    image: AnyImageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Family:
 
     tower: str
     """`vision.kind`."""
-    image: type[ImageConfig] | type[PatchConfig]
+    image: type[AnyImageConfig]
     """The class of the config of images: what the tower sees are tiles or patches."""
     template: str
     """The chat template, a name of `chat.TEMPLATES`."""
@@ -47,6 +48,8 @@ class Family:
     """The way of naming that adapters follow: that of the modules of today's libraries. None: of the checkpoint."""
     added_tokens: tuple[str, ...] = ()
     """What is added to the tokenizer of a language model that knows no images, in the order of ids."""
+    unread: Callable[[ModelConfig], re.Pattern[str] | None] = lambda model: None
+    """Names of tensors that nothing computes with; they are kept for the way back."""
 
 
 def memory_tensors(config: ModelConfig, layer: str) -> list[Rule]:
@@ -61,7 +64,7 @@ IMAGE = "vlmem_image"
 """Key of the published files for what they have no key for."""
 
 
-def write_image(image: ImageConfig | PatchConfig, known: Collection[str]) -> dict[str, Any]:
+def write_image(image: AnyImageConfig, known: Collection[str]) -> dict[str, Any]:
     """What a file tells of images beside the keys `known` to it, where it is not the default."""
     default = to_dict(type(image)())
     own = {key: value for key, value in to_dict(image).items() if key not in known and value != default[key]}

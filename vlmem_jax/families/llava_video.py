@@ -1,12 +1,26 @@
-"""LLaVA-Video (arXiv 2410.02713): sizes and tensor names, SigLIP's and Qwen2's."""
+"""LLaVA-Video (arXiv 2410.02713): sizes, tensor names, SigLIP's and Qwen2's, and config.json."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from vlmem_jax.families.base import memory_tensors
-from vlmem_jax.families.qwen2_5_vl import decoder_tensors
+from vlmem_jax.config import build
+from vlmem_jax.families.base import (
+    CONFIG_FILE,
+    Family,
+    Released,
+    memory_tensors,
+    read_image,
+    read_memory,
+    write_image,
+    write_memory,
+)
+from vlmem_jax.families.qwen2_5_vl import DECODER, decoder_tensors
 from vlmem_jax.models import ModelConfig
-from vlmem_jax.records import Rule, section
+from vlmem_jax.processing import FrameConfig
+from vlmem_jax.processing.chat import FRAME
+from vlmem_jax.processing.tokenizer import Tokenizer
+from vlmem_jax.records import Rule, check_fixed, check_needed, ours, section, theirs
 
 SIZES: dict[str, dict[str, Any]] = {
     "llava_video_7b": dict(
@@ -30,10 +44,10 @@ SIZES: dict[str, dict[str, Any]] = {
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
-def unread(layers: int) -> re.Pattern[str]:
-    """Names of tensors that a checkpoint may hold and nothing computes with: what follows the last of `layers`."""
-    later = rf"encoder\.layers\.(?!({'|'.join(map(str, range(layers)))})\.)\d+\."
-    return re.compile(rf"{re.escape(TOWER)}(post_layernorm\.|head\.|{later})")
+def unread(config: ModelConfig) -> re.Pattern[str]:
+    """Names of tensors that nothing computes with: of what follows the last layer that runs."""
+    used = "|".join(map(str, range(config.vision.layers)))
+    return re.compile(rf"{re.escape(TOWER)}(post_layernorm|head|encoder\.layers\.(?!({used})\.)\d+)\.")
 
 
 def name_table(config: ModelConfig, layout: bool | None = None, vocab: int | None = None) -> list[Rule]:
@@ -88,3 +102,122 @@ def _vision(config: ModelConfig) -> list[Rule]:
         *section("vision/layers/", f"{TOWER}encoder.layers.{{}}.", sizes, layer, range(vision.layers)),
         *section("projector/", "model.", sizes, projector),
     ]
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "llava-video"
+TOWERS = {"google/siglip-so400m-patch14-384": dict(image_size=384, patch_size=14, heads=16)}
+"""What the shapes of tensors do not tell of a tower, by its name."""
+VISION = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "norm_eps": "layer_norm_eps",
+}
+"""Our key -> theirs, in a section `vision_config`, which released files have not."""
+FIXED = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_spatial_pool_stride": 2,
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_vision_select_layer": -2,
+}
+"""Keys with one supported value."""
+NEWLINES = {"grid": "grid", "frame": "frame", "no_token": "none"}
+"""Theirs -> ours. `one_token`, once behind all frames, is no part of a frame."""
+
+
+def read_config(
+    content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], preprocessor: Mapping[str, Any] | None = None
+) -> Released:
+    """From a parsed config.json; `shapes` of the checkpoint's tensors fill in what it leaves out.
+
+    Raises ValueError naming the key that is missing, or has a value that is not supported.
+    """
+    check_fixed(FIXED, content)
+    newline = content.get("mm_newline_position", "grid")
+    if newline not in NEWLINES:
+        raise ValueError(f"mm_newline_position of config.json must be one of {', '.join(NEWLINES)}; got {newline!r}")
+    vision = (
+        _shaped(shapes)
+        | TOWERS.get(content.get("mm_vision_tower"), {})
+        | ours(VISION, content.get("vision_config") or {})
+    )
+    vision |= {"kind": "siglip", "newline": NEWLINES[newline], "pool": content.get("mm_spatial_pool_mode", "bilinear")}
+    missing = [key for key in ("heads", "image_size", "patch_size") if key not in vision]
+    if missing:
+        raise ValueError(
+            f"config.json must have vision_config.{VISION[missing[0]]}, or name in mm_vision_tower one of "
+            f"{', '.join(TOWERS)}"
+        )
+    decoder = ours(DECODER, content)
+    check_needed("", DECODER, decoder, "vocab width layers heads mlp_width norm_eps rope_theta")
+    decoder |= {"qkv_bias": True, "head_dim": content.get("head_dim") or decoder["width"] // decoder["heads"]}
+    decoder.setdefault("kv_heads", decoder["heads"])
+    model = {"vision": vision, "decoder": decoder} | read_memory(content, shapes)
+    model |= {"compute_dtype": "float32"} if content.get("torch_dtype") == "float32" else {}
+    image = read_image(content)
+    if "add_time_instruction" in content:
+        image["time_line"] = content["add_time_instruction"]
+    if "force_sample" in content:
+        image["sampling"] = "uniform" if content["force_sample"] else "second"
+    return Released(build(ModelConfig, model, "config.json"), build(FrameConfig, image, "config.json"))
+
+
+def _shaped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the tensors of the tower tell of it; nothing of a checkpoint without one."""
+    table, patch = (
+        shapes.get(f"{TOWER}embeddings.{name}.weight") for name in ("position_embedding", "patch_embedding")
+    )
+    fc1 = shapes.get(f"{TOWER}encoder.layers.0.mlp.fc1.weight")
+    if table is None or patch is None or fc1 is None:
+        return {}
+    found = {"width": table[1], "mlp_width": fc1[0], "patch_size": patch[2]}
+    numbers = [
+        int(match[1]) for name in shapes if (match := re.match(rf"{re.escape(TOWER)}encoder\.layers\.(\d+)\.", name))
+    ]
+    return found | {"layers": max(numbers) + 1}
+
+
+def write_config(model: ModelConfig, image: FrameConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of such a model whose tensors are of `dtype`."""
+    vision, decoder = model.vision, model.decoder
+    names = {ours: theirs for theirs, ours in NEWLINES.items()}
+    content = {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava_qwen",
+        "torch_dtype": dtype,
+        "vision_config": theirs(VISION, vision),
+        "mm_hidden_size": vision.width,
+        "mm_newline_position": names[vision.newline],
+        "mm_spatial_pool_mode": vision.pool,
+        "add_time_instruction": image.time_line,
+        "force_sample": image.sampling == "uniform",
+    }
+    content |= FIXED | theirs(DECODER, decoder) | write_memory(model)
+    return content | write_image(image, ("time_line", "sampling"))
+
+
+def _files(
+    model: ModelConfig, image: FrameConfig, dtype: str, tokenizer: Tokenizer | None
+) -> dict[str, dict[str, Any]]:
+    return {CONFIG_FILE: write_config(model, image, dtype)}
+
+
+FAMILY = Family(
+    tower="siglip",
+    image=FrameConfig,
+    template=TEMPLATE,
+    name_table=name_table,
+    layout=lambda names: False,
+    read_config=read_config,
+    write_files=_files,
+    sizes=SIZES,
+    added_tokens=(FRAME,),
+    unread=unread,
+)

@@ -22,7 +22,7 @@ from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.paths import AnyPath
-from vlmem_jax.processing import ImageConfig, PatchConfig, Processor, Tokenizer, make_processor
+from vlmem_jax.processing import AnyImageConfig, Processor, Tokenizer, make_processor
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 
@@ -91,7 +91,7 @@ class _Found(NamedTuple):
     """What a folder holds."""
 
     model: ModelConfig
-    image: ImageConfig | PatchConfig
+    image: AnyImageConfig
     tokenizer: AnyPath
     system: str | None
     load: Callable[[VLM, Params], Params]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from vlmem_jax import families
@@ -32,11 +33,13 @@ from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.adapters import make_adapters, merged
 from vlmem_jax.models.vlm import Params, make_memory
 from vlmem_jax.paths import AnyPath, as_path, is_remote, read_json, write_whole
-from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, chat
+from vlmem_jax.processing import AnyImageConfig, Tokenizer, chat
 from vlmem_jax.trees import flatten, unflatten
 
 RELEASED_CONFIG = "released_config.json"
 """The config.json a checkpoint came with; export keeps its keys that mean nothing here."""
+UNREAD_FILE = "unread.safetensors"
+"""The tensors it came with that nothing computes with; export gives them back."""
 SHARD_BYTES = 5_000_000_000
 ROWS = 4096
 """Of the embedding, read at once."""
@@ -69,7 +72,7 @@ def import_folder(
     target: str | os.PathLike,
     *,
     model: ModelConfig | None = None,
-    image: ImageConfig | PatchConfig | None = None,
+    image: AnyImageConfig | None = None,
     adapters: Sequence[str | os.PathLike] = (),
     seed: int = 0,
     progress: Progress = lambda done, total: None,
@@ -102,9 +105,27 @@ def import_folder(
         tokenizer.copy(folder / TOKENIZER_FOLDER, VLM(model).special_tokens)
         about = {"model": to_dict(model), "image": to_dict(image or found.image), "system": None}
         _write_json(folder / RELEASED_CONFIG, content)
+        if kept := _unread(model, tensors):
+            write_whole(folder / UNREAD_FILE, safetensors.numpy.save(kept))
         _write_json(folder / MODEL_FILE, about)  # last: without it, a folder is no checkpoint
     more = dict(new_tokens=tokenizer.added, unused=_unused(source), notes=_notes(source, tensors, model))
     return _summary(target, leaves, fresh=fresh, new_rows=new_rows, **more)
+
+
+def _unread(model: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
+    """The tensors that nothing computes with, by name."""
+    pattern = families.of_model(model).unread(model)
+    return {name: np.array(x) for name, x in tensors.items() if pattern and pattern.match(name)}
+
+
+def _kept(root: AnyPath) -> dict[str, np.ndarray]:
+    """What `_unread` found when the checkpoint in `root` was made."""
+    file = root / UNREAD_FILE
+    if not file.is_file():
+        return {}
+    with tempfile.TemporaryDirectory() as here:  # its library reads no bfloat16, and a file in a bucket is no file
+        (Path(here) / UNREAD_FILE).write_bytes(file.read_bytes())
+        return {name: np.array(x) for name, x in Tensors(here, Path(UNREAD_FILE).stem).items()}
 
 
 def _notes(source: Path, tensors: Tensors, model: ModelConfig) -> tuple[str, ...]:
@@ -205,6 +226,8 @@ def export_folder(
         for rule in rules
         for name in rule.names
     }
+    unread = _kept(checkpoint.root)
+    layout |= {name: (x.shape, np.dtype(dtype) if dtype else x.dtype) for name, x in unread.items()}
     total = sum(leaf.nbytes for leaf in stored.values())
     done = 0
     with whole_folder(target, sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())) as folder:
@@ -220,6 +243,8 @@ def export_folder(
                 _assign(rule, tensors, slab, start)
                 start += len(slab)
                 progress(done, total)
+        for name, tensor in unread.items():
+            tensors[name][...] = tensor
         tensors.flush()
         for name, (adapter, arrays) in adapters.items() if merge is None else ():
             peft.write_adapter(folder / peft.FOLDER / name, model, adapter, arrays)
@@ -324,7 +349,8 @@ def _leaves(
     new_rows = max(config.decoder.vocab - rows, 0)
     if new_rows:
         rules = family.name_table(known, family.layout(tensors), rows)
-    check_fit(rules, tensors, str(source))
+    unread = family.unread(config)
+    check_fit(rules, tensors, str(source), unread.match if unread else lambda name: False)
     leaves: dict[str, Leaf] = {rule.ours: FromTensors(rule, tensors) for rule in rules} | dict(adapters)
     dtype = leaves["decoder/embed"].dtype
     if new_rows:

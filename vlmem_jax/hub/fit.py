@@ -3,7 +3,8 @@
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +19,20 @@ BUFFERS = (".inv_freq",)
 FLOATS = ("float32", "bfloat16", "float16")
 
 
-def check_fit(rules: Sequence[Rule], tensors: Mapping[str, np.ndarray], what: str) -> None:
-    """Raises ValueError listing every tensor of `what` that is missing, unknown, of another shape or dtype.
+def check_fit(
+    rules: Sequence[Rule],
+    tensors: Mapping[str, np.ndarray],
+    what: str,
+    unread: Callable[[str], Any] = lambda name: False,
+) -> None:
+    """Raises ValueError listing every tensor of `what` that is missing, unknown, of another shape or dtype; those with
+    `unread` names may be there or not.
 
     The nearest name is given with each; layers that differ alike share a line.
     """
     wanted = {name: rule.shape for rule in rules for name in rule.names}
     copies = {name for rule in rules for name in rule.copies}
-    found = [name for name in tensors if not name.endswith(BUFFERS) and name not in copies]
+    found = [name for name in tensors if not (name.endswith(BUFFERS) or name in copies or unread(name))]
     missing = _by_layer(name for name in wanted if name not in tensors)
     unknown = _by_layer(name for name in found if name not in wanted)
     lines = [f"missing: {_show(*item)}{_nearest(item[0], unknown)}" for item in missing.items()]

@@ -1,5 +1,6 @@
 """From files and text to model inputs: images, video, tokenizers, chat templates."""
 
+from vlmem_jax.processing.frames import FrameConfig, FrameProcessor
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.patch_processor import PatchProcessor
 from vlmem_jax.processing.patches import PatchConfig
@@ -7,9 +8,12 @@ from vlmem_jax.processing.processor import Processor, SampleSize
 from vlmem_jax.processing.tile_processor import TileProcessor
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Video
-from vlmem_jax.types import PatchGeometry, TileGeometry
+from vlmem_jax.types import FrameGeometry, PatchGeometry, TileGeometry
 
 __all__ = [
+    "AnyImageConfig",
+    "FrameConfig",
+    "FrameProcessor",
     "ImageConfig",
     "PatchConfig",
     "PatchProcessor",
@@ -22,10 +26,20 @@ __all__ = [
 ]
 
 
+AnyImageConfig = ImageConfig | PatchConfig | FrameConfig
+"""How images become what a tower takes: tiles, patches or frames."""
+KINDS = {
+    TileGeometry: (ImageConfig, TileProcessor),
+    PatchGeometry: (PatchConfig, PatchProcessor),
+    FrameGeometry: (FrameConfig, FrameProcessor),
+}
+"""By what making tiles for a tower needs to know."""
+
+
 def make_processor(
     tokenizer: Tokenizer,
-    image: ImageConfig | PatchConfig,
-    geometry: TileGeometry | PatchGeometry,
+    image: AnyImageConfig,
+    geometry: TileGeometry | PatchGeometry | FrameGeometry,
     system: str | None = None,
     template: str = "internlm2-chat",
     whole: bool = True,
@@ -34,8 +48,7 @@ def make_processor(
 
     Raises ValueError where the config of images is not for it.
     """
-    patches = isinstance(geometry, PatchGeometry)
-    wanted = PatchConfig if patches else ImageConfig
+    wanted, processor = KINDS[type(geometry)]
     if not isinstance(image, wanted):
         raise ValueError(f"the config of images must be {wanted.__name__} for this tower, got {type(image).__name__}")
-    return (PatchProcessor if patches else TileProcessor)(tokenizer, image, geometry, system, template, whole)
+    return processor(tokenizer, image, geometry, system, template, whole)

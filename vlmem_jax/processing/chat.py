@@ -12,6 +12,8 @@ IMAGE_MARKER = "<image>"
 VIDEO_MARKER = "<video>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 """Control tokens round the visual tokens of an image, and the placeholder of one visual token."""
+FRAME = "<|video_frame|>"
+"""The placeholder of one visual token of a frame, where the tokenizer came with none."""
 _MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
 _MARKER_OF = {"image": IMAGE_MARKER, "video": VIDEO_MARKER}
 
@@ -32,7 +34,7 @@ class Template:
     system: str
     """Default text of the system turn."""
     image: tuple[str, str, str] = (IMAGE_START, IMAGE_CONTEXT, IMAGE_END)
-    """Stands for an image: control tokens, the middle one for each visual token."""
+    """Stands for an image: control tokens, the middle one for each visual token; those beside it may be empty."""
     video: tuple[str, str, str] | None = None
     """The same for a video; None: its frames are images."""
     before_text: str = "\n"
@@ -42,6 +44,9 @@ class Template:
     """Whether a prompt begins with the tokenizer's start token."""
     stops: tuple[str, ...] = ()
     """Tokens that end an answer besides `end`."""
+    learned: tuple[str, ...] = ()
+    """Control tokens, and texts of one token, that are learned wherever they stand, and with them the opening of each
+    answer (LLaVA-NeXT). None: answers alone are learned, and the token that ends them."""
 
     @property
     def answer_start(self) -> list[str]:
@@ -54,12 +59,13 @@ class Template:
         return [Control(self.start), f"{speaker}\n", *said, Control(self.end), self.after_turn]
 
     def _shown(self, part: Part) -> list[str]:
-        tokens = self.video if isinstance(part, Video | VideoSize) else self.image
-        return [Control(token) for token in tokens]
+        tokens = self.video if isinstance(part, Video | VideoSize) and self.video else self.image
+        return [Control(token) for token in tokens if token]
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.start, self.end, *self.image, *(self.video or ()))))
+        shown = (token for token in (*self.image, *(self.video or ())) if token)
+        return tuple(dict.fromkeys((self.start, self.end, *shown)))
 
 
 TEMPLATES = {
@@ -83,6 +89,19 @@ TEMPLATES = {
         after_turn="\n",
         bos=False,
         stops=("<|endoftext|>",),
+    ),
+    "llava-video": Template(
+        start="<|im_start|>",
+        end="<|im_end|>",
+        user="user",
+        assistant="assistant",
+        system="You are a helpful assistant.",
+        image=("", FRAME, ""),
+        before_text="\n",
+        after_turn="\n",
+        bos=False,
+        stops=("<|endoftext|>",),
+        learned=("<|im_start|>", "<|im_end|>", "\n"),
     ),
 }
 

@@ -241,7 +241,7 @@ class Processor:
             chosen = clip.at(chosen)
         except ValueError as error:
             raise ValueError(f"{error} ({path})") from error
-        return Video(read_frames(path, chosen, self.open_limit, self.image), clip.seconds(chosen)), chosen
+        return clip.video(read_frames(path, chosen, self.open_limit, self.image), chosen), chosen
 
     def frames_at(self, clip: Clip, fps: float) -> list[int]:
         """Which frames to take of a video so that there are `fps` of each second."""
@@ -317,8 +317,9 @@ class Processor:
                     f"the tokenizer joins the start of an answer to the text before it ({opening!r} "
                     f"should be ids {self._answer_start}, got {ids[start:answer].tolist()}), so its targets are unknown"
                 )
-            targets[answer : end + 1] = is_learned
-        return ids, targets
+            targets[start if self.template.learned else answer : end + 1] = is_learned
+        everywhere = [self._control.get(token) or self._encode([token])[0] for token in self.template.learned]
+        return ids, targets | np.isin(ids, everywhere)
 
     def _sample(
         self,

@@ -76,7 +76,17 @@ class Clip(NamedTuple):
         """Sizes of the frames `chosen`, as they are shown."""
         size = _size(self.width, self.height, self.aspect, config)
         size = size[::-1] if self.sideways and config.upright else size
-        return VideoSize(len(chosen), *size, self.seconds(chosen))
+        return VideoSize(len(chosen), *size, self.seconds(chosen), self.times(chosen), self.frames / self.fps)
+
+    def times(self, chosen: Sequence[int]) -> tuple[float, ...]:
+        """Seconds from the beginning to each of the frames `chosen`."""
+        return tuple(
+            index / self.fps if self.starts is None else self.starts[index] * self.frames / self.fps for index in chosen
+        )
+
+    def video(self, frames: Sequence[Image.Image], chosen: Sequence[int]) -> "Video":
+        """The frames `chosen`, which were read."""
+        return Video(frames, self.seconds(chosen), self.times(chosen), self.frames / self.fps)
 
 
 class VideoSize(NamedTuple):
@@ -88,19 +98,24 @@ class VideoSize(NamedTuple):
     height: int
     seconds: float = 1.0
     """From one of them to the next."""
+    times: tuple[float, ...] = ()
+    """Seconds from the beginning of the video to each of them, where they are known."""
+    length: float = 0.0
+    """Seconds of the whole video, where they are known."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Frames taken of a video, evenly spaced."""
+    """Frames taken of a video, evenly spaced; times as in `VideoSize`."""
 
     frames: Sequence[Image.Image]
     seconds: float = 1.0
-    """From one of them to the next."""
+    times: tuple[float, ...] = ()
+    length: float = 0.0
 
     @property
     def size(self) -> VideoSize:
-        return VideoSize(len(self.frames), *self.frames[0].size, self.seconds)
+        return VideoSize(len(self.frames), *self.frames[0].size, self.seconds, self.times, self.length)
 
 
 def choose_frames(available: int, minimum: int, maximum: int, rng: np.random.Generator | None = None) -> list[int]:

@@ -14,7 +14,7 @@ from vlmem_jax.config import ConfigError, build, to_dict
 from vlmem_jax.data.config import DataConfig
 from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.models.placement import check_heads
-from vlmem_jax.processing import ImageConfig, PatchConfig
+from vlmem_jax.processing import AnyImageConfig
 from vlmem_jax.runtime.sharding import MeshConfig, batch_shards
 from vlmem_jax.train.profile import ProfileConfig
 from vlmem_jax.types import TileShape
@@ -113,7 +113,7 @@ class Experiment:
     tokenizer: str
     """Folder with tokenizer.json or tokenizer.model."""
     stages: tuple[StageConfig, ...]
-    image: ImageConfig | PatchConfig
+    image: AnyImageConfig
     """How images become tiles or patches, as the tower of the model takes them."""
     data: DataConfig = DataConfig()
     system: str | None = None

@@ -15,7 +15,7 @@ from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm
 from vlmem_jax.nn.stack import remat, stack
 from vlmem_jax.runtime.sharding import constrain
-from vlmem_jax.types import TileShape
+from vlmem_jax.types import FrameGeometry, TileShape
 
 Pool = Literal["bilinear", "average", "max"]
 Newline = Literal["grid", "frame", "none"]
@@ -60,6 +60,11 @@ class SigLIPConfig:
     def side(self) -> int:
         """Visual tokens along a side of a frame, without newlines."""
         return -(-self.grid // 2) if self.pool == "bilinear" else self.grid // 2
+
+    @property
+    def geometry(self) -> FrameGeometry:
+        """What making tiles of frames needs to know."""
+        return FrameGeometry(self.image_size, self.tile.tokens)
 
     @property
     def tile(self) -> TileShape:
