@@ -23,7 +23,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten
 
-FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl"}
+FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl", "llava_qwen": "tiny_llava_video"}
 EVERYWHERE = dict(name="first", rank=3, targets=("v", "q", "o", "gate"), vision=("q", "k", "proj", "fc2"))
 OURS = dict(name="second", rank=4, dropout=0.1, targets=("q", "k", "v", "o", "gate", "up", "down"))
 OTHERS = {
@@ -37,6 +37,10 @@ OTHERS = {
         dict(memory="vismem", adapters=[dict(name="seen", targets=(), vision=("k", "up")), OURS]),
         dict(memory=dict(kind="vismem", former="lora_vision", vision_layer=1)),
         dict(memory=dict(kind="vismem", former="tiny_transformer", memory_output="rescaled")),
+    ],
+    "llava_qwen": [
+        dict(memory=None, vision=dict(newline="none", pool="average")),
+        dict(memory="comemo", vision=dict(newline="frame"), adapters=[EVERYWHERE]),
     ],
 }
 """Settings that change which parameters there are."""
@@ -123,4 +127,4 @@ def test_memory_and_adapters_come_back_with_their_settings(there):
     imported = json.loads((there.folder / "back" / "model.json").read_text())["model"]
     whole = dataclasses.replace(there.model, compute_dtype="bfloat16")
     assert resolve(imported) == whole
-    assert released(there.folder / "hf").model == dataclasses.replace(whole, adapters=())
+    assert released(there.folder / "hf").model == whole

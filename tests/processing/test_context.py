@@ -8,20 +8,27 @@ from PIL import Image
 
 from tests.patches_world import save_tokenizer
 from vlmem_jax import positions
+from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.positions import PLACES, PatchGrid
-from vlmem_jax.processing import ImageConfig, PatchConfig, Tokenizer, Video, make_processor
+from vlmem_jax.processing import FrameConfig, ImageConfig, PatchConfig, Tokenizer, Video, make_processor
+from vlmem_jax.processing.chat import FRAME
 from vlmem_jax.processing.context import Context, read_context
-from vlmem_jax.types import IGNORED, PatchGeometry, TileGeometry
+from vlmem_jax.types import IGNORED, FrameGeometry, PatchGeometry, TileGeometry
 
 TILES, PATCHES = TileGeometry(12, 3), PatchGeometry(size=4, frames=2, merge=2, window=2, tokens_per_second=2.0)
 TILE_CONTEXTS = "all", "thumbnail", "pooled:2", "pooled:3", "stride:2", "stride:3"
 PATCH_CONTEXTS = "all", "pooled:2", "pooled:3", "stride:2", "stride:3"
+FRAMES = FrameGeometry(12, 6)
+FRAME_CONTEXTS = "all", "stride:2", "stride:3"
+CONTEXTS = {TILES: TILE_CONTEXTS, PATCHES: PATCH_CONTEXTS, FRAMES: FRAME_CONTEXTS}
 CONVERSATION = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Yes."}]
 
 
 @pytest.fixture(scope="module")
 def tokenizers(char_tokenizer, tmp_path_factory):
-    return {TILES: char_tokenizer, PATCHES: Tokenizer.load(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))}
+    folder = save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    TokenizerFiles.of(folder, (FRAME,)).copy(folder / "frames", {"<|video_frame|>": Tokenizer.load(folder).vocab_size})
+    return {TILES: char_tokenizer, PATCHES: Tokenizer.load(folder), FRAMES: Tokenizer.load(folder / "frames")}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,9 @@ def make(tokenizers):
         if geometry is PATCHES:
             config = PatchConfig(64, 1024, min_frame_pixels=64, max_frame_pixels=512, context=context, **image)
             return make_processor(tokenizers[geometry], config, geometry, None, "qwen2-vl", whole)
+        if geometry is FRAMES:
+            config = FrameConfig(context=context, **image)
+            return make_processor(tokenizers[geometry], config, geometry, None, "llava-video", whole)
         return make_processor(tokenizers[geometry], ImageConfig(context=context, **image), geometry, None, whole=whole)
 
     return make
@@ -52,8 +62,8 @@ def in_sequence(processor, sample):
 
 @st.composite
 def cases(draw):
-    geometry = draw(st.sampled_from([TILES, PATCHES]))
-    context = draw(st.sampled_from(TILE_CONTEXTS if geometry is TILES else PATCH_CONTEXTS))
+    geometry = draw(st.sampled_from(list(CONTEXTS)))
+    context = draw(st.sampled_from(CONTEXTS[geometry]))
     sizes = draw(st.lists(st.tuples(st.integers(6, 60), st.integers(6, 60)), min_size=1, max_size=3))
     frames = draw(st.integers(0, 7))
     image = {"dhr_map": draw(st.sampled_from(positions.DHR_MAPS))} if geometry is TILES else {}

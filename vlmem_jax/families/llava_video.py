@@ -36,6 +36,15 @@ SIZES: dict[str, dict[str, Any]] = {
             vocab=160, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp_width=96, rope_theta=1e6,
             norm_eps=1e-6, qkv_bias=True,
         ),
+        memories=dict(
+            comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
+            vismem=dict(
+                query_len=4, short_len=3, long_len=5, query_builder=dict(layers=1, heads=4, ff_mult=2),
+                tiny=dict(layers=2, heads=2, ff_mult=3), lora=dict(rank=4, alpha=8.0),
+                max_visual_hidden=64, max_prompt_hidden=64, max_positions=160,
+                max_invocations=3, token_ids=(156, 157, 158, 159), span_ids=(154, 155), start_id=8,
+            ),
+        ),
         compute_dtype="float32",
     ),
 }  # fmt: skip
