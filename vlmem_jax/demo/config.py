@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vlmem_jax.demo.dataset import DatasetConfig
 
-BASE_STEPS = {"read": 400, "mix": 850}
+BASE_STEPS = {"read": 400, "mix": 1200}
 """Learning to read one tile, then all grids and several images."""
 COMEMO_STEPS = {"finetune": 1000}
 """Everything but the gates, with memory blocks that start from the base's own attention."""
