@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("memory", [None, "comemo", "vismem"])
+@pytest.mark.parametrize("memory", ["comemo", "vismem"])
 def test_trained_and_asked(folder, memory, capsys):
     file, run = folder / f"{memory}.py", folder / f"run_{memory}"
     names = dict(tokenizer=str(folder / "tokenizer"), data=str(folder / "train.jsonl"))
