@@ -19,11 +19,14 @@ def test_every_budget_fits_eight_devices(tmp_path, context):
         assert made.image.context == context
 
 
-@pytest.mark.parametrize(("memory", "image"), [start[1:] for start in OTHER_STARTS.values()])
-def test_every_start_fits_eight_devices(tmp_path, memory, image):
-    made = experiment(config.comemo_experiment(tmp_path, RECIPE, tmp_path, memory=memory, **image))
+@pytest.mark.parametrize("changes", [changes for _, changes in OTHER_STARTS.values()])
+def test_every_start_fits_eight_devices(tmp_path, changes):
+    made = experiment(config.comemo_experiment(tmp_path, RECIPE, tmp_path, **changes))
     made.check_mesh(make_mesh(made.mesh))
-    assert image.items() <= vars(made.image).items() and memory.items() <= vars(made.model.memory).items()
+    memory, [stage] = changes.get("memory", config.MEMORY), made.stages
+    assert memory.items() <= vars(made.model.memory).items()
+    assert stage.frozen == changes.get("frozen", config.GATES)
+    assert made.image.dhr_map == changes.get("dhr_map", "fine")
 
 
 def test_other_experiments_fit_eight_devices(tmp_path):

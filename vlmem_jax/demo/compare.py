@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlmem_jax.demo.config import BUDGET, MEMORY, comemo_experiment, plain_experiment
+from vlmem_jax.demo.config import BUDGET, comemo_experiment, plain_experiment
 from vlmem_jax.demo.job import Demo, Trained
 from vlmem_jax.generate import LoadedModel
 
@@ -16,15 +16,15 @@ BUDGETS = {BUDGET: "the thumbnail", "pooled:2": "means of 2 x 2 tokens", "all": 
 """The budgets of context, and what stands in the sequence under each."""
 TRAINED = tuple(BUDGETS)
 """The budgets that models are trained at, with memory and without."""
-OTHER_STARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "raster_ids": ("CoMemo, ids without the place in a cell", dict(MEMORY), {"dhr_map": "raster"}),
+OTHER_STARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "raster_ids": ("CoMemo, ids without the place in a cell", {"dhr_map": "raster"}),
+    "trained_gates": ("CoMemo, gates that are trained, too", {"frozen": ()}),
     "published": (
         "CoMemo, blocks from random numbers and closed gates, ids of the released code",
-        {"kind": "comemo"},
-        {"dhr_map": "code"},
+        {"memory": {"kind": "comemo"}, "frozen": (), "dhr_map": "code"},
     ),
 }
-"""At the budget of the demo: name -> what it is, keys of the memory and of images."""
+"""At the budget of the demo: name -> what it is, arguments of `comemo_experiment`."""
 
 
 def compare(demo: Demo, base: Path, asked: Mapping[str, Trained]) -> dict[str, dict[str, Any]]:
@@ -64,9 +64,8 @@ def compare(demo: Demo, base: Path, asked: Mapping[str, Trained]) -> dict[str, d
         if context != BUDGET:
             config = comemo_experiment(demo.dataset, demo.recipe, base, context=context)
             train_and_add(f"comemo_{short}", "CoMemo", context, config)
-    for name, (what, memory, image) in OTHER_STARTS.items():
-        config = comemo_experiment(demo.dataset, demo.recipe, base, memory=memory, **image)
-        train_and_add(name, what, BUDGET, config)
+    for name, (what, changes) in OTHER_STARTS.items():
+        train_and_add(name, what, BUDGET, comemo_experiment(demo.dataset, demo.recipe, base, **changes))
     return rows
 
 

@@ -22,6 +22,8 @@ COMEMO_STEPS = {"finetune": 1000}
 BUDGET = "thumbnail"
 """The context budget of CoMemo: the part of an image that stands in its sequence."""
 MEMORY = {"kind": "comemo", "start": "attention", "gate": 1.0}
+GATES = ("memory/blocks/.*_gate",)
+"""Parameters that stay as they are: trained, open gates close again."""
 ROWS, FEW_ROWS = 16, 8
 AT_ONCE = 4
 """Rows that a device works on at a time: of so few tokens, more than one make better use of it."""
@@ -80,10 +82,14 @@ def base_experiment(dataset: Path, recipe: Recipe) -> ConfigDict:
 
 
 def comemo_experiment(
-    dataset: Path, recipe: Recipe, init: Path, memory: Mapping[str, Any] = MEMORY, **image: Any
+    dataset: Path,
+    recipe: Recipe,
+    init: Path,
+    memory: Mapping[str, Any] = MEMORY,
+    frozen: Sequence[str] = GATES,
+    **image: Any,
 ) -> ConfigDict:
     """CoMemo on a base, in as many steps as `plain_experiment`; other keys of `image` than the demo's."""
-    frozen = ("memory/blocks/.*_gate",) if memory.get("gate") else ()  # open ones stay as they are
     stages = [_finetune(recipe, frozen=frozen)]
     return _experiment(dataset, recipe, dict(memory), stages, init, **{"context": BUDGET, **image})
 
