@@ -127,6 +127,19 @@ class Text:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Geometry(State):
+    """What is known of the space that frames show, N patches each: constants, which no gradient goes to."""
+
+    tokens_BNG: Float[Array, "... N G"] = axes("batch", None, None)
+    """What a model of geometry makes of each patch."""
+    views_BNV: Float[Array, "... N V"] = axes("batch", None, None)
+    """What it knows of the camera there."""
+    coords_BN3: Float[Array, "... N 3"] = axes("batch", None, None)
+    """The point that each patch shows, fp32, of about unit size."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Views:
     """What packed rows show: I tile slots of each, M = I * P visual tokens. Padding follows the tiles.
 

@@ -2,13 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from tests.patches_world import save_tokenizer
+from vlmem_jax.cli.main import main
+from vlmem_jax.families import resolve
 from vlmem_jax.families.llava_video import NEWLINES, TOWER, TOWERS, read_config
 from vlmem_jax.hub.convert import export_folder, import_folder, released
+from vlmem_jax.models import VLM
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.processing.chat import FRAME
 
@@ -78,6 +82,37 @@ def test_layers_behind_the_last_that_runs_are_kept_and_not_run(folder, tmp_path,
     assert back.keys() == (weights | more).keys()
 
 
+@pytest.fixture
+def apart(folder, tmp_path, weights):
+    """The checkpoint without its tower, and the tower, with a layer more, in a folder of its own."""
+    tower = {name: x for name, x in weights.items() if name.startswith(TOWER)}
+    safetensors.numpy.save_file(
+        {name: x for name, x in weights.items() if name not in tower}, folder / "model.safetensors"
+    )
+    last = max(int(name.split("layers.")[1].split(".")[0]) for name in tower if "layers." in name)
+    more = {name.replace(f"layers.{last}.", f"layers.{last + 1}."): x for name, x in tower.items()}
+    own = {"vision_model." + name.removeprefix(TOWER): x for name, x in (more | tower).items()}
+    (tmp_path / "siglip").mkdir()
+    safetensors.numpy.save_file(
+        own | {"logit_scale": np.ones(1, np.float32)}, tmp_path / "siglip" / "model.safetensors"
+    )
+    about = json.loads((folder / "config.json").read_text())
+    about["vision_config"]["num_hidden_layers"] = last + 1
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder, tmp_path / "siglip"
+
+
+def test_a_tower_may_come_from_a_folder_of_its_own(apart, tmp_path, weights):
+    folder, tower = apart
+    with pytest.raises(ValueError, match="lacks its vision tower; convert it with --vision FOLDER"):
+        import_folder(folder, tmp_path / "ours")
+    assert main(["convert", str(folder), str(tmp_path / "ours"), "--vision", str(tower)]) == 0
+    export_folder(tmp_path / "ours", tmp_path / "back")
+    back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
+    assert weights.keys() < back.keys()  # the layer more is kept, and not read
+    assert all(back[name].tobytes() == value.tobytes() for name, value in weights.items())
+
+
 def test_the_released_config_names_its_tower(content, weights):
     [name] = TOWERS
     shapes = {f"{TOWER}embeddings.position_embedding.weight": (729, 1152)}
@@ -87,6 +122,15 @@ def test_the_released_config_names_its_tower(content, weights):
     vision = read_config(about, shapes).model.vision
     assert (vision.width, vision.layers, vision.heads, vision.mlp_width) == (1152, 26, 16, 4304)
     assert (vision.image_size, vision.grid, vision.tile.tokens) == (384, 27, 210)
+
+
+def test_the_released_size():
+    parts = VLM(resolve({"preset": "llava_video_7b"})).abstract()
+    count = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in parts.items()}
+    layer = 4 * 1152 * 1153 + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    assert count["vision"] == 26 * layer + 729 * 1152 + (14 * 14 * 3 + 1) * 1152
+    assert count["projector"] == 1153 * 3584 + 3585 * 3584 + 3584
+    assert count["decoder"] == 7_615_616_512  # Qwen2-7B's
 
 
 @pytest.mark.parametrize(

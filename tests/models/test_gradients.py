@@ -29,6 +29,7 @@ MODELS = {
         "preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}, "vision": {"layers": 2},
         "memory": {"kind": "vismem", "memory_output": "rescaled", "lora": {"dropout": 0.0}},
     },
+    "frames": {"preset": "tiny_llava_video", "memory": None, "decoder": {"layers": 2}, "vision": {"layers": 2}},
 }  # fmt: skip
 
 

@@ -160,7 +160,10 @@ def test_published_sizes():
 
 def test_bad_models_name_the_key():
     for changes, message in (
-        ({"vision": {"kind": "siglip"}}, "config.model.vision.kind must be one of intern_vit, qwen_vit; got 'siglip'"),
+        (
+            {"vision": {"kind": "clip"}},
+            "config.model.vision.kind must be one of intern_vit, qwen_vit, siglip; got 'clip'",
+        ),
         ({"vision": {"full_layers": (3,)}}, r"full_layers must name layers 0 to 2, got \(3,\)"),
         ({"vision": {"window": 7}}, "window must be at least patch_size [*] merge 8, got 7"),
         ({"vision": {"heads": 3}}, "width must be a multiple of 4 [*] heads 3, got 32"),

@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "times. Those in SOURCE/adapters it has anyway",
     )
     parser.add_argument(
+        "--vision",
+        metavar="FOLDER",
+        help="the vision tower, where the checkpoint lacks it (LLaVA-Video: google/siglip-so400m-patch14-384)",
+    )
+    parser.add_argument(
         "--merge",
         metavar="NAME",
         help="write a Hugging Face folder whose weights have this adapter in them (default: adapters lie apart, in "
@@ -93,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         if _is_ours(source):
             if args.experiment is not None or args.overrides:
                 raise ValueError("--config says what to make of a Hugging Face folder; this SOURCE is one of ours")
+            if args.vision:
+                raise ValueError("--vision is read beside a Hugging Face folder; this SOURCE is one of ours")
             if args.adapter:
                 raise ValueError("--adapter is read beside a Hugging Face folder; this SOURCE is one of ours")
             how = dict(dtype=args.dtype, shard_bytes=args.max_shard_size, merge=args.merge)
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             if args.merge:
                 raise ValueError("--merge is for writing a Hugging Face folder; reading one keeps its adapters apart")
             model, image = _wanted(args, source)
-            how = dict(model=model, image=image, adapters=args.adapter, seed=args.seed)
+            how = dict(model=model, image=image, adapters=args.adapter, vision=args.vision, seed=args.seed)
             summary = import_folder(source, args.target, **how, progress=progress)
     print(_describe(summary))
     return 0
@@ -126,7 +133,7 @@ def _wanted(args: argparse.Namespace, source: AnyPath):
     """The model and image config that the line asks for; None for what config.json says."""
     experiment = args.experiment
     if experiment is None and args.overrides:
-        found = released(source)
+        found = released(source, args.vision)
         start = ConfigDict({"model": to_dict(found.model), "image": to_dict(found.image)})
         experiment = override(start, args.overrides)
     if experiment is None:

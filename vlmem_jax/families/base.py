@@ -48,6 +48,8 @@ class Family:
     """The way of naming that adapters follow: that of the modules of today's libraries. None: of the checkpoint."""
     added_tokens: tuple[str, ...] = ()
     """What is added to the tokenizer of a language model that knows no images, in the order of ids."""
+    apart: tuple[str, str] | None = None
+    """Where checkpoints may lack the tower: how the names of its tensors begin there, and in a folder of its own."""
     unread: Callable[[ModelConfig], re.Pattern[str] | None] = lambda model: None
     """Names of tensors that nothing computes with; they are kept for the way back."""
 

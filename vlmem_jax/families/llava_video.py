@@ -116,8 +116,8 @@ def _vision(config: ModelConfig) -> list[Rule]:
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 TEMPLATE = "llava-video"
-TOWERS = {"google/siglip-so400m-patch14-384": dict(image_size=384, patch_size=14, heads=16)}
-"""What the shapes of tensors do not tell of a tower, by its name."""
+TOWERS = {"google/siglip-so400m-patch14-384": dict(image_size=384, patch_size=14, heads=16, layers=26)}
+"""What the shapes of tensors do not tell of a tower, and how many of its layers run, by its name."""
 VISION = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -228,5 +228,6 @@ FAMILY = Family(
     write_files=_files,
     sizes=SIZES,
     added_tokens=(FRAME,),
+    apart=(TOWER, "vision_model."),
     unread=unread,
 )

@@ -22,7 +22,7 @@ from vlmem_jax import families
 from vlmem_jax.checkpoint import find
 from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDER, base_of
 from vlmem_jax.config import build, overlay, to_dict
-from vlmem_jax.families import Released
+from vlmem_jax.families import Family, Released
 from vlmem_jax.hub import library, orbax_io, peft, repos
 from vlmem_jax.hub.fit import BUFFERS, check_fit
 from vlmem_jax.hub.leaves import Extended, Fresh, FromTensors, Held, Leaf, Maker, Started
@@ -74,6 +74,7 @@ def import_folder(
     model: ModelConfig | None = None,
     image: AnyImageConfig | None = None,
     adapters: Sequence[str | os.PathLike] = (),
+    vision: str | os.PathLike | None = None,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
@@ -83,11 +84,11 @@ def import_folder(
     model, image: what to make of it (default: what its config.json says). A model with memory blocks may start from a
     checkpoint without, and one with a larger vocabulary from a smaller one; `seed` is that of what is made new.
     adapters: folders of PEFT, each an adapter of the model by the name of the folder, beside those that lie in
-    SOURCE/adapters. Raises ValueError listing all tensors and keys that do not fit; `target` appears whole or not at
-    all.
+    SOURCE/adapters. vision: the folder of the vision tower, where the checkpoint lacks it. Raises ValueError listing
+    all tensors and keys that do not fit; `target` appears whole or not at all.
     """
     source = _local(source)
-    tensors, content, found = _open(source)
+    tensors, content, found = _open(source, None if vision is None else _local(vision))
     tokenizer = TokenizerFiles.of(source, families.of_config(content).added_tokens)
     if model is None:
         vocab = max(found.model.decoder.vocab, tokenizer.new_size)
@@ -112,7 +113,7 @@ def import_folder(
     return _summary(target, leaves, fresh=fresh, new_rows=new_rows, **more)
 
 
-def _unread(model: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
+def _unread(model: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors that nothing computes with, by name."""
     pattern = families.of_model(model).unread(model)
     return {name: np.array(x) for name, x in tensors.items() if pattern and pattern.match(name)}
@@ -128,7 +129,7 @@ def _kept(root: AnyPath) -> dict[str, np.ndarray]:
         return {name: np.array(x) for name, x in Tensors(here, Path(UNREAD_FILE).stem).items()}
 
 
-def _notes(source: Path, tensors: Tensors, model: ModelConfig) -> tuple[str, ...]:
+def _notes(source: Path, tensors: Mapping[str, np.ndarray], model: ModelConfig) -> tuple[str, ...]:
     notes = []
     kinds = collections.Counter(tensor.dtype.name for tensor in tensors.values())
     if len(kinds) > 1:
@@ -284,11 +285,11 @@ def _assign(rule, tensors: Mapping[str, np.ndarray], slab: np.ndarray, start: in
         rule.view(tensors[rule.names[0]])[start : start + len(slab)] = slab
 
 
-def released(source: str | os.PathLike) -> Released:
-    """What a Hugging Face folder says of its model, with the adapters that lie in it. Raises ValueError naming what is
-    missing or not supported."""
+def released(source: str | os.PathLike, vision: str | os.PathLike | None = None) -> Released:
+    """What a Hugging Face folder says of its model, with the adapters that lie in it; `vision` as in `import_folder`.
+    Raises ValueError naming what is missing or not supported."""
     source = _local(source)
-    found = _open(source)[2]
+    found = _open(source, None if vision is None else _local(vision))[2]
     model, _ = _with_adapters(found.model, peft.beside(source))
     return dataclasses.replace(found, model=model)
 
@@ -305,7 +306,39 @@ def _local(source: str | os.PathLike) -> Path:
     return Path(repos.folder(source))
 
 
-def _open(folder: Path) -> tuple[Tensors, dict, Released]:
+class _Joined(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint, and of its tower's own folder, where those whose names begin with `there` begin with
+    `here`."""
+
+    def __init__(self, tensors: Tensors, tower: Tensors, here: str, there: str):
+        self._tensors, self._tower = tensors, tower
+        self._names = {here + name.removeprefix(there): name for name in tower if name.startswith(there)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tower[self._names[name]] if name in self._names else self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self._tensors), **self._names})
+
+    def __len__(self) -> int:
+        return len({**dict.fromkeys(self._tensors), **self._names})
+
+
+def _with_tower(folder: Path, tensors: Tensors, family: Family, vision: Path | None) -> Mapping[str, np.ndarray]:
+    """The tensors of `folder`, with those of a tower that has a folder of its own."""
+    if family.apart is None:
+        if vision is not None:
+            raise ValueError(f"--vision is for checkpoints that lack their vision tower; {folder} is none")
+        return tensors
+    here, there = family.apart
+    if vision is not None:
+        return _Joined(tensors, Tensors(vision), here, there)
+    if not any(name.startswith(here) for name in tensors):
+        raise ValueError(f"{folder} lacks its vision tower; convert it with --vision FOLDER, the tower's own folder")
+    return tensors
+
+
+def _open(folder: Path, vision: Path | None = None) -> tuple[Mapping[str, np.ndarray], dict, Released]:
     if not folder.is_dir():
         raise ValueError(f"a checkpoint is a folder; there is no folder {folder}")
     if not (folder / CONFIG_FILE).is_file():
@@ -315,15 +348,24 @@ def _open(folder: Path) -> tuple[Tensors, dict, Released]:
             )
         raise ValueError(f"{folder} has no {CONFIG_FILE}; a folder in the Hugging Face layout must hold it")
     content = read_json(folder / CONFIG_FILE)
-    tensors = Tensors(folder)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE) or _newer_preprocessor(folder)
+    with _told_of(folder / CONFIG_FILE):
+        family = families.of_config(content)
+    tensors = _with_tower(folder, Tensors(folder), family, vision)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    with _told_of(folder / CONFIG_FILE):
+        return tensors, content, family.read_config(content, shapes, preprocessor)
+
+
+@contextlib.contextmanager
+def _told_of(file: Path) -> Iterator[None]:
+    """Makes what a config raises a ValueError that names the file."""
     try:
-        return tensors, content, families.of_config(content).read_config(content, shapes, preprocessor)
+        yield
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than the key has, such as null
-        raise ValueError(f"{folder / CONFIG_FILE} holds what no such config does: {error}") from error
+        raise ValueError(f"{file} holds what no such config does: {error}") from error
 
 
 def _newer_preprocessor(folder: Path) -> dict[str, Any] | None:
@@ -335,7 +377,12 @@ def _newer_preprocessor(folder: Path) -> dict[str, Any] | None:
 
 
 def _leaves(
-    vlm: VLM, tensors: Tensors, released: ModelConfig, adapters: Mapping[str, Leaf], seed: int, source: Path
+    vlm: VLM,
+    tensors: Mapping[str, np.ndarray],
+    released: ModelConfig,
+    adapters: Mapping[str, Leaf],
+    seed: int,
+    source: Path,
 ) -> tuple[dict[str, Leaf], tuple[str, ...], int]:
     """path -> leaf; the paths that are made new; and how many vocabulary rows are."""
     config = vlm.config

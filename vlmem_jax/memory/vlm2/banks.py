@@ -1,0 +1,200 @@
+"""Two banks of frames (VLM^2 sec. 3.3, algorithm 1): the newest as they were seen, and episodes that are kept for good.
+
+A frame reads both before it is written to both. Keys and values of what is kept are computed once, when it is written.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from vlmem_jax.memory.vlm2.config import VLM2Config
+from vlmem_jax.memory.vlm2.represent import split_heads, zero_started
+from vlmem_jax.nn.attention import attend
+from vlmem_jax.nn.linear import Linear
+from vlmem_jax.nn.mlp import GeluMLP
+from vlmem_jax.trees import State, axes
+
+EMPTY = -1
+"""Time of a slot that holds nothing."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bank(State):
+    """What is read of L frames."""
+
+    k_BLNHC: Float[Array, "B L N H C"] = axes("batch", "slots", None, "heads", "head_dim")
+    v_BLNHC: Float[Array, "B L N H C"] = axes("batch", "slots", None, "heads", "head_dim")
+    time_BL: Int32[Array, "B L"] = axes("batch", "slots")
+    """When the frame was taken, counted from 0; EMPTY: the slot holds none."""
+
+    @property
+    def filled_BL(self) -> Bool[Array, "B L"]:
+        return self.time_BL > EMPTY
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Banks(State):
+    """Both banks, and the frames of the episodes themselves. Filled slots of the episodes are the first ones."""
+
+    working: Bank
+    episodes: Bank
+    frames_BLND: Float[Array, "B L N D"] = axes("batch", "slots", None, None)
+    means_BLD: Float[Array, "B L D"] = axes("batch", "slots", None)
+    """Of the tokens of each, fp32: what the choice of a slot depends on is rounded nowhere."""
+    count_B: Int32[Array, "B"] = axes("batch")
+    """Frames taken."""
+
+
+class Recall(nnx.Module):
+    """Attention of a frame's patches to all patches of a bank."""
+
+    def __init__(self, config: VLM2Config, width: int, *, rngs: nnx.Rngs):
+        heads, self.residual = split_heads(config, width), config.residual
+        self.q, self.k, self.v = (Linear({"embed": width}, heads, bias=True, rngs=rngs) for _ in range(3))
+        self.o = zero_started(Linear(heads, {"embed": width}, bias=True, rngs=rngs))
+
+    def __call__(self, x_BND: Float[Array, "B N D"], bank: Bank) -> Float[Array, "B N D"]:
+        """What is read, with the frame or alone; the frame itself where the bank is empty (eq. 5)."""
+        B, L, N, *heads = bank.k_BLNHC.shape
+        allowed_BTS = jnp.repeat(bank.filled_BL, N, axis=1)[:, None]
+        keys, values = (x.reshape(B, L * N, *heads) for x in (bank.k_BLNHC, bank.v_BLNHC))
+        q_BNHC = self.q(x_BND)
+        allowed_BTS = jnp.broadcast_to(allowed_BTS, (B, q_BNHC.shape[1], L * N))
+        read_BND = self.o(attend(q_BNHC, keys, values, allowed_BTS))
+        read_BND = x_BND + read_BND if self.residual else read_BND
+        return jnp.where(bank.filled_BL.any(-1)[:, None, None], read_BND, x_BND)
+
+
+class DualMemory(nnx.Module):
+    """Working memory, episodes, and the gate between what is read of the two."""
+
+    def __init__(self, config: VLM2Config, width: int, *, rngs: nnx.Rngs):
+        self.config, self.width = config, width
+        self.mem_w, self.mem_e = (Recall(config, width, rngs=rngs) for _ in range(2))
+        outputs = width if config.gamma == "channel" else 1
+        self.gamma = GeluMLP(2 * width, config.gamma_width or width, outputs, rngs=rngs)
+
+    def begin(self, rows: int, patches: int, dtype: jax.typing.DTypeLike) -> Banks:
+        """Banks that hold nothing."""
+        config, heads = self.config, self.mem_w.q.bias.shape
+
+        def bank(slots: int) -> Bank:
+            keys = jnp.zeros((rows, slots, patches, *heads), dtype)
+            return Bank(keys, keys, jnp.full((rows, slots), EMPTY, jnp.int32))
+
+        frames = jnp.zeros((rows, config.episodic, patches, self.width), dtype)
+        means = jnp.zeros((rows, config.episodic, self.width), jnp.float32)
+        return Banks(bank(config.working), bank(config.episodic), frames, means, jnp.zeros(rows, jnp.int32))
+
+    def take(
+        self, banks: Banks, x_BND: Float[Array, "B N D"], valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
+    ) -> tuple[Float[Array, "B N D"], Banks]:
+        """M of the next frame H of each row, and the banks after it. Where it is not `valid`, nothing is taken, and the
+        frame comes out as it is; where it is `fresh`, what was before is forgotten."""
+        banks = forgotten(banks, fresh_B)
+        read_w_BND, read_e_BND = self.mem_w(x_BND, banks.working), self.mem_e(x_BND, banks.episodes)
+        mixed_BND = self.mix(read_w_BND, read_e_BND)
+        seen_BND = jnp.where(valid_B[:, None, None], mixed_BND, x_BND)
+        kept, made = (x_BND, seen_BND) if self.config.bptt else map(jax.lax.stop_gradient, (x_BND, seen_BND))
+        now_B = jnp.where(valid_B, banks.count_B, EMPTY)
+        working = banks.working
+        if self.config.working:
+            slot_B = now_B % self.config.working
+            working = self._written(self.mem_w, working, kept, slot_B, now_B)
+        episodes, frames_BLND, means_BLD = banks.episodes, banks.frames_BLND, banks.means_BLD
+        if self.config.episodic:
+            mean_BD = made.astype(jnp.float32).mean(1)
+            slot_B = self.slot(banks, made, mean_BD)
+            episodes = self._written(self.mem_e, episodes, made, slot_B, now_B)
+            frames_BLND = put(frames_BLND, slot_B, made, valid_B)
+            means_BLD = put(means_BLD, slot_B, mean_BD, valid_B)
+        return seen_BND, Banks(working, episodes, frames_BLND, means_BLD, banks.count_B + valid_B)
+
+    def mix(self, read_w_BND: Float[Array, "B N D"], read_e_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """M of what was read of the two banks (eq. 6-7)."""
+        gamma = self.gate(read_w_BND, read_e_BND)
+        both = (gamma * read_w_BND.astype(jnp.float32), (1 - gamma) * read_e_BND.astype(jnp.float32))
+        return sum(both).astype(read_w_BND.dtype)
+
+    def gate(self, read_w_BND: Float[Array, "B N D"], read_e_BND: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+        """Share of the working memory, fp32."""
+        return jax.nn.sigmoid(self.gamma(jnp.concatenate([read_w_BND, read_e_BND], axis=-1)).astype(jnp.float32))
+
+    def slot(self, banks: Banks, made_BND: Float[Array, "B N D"], mean_BD: Float[Array, "B D"]) -> Int32[Array, "B"]:
+        """Of the episodes, the slot that a new frame goes to: a free one, or that of the frame it replaces (eq. 8)."""
+        filled_BL, L = banks.episodes.filled_BL, self.config.episodic
+        alike_BL = jnp.where(filled_BL, self.alike(banks, made_BND, mean_BD), -jnp.inf)
+        replaced_B = alike_BL.argmax(-1)
+        if self.config.write == "pair" and L > 1:
+            pairs_BLL = cosine(banks.means_BLD[:, :, None], banks.means_BLD[:, None])
+            apart_LL = jnp.tril(jnp.ones((L, L), bool))
+            best_B = jnp.where(apart_LL, -jnp.inf, pairs_BLL).reshape(len(filled_BL), -1).argmax(-1)
+            one_B, other_B = best_B // L, best_B % L
+            at = jnp.arange(len(best_B))
+            older_B = jnp.where(banks.episodes.time_BL[at, one_B] < banks.episodes.time_BL[at, other_B], one_B, other_B)
+            replaced_B = jnp.where(pairs_BLL[at, one_B, other_B] > alike_BL.max(-1), older_B, replaced_B)
+        return jnp.where(filled_BL.all(-1), replaced_B, filled_BL.sum(-1)).astype(jnp.int32)
+
+    def alike(self, banks: Banks, made_BND: Float[Array, "B N D"], mean_BD: Float[Array, "B D"]) -> Float[Array, "B L"]:
+        """Cosine of a new frame with each of the episodes, fp32."""
+        if self.config.similarity == "pooled":
+            return cosine(banks.means_BLD, mean_BD[:, None])
+        flat_BLX = banks.frames_BLND.astype(jnp.float32).reshape(*banks.frames_BLND.shape[:2], -1)
+        return cosine(flat_BLX, made_BND.astype(jnp.float32).reshape(len(made_BND), 1, -1))
+
+    def readout(self, banks: Banks) -> tuple[Float[Array, "B L N D"], Int32[Array, "B L"]]:
+        """The frames of the episodes, oldest first, and when each was taken; empty slots, of time EMPTY, are last."""
+        time_BL = banks.episodes.time_BL
+        order_BL = jnp.argsort(jnp.where(time_BL > EMPTY, time_BL, jnp.iinfo(jnp.int32).max), axis=-1)
+        frames_BLND = jnp.take_along_axis(banks.frames_BLND, order_BL[..., None, None], axis=1)
+        return frames_BLND, jnp.take_along_axis(time_BL, order_BL, axis=1)
+
+    def _written(
+        self, recall: Recall, bank: Bank, x_BND: Float[Array, "B N D"], slot_B: Int32[Array, "B"], now_B: Array
+    ) -> Bank:
+        """The bank with a frame in a slot of each row; `now` EMPTY: none."""
+        valid_B = now_B > EMPTY
+        keys, values = recall.k(x_BND), recall.v(x_BND)
+        return Bank(
+            put(bank.k_BLNHC, slot_B, keys, valid_B),
+            put(bank.v_BLNHC, slot_B, values, valid_B),
+            put(bank.time_BL, slot_B, now_B, valid_B),
+        )
+
+
+def forgotten(banks: Banks, fresh_B: Bool[Array, "B"]) -> Banks:
+    """Banks that hold nothing in `fresh` rows; what lies in an empty slot means nothing."""
+
+    def empty(bank: Bank) -> Bank:
+        return dataclasses.replace(bank, time_BL=jnp.where(fresh_B[:, None], EMPTY, bank.time_BL))
+
+    return dataclasses.replace(
+        banks,
+        working=empty(banks.working),
+        episodes=empty(banks.episodes),
+        count_B=jnp.where(fresh_B, 0, banks.count_B),
+    )
+
+
+def put(
+    bank: Float[Array, "B L ..."] | Int32[Array, "B L"], slot_B: Int32[Array, "B"], x: Array, valid_B: Bool[Array, "B"]
+) -> Array:
+    """`x` in a slot of each row, where it is valid."""
+    slot_B = jnp.where(valid_B, slot_B, bank.shape[1])
+
+    @jax.vmap  # a scatter whose indices name rows would gather the banks of all devices
+    def one(bank_L: Array, slot: Array, x: Array) -> Array:
+        return bank_L.at[slot].set(x.astype(bank_L.dtype), mode="drop")
+
+    return one(bank, slot_B, x)
+
+
+def cosine(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """Of the last axes."""
+    sizes = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return (x * y).sum(-1) / (sizes + 1e-12)
