@@ -81,6 +81,16 @@ def section(
     ]
 
 
+def own_tensors(name: str, leaves: Mapping[str, Any]) -> list[Rule]:
+    """Rules of a memory whose tensors nobody has named: `NAME.` and our path, a tensor a leaf, layers stacked."""
+    found = []
+    for path, leaf in leaves.items():
+        axes = "abcdefgh"[: len(leaf.shape)]
+        pattern, sizes = " ".join(axes), dict(zip(axes, leaf.shape, strict=True))
+        found.append(Rule(f"memory/{path}", (f"{name}.{path.replace('/', '.')}",), f"{pattern} -> {pattern}", sizes))
+    return found
+
+
 def _groups(axes: str) -> list[list[str]]:
     return [(joined or single).split() for joined, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
 

@@ -156,6 +156,8 @@ class Views:
     pool_BM: Int32[Array, "... B M"] | None = None
     """Which of the row's M means each visual token is part of; -1 for padding. None: the tokens themselves stand in the
     sequence."""
+    geometry: Geometry | None = None
+    """Of each tile [B, I, N, ...], where a memory reads it."""
     places: int = dataclasses.field(default=1, metadata=dict(static=True))
     """So many places of visual tokens make a rotary position: positions_BM counts places, from 0 in each position."""
 

@@ -42,7 +42,7 @@ def gist():
 
 def test_the_line_is_that_of_the_package_and_one_name_more():
     [line] = [line for line in Path(memory.__file__).read_text().splitlines() if line.startswith("MEMORIES")]
-    assert FILES["vlmem_jax/memory/__init__.py"].strip() == line.replace("VisMem)", "VisMem, Gist)")
+    assert FILES["vlmem_jax/memory/__init__.py"].strip() == line.replace("VLM2)", "VLM2, Gist)")
 
 
 @pytest.fixture(scope="module")
@@ -138,5 +138,5 @@ def test_a_fresh_memory_changes_nothing_and_an_open_one_does(model):
 
 
 def test_an_unknown_memory_is_named_with_those_there_are(gist):
-    with pytest.raises(ValueError, match="memory.kind must be one of comemo, vismem, gist; got 'gits'"):
+    with pytest.raises(ValueError, match="memory.kind must be one of comemo, vismem, vlm2, gist; got 'gits'"):
         resolve({"preset": "tiny", "memory": "gits"})

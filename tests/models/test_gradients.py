@@ -12,7 +12,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten
-from vlmem_jax.types import Batch, FormationInputs
+from vlmem_jax.types import Batch, FormationInputs, Geometry
 
 ROWS, TOKENS, TILES, TIMES = 8, 256, 8, 2
 COMMON = 7
@@ -29,7 +29,7 @@ MODELS = {
         "preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}, "vision": {"layers": 2},
         "memory": {"kind": "vismem", "memory_output": "rescaled", "lora": {"dropout": 0.0}},
     },
-    "frames": {"preset": "tiny_llava_video", "memory": None, "decoder": {"layers": 2}, "vision": {"layers": 2}},
+    "vlm2": {"preset": "tiny_llava_video", "memory": "vlm2", "decoder": {"layers": 2}, "vision": {"layers": 2}},
 }  # fmt: skip
 
 
@@ -70,6 +70,10 @@ def batch(vlm: VLM) -> Batch:
         b.views.pool_BM[:] = np.arange(M) // POOLED
         slots = np.where(slots < M, slots // POOLED, slots)
         b.views.layout_BI4[:] = np.stack([1 + I // 4 * 4, np.ones_like(I), I // 4, I % 4], axis=-1)
+    memory = vlm.config.memory
+    if getattr(memory, "geometry_width", 0):
+        N, widths = vlm.config.vision.grid**2, (memory.geometry_width, memory.view_width, 3)
+        b = b.replace(geometry=Geometry(*(rng.normal(size=(ROWS, TILES, N, w)).astype(np.float32) for w in widths)))
     b = b.replace(
         tokens_BT=tokens, targets_BT=np.roll(tokens, -1, 1), weights_BT=b.text.weights_BT + 1, positions_BT=positions,
         segments_BT=b.text.segments_BT + 1, visual_index_BT=slots, segments_BM=b.views.segments_BM + 1, formation=heard,

@@ -55,7 +55,10 @@ SIZES: dict[str, dict[str, Any]] = {
         vision=dict(width=32, layers=2, heads=4, mlp_width=64, image_size=28, patch_size=7),
         decoder=dict(vocab=128, width=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp_width=96),
         memory="comemo",
-        memories=dict(comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80)),
+        memories=dict(
+            comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
+            vlm2=dict(working=2, episodic=3, heads=4, geometry_width=12, view_width=6),
+        ),
         compute_dtype="float32",
     ),
 }  # fmt: skip

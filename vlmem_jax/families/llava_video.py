@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         memories=dict(
             comemo=dict(every=2, heads=4, head_dim=16, mlp_width=80),
+            vlm2=dict(working=2, episodic=3, heads=4, geometry_width=12, view_width=6),
             vismem=dict(
                 query_len=4, short_len=3, long_len=5, query_builder=dict(layers=1, heads=4, ff_mult=2),
                 tiny=dict(layers=2, heads=2, ff_mult=3), lora=dict(rank=4, alpha=8.0),

@@ -7,8 +7,10 @@ from vlmem_jax.config import build_kind
 from vlmem_jax.memory.base import (
     Attend,
     Decode,
+    Frame,
     Memory,
     MemoryConfig,
+    See,
     Speak,
     Speech,
     ThroughTower,
@@ -16,8 +18,9 @@ from vlmem_jax.memory.base import (
 )
 from vlmem_jax.memory.comemo import CoMemo, CoMemoConfig
 from vlmem_jax.memory.vismem import VisMem, VisMemConfig
+from vlmem_jax.memory.vlm2 import VLM2, VLM2Config
 
-MEMORIES: dict[str, type[Memory]] = {memory.config_type.kind: memory for memory in (CoMemo, VisMem)}
+MEMORIES: dict[str, type[Memory]] = {memory.config_type.kind: memory for memory in (CoMemo, VisMem, VLM2)}
 """By `model.memory.kind`."""
 
 __all__ = [
@@ -26,12 +29,16 @@ __all__ = [
     "CoMemo",
     "CoMemoConfig",
     "Decode",
+    "Frame",
     "Memory",
     "MemoryConfig",
+    "See",
     "Speak",
     "Speech",
     "ThroughTower",
     "TokenStart",
+    "VLM2",
+    "VLM2Config",
     "VisMem",
     "VisMemConfig",
     "memory_config",

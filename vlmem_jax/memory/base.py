@@ -1,5 +1,6 @@
 """What a memory is to a model: a module that meets it at doors, and the one state that it carries while decoding.
 
+    SEE      `take`: what the model sees of a frame, by those before it; between tower and projector
     ATTEND   `attend`: blocks in the decoder that read all visual tokens
     SPEAK    `form`: latent tokens between those of an answer, wherever the model calls for them
 
@@ -16,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Int64
+from jaxtyping import Array, Bool, Float, Int32, Int64
 
 from vlmem_jax.decoder import DecoderConfig, Tap
 from vlmem_jax.nn.lora import Adapters
 from vlmem_jax.records import Rule
 from vlmem_jax.trees import Flat, State
-from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
+from vlmem_jax.types import FormationInputs, Geometry, Patches, Text, VisualTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Memory(nnx.Module):
         return 0, 0
 
     @classmethod
+    def frame_flops(cls, config: Any, vision: Any, frames: Count) -> tuple[Count, Count]:
+        """Forward FLOPs at the door SEE of samples of so many frames: in weights, and in attention."""
+        return 0, 0
+
+    @classmethod
     def formation_flops(cls, config: Any, decoder: DecoderConfig, states: int, trained: Collection[str]) -> int:
         """FLOPs of forming one memory from `states` states, and of the gradient where it is trained; `trained` are
         paths in the memory."""
@@ -128,6 +134,31 @@ class Memory(nnx.Module):
     def metrics(self) -> dict[str, jax.Array]:
         """Scalars worth a curve, by name."""
         return {}
+
+
+class Frame(NamedTuple):
+    """A frame of each of several streams."""
+
+    x_BND: Float[Array, "B N D"]
+    """The features of its patches."""
+    geometry: Geometry | None = None
+
+
+@runtime_checkable
+class See(Protocol):
+    """The door SEE. A clip is its frames one after the other, in training and from a camera alike."""
+
+    def begin(self, rows: int, dtype: jax.typing.DTypeLike) -> State:
+        """What is kept of streams of which nothing was seen yet."""
+
+    def take(
+        self, state: State, frame: Frame, valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
+    ) -> tuple[Float[Array, "B N D"], State]:
+        """What the model sees of the next frame of each row, and the state after it. A row whose frame is not `valid`
+        stays as it is, and the frame comes out as it came; a `fresh` row forgets what was before."""
+
+    def readout(self, state: State) -> tuple[Float[Array, "B L N D"], Int32[Array, "B L"]]:
+        """What is kept for answers, oldest first, and when each was taken; -1, after the others: there is none."""
 
 
 @runtime_checkable

@@ -63,8 +63,10 @@ def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int
 def memory_flops(config: ModelConfig, tokens: Count, tiles: Count) -> tuple[Count, Count]:
     """Forward FLOPs of the memory for a sample: in weights, and in attention. A memory that speaks works between
     tokens: see `formation_flops`."""
-    visual = tiles * config.vision.tile.tokens
-    return memory_of(config.memory).flops(config.memory, config.decoder, tokens, visual)
+    memory, visual = memory_of(config.memory), tiles * config.vision.tile.tokens
+    beside = memory.flops(config.memory, config.decoder, tokens, visual)
+    before = memory.frame_flops(config.memory, config.vision, tiles)
+    return beside[0] + before[0], beside[1] + before[1]
 
 
 def formation_flops(config: ModelConfig, states: int, trained: Collection[str]) -> int:

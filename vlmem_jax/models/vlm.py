@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from vlmem_jax.decoder import Decoder, Tap
-from vlmem_jax.memory import Attend, Decode, Memory, Speak, Speech, ThroughTower, TokenStart, memory_of
+from vlmem_jax.memory import Attend, Decode, Frame, Memory, See, Speak, Speech, ThroughTower, TokenStart, memory_of
 from vlmem_jax.models.adapters import chosen_adapters, make_adapters
 from vlmem_jax.models.config import ModelConfig
+from vlmem_jax.models.looking import in_turn
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.lora import Adapters
@@ -198,12 +199,10 @@ class VLM:
         if not views.pixels_BISSc.shape[1]:
             return None
         modules = self._merge(params)
-        c, policy, layout_BI4 = self.config.vision, self.config.vision_remat or self.config.remat, views.layout_BI4
+        policy, layout_BI4 = self.config.vision_remat or self.config.remat, views.layout_BI4
         pixels_BISSc = views.pixels_BISSc
         B, I, *tile = pixels_BISSc.shape
-        if pixels_BISSc.dtype == jnp.uint8:
-            pixels_BISSc = normalise(pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
-        pixels_BISSc = pixels_BISSc.astype(self.dtype)
+        pixels_BISSc = self._normalised(pixels_BISSc)
         first, kept = modules.memory.vision_layer if modules.memory else None, None
         if layout_BI4 is None and adapter_B is not None:
             adapter_B = jnp.repeat(adapter_B, I)  # of each tile
@@ -216,11 +215,58 @@ class VLM:
         else:
             tiles = constrain(pixels_BISSc.reshape(B * I, *tile), "parts", None, None, None)
             features = modules.vision(tiles, drop_path_key=key, lora=lora, remat_policy=policy)
+            if isinstance(modules.memory, See):
+                frames_BIND = features.reshape(B, I, *features.shape[1:])
+                segments_BI = views.segments_BM[:, :: self.tokens_per_tile]
+                frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, views.geometry)
+                features = frames_BIND.reshape(features.shape)
         tokens_BMD = modules.projector(features).reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
         means_BMD = None if views.pool_BM is None else means(tokens_BMD, views.pool_BM)
         return VisualTokens(
             tokens_BMD, views.positions_BM, views.segments_BM, kept=kept, means_BMD=means_BMD, places=views.places
+        )
+
+    def _normalised(self, pixels: Array) -> Float[Array, "..."]:
+        """Pixels as the tower takes them: uint8 is normalised, floats already are."""
+        c = self.config.vision
+        if pixels.dtype == jnp.uint8:
+            pixels = normalise(pixels, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
+        return pixels.astype(self.dtype)
+
+    # --- see, frame by frame ------------------------------------------------------------------------------------------
+
+    def watch(self, params: Params, rows: int) -> State:
+        """What is kept of `rows` streams of which nothing was seen yet. Raises ValueError for a memory that is not at
+        the door SEE."""
+        memory = self._merge(params).memory
+        if not isinstance(memory, See):
+            raise ValueError(
+                f"a stream of frames needs a memory that keeps them; model.memory is {self.config.memory_kind}"
+            )
+        return memory.begin(rows, self.dtype)
+
+    def look(self, params: Params, state: State, views: Views, fresh_B: Bool[Array, "B"] | None = None) -> State:
+        """Takes the next frame of each stream, I = 1; padding leaves a stream as it is, `fresh` ones begin anew.
+
+        The same function of the memory as in training, where `see` takes the frames of a clip one after the other.
+        """
+        modules = self._merge(params)
+        x_BND = modules.vision(self._normalised(views.pixels_BISSc[:, 0]))
+        geometry = None if views.geometry is None else jax.tree.map(lambda x: x[:, 0], views.geometry)
+        valid_B = views.segments_BM[:, 0] > 0
+        fresh_B = jnp.zeros_like(valid_B) if fresh_B is None else fresh_B
+        return modules.memory.take(state, Frame(x_BND, geometry), valid_B, fresh_B)[1]
+
+    def recollect(self, params: Params, state: State) -> VisualTokens:
+        """The visual tokens of what is kept of each stream, oldest first, for any number of questions."""
+        modules, P = self._merge(params), self.tokens_per_tile
+        frames_BLND, time_BL = modules.memory.readout(state)
+        B, L = time_BL.shape
+        tokens = modules.projector(frames_BLND.reshape(B * L, *frames_BLND.shape[2:]))
+        positions_BM = jnp.broadcast_to(jnp.arange(L * P, dtype=jnp.int32), (B, L * P))
+        return VisualTokens(
+            tokens.reshape(B, L * P, -1), positions_BM, jnp.repeat(time_BL >= 0, P, 1).astype(jnp.int32)
         )
 
     # --- read ---------------------------------------------------------------------------------------------------------

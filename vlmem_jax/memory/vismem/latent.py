@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Int32
 from vlmem_jax.config import to_dict
 from vlmem_jax.decoder import DecoderConfig
 from vlmem_jax.memory.base import Decode, Memory, Speech, ThroughTower, TokenStart
-from vlmem_jax.memory.vismem import released
 from vlmem_jax.memory.vismem.config import VisMemConfig
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.embedding import look_up
@@ -26,7 +25,7 @@ from vlmem_jax.nn.encoder import Encoder
 from vlmem_jax.nn.linear import Linear, ones, param, spread
 from vlmem_jax.nn.lora import Adapters, LoRA, LoRAConfig
 from vlmem_jax.nn.stack import stack
-from vlmem_jax.records import Rule
+from vlmem_jax.records import Rule, own_tensors
 from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.trees import Flat, State, axes
 from vlmem_jax.types import FormationInputs, Patches, Text, VisualTokens
@@ -34,6 +33,8 @@ from vlmem_jax.vision import QwenViTConfig
 
 TOKENS = "<ms_I>", "<ms_E>", "<ml_I>", "<ml_E>"
 """Invoke and end, short and long."""
+KEY = "vismem_config"
+"""Of config.json; what stands there are our own keys. Nobody has published a checkpoint."""
 ROWS_NOISE = 1e-3
 """Standard deviation of what the rows of special tokens start apart by."""
 ATTENTION_BLOCK = 128
@@ -198,15 +199,15 @@ class VisMem(Memory):
 
     @classmethod
     def tensors(cls, config: VisMemConfig, decoder: DecoderConfig, leaves: Flat, layer: str) -> list[Rule]:
-        return released.tensors(leaves)
+        return own_tensors("vismem", leaves)
 
     @classmethod
     def read_config(cls, content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-        return content.get(released.KEY)
+        return content.get(KEY)
 
     @classmethod
     def write_config(cls, config: VisMemConfig, decoder: DecoderConfig) -> dict[str, Any]:
-        return {released.KEY: to_dict(config)}
+        return {KEY: to_dict(config)}
 
     # --- the tokens ---------------------------------------------------------------------------------------------------
 

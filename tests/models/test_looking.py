@@ -1,0 +1,229 @@
+"""The door SEE: a clip in a scan is its frames one after the other, and nothing of it is in a model without."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import drawn
+from vlmem_jax.families import resolve
+from vlmem_jax.memory import Frame
+from vlmem_jax.memory.vlm2 import VLM2, VLM2Config
+from vlmem_jax.memory.vlm2.banks import DualMemory
+from vlmem_jax.models import VLM, looking, vlm
+from vlmem_jax.models.flops import memory_flops
+from vlmem_jax.types import Batch, Geometry
+
+CLOSE = dict(atol=2e-5, rtol=1e-4)
+FRAMES = 7
+
+
+@pytest.fixture(scope="module", params=["tiny_llava_video", "tiny"])
+def model(request):
+    keys = {"preset": request.param, "memory": "vlm2", "decoder": {"layers": 2}, "vision": {"layers": 1}}
+    made = VLM(resolve(keys))
+    return made, drawn.params(made, 1)
+
+
+def views(model, segments):
+    """Random frames, with geometry, of rows whose tiles belong to `segments`."""
+    rng, tile, memory = np.random.default_rng(0), model.tile, model.config.memory
+    B, I = np.shape(segments)
+    N, widths = model.config.vision.grid**2, (memory.geometry_width, memory.view_width, 3)
+    empty = Batch.empty((B,), 8, I, tile).views
+    made = dataclasses.replace(
+        empty,
+        pixels_BISSc=rng.integers(0, 256, empty.pixels_BISSc.shape, np.uint8),
+        segments_BM=np.repeat(np.array(segments, np.int32), tile.tokens, axis=1),
+        geometry=Geometry(*(rng.normal(size=(B, I, N, width)).astype(np.float32) for width in widths)),
+    )
+    return jax.tree.map(jnp.asarray, made)
+
+
+def part(seen, rows, tiles):
+    """Some tiles of some rows of views."""
+    P = seen.segments_BM.shape[1] // seen.pixels_BISSc.shape[1]
+    wide = {name: getattr(seen, name).reshape(len(seen.pixels_BISSc), -1, P)[rows, tiles].reshape(len(rows), -1)
+            for name in ("segments_BM", "positions_BM")}  # fmt: skip
+    cut = dict(pixels_BISSc=seen.pixels_BISSc[rows, tiles])
+    return dataclasses.replace(seen, **wide, **cut, geometry=jax.tree.map(lambda x: x[rows, tiles], seen.geometry))
+
+
+def rows_and(tiles):
+    return np.zeros((1, 1), int), np.array([tiles])
+
+
+@pytest.fixture(scope="module")
+def see(model):
+    return jax.jit(model[0].see)
+
+
+def test_a_clip_is_its_frames_one_after_the_other(model, see):
+    """Training scans the function that a stream calls; the frames of few are all kept."""
+    made, params = model
+    count = made.config.memory.episodic
+    seen = views(made, [[1] * count])
+    state, look = made.watch(params, 1), jax.jit(made.look)
+    for n in range(count):
+        state = look(params, state, part(seen, *rows_and([n])))
+    kept = made.recollect(params, state)
+    np.testing.assert_allclose(kept.tokens_BMD, see(params, seen).tokens_BMD, **CLOSE)
+    assert (np.asarray(kept.segments_BM) == 1).all()
+
+
+def test_a_sample_of_a_row_is_that_sample_alone_and_padding_is_left_alone(model, see):
+    made, params = model
+    P = made.tokens_per_tile
+    together = see(params, seen := views(made, [[1, 1, 1, 0, 2, 2, 0]])).tokens_BMD.reshape(1, FRAMES, P, -1)
+    for tiles in ([0, 1, 2], [4, 5]):
+        alone = see(params, part(seen, *rows_and(tiles))).tokens_BMD.reshape(1, len(tiles), P, -1)
+        np.testing.assert_allclose(together[:, tiles], alone, **CLOSE)
+
+
+def test_a_row_is_that_row_alone_and_a_fresh_stream_a_new_one(model):
+    made, params = model
+    seen = views(made, [[1] * 4, [1] * 4])
+    look = jax.jit(made.look)
+    both, one = made.watch(params, 2), made.watch(params, 1)
+    for n in range(4):
+        both = look(params, both, part(seen, np.arange(2)[:, None], np.full((2, 1), n)), jnp.array([n == 2, False]))
+        if n >= 2:
+            one = look(params, one, part(seen, *rows_and([n])))
+    kept, alone = made.recollect(params, both), made.recollect(params, one)
+    there = np.asarray(alone.segments_BM[0]) > 0
+    np.testing.assert_array_equal(np.asarray(kept.segments_BM[0]) > 0, there)
+    np.testing.assert_allclose(kept.tokens_BMD[0][there], alone.tokens_BMD[0][there], **CLOSE)
+
+
+def test_stretches_that_are_made_again_have_the_gradient_of_a_scan_that_stores_all(model):
+    made, params = model
+    memory = made._merge(params).memory
+    draw = np.random.default_rng(1).normal
+    frames = jnp.asarray(draw(size=(1, FRAMES, memory.patches, memory.width)), jnp.float32)
+    segments = jnp.array([[1, 1, 1, 1, 1, 2, 2]])
+    geometry, yes = views(made, [[1] * FRAMES]).geometry, jnp.ones(1, bool)
+
+    def plainly(frames):
+        state, found = memory.begin(1, jnp.float32), []
+        for n in range(FRAMES):
+            one = Frame(frames[:, n], jax.tree.map(lambda x, n=n: x[:, n], geometry))
+            seen, state = memory.take(state, one, yes, jnp.array([n == 5]))
+            found.append(seen)
+        return jnp.stack(found, axis=1)
+
+    def in_stretches(frames):
+        return looking.in_turn(memory, frames, segments, geometry)
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(lambda x, f=f: (f(x) ** 2).sum()))(frames) for f in (in_stretches, plainly)
+    )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-3, rtol=1e-3)
+
+
+def test_it_starts_as_the_model_without(model):
+    made, _ = model
+    fresh = made.fresh(jax.random.key(0))
+    plain = VLM(dataclasses.replace(made.config, memory=None))
+    seen = views(made, [[1] * 3])
+    without = {name: leaf for name, leaf in fresh.items() if name != "memory"}
+    np.testing.assert_allclose(made.see(fresh, seen).tokens_BMD, plain.see(without, seen).tokens_BMD, **CLOSE)
+
+
+def test_nothing_of_it_is_in_a_model_without(model, monkeypatch):
+    made, params = model
+    plain = VLM(dataclasses.replace(made.config, memory=None))
+    without, seen = {name: leaf for name, leaf in params.items() if name != "memory"}, views(made, [[1] * 3])
+    monkeypatch.setattr(vlm, "in_turn", lambda *_: pytest.fail("the door was asked"))
+    jaxpr = str(jax.make_jaxpr(plain.see)(without, seen))
+    assert jaxpr.count("scan") == 1  # the layers of the tower
+    with pytest.raises(ValueError, match="needs a memory that keeps them; model.memory is none"):
+        plain.watch(without, 1)
+
+
+def test_geometry_that_is_missing_and_towers_that_do_not_fit_are_named(model):
+    made, params = model
+    with pytest.raises(ValueError, match="memory.geometry_width is 12, but frames come without geometry"):
+        made.see(params, dataclasses.replace(views(made, [[1] * 2]), geometry=None))
+    with pytest.raises(ValueError, match="keeps frames that the tower sees each on its own"):
+        VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vlm2"})).abstract()
+    with pytest.raises(ValueError, match="heads must divide the width of the tower 32, got 5"):
+        VLM(resolve({"preset": "tiny_llava_video", "memory": {"kind": "vlm2", "heads": 5}})).abstract()
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def kept_by(write, similarity, means, size):
+    """Frame numbers that episodes of `size` keep of frames with these means, by lists: delete and append."""
+    bank = []
+    for n in range(len(means)):
+        if len(bank) == size:
+            cos = lambda i, j: means[i] @ means[j] / (np.linalg.norm(means[i]) * np.linalg.norm(means[j]) + 1e-12)  # noqa: E731 - a formula
+            if write == "paper":
+                gone = max(bank, key=lambda i: (cos(n, i), -bank.index(i)))
+            else:
+                pairs = [(cos(i, j), i) for a, i in enumerate(bank) for j in bank[a + 1 :]] + [
+                    (cos(i, n), i) for i in bank
+                ]
+                gone = max(pairs)[1]
+            bank.remove(gone)
+        bank.append(n)
+    return bank
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), write=st.sampled_from(["paper", "pair"]), size=st.integers(1, 4))
+def test_episodes_keep_what_lists_would(seed, write, size):
+    config = VLM2Config(working=1, episodic=size, heads=2, geometry_width=0, write=write)
+    module = DualMemory(config, 8, rngs=nnx.Rngs(0))
+    frames = jnp.asarray(np.random.default_rng(seed).normal(size=(9, 1, 3, 8)), jnp.float32)
+    banks, yes = module.begin(1, 3, jnp.float32), jnp.ones(1, bool)
+    for x in frames:
+        _, banks = module.take(banks, x, yes, ~yes)  # starts as the frames themselves
+    means = np.asarray(frames[:, 0].mean(1), np.float64)
+    assert sorted(banks.episodes.time_BL[0].tolist()) == sorted(kept_by(write, "pooled", means, size))
+    assert (np.asarray(module.readout(banks)[1][0]) == sorted(banks.episodes.time_BL[0].tolist())).all()
+
+
+def test_the_order_of_slots_changes_nothing(model):
+    made, params = model
+    memory = made._merge(params).memory
+    draw = np.random.default_rng(2).normal
+    frames = jnp.asarray(draw(size=(6, 1, memory.patches, memory.width)), jnp.float32)
+    banks, yes = memory.begin(1, jnp.float32), jnp.ones(1, bool)
+    for x in frames[:-1]:
+        _, banks = memory.banks.take(banks, x, yes, ~yes)
+    order = jnp.array([2, 0, 1])
+    turned = dataclasses.replace(
+        banks, episodes=jax.tree.map(lambda x: x[:, order], banks.episodes),
+        frames_BLND=banks.frames_BLND[:, order], means_BLD=banks.means_BLD[:, order],
+    )  # fmt: skip
+    found, wanted = (memory.banks.take(state, frames[-1], yes, ~yes)[0] for state in (turned, banks))
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+def test_operations_of_a_frame_are_those_of_the_formula(golden):
+    for case in json.loads((golden / "vlm2" / "cost_examples.json").read_text()):
+        vision = SimpleNamespace(grid=math.isqrt(case["N"]), width=case["c"])
+        sizes = {"working": case["n_w"], "episodic": case["n_e"]} if case["n_e"] else {}
+        config = VLM2Config(geometry_width=0, gamma_width=case["gate_hidden"], **sizes)
+        last = 1000 if case["n_e"] else 1  # the first frame finds nothing
+        whole, before = (sum(VLM2.frame_flops(config, vision, frames)) for frames in (last, last - 1))
+        assert whole - before == case["flops_kv_cached"]
+
+
+def test_a_clip_counts_in_the_operations_of_a_model():
+    model = resolve({"preset": "llava_video_7b", "memory": {"kind": "vlm2", "geometry_width": 0}})
+    counts = np.array([1, 32, 100])
+    each = np.add(*memory_flops(model, 0, counts))
+    assert each.tolist() == [sum(memory_flops(model, 0, int(count))) for count in counts]
+    assert each[0] == 16 * 729 * 1152**2 + 6 * 729 * 1152**2
