@@ -44,9 +44,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("memory", ["comemo", "vismem"])
+@pytest.mark.parametrize("memory", ["comemo", "vismem", {"kind": "vlm2", "geometry_width": 0}], ids=str)
 def test_trained_and_asked(folder, memory, capsys):
-    file, run = folder / f"{memory}.py", folder / f"run_{memory}"
+    name = memory if isinstance(memory, str) else memory["kind"]
+    file, run = folder / f"{name}.py", folder / f"run_{name}"
     names = dict(tokenizer=str(folder / "tokenizer"), data=str(folder / "train.jsonl"))
     file.write_text(EXPERIMENT.format(memory=memory, **names))
     assert main(["train", "--config", str(file), "--workdir", str(run)]) == 0
