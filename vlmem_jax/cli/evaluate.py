@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric",
         default=defaults["metric"],
         help="what an answer is worth: answer (as the prompt's answer_type says), exact, substr, text, choice, number, "
-        "regex, or MODULE:FUNCTION of your own (%(default)s)",
+        "vsi, regex, or MODULE:FUNCTION of your own (%(default)s)",
     )
     parser.add_argument(
         "--without-memory", action="store_true", help="answer everything again with --invocation never, to compare"
