@@ -100,7 +100,7 @@ def _action(
 
 
 def add_links(parser: argparse.ArgumentParser) -> None:
-    """--follow-links."""
+    """Adds --follow-links."""
     parser.add_argument("--follow-links", action="store_true", help="links below that folder may lead out of it")
 
 

@@ -55,7 +55,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
 def unread(config: ModelConfig) -> re.Pattern[str]:
-    """Names of tensors that nothing computes with: of what follows the last layer that runs."""
+    """Names of tensors that nothing computes with: those of what follows the last layer that runs."""
     used = "|".join(map(str, range(config.vision.layers)))
     return re.compile(rf"{re.escape(TOWER)}(post_layernorm|head|encoder\.layers\.(?!({used})\.)\d+)\.")
 

@@ -99,6 +99,7 @@ class _Found(NamedTuple):
 
 
 def _ours(path: str | os.PathLike) -> _Found:
+    """What a checkpoint of ours holds."""
     checkpoint = folder.find(path)
     described = checkpoint.model
     model = resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model")
@@ -108,7 +109,8 @@ def _ours(path: str | os.PathLike) -> _Found:
 
 
 def _released(source: AnyPath) -> _Found:
-    """Raises ValueError where the tokenizer lacks tokens of images, which `vlmem convert` adds."""
+    """What a folder in the Hugging Face layout holds. Raises ValueError where its tokenizer lacks tokens of images, which
+    `vlmem convert` adds."""
     found = released(source)
     lacking = TokenizerFiles.of(source, of_model(found.model).added_tokens).added
     if lacking:

@@ -184,7 +184,7 @@ def forgotten(banks: Banks, fresh_B: Bool[Array, "B"]) -> Banks:
 def put(
     bank: Float[Array, "B L ..."] | Int32[Array, "B L"], slot_B: Int32[Array, "B"], x: Array, valid_B: Bool[Array, "B"]
 ) -> Array:
-    """`x` in a slot of each row, where it is valid."""
+    """The bank with `x` in a slot of each row, where it is valid."""
     slot_B = jnp.where(valid_B, slot_B, bank.shape[1])
 
     @jax.vmap  # a scatter whose indices name rows would gather the banks of all devices
@@ -195,6 +195,6 @@ def put(
 
 
 def cosine(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """Of the last axes."""
+    """The cosine of vectors, which lie along the last axes."""
     sizes = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
     return (x * y).sum(-1) / (sizes + 1e-12)
