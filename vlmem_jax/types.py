@@ -127,14 +127,14 @@ class Text:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Geometry(State):
-    """What is known of the space that frames show, N patches each: constants, which no gradient goes to."""
+class Geometry:
+    """What is known of the space that frames show, N patches each; leading axes are those of the frames."""
 
-    tokens_BNG: Float[Array, "... N G"] = axes("batch", None, None)
+    tokens_BNG: Float[Array, "... N G"]
     """What a model of geometry makes of each patch."""
-    views_BNV: Float[Array, "... N V"] = axes("batch", None, None)
+    views_BNV: Float[Array, "... N V"]
     """What it knows of the camera there."""
-    coords_BN3: Float[Array, "... N 3"] = axes("batch", None, None)
+    coords_BN3: Float[Array, "... N 3"]
     """The point that each patch shows, fp32, of about unit size."""
 
 

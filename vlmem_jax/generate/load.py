@@ -109,8 +109,8 @@ def _ours(path: str | os.PathLike) -> _Found:
 
 
 def _released(source: AnyPath) -> _Found:
-    """What a folder in the Hugging Face layout holds. Raises ValueError where its tokenizer lacks tokens of images, which
-    `vlmem convert` adds."""
+    """What a folder in the Hugging Face layout holds. Raises ValueError where its tokenizer lacks tokens of images, as
+    `vlmem convert` adds them."""
     found = released(source)
     lacking = TokenizerFiles.of(source, of_model(found.model).added_tokens).added
     if lacking:
