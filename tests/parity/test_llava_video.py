@@ -1,20 +1,15 @@
 """LLaVA-Video's base against numbers of SigLIP and Qwen2 as published: tower, projector, decoder."""
 
 import dataclasses
-import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import llava_golden
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 
-from vlmem_jax.config import build
-from vlmem_jax.families import llava_video
-from vlmem_jax.hub.fit import assemble
-from vlmem_jax.models import VLM, ModelConfig
 from vlmem_jax.processing.images import resized
 from vlmem_jax.types import Batch
 from vlmem_jax.vision import FrameProjector, normalise
@@ -26,21 +21,7 @@ LOGITS = dict(atol=1e-4, rtol=1e-4)
 
 @pytest.fixture(scope="module")
 def world(golden):
-    folder = golden / "llava_video"
-    content = json.loads((folder / "config.json").read_text())
-    tower, text = content["siglip"], content["qwen2"]
-    vision = dict(kind="siglip", width=tower["hidden"], layers=tower["blocks_kept"], heads=tower["heads"],
-                  mlp_width=tower["intermediate"], image_size=tower["image_size"], patch_size=tower["patch"],
-                  norm_eps=tower["ln_eps"])  # fmt: skip
-    decoder = dict(vocab=text["vocab"], width=text["hidden"], layers=text["layers"], heads=text["heads"],
-                   kv_heads=text["kv_heads"], head_dim=text["head_dim"], mlp_width=text["intermediate"],
-                   rope_theta=text["rope_theta"], norm_eps=text["rms_eps"], qkv_bias=text["qkv_bias"],
-                   tied=text["tie"])  # fmt: skip
-    config = build(ModelConfig, {"vision": vision, "decoder": decoder, "compute_dtype": "float32"}, "config.model")
-    weights = dict(np.load(folder / "weights.npz"))
-    read = {name: x for name, x in weights.items() if not llava_video.unread(config).match(name)}
-    params = jax.tree.map(jnp.asarray, assemble(llava_video.name_table(config), read))
-    return SimpleNamespace(vlm=VLM(config), params=params, io=dict(np.load(folder / "io.npz")), content=content)
+    return llava_golden.load(golden / "llava_video")
 
 
 @pytest.fixture(scope="module")
@@ -95,34 +76,16 @@ def test_newlines_stand_among_the_tokens_of_a_frame(world, tokens, keys):
     np.testing.assert_allclose(found.reshape(-1, found.shape[-1]), wanted, **FEATURES)
 
 
-def rows(world, ids, labels=None):
-    """A batch of one row in which the sentinel stands for all visual tokens."""
-    vlm, sentinel = world.vlm, world.content["image_token_index"]
-    c = vlm.config.vision
-    frames = np.stack(
-        [resized(Image.fromarray(frame), c.image_size, c.image_size) for frame in world.io["frames_uint8"]]
-    )
-    count = len(frames) * vlm.tile.tokens
-    [at] = np.flatnonzero(ids == sentinel)
-
-    def spliced(x, value):
-        return np.concatenate([x[:at], np.full(count, value, x.dtype), x[at + 1 :]])
-
-    tokens, index = spliced(ids, 0), spliced(np.full(len(ids), -1), 0)
-    index[at : at + count] = np.arange(count)
-    batch = Batch.empty((1,), len(tokens), len(frames), vlm.tile)
-    batch = batch.replace(
-        tokens_BT=tokens[None].astype(np.int32), segments_BT=np.ones((1, len(tokens)), np.int32),
-        positions_BT=np.arange(len(tokens), dtype=np.int32)[None], visual_index_BT=index[None].astype(np.int32),
-        pixels_BISSc=frames[None], segments_BM=np.ones((1, count), np.int32),
-        positions_BM=(at + np.arange(count, dtype=np.int32))[None],
-    )  # fmt: skip
-    return jax.tree.map(jnp.asarray, batch), None if labels is None else spliced(labels, -100)
+def rows(world, ids):
+    """A batch of one row in which the sentinel stands for all frames."""
+    side = world.vlm.config.vision.image_size
+    frames = np.stack([resized(Image.fromarray(frame), side, side) for frame in world.io["frames_uint8"]])
+    batch = llava_golden.spliced(world, ids, len(frames) * world.vlm.tile.tokens, len(frames))
+    return batch.replace(pixels_BISSc=jnp.asarray(frames[None]))
 
 
 def test_logits_and_loss_of_a_video(world):
-    batch, labels = rows(world, world.io["input_ids"], world.io["labels"])
-    np.testing.assert_array_equal(labels, world.io["labels_spliced"])
+    batch, labels = rows(world, world.io["input_ids"]), world.io["labels_spliced"]
     hidden = jax.jit(world.vlm.hidden)(world.params, batch)[0]
     np.testing.assert_allclose(hidden, world.io["hidden_last"], **LOGITS)
     logits = jax.jit(world.vlm.logits)(world.params, batch)[0]
@@ -135,7 +98,7 @@ def test_logits_and_loss_of_a_video(world):
 def test_greedy_answers(world):
     ids = world.io["prompt_ids"]
     for n, wanted in enumerate(world.io["greedy_ids"]):
-        batch, _ = rows(world, ids)
+        batch = rows(world, ids)
         last = jax.jit(world.vlm.logits)(world.params, batch)[0, -1]
         np.testing.assert_allclose(last, world.io["greedy_step_logits"][n], **LOGITS)
         assert int(last.argmax()) == wanted

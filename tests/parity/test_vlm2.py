@@ -7,15 +7,20 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import llava_golden
 import numpy as np
 import pytest
 from flax import nnx
 
+from vlmem_jax.memory import Frame
 from vlmem_jax.memory.vlm2 import VLM2Config
 from vlmem_jax.memory.vlm2.banks import DualMemory
 from vlmem_jax.memory.vlm2.represent import Representation
+from vlmem_jax.models import VLM
+from vlmem_jax.models.looking import in_turn
+from vlmem_jax.processing.geometry import coordinates, in_first_camera
 from vlmem_jax.trees import flatten, unflatten
-from vlmem_jax.types import Geometry
+from vlmem_jax.types import Geometry, VisualTokens
 
 CLOSE = dict(atol=2e-5, rtol=1e-5)
 REPRESENTATION = ("phi", "gate", "psi_v", "psi_g", "va", "fusion")
@@ -63,6 +68,20 @@ def dual_memory(world, **changes):
     return loaded(
         DualMemory(dataclasses.replace(world.config, **changes), world.width, rngs=nnx.Rngs(0)), world.weights
     )
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def test_points_of_patches_in_the_first_camera(folder, world):
+    inputs, wanted = (dict(np.load(folder / f"{name}.npz")) for name in ("inputs", "represent"))
+    points, poses, grid = inputs["local_points"], inputs["camera_poses"], world.about["h"]
+    close = dict(rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(in_first_camera(points, poses), wanted["global_points"], **close)
+    for scale, key in (("none", "coords_pooled"), ("clip", "coords"), ("first", "coords_stream")):
+        np.testing.assert_allclose(coordinates(points, poses, grid, scale), wanted[key], **close)
+    with pytest.raises(ValueError, match="multiples of 5 patches"):
+        coordinates(points, poses, 5)
 
 
 # --- representation ---------------------------------------------------------------------------------------------------
@@ -156,3 +175,55 @@ def test_gradients_through_a_whole_stream(folder, world):
     ):
         found = float((np.asarray(gradient, np.float64).reshape(wanted[direction].shape) * wanted[direction]).sum())
         assert found == pytest.approx(float(wanted[along]), rel=2e-4, abs=1e-4), along
+
+
+# --- to the answer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(golden, folder):
+    """The base of golden/llava_video with a memory of the e2e weights, and what was recorded of it."""
+    texts = re.findall(r"```json\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    base, own = llava_golden.load(golden / "llava_video"), config_of(json.loads(texts[1]))
+    weights, io = (dict(np.load(folder / f"e2e_{name}.npz")) for name in ("weights", "io"))
+    made = VLM(dataclasses.replace(base.vlm.config, memory=own))
+    places = {
+        path: path.removeprefix("represent/").removeprefix("banks/") for path in flatten(made.abstract()["memory"])
+    }
+    shapes = flatten(made.abstract()["memory"])
+    memory = {
+        path: jnp.asarray(weights[name].reshape(shapes[path].shape), jnp.float32) for path, name in places.items()
+    }
+    return SimpleNamespace(vlm=made, params=base.params | {"memory": unflatten(memory)}, io=io, base=base)
+
+
+@pytest.mark.parametrize("mode", ["offline", "stream"])
+def test_from_features_to_answers(whole, mode):
+    made, io = whole.vlm, whole.io
+    modules, grid = made._merge(whole.params), made.config.vision.grid
+    coords = coordinates(io["local_points"], io["camera_poses"], grid)
+    geometry = Geometry(*(jnp.asarray(x, jnp.float32)[None] for x in (io["G"], io["Z"], coords)))
+    frames = jnp.asarray(io["F"])[None]
+    made_of = in_turn(modules.memory, frames, jnp.ones(frames.shape[:2], jnp.int32), geometry)
+    np.testing.assert_allclose(made_of[0], io["M"], **CLOSE)
+    if mode == "stream":
+        state, yes = modules.memory.begin(1, jnp.float32), jnp.ones(1, bool)
+        for n in range(frames.shape[1]):
+            one = Frame(frames[:, n], jax.tree.map(lambda x, n=n: x[:, n], geometry))
+            _, state = modules.memory.take(state, one, yes, ~yes)
+        made_of, times = modules.memory.readout(state)
+        assert times[0].tolist() == io["stream_frames"].tolist()
+    else:
+        np.testing.assert_allclose(modules.projector.mlp(made_of[0]), io["projected"], **CLOSE)
+    visual = modules.projector(made_of[0]).reshape(1, -1, made.config.decoder.width)
+
+    def logits(ids):
+        batch = llava_golden.spliced(whole.base, ids, visual.shape[1])
+        seen = VisualTokens(visual, batch.views.positions_BM, batch.views.segments_BM)
+        return made.score(whole.params, made.read(whole.params, batch.text, seen))[0]
+
+    ids = io["prompt_ids"]
+    np.testing.assert_allclose(logits(ids), io[f"{mode}_logits"], atol=2e-4, rtol=1e-4)
+    for wanted in io[f"{mode}_greedy"]:
+        assert int(logits(ids)[-1].argmax()) == wanted
+        ids = np.append(ids, wanted)
