@@ -24,7 +24,7 @@ COMMAND = re.compile(
 )
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]
 NOT_HERE = {"git lfs pull", "gcloud auth application-default login"}
-"""Of tools that one has who needs them."""
+"""These belong to tools that one has who needs them."""
 
 
 def texts(tree):

@@ -165,9 +165,12 @@ def test_geometry_that_is_missing_and_towers_that_do_not_fit_are_named(model):
 def kept_by(write, similarity, means, size):
     """Frame numbers that episodes of `size` keep of frames with these means, by lists: delete and append."""
     bank = []
+
+    def cos(i, j):
+        return means[i] @ means[j] / (np.linalg.norm(means[i]) * np.linalg.norm(means[j]) + 1e-12)
+
     for n in range(len(means)):
         if len(bank) == size:
-            cos = lambda i, j: means[i] @ means[j] / (np.linalg.norm(means[i]) * np.linalg.norm(means[j]) + 1e-12)  # noqa: E731 - a formula
             if write == "paper":
                 gone = max(bank, key=lambda i: (cos(n, i), -bank.index(i)))
             else:

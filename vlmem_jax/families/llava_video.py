@@ -180,7 +180,7 @@ def read_config(
 
 
 def _shaped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the tensors of the tower tell of it; nothing of a checkpoint without one."""
+    """Reads sizes of the tower off its tensors; a checkpoint without one tells nothing."""
     table, patch = (
         shapes.get(f"{TOWER}embeddings.{name}.weight") for name in ("position_embedding", "patch_embedding")
     )

@@ -74,7 +74,8 @@ def load_model(
     the model has); `context`: which visual tokens stand in the sequence (default: as trained). Raises ValueError if
     there is no checkpoint, if it does not fit its own config, or the model cannot be split so.
     """
-    found = _released(repos.folder(path)) if is_released(repos.folder(path)) else _ours(path)
+    source = repos.folder(path)
+    found = _released(source) if is_released(source) else _ours(source)
     vlm = VLM(found.model, 0 if adapter is None else found.model.adapter_number(adapter))
     image = found.image if context is None else dataclasses.replace(found.image, context=context)
     tokenizer, geometry = Tokenizer.load(found.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
@@ -88,7 +89,7 @@ def load_model(
 
 
 class _Found(NamedTuple):
-    """What a folder holds."""
+    """A checkpoint that was found: its configs, and how its parameters are loaded."""
 
     model: ModelConfig
     image: AnyImageConfig
@@ -98,9 +99,9 @@ class _Found(NamedTuple):
     """`load(vlm, target)` gives the parameters in the dtypes and places of `target`."""
 
 
-def _ours(path: str | os.PathLike) -> _Found:
-    """What a checkpoint of ours holds."""
-    checkpoint = folder.find(path)
+def _ours(source: AnyPath) -> _Found:
+    """Reads what a checkpoint of ours says."""
+    checkpoint = folder.find(source)
     described = checkpoint.model
     model = resolve(described["model"], f"{checkpoint.root}/{folder.MODEL_FILE}: model")
     image = build(of_model(model).image, described["image"], f"{checkpoint.root}/{folder.MODEL_FILE}: image")
@@ -109,8 +110,8 @@ def _ours(path: str | os.PathLike) -> _Found:
 
 
 def _released(source: AnyPath) -> _Found:
-    """What a folder in the Hugging Face layout holds. Raises ValueError where its tokenizer lacks tokens of images, as
-    `vlmem convert` adds them."""
+    """Reads what a folder in the Hugging Face layout says. Raises ValueError where its tokenizer lacks tokens of images,
+    which `vlmem convert` adds."""
     found = released(source)
     lacking = TokenizerFiles.of(source, of_model(found.model).added_tokens).added
     if lacking:
