@@ -110,8 +110,8 @@ def _ours(source: AnyPath) -> _Found:
 
 
 def _released(source: AnyPath) -> _Found:
-    """Reads what a folder in the Hugging Face layout says. Raises ValueError where its tokenizer lacks tokens of images,
-    which `vlmem convert` adds."""
+    """Reads what a folder in the Hugging Face layout says. Raises ValueError where its tokenizer lacks tokens of
+    images, which `vlmem convert` adds."""
     found = released(source)
     lacking = TokenizerFiles.of(source, of_model(found.model).added_tokens).added
     if lacking:
