@@ -1,0 +1,1 @@
+"""Models of geometry, frozen: points, cameras and tokens of the frames of a video."""
