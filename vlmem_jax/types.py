@@ -51,6 +51,17 @@ class PatchGeometry(NamedTuple):
         return self.size * self.merge
 
 
+class GeometryShape(NamedTuple):
+    """How much of the space that a tile shows a memory reads: the axes of `Geometry`."""
+
+    patches: int
+    """N."""
+    tokens: int
+    """G: numbers of a geometry token."""
+    views: int
+    """V: numbers of a view token."""
+
+
 class TileShape(NamedTuple):
     """What a vision tower takes at a time, a tile, and what a model makes of it."""
 
@@ -68,6 +79,33 @@ class TileShape(NamedTuple):
     """Whether means of visual tokens stand in the sequence, in place of the tokens."""
     places: int = 1
     """As in `Views`."""
+    geometry: GeometryShape | None = None
+    """What a memory reads beside the tile. None: nothing."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What is known of the space that frames show, N patches each; leading axes are those of the frames."""
+
+    tokens_BNG: Float[Array, "... N G"]
+    """What a model of geometry makes of each patch."""
+    views_BNV: Float[Array, "... N V"]
+    """What it knows of the camera there."""
+    coords_BN3: Float[Array, "... N 3"]
+    """The point that each patch shows, fp32, of about unit size."""
+
+    @classmethod
+    def empty(cls, frames: tuple[int, ...], shape: GeometryShape) -> "Geometry":
+        """Zeros with leading axes `frames`, in numpy arrays: of padding, and where nothing is known."""
+        N, G, V = shape
+        tokens, views = (np.zeros((*frames, N, size), jnp.bfloat16) for size in (G, V))
+        return cls(tokens, views, np.zeros((*frames, N, 3), np.float32))
+
+    def put(self, where: Any, other: "Geometry") -> None:
+        """Writes that of other frames to the places `where` of numpy arrays."""
+        for mine, theirs in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True):
+            mine[where] = theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +129,22 @@ class Sample:
     """As in `Views`."""
     pool_M: Int32[np.ndarray, "M"] | None = None
     """Which mean each visual token is part of; None: the tokens themselves stand in the sequence."""
+    geometry: Geometry | None = None
+    """Of each tile, where a memory reads it."""
     name: str = ""
     """Where the sample came from, as `file:line`, for error messages."""
+
+    @property
+    def known_geometry(self) -> Geometry:
+        """`geometry`, where a memory reads it. Raises ValueError if nobody has given it."""
+        if self.geometry is None:
+            raise ValueError(
+                "the memory reads geometry of what it sees, but none is known here; name what `vlmem data geometry` "
+                "made (data.train.0.geometry of a run, --geometry of a command), or set model.memory.geometry_width=0"
+                + f" (sample {self.name})"
+                * bool(self.name)
+            )
+        return self.geometry
 
 
 @jax.tree_util.register_dataclass
@@ -123,19 +175,6 @@ class Text:
     def first(cls, tokens_BT: Int32[Array, "B T"], counts_B: Int32[Array, "B"]) -> "Text":
         """The first `counts_B` tokens of each row, which go on where the row stands."""
         return cls(tokens_BT, (jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]).astype(jnp.int32))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """What is known of the space that frames show, N patches each; leading axes are those of the frames."""
-
-    tokens_BNG: Float[Array, "... N G"]
-    """What a model of geometry makes of each patch."""
-    views_BNV: Float[Array, "... N V"]
-    """What it knows of the camera there."""
-    coords_BN3: Float[Array, "... N 3"]
-    """The point that each patch shows, fp32, of about unit size."""
 
 
 @jax.tree_util.register_dataclass
@@ -208,6 +247,7 @@ class Batch:
             segments_BM=zeros(slots),
             layout_BI4=zeros(tiles, 4) if tile.layout else None,
             pool_BM=zeros(slots) - 1 if tile.pooled else None,
+            geometry=tile.geometry and Geometry.empty((*shape, tiles), tile.geometry),
             places=tile.places,
         )
 

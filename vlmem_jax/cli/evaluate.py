@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--root", default="", metavar="DIR", help="folder of images and videos (default: that of FILE)")
     add_links(parser)
+    parser.add_argument(
+        "--geometry",
+        default="",
+        metavar="NAME.array_record",
+        help="what `vlmem data geometry` made of these videos, for a memory that reads it",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of what it writes, on a disk or gs://")
     parser.add_argument(
         "--metric",
@@ -51,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = EvalConfig(
-        data=tuple(SourceConfig(path, args.root, follow_links=args.follow_links) for path in args.data),
+        data=tuple(
+            SourceConfig(path, args.root, follow_links=args.follow_links, geometry=args.geometry) for path in args.data
+        ),
         metric=args.metric,
         sampling=answering.sampling(args),
         invocation=answering.invocation(args),

@@ -17,6 +17,8 @@ class SourceConfig:
     """How often a sample of this file is drawn, relative to samples of the other files."""
     follow_links: bool = False
     """Links below root may lead out of it; only for data whose links are one's own."""
+    geometry: str = ""
+    """What `vlmem data geometry` made of these data, NAME.array_record, where the memory reads it."""
 
     @property
     def folder(self) -> str:

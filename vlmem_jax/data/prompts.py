@@ -15,10 +15,11 @@ from PIL import Image
 
 from vlmem_jax.data.config import SourceConfig
 from vlmem_jax.data.forms import check_near, check_object, check_text, paths, read_line, short
+from vlmem_jax.data.geometry import image_clip, joined, stores_of, video_clip
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.data.samples import Key
-from vlmem_jax.processing import Processor, Video, chat, images, media
+from vlmem_jax.processing import Processor, Video, chat, images, media, video
 from vlmem_jax.processing.processor import naming
 from vlmem_jax.types import Sample
 
@@ -73,6 +74,13 @@ class Prompt:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def shown(self) -> list[ImageSource | VideoSource]:
+        """All that it shows, in the order in which it stands in the prompt."""
+        said = [part for asked, _ in self.history for part in asked] + list(self.parts)
+        before = [*map(ImageSource, self.images), *self.videos]
+        return before + [part for part in said if not isinstance(part, str)]
+
+    @property
     def text(self) -> str:
         """All that it says."""
         return "".join(part for part in self.parts if isinstance(part, str))
@@ -89,6 +97,7 @@ class Prompts:
         self.processor = processor
         self.files = [JsonLines(source.path) for source in sources]
         self.sources = sources
+        self.stores = stores_of(sources, processor)
 
     @property
     def counts(self) -> list[int]:
@@ -110,12 +119,20 @@ class Prompts:
         Raises ValueError for what cannot be shown.
         """
         prompt, processor, file = self[key], self.processor, self.sources[key[0]]
+        reads, store, known = processor.tile.geometry, self.stores[key[0]], {}
 
         def opened(source: ImageSource | VideoSource) -> Image.Image | Video:
             path = media.resolve(file.folder, source.path, file.follow_links)
             if isinstance(source, ImageSource):
-                return images.open_image(path, processor.open_limit, processor.image)
-            return processor.open_video(path, fps=source.fps, frames=source.frames)[0]
+                shown, clip = images.open_image(path, processor.open_limit, processor.image), None
+                if store:
+                    clip = image_clip(source.path, images.image_size(path, processor.open_limit, processor.image))
+            else:
+                shown, chosen = processor.open_video(path, fps=source.fps, frames=source.frames)
+                clip = store and video_clip(source.path, video.probe(path), chosen)
+            if store:
+                known[source] = store.read(clip, path, reads)
+            return shown
 
         def message(parts: Sequence[str | ImageSource | VideoSource]) -> list[Any]:
             return [part if isinstance(part, str) else opened(part) for part in parts]
@@ -124,13 +141,16 @@ class Prompts:
             pictures = [opened(ImageSource(path)) for path in prompt.images]
             videos = [opened(source) for source in prompt.videos]
             question, history = message(prompt.parts), [(message(asked), answer) for asked, answer in prompt.history]
+            geometry = joined([known[source] for source in prompt.shown]) if known else None
         if prompt.is_raw:
-            return processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
+            sample = processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
+            return dataclasses.replace(sample, geometry=geometry)
         if history:
             history[0] = processor.message(history[0][0], pictures, videos), history[0][1]
             pictures = videos = ()
         settings = {"rope_dhr": rope_dhr, "system": prompt.system, "name": prompt.name}
-        return processor.prompt(question, pictures, history, videos=videos, **settings)
+        sample = processor.prompt(question, pictures, history, videos=videos, **settings)
+        return dataclasses.replace(sample, geometry=geometry)
 
 
 def as_prompt(name: str, fields: Any, number: str) -> Prompt:

@@ -56,5 +56,7 @@ def pack_row(
             row.views.layout_BI4[shown] = sample.layout_I4 + [shown.start, shown.start, 0, 0]
         if tile.pooled:
             row.views.pool_BM[memory] = sample.pool_M + memory.start
+        if tile.geometry and len(sample.pixels_ISSc):
+            row.views.geometry.put(shown, sample.known_geometry)
         token, first = span.stop, shown.stop
     return row

@@ -1,6 +1,7 @@
 """The samples of some JSONL or ArrayRecord files: their sizes without decoding an image, and the samples themselves."""
 
 import collections
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,14 @@ import jax
 import numpy as np
 
 from vlmem_jax.data.config import DataConfig, SourceConfig
+from vlmem_jax.data.geometry import ClipKey, image_clip, joined, stores_of, video_clip
 from vlmem_jax.data.jsonl import JsonLines, Record
 from vlmem_jax.data.records import SUFFIX, PackedLines
 from vlmem_jax.processing import Processor, images, media, video
 from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.processor import naming
 from vlmem_jax.runtime import hosts
-from vlmem_jax.types import IGNORED, Sample
+from vlmem_jax.types import IGNORED, Geometry, Sample
 
 Key = tuple[int, int]
 """Number of a file, and of a sample in it."""
@@ -47,6 +49,7 @@ class Samples:
         self.sources = sources
         self.files = [open_lines(source.path) for source in sources]
         self.weights = [source.weight for source in sources]
+        self.reads, self.stores = processor.tile.geometry, stores_of(sources, processor)
         self._sizes = [np.zeros((len(lines), len(Size._fields)), np.int32) for lines in self.files]
         self._errors: dict[Key, str] = {}
         self.ignored: collections.Counter[str] = collections.Counter()
@@ -117,16 +120,22 @@ class Samples:
         with naming(record.name):
             limit, shown_as = self.processor.open_limit, self.processor.image
             if record.video:
-                clip, chosen = self._frames(key, record)
-                pictures = video.read_frames(self._path(key, record.video), chosen, limit, shown_as)
+                clip, chosen = seen = self.frames(key, record)
+                pictures = video.read_frames(self.path(key, record.video), chosen, limit, shown_as)
             else:
-                pictures = [images.open_image(self._path(key, path), limit, shown_as) for path in record.images]
+                seen, pictures = (
+                    None,
+                    [images.open_image(self.path(key, path), limit, shown_as) for path in record.images],
+                )
+            geometry = self._geometry(key, record, seen)
         if augment is not None:
             pictures = [images.jpeg_round_trip(picture, int(augment.integers(75, 101))) for picture in pictures]
         shown = {"videos": [clip.video(pictures, chosen)]} if record.video else {"images": pictures}
         sample = self.processor.encode(
             record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
         )
+        if geometry is not None:
+            sample = dataclasses.replace(sample, geometry=geometry)
         targets = int((sample.labels_T != IGNORED).sum())
         found, planned = Size(len(sample.tokens_T), len(sample.pixels_ISSc), targets, len(pictures)), self.size(key)
         if found != planned:
@@ -142,10 +151,11 @@ class Samples:
             record = self.files[key[0]].header(key[1])
             with naming(record.name):
                 if record.video:
-                    clip, chosen = self._frames(key, record)
+                    clip, chosen = seen = self.frames(key, record)
                     shown = {"video_sizes": [clip.taken(chosen, self.processor.image)]}
                 else:
-                    shown = {"image_sizes": self._image_sizes(key, record)}
+                    seen, shown = None, {"image_sizes": self._image_sizes(key, record)}
+                self._clips_read(key, record, seen)
             plan = self.processor.plan(
                 record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
             )
@@ -170,22 +180,54 @@ class Samples:
         if not size.targets:
             raise ValueError("a sample must have an answer to learn, but this one has no target token")
 
-    def _path(self, key: Key, path: str | Encoded) -> os.PathLike | Encoded:
+    def path(self, key: Key, path: str | Encoded) -> os.PathLike | Encoded:
+        """Where a file that a sample names lies. Raises ValueError if it leads out of the root."""
         source = self.sources[key[0]]
         return path if isinstance(path, Encoded) else media.resolve(source.folder, path, source.follow_links)
+
+    def clips(self, key: Key, record: Record, seen: tuple[video.Clip, list[int]] | None) -> list[ClipKey]:
+        """What a sample shows, as a store of geometry knows it: its video, of which `frames` gave `seen`, or each image
+        as a clip of one frame."""
+        if seen is not None:
+            return [video_clip(str(record.video), *seen)]
+        sizes = self._image_sizes(key, record)
+        return [image_clip(str(one), size) for one, size in zip(record.images, sizes, strict=True)]
+
+    def _clips_read(self, key: Key, record: Record, seen: tuple[video.Clip, list[int]] | None) -> list[ClipKey]:
+        """Clips whose geometry is read. Raises ValueError where it is not in the store."""
+        if self.reads is None or not (record.video or record.images):
+            return []
+        if (store := self.stores[key[0]]) is None:
+            raise ValueError(
+                "the memory reads geometry of what it sees; set geometry of this file (data.train.0.geometry) to what "
+                "`vlmem data geometry` made of it, or model.memory.geometry_width=0"
+            )
+        clips = self.clips(key, record, seen)
+        for clip in clips:
+            store.check(clip, self.reads)
+        return clips
+
+    def _geometry(self, key: Key, record: Record, seen: tuple[video.Clip, list[int]] | None) -> Geometry | None:
+        """That of all that a sample shows, where it is read."""
+        clips = self._clips_read(key, record, seen)
+        if not clips:
+            return None
+        files = [record.video] if record.video else record.images
+        store = self.stores[key[0]]
+        return joined([store.read(c, self.path(key, f), self.reads) for c, f in zip(clips, files, strict=True)])
 
     def _image_sizes(self, key: Key, record: Record) -> list[tuple[int, int]]:
         limit, shown_as = self.processor.open_limit, self.processor.image
         if record.heads is None:
-            return [images.image_size(self._path(key, path), limit, shown_as) for path in record.images]
+            return [images.image_size(self.path(key, path), limit, shown_as) for path in record.images]
         for path, head in zip(record.images, record.heads, strict=True):
             images.check_pixels(path, head[:2], limit)
         return [head.size(shown_as) for head in record.heads]
 
-    def _frames(self, key: Key, record: Record) -> tuple[video.Clip, list[int]]:
+    def frames(self, key: Key, record: Record) -> tuple[video.Clip, list[int]]:
         """The video of a sample, and which frames it takes of it: the same each time it is seen."""
         rng = None if self.seed is None else np.random.default_rng([self.seed, *key])
-        clip = record.clip or video.probe(self._path(key, record.video))
+        clip = record.clip or video.probe(self.path(key, record.video))
         return clip, clip.at(self.processor.choose_frames(clip, self.config.min_frames, self.config.max_frames, rng))
 
 

@@ -94,7 +94,8 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 def _content(plan: Plan) -> dict[str, str]:
     """Digests of the files that the plan is made from. Images are not among them: `Samples.load` checks each."""
-    return {file.path: file.digest for file in plan.samples.files} | {
+    stores = filter(None, plan.samples.stores)
+    return {file.path: file.digest for file in (*plan.samples.files, *stores)} | {
         "the tokenizer": plan.samples.processor.tokenizer.digest()
     }
 

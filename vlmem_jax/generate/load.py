@@ -79,8 +79,8 @@ def load_model(
     vlm = VLM(found.model, 0 if adapter is None else found.model.adapter_number(adapter))
     image = found.image if context is None else dataclasses.replace(found.image, context=context)
     tokenizer, geometry = Tokenizer.load(found.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
-    template = of_model(vlm.config).template
-    processor = make_processor(tokenizer, image, geometry, found.system, template, vlm.reads_beyond)
+    read = found.system, of_model(vlm.config).template, vlm.reads_beyond
+    processor = make_processor(tokenizer, image, geometry, *read, vlm.tile.geometry)
     devices = jax.devices() if devices is None else devices
     over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, over)

@@ -42,4 +42,6 @@ def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest:
             batch.views.layout_BI4[row, :tiles] = sample.layout_I4
         if tile.pooled:
             batch.views.pool_BM[row, :m] = sample.pool_M
+        if tile.geometry and tiles:
+            batch.views.geometry.put((row, slice(tiles)), sample.known_geometry)
     return batch

@@ -23,7 +23,7 @@ from vlmem_jax.decoder import DecoderConfig, Tap
 from vlmem_jax.nn.lora import Adapters
 from vlmem_jax.records import Rule
 from vlmem_jax.trees import Flat, State
-from vlmem_jax.types import FormationInputs, Geometry, Patches, Text, VisualTokens
+from vlmem_jax.types import FormationInputs, Geometry, GeometryShape, Patches, Text, VisualTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,14 @@ class Memory(nnx.Module):
 
     @classmethod
     def reads_beyond(cls, config: Any) -> bool:
-        """Whether it reads visual tokens, or patches, that do not stand in the text; at the door ATTEND, it does."""
-        return issubclass(cls, Attend)
+        """Whether it reads visual tokens, or patches, that do not stand in the text; at the doors SEE and ATTEND, it
+        does."""
+        return issubclass(cls, See) or issubclass(cls, Attend)
+
+    @classmethod
+    def geometry_read(cls, config: Any, vision: Any) -> GeometryShape | None:
+        """How much of the space that a tile shows it reads at the door SEE; None: nothing."""
+        return None
 
     @classmethod
     def speech(cls, config: Any) -> "Speech | None":

@@ -102,8 +102,9 @@ class VLM:
 
     @property
     def tile(self) -> TileShape:
-        """What the vision tower takes at a time."""
-        return self.config.vision.tile
+        """What the vision tower takes at a time, and what the memory reads beside it."""
+        reads = memory_of(self.config.memory).geometry_read(self.config.memory, self.config.vision)
+        return self.config.vision.tile._replace(geometry=reads)
 
     @property
     def tokens_per_tile(self) -> int:

@@ -8,7 +8,7 @@ from vlmem_jax.processing.processor import Processor, SampleSize
 from vlmem_jax.processing.tile_processor import TileProcessor
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Video
-from vlmem_jax.types import FrameGeometry, PatchGeometry, TileGeometry
+from vlmem_jax.types import FrameGeometry, GeometryShape, PatchGeometry, TileGeometry
 
 __all__ = [
     "AnyImageConfig",
@@ -43,12 +43,15 @@ def make_processor(
     system: str | None = None,
     template: str = "internlm2-chat",
     whole: bool = True,
+    reads: GeometryShape | None = None,
 ) -> Processor:
-    """The processor for a model of this `geometry`; `whole` as in `Processor`.
+    """The processor for a model of this `geometry`; `whole` as in `Processor`, `reads` as in `TileShape`.
 
     Raises ValueError where the config of images is not for it.
     """
     wanted, processor = KINDS[type(geometry)]
     if not isinstance(image, wanted):
         raise ValueError(f"the config of images must be {wanted.__name__} for this tower, got {type(image).__name__}")
-    return processor(tokenizer, image, geometry, system, template, whole)
+    made = processor(tokenizer, image, geometry, system, template, whole)
+    made.tile = made.tile._replace(geometry=reads)
+    return made

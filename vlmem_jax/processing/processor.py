@@ -14,7 +14,7 @@ from vlmem_jax.processing import chat
 from vlmem_jax.processing.context import Context
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Clip, Video, VideoSize, probe, read_frames
-from vlmem_jax.types import IGNORED, Sample, TileShape
+from vlmem_jax.types import IGNORED, Geometry, Sample, TileShape
 
 Conversation = Any
 """A list of {`from`: human | gpt, `value`: text}, as JSON gives it: checked here, not by its type."""
@@ -367,6 +367,8 @@ def blank_tiles(count: int, tile: TileShape) -> dict[str, np.ndarray]:
         fields["layout_I4"] = np.stack([alone_I, alone_I, 0 * alone_I, 0 * alone_I], axis=1)
     if tile.pooled:
         fields["pool_M"] = positions_M
+    if tile.geometry:
+        fields["geometry"] = Geometry.empty((count,), tile.geometry)
     return fields
 
 

@@ -16,6 +16,7 @@ from vlmem_jax.memory.vlm2.represent import Representation
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.records import Rule, own_tensors
 from vlmem_jax.trees import Flat
+from vlmem_jax.types import GeometryShape
 
 KEY = "vlm2_config"
 """Of config.json; what stands there are our own keys. Nobody has published a checkpoint."""
@@ -56,6 +57,11 @@ class VLM2(Memory):
 
     def readout(self, state: Banks) -> tuple[Float[Array, "B L N D"], Int32[Array, "B L"]]:
         return self.banks.readout(state)
+
+    @classmethod
+    def geometry_read(cls, config: VLM2Config, vision: Any) -> GeometryShape | None:
+        widths = config.geometry_width, config.view_width
+        return GeometryShape(vision.grid**2, *widths) if config.geometry_width else None
 
     @classmethod
     def frame_flops(cls, config: VLM2Config, vision: Any, frames: Count) -> tuple[Count, Count]:

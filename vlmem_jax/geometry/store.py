@@ -1,0 +1,127 @@
+"""The geometry of all that data show, computed once and kept: for `vlmem data geometry`."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmem_jax.data.geometry import FORMAT, ClipKey, Values, mark_of, write_clips
+from vlmem_jax.data.records import open_shard, shard_name, split
+from vlmem_jax.data.samples import Key, Samples
+from vlmem_jax.processing import images, video
+from vlmem_jax.processing.processor import naming
+from vlmem_jax.types import Geometry
+
+CLIPS_A_FILE = 8
+"""A gigabyte at 32 frames, and what is done again after a kill."""
+
+SeeClip = Callable[[np.ndarray], Geometry]
+"""The geometry of the frames of a clip as the tower sees them, uint8 [I, S, S, 3], in the order of time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What `store_clips` did."""
+
+    written: int
+    """Clips."""
+    before: int
+    """Clips that were there already."""
+    skipped: list[str]
+    """What was wrong with each sample whose clip was left out."""
+
+
+def store_clips(
+    samples: Samples,
+    see: SeeClip,
+    made: Mapping[str, Any],
+    out: str | os.PathLike,
+    *,
+    clips_a_file: int = CLIPS_A_FILE,
+    values: Values = "bf16",
+    part: tuple[int, int] = (0, 1),
+    skip: bool = False,
+    progress: Callable[[int, int], None] = lambda done, all: None,
+) -> Stored:
+    """Writes the geometry of every video and image of `samples` to the files of `out`, each clip once.
+
+    Files that are complete are kept, so a call that was stopped goes on. `part` (i, n): every n-th file from i on, for
+    one of n machines. `made`: what tells the model. Raises ValueError if `out` holds other clips or those of another
+    model, and for what cannot be read, unless `skip`.
+    """
+    clips, skipped = _distinct(samples, skip)
+    stem = split(out)
+    stem[0].mkdir(parents=True, exist_ok=True)
+    groups = [clips[first : first + clips_a_file] for first in range(0, len(clips), clips_a_file)]
+    done = {"written": 0, "before": 0}
+    mine = range(part[0], len(groups), part[1])
+    total = sum(len(groups[n]) for n in mine)
+    for number in mine:
+        file, group = stem[0] / shard_name(stem[1], number, len(groups)), groups[number]
+        if file.exists():
+            _check_same(file, dict(made) | {"values": values}, [key for key, _ in group])
+            done["before"] += len(group)
+            progress(sum(done.values()), total)
+            continue
+
+        def seen(group: list[tuple[ClipKey, Key]] = group) -> Iterator[tuple[ClipKey, str, Geometry]]:
+            for key, where in group:
+                yield key, *_see(samples, key, where, see)
+                done["written"] += 1
+                progress(sum(done.values()), total)
+
+        write_clips(file, made, values, seen())
+    return Stored(**done, skipped=skipped)
+
+
+def _distinct(samples: Samples, skip: bool) -> tuple[list[tuple[ClipKey, Key]], list[str]]:
+    """Each clip that samples show, and one of those, in their order; and what is wrong with others."""
+    clips: dict[str, tuple[ClipKey, Key]] = {}
+    skipped: list[str] = []
+    for file, lines in enumerate(samples.files):
+        for line in range(len(lines)):
+            try:
+                record = lines.header(line)
+                with naming(record.name):
+                    taken = samples.frames((file, line), record) if record.video else None
+                    for key in samples.clips((file, line), record, taken):
+                        first, _ = clips.setdefault(key.name, (key, (file, line)))
+                        if first != key:
+                            raise ValueError(f"{key.name} must be one video with the same frames wherever it is named")
+            except ValueError as error:
+                if not skip:
+                    raise ValueError(f"{error}; --skip-bad leaves out what cannot be read") from error
+                skipped.append(str(error))
+    if not clips:
+        raise ValueError("there must be a video or an image of which to make geometry, but no sample shows one")
+    return list(clips.values()), skipped
+
+
+def _see(samples: Samples, key: ClipKey, where: Key, see: SeeClip) -> tuple[str, Geometry]:
+    """The mark of a clip's file, and its geometry."""
+    record, processor = samples.files[where[0]][where[1]], samples.processor
+    with naming(record.name):
+        if record.video:
+            file = samples.path(where, record.video)
+            taken, chosen = samples.frames(where, record)
+            frames = video.read_frames(file, chosen, processor.open_limit, processor.image)
+            shown = {"videos": [taken.video(frames, chosen)]}
+        else:
+            file = samples.path(where, record.images[[str(one) for one in record.images].index(key.name)])
+            shown = {"images": [images.open_image(file, processor.open_limit, processor.image)]}
+        geometry = see(processor.prompt("", **shown).pixels_ISSc)
+        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (geometry.tokens_BNG, geometry.coords_BN3)):
+            raise ValueError(f"the geometry of {key.name} holds numbers that are not finite")
+        return mark_of(file), geometry
+
+
+def _check_same(file: Path, made: Mapping[str, Any], keys: list[ClipKey]) -> None:
+    """Raises ValueError, naming both, if a file that is there is not what would be written."""
+    _, facts = open_shard(file, FORMAT)
+    if facts["made"] != made:
+        raise ValueError(f"{file} is of {facts['made']}, not of {made}; remove it or choose another --out")
+    if [clip[0] for clip in facts["clips"]] != [key.name for key in keys]:
+        raise ValueError(f"{file} holds other clips than these data show; remove it or choose another --out")
