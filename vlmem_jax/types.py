@@ -81,6 +81,8 @@ class TileShape(NamedTuple):
     """As in `Views`."""
     geometry: GeometryShape | None = None
     """What a memory reads beside the tile. None: nothing."""
+    keeps: int = 0
+    """Tiles of a sample that a memory has room for, and that alone stand in the sequence. 0: all of them may."""
 
 
 @jax.tree_util.register_dataclass
@@ -199,6 +201,8 @@ class Views:
     """Of each tile [B, I, N, ...], where a memory reads it."""
     places: int = dataclasses.field(default=1, metadata=dict(static=True))
     """So many places of visual tokens make a rotary position: positions_BM counts places, from 0 in each position."""
+    kept_first: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    """Whether tiles that the memory keeps at the end of a sample change places with others, so that they come first."""
 
     def moved(self, by: Int32[Array, "B #M"] | Int32[Array, "B #M 1"]) -> "Views":
         """The same, so many rotary positions later."""
@@ -249,6 +253,7 @@ class Batch:
             pool_BM=zeros(slots) - 1 if tile.pooled else None,
             geometry=tile.geometry and Geometry.empty((*shape, tiles), tile.geometry),
             places=tile.places,
+            kept_first=bool(tile.keeps),
         )
 
 

@@ -59,7 +59,7 @@ def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
         (["--invocation", "delimiter_random", "--invocation-probability", "2"], "probability must be a probability"),
         (["--rope-dhr", "off", "--on-bad-sample", "raise"], "rope_dhr is for images cut into tiles"),
         (["--context", "thumbnail"], "context must be all, pooled:k or stride:n where images are not cut into tiles"),
-        (["--context", "less"], "context must be all, thumbnail, pooled:k or stride:n"),
+        (["--context", "less"], "context must be all, thumbnail, pooled:k, stride:n or kept:n"),
     ],
 )
 def test_bad_input_is_one_plain_line(checkpoint, tmp_path, capsys, arguments, message):

@@ -71,7 +71,7 @@ def test_settings_of_images_that_the_file_has_no_key_for_come_back():
     assert "vlmem_image" not in write_config(model, plain, "float32")
     for image in (plain, own):
         assert read_config(write_config(model, image, "float32"), {}).image == image
-    with pytest.raises(ValueError, match="context must be all, thumbnail, pooled:k or stride:n"):
+    with pytest.raises(ValueError, match="context must be all, thumbnail, pooled:k, stride:n or kept:n"):
         read_config(write_config(model, own, "float32") | {"vlmem_image": {"context": "none"}}, {})
 
 

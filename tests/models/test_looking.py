@@ -20,6 +20,7 @@ from vlmem_jax.memory.vlm2 import VLM2, VLM2Config
 from vlmem_jax.memory.vlm2.banks import DualMemory
 from vlmem_jax.models import VLM, looking, vlm
 from vlmem_jax.models.flops import memory_flops
+from vlmem_jax.processing import FrameConfig, ImageConfig
 from vlmem_jax.types import Batch, Geometry
 
 CLOSE = dict(atol=2e-5, rtol=1e-4)
@@ -77,6 +78,26 @@ def test_a_clip_is_its_frames_one_after_the_other(model, see):
     kept = made.recollect(params, state)
     np.testing.assert_allclose(kept.tokens_BMD, see(params, seen).tokens_BMD, **CLOSE)
     assert (np.asarray(kept.segments_BM) == 1).all()
+
+
+def test_what_a_long_clip_leaves_behind_is_what_its_stream_does(model):
+    """Frames that are kept at the end of a sample come first in it, in the order in which they were seen."""
+    made, params = model
+    seen = views(made, [[1, 1, 2, 2, 2, 2, 2]])
+    first = jax.jit(made.see)(params, dataclasses.replace(seen, kept_first=True))
+    tokens = np.asarray(first.tokens_BMD).reshape(FRAMES, made.tokens_per_tile, -1)
+    look = jax.jit(made.look)
+    for tiles in ([0, 1], [2, 3, 4, 5, 6]):
+        state = made.watch(params, 1)
+        for n in tiles:
+            state = look(params, state, part(seen, *rows_and([n])))
+        kept = made.recollect(params, state)
+        count = min(len(tiles), made.config.memory.episodic)
+        wanted = np.asarray(kept.tokens_BMD)[0, : count * made.tokens_per_tile]
+        np.testing.assert_allclose(tokens[tiles[0] : tiles[0] + count].reshape(len(wanted), -1), wanted, **CLOSE)
+    every = np.asarray(jax.jit(made.see)(params, seen).tokens_BMD).reshape(tokens.shape)
+    np.testing.assert_allclose(sorted(tokens[2:, 0, 0]), sorted(every[2:, 0, 0]), **CLOSE)  # the others change places
+    assert np.abs(tokens - every).max() > 1e-3
 
 
 def test_a_sample_of_a_row_is_that_sample_alone_and_padding_is_left_alone(model, see):
@@ -147,6 +168,17 @@ def test_nothing_of_it_is_in_a_model_without(model, monkeypatch):
     assert jaxpr.count("scan") == 1  # the layers of the tower
     with pytest.raises(ValueError, match="needs a memory that keeps them; model.memory is none"):
         plain.watch(without, 1)
+
+
+def test_only_as_many_frames_as_the_memory_keeps_can_stand_in_the_sequence(model):
+    made, _ = model
+    if made.config.vision.kind == "siglip":
+        assert made.tile_of(FrameConfig(context="kept:3")).keeps == 3
+        with pytest.raises(ValueError, match="image.context must be kept:3, or memory.episodic another, .* got kept:4"):
+            made.tile_of(FrameConfig(context="kept:4"))
+        with pytest.raises(ValueError, match="must be all or stride:n for model.memory none, got kept:3"):
+            VLM(dataclasses.replace(made.config, memory=None)).tile_of(FrameConfig(context="kept:3"))
+    assert made.tile_of(ImageConfig()).keeps == 0
 
 
 def test_geometry_that_is_missing_and_towers_that_do_not_fit_are_named(model):

@@ -19,7 +19,7 @@ TILES, PATCHES = TileGeometry(12, 3), PatchGeometry(size=4, frames=2, merge=2, w
 TILE_CONTEXTS = "all", "thumbnail", "pooled:2", "pooled:3", "stride:2", "stride:3"
 PATCH_CONTEXTS = "all", "pooled:2", "pooled:3", "stride:2", "stride:3"
 FRAMES = FrameGeometry(12, 6)
-FRAME_CONTEXTS = "all", "stride:2", "stride:3"
+FRAME_CONTEXTS = "all", "stride:2", "stride:3", "kept:3"
 CONTEXTS = {TILES: TILE_CONTEXTS, PATCHES: PATCH_CONTEXTS, FRAMES: FRAME_CONTEXTS}
 CONVERSATION = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Yes."}]
 
@@ -173,9 +173,11 @@ def test_every_nth_frame_stands_in_the_sequence(make, geometry, frames):
         np.testing.assert_array_equal(*shown)
 
 
-@pytest.mark.parametrize("text", ["", "some", "pooled", "pooled:1", "pooled:x", "stride:0", "thumbnail:2", "all "])
+@pytest.mark.parametrize(
+    "text", ["", "some", "pooled", "pooled:1", "pooled:x", "stride:0", "kept:0", "thumbnail:2", "all "]
+)
 def test_what_names_no_context_is_an_error(text):
-    with pytest.raises(ValueError, match=r"context must be all, thumbnail, pooled:k or stride:n"):
+    with pytest.raises(ValueError, match=r"context must be all, thumbnail, pooled:k, stride:n or kept:n"):
         ImageConfig(context=text)
 
 
@@ -190,3 +192,8 @@ def test_a_context_must_be_possible():
 def test_a_blank_tile_has_means_too(make):
     sample = make(TILES, "pooled:2").encode(CONVERSATION)
     assert sample.pool_M.tolist() == list(range(9)) and sample.visual_index_T.max() == -1
+
+
+def test_frames_that_a_memory_keeps_are_for_models_that_see_frames():
+    with pytest.raises(ValueError, match="context kept:n is for models that see frames, not tiles"):
+        ImageConfig(context="kept:4")

@@ -110,7 +110,25 @@ def test_under_a_budget_every_nth_frame_stands_in_the_sequence(made, whole):
     assert (plan.tokens, plan.tiles) == (len(sample.tokens_T), len(sample.pixels_ISSc))
 
 
-@pytest.mark.parametrize(("keys", "words"), [(dict(frames=0), "frames"), (dict(context="pooled:2"), "all or stride")])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_frames_that_a_memory_keeps_stand_first(made, tokenizer, count):
+    """The model puts them there; the times of a choice that it has yet to make are not told."""
+    processor, every, video = made(context="kept:3"), made(), film(count)
+    sample, whole = processor.encode(TALK, videos=[video]), every.encode(TALK, videos=[video])
+    assert processor.tile.keeps == 3 and len(sample.pixels_ISSc) == count
+    standing = sample.visual_index_T[sample.visual_index_T >= 0]
+    np.testing.assert_array_equal(standing, np.arange(6 * min(count, 3)))
+    if count <= 3:
+        np.testing.assert_array_equal(sample.tokens_T, whole.tokens_T)
+    else:
+        assert "located at" not in tokenizer.decode(sample.tokens_T, skip_special=False)
+    with pytest.raises(ValueError, match="kept:3 takes one video, or no more frames in all; got 2 of 7 frames"):
+        processor.prompt("Which?", videos=[film(2), film(5)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"), [(dict(frames=0), "frames"), (dict(context="pooled:2"), "all, stride:n or kept:n")]
+)
 def test_bad_keys_are_named(keys, words):
     with pytest.raises(ValueError, match=words):
         FrameConfig(**keys)

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
     parser.add_argument(
         "--context",
         metavar="WHAT",
-        help="which visual tokens stand in the sequence: all, thumbnail, pooled:k or stride:n (default: as trained)",
+        help="which visual tokens stand in the sequence: all, thumbnail, pooled:k, stride:n, or kept:n (default: as "
+        "trained)",
     )
     parser.add_argument(
         "--adapter", metavar="NAME", help="the model's adapter to answer through, or none (default: the first it has)"

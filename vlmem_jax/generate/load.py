@@ -80,7 +80,7 @@ def load_model(
     image = found.image if context is None else dataclasses.replace(found.image, context=context)
     tokenizer, geometry = Tokenizer.load(found.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
     read = found.system, of_model(vlm.config).template, vlm.reads_beyond
-    processor = make_processor(tokenizer, image, geometry, *read, vlm.tile.geometry)
+    processor = make_processor(tokenizer, image, geometry, *read, vlm.tile_of(image))
     devices = jax.devices() if devices is None else devices
     over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, over)

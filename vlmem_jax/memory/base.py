@@ -88,6 +88,11 @@ class Memory(nnx.Module):
         return 0, 0
 
     @classmethod
+    def frames_kept(cls, config: Any) -> int:
+        """How many frames it keeps for answers at the door SEE, at most."""
+        return 0
+
+    @classmethod
     def frame_flops(cls, config: Any, vision: Any, frames: Count) -> tuple[Count, Count]:
         """Forward FLOPs at the door SEE of samples of so many frames: in weights, and in attention."""
         return 0, 0

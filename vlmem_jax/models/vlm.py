@@ -106,6 +106,18 @@ class VLM:
         reads = memory_of(self.config.memory).geometry_read(self.config.memory, self.config.vision)
         return self.config.vision.tile._replace(geometry=reads)
 
+    def tile_of(self, image: Any) -> TileShape:
+        """`tile` with this config of images. Raises ValueError where other frames are to stand in the sequence than the
+        memory keeps."""
+        tile, keeps = (
+            image.shows(self.tile, self.reads_beyond),
+            memory_of(self.config.memory).frames_kept(self.config.memory),
+        )
+        if tile.keeps not in (0, keeps):
+            rule = f"must be kept:{keeps}, or memory.episodic another," if keeps else "must be all or stride:n"
+            raise ValueError(f"image.context {rule} for model.memory {self.config.memory_kind}, got kept:{tile.keeps}")
+        return tile
+
     @property
     def tokens_per_tile(self) -> int:
         return self.tile.tokens
@@ -219,7 +231,7 @@ class VLM:
             if isinstance(modules.memory, See):
                 frames_BIND = features.reshape(B, I, *features.shape[1:])
                 segments_BI = views.segments_BM[:, :: self.tokens_per_tile]
-                frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, views.geometry)
+                frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, views.geometry, views.kept_first)
                 features = frames_BIND.reshape(features.shape)
         tokens_BMD = modules.projector(features).reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)

@@ -8,7 +8,7 @@ from vlmem_jax.processing.processor import Processor, SampleSize
 from vlmem_jax.processing.tile_processor import TileProcessor
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Video
-from vlmem_jax.types import FrameGeometry, GeometryShape, PatchGeometry, TileGeometry
+from vlmem_jax.types import FrameGeometry, PatchGeometry, TileGeometry, TileShape
 
 __all__ = [
     "AnyImageConfig",
@@ -43,9 +43,10 @@ def make_processor(
     system: str | None = None,
     template: str = "internlm2-chat",
     whole: bool = True,
-    reads: GeometryShape | None = None,
+    tile: TileShape | None = None,
 ) -> Processor:
-    """The processor for a model of this `geometry`; `whole` as in `Processor`, `reads` as in `TileShape`.
+    """The processor for a model of this `geometry`; `whole` as in `Processor`. `tile`: as `VLM.tile_of` tells it, where
+    the model has a memory that reads more than pixels.
 
     Raises ValueError where the config of images is not for it.
     """
@@ -53,5 +54,6 @@ def make_processor(
     if not isinstance(image, wanted):
         raise ValueError(f"the config of images must be {wanted.__name__} for this tower, got {type(image).__name__}")
     made = processor(tokenizer, image, geometry, system, template, whole)
-    made.tile = made.tile._replace(geometry=reads)
+    if tile is not None:
+        made.tile = tile
     return made

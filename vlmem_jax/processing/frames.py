@@ -33,7 +33,8 @@ class FrameConfig(ShownConfig):
     """Whether answers alone are learned, and the token that ends them; if not, as released, the opening of each answer,
     and every token that opens or ends a turn or a line, too."""
     context: str = "all"
-    """Which visual tokens stand in the sequence, whatever a memory reads: all; stride:n: those of every n-th frame."""
+    """Which visual tokens stand in the sequence, whatever a memory reads: all; stride:n: those of every n-th frame;
+    kept:n: those of the frames that the memory, which has room for n, keeps at the end, as a stream is answered."""
     max_pixels: int = 89_478_485
     """Of the largest image, or frame of a video, that is opened."""
 
@@ -42,12 +43,12 @@ class FrameConfig(ShownConfig):
     def __post_init__(self):
         if self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
-        if read_context(self.context).kind not in ("all", "stride"):
-            raise ValueError(f"context must be all or stride:n where frames are seen, got {self.context!r}")
+        if read_context(self.context).kind not in ("all", "stride", "kept"):
+            raise ValueError(f"context must be all, stride:n or kept:n where frames are seen, got {self.context!r}")
 
     def shows(self, tile: TileShape, whole: bool) -> TileShape:
         """As in `ImageConfig`."""
-        return tile
+        return tile._replace(keeps=read_context(self.context).kept)
 
 
 class FrameProcessor(Processor):
@@ -66,7 +67,7 @@ class FrameProcessor(Processor):
     ):
         super().__init__(tokenizer, system, template, read_context(image.context), whole)
         self.image, self.geometry = image, geometry
-        self.tile = TileShape(geometry.size, 3, geometry.tokens)
+        self.tile = image.shows(TileShape(geometry.size, 3, geometry.tokens), whole)
         self.open_limit = image.max_pixels
         if image.strict_mask:
             self.template = dataclasses.replace(self.template, learned=())
@@ -91,8 +92,8 @@ class FrameProcessor(Processor):
 
     def _timed(self, part: chat.Part) -> list[chat.Part]:
         size = part.size if isinstance(part, Video) else part
-        if not isinstance(size, VideoSize) or not size.times:
-            return [part]
+        if not isinstance(size, VideoSize) or not size.times or 0 < self.context.kept < len(size.times):
+            return [part]  # of frames that a memory will choose nobody knows the times
         return [part, NEWLINE + time_line(size.length, size.times[:: self.context.stride])]
 
     def _grids(self, shown: Sequence, training: bool) -> list[int]:
@@ -104,7 +105,11 @@ class FrameProcessor(Processor):
         return grid
 
     def _placeholders(self, grid: int) -> int:
-        return -(-grid // self._stride) * self.geometry.tokens
+        return self._standing(grid) * self.geometry.tokens
+
+    def _standing(self, grid: int) -> int:
+        """Frames of a grid that stand in the sequence."""
+        return min(-(-grid // self._stride), self.context.kept or grid)
 
     @property
     def _stride(self) -> int:
@@ -120,11 +125,16 @@ class FrameProcessor(Processor):
                 f"{sum(grids)} frames have {wanted} visual tokens in the sequence, but the text holds "
                 f"{len(standing_C)} placeholders"
             )
+        if 0 < self.context.kept < sum(grids) and len(grids) > 1:
+            raise ValueError(
+                f"image.context kept:{self.context.kept} takes one video, or no more frames in all; got "
+                f"{len(grids)} of {sum(grids)} frames"
+            )
         P, first, there, owners, slots = self.geometry.tokens, 0, 0, [np.zeros(0, int)], [np.zeros(0, int)]
         for grid in grids:
-            frames = np.arange(grid)
-            owners.append(there + (frames // self._stride)[:, None] * P + np.arange(P))
-            slots.append((first + frames[:: self._stride])[:, None] * P + np.arange(P))
+            frames, standing = np.arange(grid), self._standing(grid)
+            owners.append(there + np.minimum(frames // self._stride, standing - 1)[:, None] * P + np.arange(P))
+            slots.append((first + frames[:: self._stride][:standing])[:, None] * P + np.arange(P))
             first, there = first + grid, there + self._placeholders(grid)
         owner_M, slot_C = (np.concatenate([part.reshape(-1) for part in parts]) for parts in (owners, slots))
         positions_T = np.arange(len(tokens_T), dtype=np.int32)

@@ -58,6 +58,8 @@ class ImageConfig(ShownConfig):
             raise ValueError(f"dhr_map must be one of {positions.DHR_MAPS}, got {self.dhr_map!r}")
         if read_context(self.context).kind == "thumbnail" and not self.thumbnail:
             raise ValueError("thumbnail must be true where it is all that stands in the sequence (context=thumbnail)")
+        if read_context(self.context).kept:
+            raise ValueError("context kept:n is for models that see frames, not tiles; set all, thumbnail or pooled:k")
         if not 1 <= self.max_pixels <= PILLOW_PIXEL_LIMIT:
             raise ValueError(f"max_pixels must be 1 ... {PILLOW_PIXEL_LIMIT}, Pillow's limit; got {self.max_pixels}")
 

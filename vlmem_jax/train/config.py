@@ -163,8 +163,7 @@ class Experiment:
     @property
     def tile(self) -> TileShape:
         """What a tile is to the model, with this config of images."""
-        vlm = VLM(self.model)
-        return self.image.shows(vlm.tile, vlm.reads_beyond)
+        return VLM(self.model).tile_of(self.image)
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ConfigError, naming the keys, where rows, tokens, tiles or heads cannot be split over `mesh`."""

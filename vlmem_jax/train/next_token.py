@@ -145,7 +145,7 @@ def experiment_processor(experiment: Experiment, model: VLM) -> Processor:
     """The processor of an experiment. Raises ValueError where tokenizer or images do not fit the model."""
     tokenizer = Tokenizer.load(repos.folder(experiment.tokenizer), model.special_tokens)
     geometry, read = model.config.vision.geometry, (experiment.system, experiment.template, model.reads_beyond)
-    processor = make_processor(tokenizer, experiment.image, geometry, *read, model.tile.geometry)
+    processor = make_processor(tokenizer, experiment.image, geometry, *read, experiment.tile)
     highest, vocab = max(*processor.control_ids, *processor.stop_ids), model.config.decoder.vocab
     if highest >= vocab:
         raise ValueError(

@@ -64,6 +64,10 @@ class VLM2(Memory):
         return GeometryShape(vision.grid**2, *widths) if config.geometry_width else None
 
     @classmethod
+    def frames_kept(cls, config: VLM2Config) -> int:
+        return config.episodic
+
+    @classmethod
     def frame_flops(cls, config: VLM2Config, vision: Any, frames: Count) -> tuple[Count, Count]:
         N, c = vision.grid**2, vision.width
         hidden, outputs = config.gamma_width or c, c if config.gamma == "channel" else 1
