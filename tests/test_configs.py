@@ -6,7 +6,7 @@ import pytest
 
 from vlmem_jax.config import ConfigError, load, override
 from vlmem_jax.models import VLM
-from vlmem_jax.processing import PatchConfig
+from vlmem_jax.processing import FrameConfig, PatchConfig
 from vlmem_jax.rl import TASKS
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import Split
@@ -15,6 +15,7 @@ from vlmem_jax.trees import flatten
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]
 SPECS += ["comemo_2b.py:released", "comemo_9b.py:released", "tiny/qwen2_5_vl.py:comemo", "tiny/qwen2_5_vl.py:lora"]
+SPECS += [f"vlm2_llava_video_7b.py:{profile}" for profile in ("vlm3r", "stream")]
 SPECS += [f"vismem_qwen25vl_7b.py:{profile}" for profile in ("paper_supplement", "released")]
 
 
@@ -23,6 +24,8 @@ def test_configs_build(spec):
     built = experiment(load(str(CONFIGS / spec)))
     if isinstance(built.image, PatchConfig):
         assert (built.model.vision.kind, built.template) == ("qwen_vit", "qwen2-vl")
+    elif isinstance(built.image, FrameConfig):
+        assert (built.model.vision.kind, built.template) == ("siglip", "llava-video")
     else:
         assert built.image.dhr_map == ("code" if spec.endswith(":released") else "raster")
         assert (built.model.vision.kind, built.template) == ("intern_vit", "internlm2-chat")
@@ -90,6 +93,23 @@ def test_profiles_of_vismem():
         assert trained.get("warmup", trained["formation"]) == trained["formation"]
         for stage in built.stages:
             TASKS[stage.task_kind].check(built, stage)
+
+
+def test_profiles_of_vlm2():
+    """Two clips of 32 frames fill a row, or one of 128 of which 32 are shown; the tower and the language model stay."""
+    for end, frames, clips in (("", 32, 2), (":vlm3r", 32, 2), (":stream", 128, 1)):
+        built = experiment(load(str(CONFIGS / f"vlm2_llava_video_7b.py{end}")))
+        standing = built.tile.keeps or frames
+        assert (built.image.frames, built.data.pack_tiles) == (frames, clips * frames)
+        text = built.data.pack_tokens // clips - standing * built.tile.tokens  # beside the frames of a clip
+        assert 400 < text < 500
+        assert built.data.rows * clips == 128
+        paths = list(flatten(VLM(built.model).abstract()))
+        for stage in built.stages:
+            trained = Split.of(stage, paths).trainable
+            assert {path.split("/")[0] for path in trained} - {"adapters"} == {"projector", "memory"}
+            assert "projector/newline" not in trained
+            assert any(path.startswith("adapters/") for path in trained) == (stage.name != "align")
 
 
 def test_the_last_layers_of_the_tower_may_form_short_memories():
