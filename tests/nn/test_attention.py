@@ -10,6 +10,7 @@ from vlmem_jax.nn.attention import (
     AttentionConfig,
     attend,
     causal_attention,
+    full_attention,
     same_segment,
     segment_attention,
     window_attention,
@@ -151,3 +152,18 @@ def test_windows_of_neighbours_need_no_more_than_neighbouring_runs(monkeypatch, 
     np.testing.assert_allclose(near, whole, atol=1e-5)
     np.testing.assert_array_equal(near[:, -2:], 0)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("length", [20, 17])
+def test_long_rows_are_read_by_blocks_of_queries(monkeypatch, length):
+    q, k, v, _ = inputs(B=2, T=20, C=8)
+    whole = full_attention(AttentionConfig(), q, k, v, length)
+    np.testing.assert_allclose(whole, attend(q, k[:, :length], v[:, :length], None), atol=1e-6)
+    monkeypatch.setattr(attention, "LONG", 16)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    scores = []
+    monkeypatch.setattr(
+        attention, "attend", lambda q, k, *rest: scores.append((q.shape, k.shape)) or attend(q, k, *rest)
+    )
+    np.testing.assert_allclose(full_attention(AttentionConfig(), q, k, v, length), whole, atol=1e-6)
+    assert {(q_shape[1], k_shape[1]) for q_shape, k_shape in scores} == {(8, length)}

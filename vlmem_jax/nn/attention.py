@@ -25,6 +25,8 @@ KERNEL_KEYS = 512
 """Keys that a kernel reads for a run of queries in windows: those of the run and of a window on either side."""
 
 
+LONG = 8192
+"""Tokens of a row from which on not all of their scores are stored at the same time where no kernel serves."""
 CACHE_BLOCK = 512
 """Tokens, and slots of a cache, whose scores exist at the same time where many tokens are appended."""
 
@@ -81,8 +83,16 @@ def full_attention(
     length: int,
 ) -> Float[Array, "B T H C"]:
     """Every query sees the first `length` keys of its row, as among the patches of a tile. The T x T scores never exist
-    in memory where a kernel serves; none of those that JAX ships takes any T and C, that for memories does."""
+    in memory where a kernel serves; none of those that JAX ships takes any T and C, that for memories does. Elsewhere
+    those of a block of queries do, where there are many."""
     arrays = {"q": q_BTHC, "k": k_BTKC, "v": v_BTKC}
+    T = q_BTHC.shape[1]
+    if T > LONG and _backend(config, Inputs(**arrays)) == "xla":
+        k_BTKC, v_BTKC = k_BTKC[:, :length], v_BTKC[:, :length]
+        q_BTHC = jnp.pad(q_BTHC, ((0, 0), (0, -T % CACHE_BLOCK), (0, 0), (0, 0)))
+        blocks = q_BTHC.reshape(len(q_BTHC), -1, CACHE_BLOCK, *q_BTHC.shape[2:]).swapaxes(0, 1)
+        out = jax.lax.map(lambda q_BTHC: attend(q_BTHC, k_BTKC, v_BTKC, None), blocks)
+        return out.swapaxes(0, 1).reshape(q_BTHC.shape)[:, :T]
     if length < k_BTKC.shape[1]:
         arrays["limit"] = jnp.full(q_BTHC.shape[:2], length, jnp.int32)
     return _attend_by_kernel(config, arrays, "parts", None)
