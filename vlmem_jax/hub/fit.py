@@ -81,7 +81,7 @@ def _by_layer(names: Iterable[str]) -> dict[str, list[int]]:
     """Names with the number of the layer cut out -> the numbers that occur."""
     groups: dict[str, list[int]] = defaultdict(list)
     for name in names:
-        found = re.search(r"\b(?:layers|blocks)\.(\d+)(?=\.)", name)
+        found = re.search(r"\b(?:layers|\w*blocks|decoder|trunk)\.(\d+)(?=\.)", name)
         if found:
             groups[f"{name[: found.start(1)]}*{name[found.end() :]}"].append(int(found[1]))
         else:
