@@ -4,6 +4,7 @@ Axis letters beside those of `blocks`: P patches of a view, E what a decoder giv
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -204,7 +205,8 @@ class Pi3(nnx.Module):
 
 HEADS = ("point_head/", "conf_head/", "camera_head/")
 """What is computed in fp32 from weights in fp32, in models of any dtype."""
-UNREAD = ("image_mean", "image_std")
+UNREAD = re.compile(r"image_(mean|std)$")
+"""Names of buffers, which are the same in all checkpoints."""
 
 
 def name_table(config: Pi3Config) -> list[Rule]:

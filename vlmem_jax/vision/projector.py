@@ -4,13 +4,13 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from vlmem_jax.nn.linear import param, spread
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
+from vlmem_jax.nn.resize import half_pixel, linear_weights
 from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.vision.siglip import SigLIPConfig
 
@@ -70,7 +70,8 @@ def pooled(x_BHWD: Float[Array, "B H W D"], pool: str) -> Float[Array, "B h w D"
     """One for each 2 x 2 of a square of features, see `SigLIPConfig.pool`."""
     side = x_BHWD.shape[1]
     if pool == "bilinear":
-        weights = jnp.asarray(_halving(side), jnp.float32)
+        # half as many, rounded up
+        weights = jnp.asarray(linear_weights(half_pixel(side, -(-side // 2)), side), jnp.float32)
         half = jnp.einsum("hH,BHWD->BhWD", weights, x_BHWD.astype(jnp.float32))
         return jnp.einsum("wW,BhWD->BhwD", weights, half).astype(x_BHWD.dtype)
     even = side // 2 * 2
@@ -79,18 +80,6 @@ def pooled(x_BHWD: Float[Array, "B H W D"], pool: str) -> Float[Array, "B h w D"
     if pool == "max":
         return blocks.max((2, 4))
     return blocks.astype(jnp.float32).mean((2, 4)).astype(x_BHWD.dtype)
-
-
-def _halving(side: int) -> np.ndarray:
-    """[target, source] weights of linear interpolation from `side` to half as many, rounded up: half-pixel centres,
-    without anti-aliasing, edges repeated."""
-    target = -(-side // 2)
-    centres = ((np.arange(target) + 0.5) * side / target - 0.5).clip(0, side - 1)
-    low = np.floor(centres).astype(int)
-    matrix = np.zeros((target, side))
-    np.add.at(matrix, (np.arange(target), low), 1 - (centres - low))
-    np.add.at(matrix, (np.arange(target), np.minimum(low + 1, side - 1)), centres - low)
-    return matrix
 
 
 class Merger(nnx.Module):
