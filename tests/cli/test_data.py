@@ -19,7 +19,7 @@ def data(*words):
     return main(["data", *map(str, words)])
 
 
-@pytest.mark.parametrize("action", ["pack", "inspect", "frames"])
+@pytest.mark.parametrize("action", ["pack", "inspect", "frames", "geometry"])
 def test_every_action_shows_an_example(action, capsys):
     with pytest.raises(SystemExit) as done:
         data(action, "--help")
@@ -97,7 +97,7 @@ def test_inspect_says_what_it_needs(folder, capsys):
     assert data("inspect", "--config", world.config_file(folder), "--stage", "warmup") == 2
     assert "there is no stage 'warmup'; the experiment has pretrain" in capsys.readouterr().err
     assert data("pack", "--data", "a", "--out", "b.array_record", "--config.seed=1") == 2
-    assert "only `vlmem data inspect` reads an experiment" in capsys.readouterr().err
+    assert "only `vlmem data inspect` and `vlmem data geometry` read an experiment" in capsys.readouterr().err
 
 
 def test_frames_go_on_and_name_what_cannot_be_read(folder, capsys):

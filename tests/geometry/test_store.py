@@ -16,7 +16,7 @@ from vlmem_jax.geometry.store import store_clips
 from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.processing import FrameConfig, Tokenizer, make_processor
 from vlmem_jax.processing.chat import FRAME
-from vlmem_jax.types import FrameGeometry, Geometry, GeometryShape
+from vlmem_jax.types import FrameGeometry, Geometry, GeometryShape, TileShape
 
 pytest.importorskip("av")
 READS = GeometryShape(4, 6, 5)
@@ -49,7 +49,9 @@ def world(tmp_path):
 def samples_of(world, reads=READS, frames=4, **source):
     image = FrameConfig(frames=frames, time_line=False)
     tokenizer = Tokenizer.load(world.path / "tokenizer")
-    processor = make_processor(tokenizer, image, FrameGeometry(8, 6), "s", "llava-video", True, reads)
+    processor = make_processor(
+        tokenizer, image, FrameGeometry(8, 6), "s", "llava-video", tile=TileShape(8, 3, 6, geometry=reads)
+    )
     config = DataConfig(pack_tokens=400, pack_tiles=12, max_sample_tokens=200, threads=1)
     return Samples([dataclasses.replace(world.source, **source)], config, processor)
 
@@ -95,7 +97,7 @@ def test_what_is_there_is_not_mixed_with_another_model_or_other_clips(world):
     made(world)
     with pytest.raises(ValueError, match="g-00000-of-00001.array_record is of .*stand-in.*, not of .*other"):
         store_clips(samples_of(world, geometry=""), brightness, {"model": "other"}, world.source.geometry)
-    world.jsonl(world.lines[1:])
+    world.jsonl(world.lines[3:])
     with pytest.raises(ValueError, match="holds other clips than these data show; remove it or choose another --out"):
         made(world)
 
@@ -141,6 +143,14 @@ def test_numbers_that_are_not_finite_and_damaged_files_are_refused(world):
     with pytest.raises(ValueError, match="geometry of a.mp4 holds numbers that are not finite .*train.jsonl:1"):
         store_clips(samples_of(world, geometry=""), broken, MADE, world.source.geometry)
     assert not list(world.path.glob("g-*"))  # nothing half done is left
+    with pytest.raises(ValueError, match="no geometry of a.mp4"):
+        left = store_clips(samples_of(world, geometry=""), broken, MADE, world.source.geometry, skip=True)
+        assert left.written == 0 and len(left.skipped) == 3
+        samples = samples_of(world)
+        samples.measure([(0, 0)])
+        samples.load((0, 0))
+    [file] = world.path.glob("g-*")
+    file.unlink()
     made(world)
     [file] = world.path.glob("g-*")
     file.write_bytes(file.read_bytes()[:-100])

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vlmem_jax.geometry.coordinates import coordinates, in_first_camera
 from vlmem_jax.memory import Frame
 from vlmem_jax.memory.vlm2 import VLM2Config
 from vlmem_jax.memory.vlm2.banks import DualMemory
 from vlmem_jax.memory.vlm2.represent import Representation
 from vlmem_jax.models import VLM
 from vlmem_jax.models.looking import in_turn
-from vlmem_jax.geometry.coordinates import coordinates, in_first_camera
 from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import Geometry, VisualTokens
 

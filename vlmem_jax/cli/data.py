@@ -1,7 +1,9 @@
 """Look at data before a run, convert them, and pack them for pods. Each action has its own --help."""
 
 import argparse
+import dataclasses
 import re
+import typing
 from collections.abc import Callable
 
 from rich.console import Console
@@ -12,9 +14,16 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig, SourceConfig
 from vlmem_jax.data.convert import convert
 from vlmem_jax.data.frames import extract
+from vlmem_jax.data.geometry import Values
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SHARD_BYTES, pack
+from vlmem_jax.data.samples import Samples
 from vlmem_jax.data.survey import glance, survey
+from vlmem_jax.geometry.coordinates import Scale
+from vlmem_jax.geometry.model import load_geometry
+from vlmem_jax.geometry.pi3 import Tokens
+from vlmem_jax.geometry.pictures import Fit
+from vlmem_jax.geometry.store import CLIPS_A_FILE, seer, store_clips
 from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
@@ -74,13 +83,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cutting.add_argument("--fps", type=float, default=1.0, help="frames a second to keep (default: %(default)s)")
     cutting.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default: %(default)s)")
     cutting.add_argument("--threads", type=int, default=0, help="videos at the same time (default: one a core)")
+    _add_geometry(actions)
     add_config(parser, optional=True)
+
+
+def _add_geometry(actions: argparse._SubParsersAction) -> None:
+    knowing = _action(
+        actions,
+        "geometry",
+        _geometry,
+        "Compute what a model of geometry makes of the videos of an experiment, once, a clip a record: what a memory "
+        "reads then is data. Stopped, the same command goes on; several machines each do a --part.",
+        "vlmem data geometry --config configs/vlm2_llava_video_7b.py --checkpoint yyfz233/Pi3 "
+        "--out data/geometry.array_record",
+    )
+    knowing.add_argument(
+        "--checkpoint", required=True, metavar="MODEL", help="folder or repository of a public model: pi3 or VGGT"
+    )
+    knowing.add_argument("--out", required=True, metavar="NAME.array_record", help="written as NAME-00000-of-... files")
+    knowing.add_argument("--data", metavar="FILE", help="a file in place of data.train and data.eval of the experiment")
+    knowing.add_argument("--root", default="", metavar="DIR", help="folder of its videos (default: that of the file)")
+    add_links(knowing)
+    choices = {
+        "--fit": (Fit, "how frames become what the model takes: the part that the tower's patches cover, or all"),
+        "--scale": (Scale, "coordinates are divided by the mean distance in the clip, in its first frame, or not"),
+        "--tokens": (Tokens, "pi3: what its decoder says of a patch, or its decoder of points"),
+        "--values": (Values, "bf16, or int8, half as large, rounded to 255 steps a token"),
+    }
+    for flag, (allowed, what) in choices.items():
+        values = typing.get_args(allowed)
+        knowing.add_argument(flag, choices=values, default=values[0], help=f"{what} (default: %(default)s)")
+    knowing.add_argument("--by-confidence", action="store_true", help="weigh the points of a patch by their confidence")
+    knowing.add_argument(
+        "--clips-a-file", type=int, default=CLIPS_A_FILE, metavar="N", help="clips of a file (default: %(default)s)"
+    )
+    knowing.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="of N machines, the work of machine I, from 0"
+    )
+    knowing.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be read, and name them")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when done; 1 if `inspect` found a bad line."""
-    if args.action is not _inspect and (args.experiment is not None or args.overrides):
-        raise ConfigError("only `vlmem data inspect` reads an experiment; drop --config")
+    if args.action not in (_inspect, _geometry) and (args.experiment is not None or args.overrides):
+        raise ConfigError("only `vlmem data inspect` and `vlmem data geometry` read an experiment; drop --config")
     return args.action(args)
 
 
@@ -185,6 +231,46 @@ def _frames(args: argparse.Namespace) -> int:
         )
     print(f"{args.out}: {written} frames written, {before} were there; {len(args.video)} videos")
     return 0
+
+
+def _geometry(args: argparse.Namespace) -> int:
+    if args.experiment is None:
+        raise ConfigError(
+            "`vlmem data geometry` needs --config: it tells which frames are taken, and how they are seen"
+        )
+    settings = experiment(args.experiment)
+    processor, data = experiment_processor(settings, VLM(settings.model)), settings.data
+    if (reads := processor.tile.geometry) is None:
+        raise ConfigError(f"geometry is for a memory that reads it; model.memory is {settings.model.memory_kind}")
+    given = (
+        (SourceConfig(args.data, args.root, follow_links=args.follow_links),) if args.data else data.train + data.eval
+    )
+    samples = Samples([dataclasses.replace(source, geometry="") for source in given], data, processor)
+    model = load_geometry(args.checkpoint, tokens=args.tokens)
+    how = {"fit": args.fit, "scale": args.scale, "by_confidence": args.by_confidence}
+    see = seer(model, reads, args.fit, args.scale, args.by_confidence)
+    made = {"model": model.kind, "digest": model.digest, "tokens": args.tokens, **how}
+    options = {"clips_a_file": args.clips_a_file, "values": args.values, "part": args.part, "skip": args.skip_bad}
+    with progress_bar() as bar:
+        task = bar.add_task("clips", total=None)
+        stored = store_clips(
+            samples, see, made, args.out, **options,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    for reason in stored.skipped:
+        print(f"left out: {reason}")
+    print(
+        f"{args.out}: geometry of {stored.written} clips written, {stored.before} were there; {len(stored.skipped)} "
+        "samples left out"
+    )
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"a part is I/N, I from 0 to N - 1, such as 0/8; got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def progress_bar() -> Progress:

@@ -1,6 +1,7 @@
 """The geometry of all that data show, computed once and kept: for `vlmem data geometry`."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,15 +12,38 @@ import numpy as np
 from vlmem_jax.data.geometry import FORMAT, ClipKey, Values, mark_of, write_clips
 from vlmem_jax.data.records import open_shard, shard_name, split
 from vlmem_jax.data.samples import Key, Samples
+from vlmem_jax.geometry.coordinates import Scale, clip_geometry
+from vlmem_jax.geometry.model import GeometryModel
+from vlmem_jax.geometry.pictures import Fit, pictures
 from vlmem_jax.processing import images, video
 from vlmem_jax.processing.processor import naming
-from vlmem_jax.types import Geometry
+from vlmem_jax.types import Geometry, GeometryShape
 
 CLIPS_A_FILE = 8
 """A gigabyte at 32 frames, and what is done again after a kill."""
 
 SeeClip = Callable[[np.ndarray], Geometry]
 """The geometry of the frames of a clip as the tower sees them, uint8 [I, S, S, 3], in the order of time."""
+
+
+def seer(
+    model: GeometryModel, reads: GeometryShape, fit: Fit = "crop", scale: Scale = "clip", weighted: bool = False
+) -> SeeClip:
+    """What a model of geometry makes of a clip, for a memory that reads so much. `weighted`: coordinates of patches are
+    means by confidence. Raises ValueError where the model gives something else than is read."""
+    if (gives := (model.token_width, model.view_width)) != reads[1:]:
+        raise ValueError(
+            f"the memory reads tokens of {reads.tokens} and views of {reads.views} numbers, but {model.kind} gives "
+            f"{gives[0]} and {gives[1]}; set model.memory.geometry_width={gives[0]} and "
+            f"model.memory.view_width={gives[1]}"
+        )
+    grid = math.isqrt(reads.patches)
+
+    def see(pixels_ISSc: np.ndarray) -> Geometry:
+        seen = pictures(pixels_ISSc, grid * model.patch_size, fit)
+        return clip_geometry(model.scene(seen, confidence=weighted), grid, scale, weighted)
+
+    return see
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +93,11 @@ def store_clips(
 
         def seen(group: list[tuple[ClipKey, Key]] = group) -> Iterator[tuple[ClipKey, str, Geometry]]:
             for key, where in group:
-                yield key, *_see(samples, key, where, see)
-                done["written"] += 1
+                try:
+                    yield key, *_see(samples, key, where, see)
+                    done["written"] += 1
+                except ValueError as error:
+                    _leave_out(error, skipped, skip)
                 progress(sum(done.values()), total)
 
         write_clips(file, made, values, seen())
@@ -92,12 +119,17 @@ def _distinct(samples: Samples, skip: bool) -> tuple[list[tuple[ClipKey, Key]], 
                         if first != key:
                             raise ValueError(f"{key.name} must be one video with the same frames wherever it is named")
             except ValueError as error:
-                if not skip:
-                    raise ValueError(f"{error}; --skip-bad leaves out what cannot be read") from error
-                skipped.append(str(error))
+                _leave_out(error, skipped, skip)
     if not clips:
         raise ValueError("there must be a video or an image of which to make geometry, but no sample shows one")
     return list(clips.values()), skipped
+
+
+def _leave_out(error: ValueError, skipped: list[str], skip: bool) -> None:
+    """Remembers what is wrong with a sample that is left out. Raises ValueError, naming the flag, where none may be."""
+    if not skip:
+        raise ValueError(f"{error}; --skip-bad leaves out what cannot be read") from error
+    skipped.append(str(error))
 
 
 def _see(samples: Samples, key: ClipKey, where: Key, see: SeeClip) -> tuple[str, Geometry]:
@@ -123,5 +155,5 @@ def _check_same(file: Path, made: Mapping[str, Any], keys: list[ClipKey]) -> Non
     _, facts = open_shard(file, FORMAT)
     if facts["made"] != made:
         raise ValueError(f"{file} is of {facts['made']}, not of {made}; remove it or choose another --out")
-    if [clip[0] for clip in facts["clips"]] != [key.name for key in keys]:
+    if {clip[0] for clip in facts["clips"]} - {key.name for key in keys}:  # some may have been left out
         raise ValueError(f"{file} holds other clips than these data show; remove it or choose another --out")

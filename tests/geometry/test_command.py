@@ -1,0 +1,72 @@
+"""`vlmem data geometry`: from the videos of an experiment and a public checkpoint to what its samples come with."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.patches_world import save_tokenizer, save_video
+from vlmem_jax.cli.main import main
+from vlmem_jax.data.samples import Samples
+from vlmem_jax.geometry import load_geometry, pictures
+from vlmem_jax.geometry.coordinates import clip_geometry
+from vlmem_jax.hub.tokenizer_files import TokenizerFiles
+from vlmem_jax.models import VLM
+from vlmem_jax.processing.chat import FRAME
+from vlmem_jax.train.config import experiment
+from vlmem_jax.train.next_token import experiment_processor
+
+pytest.importorskip("av")
+
+
+@pytest.fixture
+def keys(tmp_path, pi3_checkpoint):
+    """An experiment whose memory reads as much as the model of geometry gives."""
+    save_tokenizer(tmp_path / "qwen", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    TokenizerFiles.of(tmp_path / "qwen", (FRAME,)).copy(tmp_path / "tokenizer", {})
+    save_video(tmp_path / "a.mp4", frames=6, fps=4, level=40)
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"conversations": turns, "video": "a.mp4"}) + "\n")
+    model = load_geometry(pi3_checkpoint.folder, dtype="float32")
+    memory = {"kind": "vlm2", "geometry_width": model.token_width, "view_width": model.view_width}
+    source = {"path": str(tmp_path / "train.jsonl"), "geometry": str(tmp_path / "g.array_record")}
+    return {
+        "model": {"preset": "tiny_llava_video", "memory": memory},
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "image": {"frames": 3},
+        "data": {"train": [source], "pack_tokens": 384, "pack_tiles": 4, "threads": 1},
+        "stages": [{"name": "all", "steps": 1, "learning_rate": 1e-2}],
+    }
+
+
+def command(keys, folder, checkpoint, *more):
+    file = folder / "experiment.py"
+    file.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({keys!r})\n")
+    out = keys["data"]["train"][0]["geometry"]
+    line = ["data", "geometry", "--config", str(file), "--checkpoint", str(checkpoint), "--out", out, "--fit", "resize"]
+    return main([*line, *more])
+
+
+def test_samples_come_with_what_the_model_makes_of_their_frames(keys, tmp_path, pi3_checkpoint, capsys):
+    assert command(keys, tmp_path, pi3_checkpoint.folder) == 0
+    assert "g.array_record: geometry of 1 clips written, 0 were there; 0 samples left out" in capsys.readouterr().out
+    assert command(keys, tmp_path, pi3_checkpoint.folder) == 0
+    assert "0 clips written, 1 were there" in capsys.readouterr().out
+    settings = experiment(keys)
+    samples = Samples(settings.data.train, settings.data, experiment_processor(settings, VLM(settings.model)))
+    samples.measure([(0, 0)])
+    sample = samples.load((0, 0))
+    model, grid = load_geometry(pi3_checkpoint.folder), settings.model.vision.grid
+    seen = pictures(sample.pixels_ISSc, grid * model.patch_size, "resize")
+    wanted = clip_geometry(model.scene(seen), grid)
+    for got, want in zip(jax.tree.leaves(sample.geometry), jax.tree.leaves(wanted), strict=True):
+        want = np.asarray(want, np.float32)
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=0.02 * np.abs(want).max())
+
+
+def test_a_memory_of_other_widths_and_one_that_reads_none_are_refused(keys, tmp_path, pi3_checkpoint, capsys):
+    assert command(keys, tmp_path, pi3_checkpoint.folder, "--config.model.memory.geometry_width=12") == 2
+    assert "set model.memory.geometry_width=" in capsys.readouterr().err
+    assert command(keys, tmp_path, pi3_checkpoint.folder, "--config.model.memory.geometry_width=0") == 2
+    assert "geometry is for a memory that reads it; model.memory is vlm2" in capsys.readouterr().err
