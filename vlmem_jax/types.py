@@ -140,11 +140,10 @@ class Sample:
     def known_geometry(self) -> Geometry:
         """`geometry`, where a memory reads it. Raises ValueError if nobody has given it."""
         if self.geometry is None:
+            where = f" (sample {self.name})" if self.name else ""
             raise ValueError(
-                "the memory reads geometry of what it sees, but none is known here; name what `vlmem data geometry` "
-                "made (data.train.0.geometry of a run, --geometry of a command), or set model.memory.geometry_width=0"
-                + f" (sample {self.name})"
-                * bool(self.name)
+                "the memory reads geometry of what it sees, but none is known here; name what makes it (--geometry of "
+                f"a command, data.train.0.geometry of a run), or set model.memory.geometry_width=0{where}"
             )
         return self.geometry
 

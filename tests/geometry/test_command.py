@@ -35,7 +35,8 @@ def keys(tmp_path, pi3_checkpoint):
         "model": {"preset": "tiny_llava_video", "memory": memory},
         "tokenizer": str(tmp_path / "tokenizer"),
         "image": {"frames": 3},
-        "data": {"train": [source], "pack_tokens": 384, "pack_tiles": 4, "threads": 1},
+        "data": {"train": [source], "rows": 8, "pack_tokens": 384, "pack_tiles": 4, "threads": 1},
+        "mesh": {"data": -1, "fsdp": 1},
         "stages": [{"name": "all", "steps": 1, "learning_rate": 1e-2}],
     }
 
@@ -70,3 +71,20 @@ def test_a_memory_of_other_widths_and_one_that_reads_none_are_refused(keys, tmp_
     assert "set model.memory.geometry_width=" in capsys.readouterr().err
     assert command(keys, tmp_path, pi3_checkpoint.folder, "--config.model.memory.geometry_width=0") == 2
     assert "geometry is for a memory that reads it; model.memory is vlm2" in capsys.readouterr().err
+
+
+def test_a_model_answers_with_what_is_stored_and_with_what_is_made_on_the_way(keys, tmp_path, pi3_checkpoint, capsys):
+    assert command(keys, tmp_path, pi3_checkpoint.folder) == 0
+    run, asked = tmp_path / "run", tmp_path / "asked.jsonl"
+    assert main(["train", "--config", str(tmp_path / "experiment.py"), "--workdir", str(run)]) == 0
+    asked.write_text(json.dumps({"prompt": "What?", "video": "a.mp4", "answer": "Yes."}) + "\n")
+    line = ["--checkpoint", str(run), "--max-new-tokens", "4", "--geometry-fit", "resize"]
+    answers = []
+    for name, geometry in (("stored", keys["data"]["train"][0]["geometry"]), ("made", str(pi3_checkpoint.folder))):
+        more = ["--data", str(asked), "--output", str(tmp_path / name), "--geometry", geometry]
+        assert main(["evaluate", *line, *more]) == 0
+        answers.append(json.loads((tmp_path / name / "samples.jsonl").read_text().splitlines()[0])["output"])
+    capsys.readouterr()
+    shown = ["--prompt", "What?", "--video", str(tmp_path / "a.mp4"), "--geometry", str(pi3_checkpoint.folder)]
+    assert main(["generate", *line, *shown]) == 0
+    assert [capsys.readouterr().out.rstrip("\n")] * 2 == answers

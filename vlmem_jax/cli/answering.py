@@ -4,7 +4,11 @@ import argparse
 import sys
 import typing
 
+from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
+from vlmem_jax.geometry.model import load_geometry
+from vlmem_jax.geometry.pictures import Fit
+from vlmem_jax.geometry.store import seer
 from vlmem_jax.models.placement import asked_mesh, whole_heads
 from vlmem_jax.runtime.sharding import MESH_AXES, MeshConfig
 
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
     parser.add_argument(
         "--adapter", metavar="NAME", help="the model's adapter to answer through, or none (default: the first it has)"
     )
+    add_geometry(parser)
     add_mesh(parser)
     group = parser.add_argument_group("latent memory", "for models whose memory speaks while they answer")
     group.add_argument(
@@ -70,6 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
     group.add_argument("--reverse-types", action="store_true", help="a call for one kind is answered by the other")
     if streams:
         group.add_argument("--show-memory", action="store_true", help="show where a memory was inserted, and how long")
+
+
+def add_geometry(parser: argparse.ArgumentParser) -> None:
+    """From where the memory knows the space that frames show."""
+    parser.add_argument(
+        "--geometry",
+        default="",
+        metavar="MODEL",
+        help="for a memory that reads geometry: folder or repository of a public model, pi3 or VGGT, that makes it of "
+        "what is shown; of `vlmem evaluate`, also NAME.array_record, made by `vlmem data geometry`",
+    )
+    parser.add_argument(
+        "--geometry-fit",
+        choices=typing.get_args(Fit),
+        default=typing.get_args(Fit)[0],
+        help="how frames become what that model takes: the part that the tower's patches cover, or all (%(default)s)",
+    )
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +154,8 @@ def load(args: argparse.Namespace) -> LoadedModel:
     wanted = invocation(args)
     print(f"loading {args.checkpoint}", file=sys.stderr)
     model = load_model(args.checkpoint, mesh(args), adapter=args.adapter, context=args.context)
+    if args.geometry and not args.geometry.endswith(SUFFIX):
+        see_space(args, model)
     for line in whole_heads(model.vlm, model.mesh, model.vlm.dtype.itemsize, cache=True):
         print(line, file=sys.stderr)
     if speech := model.vlm.speech:
@@ -143,6 +167,17 @@ def load(args: argparse.Namespace) -> LoadedModel:
             "leave them out"
         )
     return model
+
+
+def see_space(args: argparse.Namespace, model: LoadedModel) -> None:
+    """Lets the model named by --geometry see all that is shown. Raises ValueError where nothing reads it."""
+    if (reads := model.processor.tile.geometry) is None:
+        raise ValueError(
+            f"--geometry is for a memory that reads it, but model.memory of {args.checkpoint} is "
+            f"{model.vlm.config.memory_kind}; leave it out"
+        )
+    print(f"loading {args.geometry}", file=sys.stderr)
+    model.processor.geometry_of = seer(load_geometry(args.geometry), reads, args.geometry_fit)
 
 
 def transcript(args: argparse.Namespace, model: LoadedModel) -> Transcript:

@@ -12,6 +12,7 @@ import sys
 from vlmem_jax.cli import answering
 from vlmem_jax.cli.data import add_links, progress_bar
 from vlmem_jax.data import SourceConfig
+from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.evals import EvalConfig, evaluate, table
 
 EXAMPLE = """vlmem evaluate --checkpoint RUN --data my/mmstar.jsonl --data my/blink.jsonl --output runs/scores
@@ -28,12 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--root", default="", metavar="DIR", help="folder of images and videos (default: that of FILE)")
     add_links(parser)
-    parser.add_argument(
-        "--geometry",
-        default="",
-        metavar="NAME.array_record",
-        help="what `vlmem data geometry` made of these videos, for a memory that reads it",
-    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of what it writes, on a disk or gs://")
     parser.add_argument(
         "--metric",
@@ -56,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    stored = args.geometry if args.geometry.endswith(SUFFIX) else ""
     config = EvalConfig(
         data=tuple(
-            SourceConfig(path, args.root, follow_links=args.follow_links, geometry=args.geometry) for path in args.data
+            SourceConfig(path, args.root, follow_links=args.follow_links, geometry=stored) for path in args.data
         ),
         metric=args.metric,
         sampling=answering.sampling(args),

@@ -144,13 +144,13 @@ class Prompts:
             geometry = joined([known[source] for source in prompt.shown]) if known else None
         if prompt.is_raw:
             sample = processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
-            return dataclasses.replace(sample, geometry=geometry)
+            return dataclasses.replace(sample, geometry=geometry or sample.geometry)
         if history:
             history[0] = processor.message(history[0][0], pictures, videos), history[0][1]
             pictures = videos = ()
         settings = {"rope_dhr": rope_dhr, "system": prompt.system, "name": prompt.name}
         sample = processor.prompt(question, pictures, history, videos=videos, **settings)
-        return dataclasses.replace(sample, geometry=geometry)
+        return dataclasses.replace(sample, geometry=geometry or sample.geometry)
 
 
 def as_prompt(name: str, fields: Any, number: str) -> Prompt:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,9 @@ class Processor:
     """Pixels of the largest image or video frame that may be opened."""
     size_knobs: tuple[str, str]
     """Keys that bound the tiles of a sample of images, and of a video."""
+    geometry_of: Callable[[np.ndarray], Geometry] | None = None
+    """Makes the geometry of the tiles of an image or video, uint8 [I, S, S, c], where a memory reads it. None: others
+    give it to samples, as from a store."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, template: str, context: Context, whole: bool):
         self.tokenizer = tokenizer
@@ -341,8 +344,14 @@ class Processor:
         visual_index_T[np.isin(tokens_T, placeholders)] = placed.slot_C
         shape = self.tile.side, self.tile.side, self.tile.channels
         pixels_ISSc = np.empty((sum(counts), *shape), np.uint8)
+        geometry = (
+            Geometry.empty((sum(counts),), self.tile.geometry) if self.geometry_of and self.tile.geometry else None
+        )
         for picture, grid, count, end in zip(shown, grids, counts, np.cumsum(counts), strict=True):
-            self._cut(picture, grid, pixels_ISSc[end - count : end])
+            tiles = slice(end - count, end)
+            self._cut(picture, grid, pixels_ISSc[tiles])
+            if geometry is not None:
+                geometry.put(tiles, self.geometry_of(pixels_ISSc[tiles]))
         return Sample(
             tokens_T=tokens_T,
             labels_T=np.repeat(np.where(targets, ids, np.int32(IGNORED)), repeats),
@@ -352,6 +361,7 @@ class Processor:
             visual_positions_M=placed.visual_positions_M,
             layout_I4=placed.layout_I4,
             pool_M=placed.pool_M,
+            geometry=geometry,
             name=name,
         )
 
