@@ -21,3 +21,8 @@ def tiny(golden, folder, kind):
 @pytest.fixture(scope="session")
 def pi3_checkpoint(golden, tmp_path_factory):
     return tiny(golden, tmp_path_factory.mktemp("geometry") / "pi3", "pi3")
+
+
+@pytest.fixture(scope="session")
+def vggt_checkpoint(golden, tmp_path_factory):
+    return tiny(golden, tmp_path_factory.mktemp("geometry") / "vggt", "vggt")

@@ -83,3 +83,10 @@ def test_what_holds_no_model_of_geometry(tmp_path):
         load_geometry(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="must lie on a disk; got gs://bucket/pi3"):
         load_geometry("gs://bucket/pi3")
+
+
+def test_vggt_comes_with_tensors_that_nothing_reads(vggt_checkpoint, tmp_path):
+    more = {"track_head.a": np.zeros(3, np.float32), "aggregator.patch_embed.mask_token": np.zeros((1, 4), np.float32)}
+    assert load_geometry(changed(vggt_checkpoint, tmp_path / "whole", **more)).kind == "vggt"
+    with pytest.raises(ValueError, match="missing: point_head.scratch.layer4_rn.weight"):
+        load_geometry(changed(vggt_checkpoint, tmp_path / "part", drop=("point_head.scratch.layer4_rn.weight",)))

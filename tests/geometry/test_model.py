@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.geometry import load_geometry
+from vlmem_jax.geometry import load_geometry, vggt
 
 
 def near(found, wanted, tolerance):
@@ -77,3 +77,26 @@ def test_images_that_cannot_be_cut_or_are_out_of_range(model):
         model.scene(np.zeros((2, 45, 384, 3), np.uint8))
     with pytest.raises(ValueError, match="from 0 to 1, or bytes as uint8; got 0 to 255"):
         model.scene(np.full((1, 14, 14, 3), [0, 7, 255], np.float32))
+
+
+# --- VGGT -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_of_a_checkpoint_of_vggt(vggt_checkpoint, monkeypatch):
+    io, about, (N, H, W, _) = vggt_checkpoint.io, vggt_checkpoint.about, vggt_checkpoint.images.shape
+    monkeypatch.setattr(vggt, "CAMERA_HEADS", about["trunk_heads"])  # the only size that no shape tells
+    model = load_geometry(vggt_checkpoint.folder, dtype="float32")
+    assert (model.kind, model.token_width, model.view_width) == ("vggt", 2 * about["dim"], 2 * about["dim"])
+    scene = model.scene(vggt_checkpoint.images)
+    last = io[f"tokens_{about['depth'] - 1}"][0]
+    near(scene.tokens_NPG, last[:, about["patch_start_idx"] :], 2e-4)
+    near(scene.views_NPV[:, -1], last[:, 0], 2e-4)
+    assert (scene.points_NHW3.shape, scene.poses_N44.shape) == ((N, H, W, 3), (N, 4, 4))
+    assert (np.asarray(scene.confidence_NHW) == 1).all()
+    place = np.einsum("nij,nj->ni", scene.poses_N44[:, :3, :3].swapaxes(1, 2), scene.poses_N44[:, :3, 3])
+    near(-place, io["pose_enc"][0, :, :3], 1e-3)
+
+
+def test_vggt_has_no_decoder_of_points(vggt_checkpoint):
+    with pytest.raises(ValueError, match='VGGT has no point_decoder: tokens must be "decoder"'):
+        load_geometry(vggt_checkpoint.folder, tokens="point_decoder")

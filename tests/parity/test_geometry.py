@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.spatial.transform import Rotation
 
-from vlmem_jax.geometry import pi3
+from vlmem_jax.geometry import pi3, vggt
 from vlmem_jax.geometry.blocks import grid_positions, places_of, turned
 from vlmem_jax.geometry.cameras import nearest_rotation
 from vlmem_jax.geometry.encoder import normalised, resized_positions
@@ -158,3 +159,95 @@ def test_the_nearest_rotation(pi3_world):
     found = nearest_rotation(jnp.asarray(io["svd_in"]))
     np.testing.assert_allclose(found, io["svd_out"], atol=2e-5)
     np.testing.assert_allclose(np.linalg.det(found), 1, atol=1e-5)
+
+
+# --- VGGT -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vggt_world(folder):
+    """What the model makes of the images, and what was recorded; `run(images of one batch item)`."""
+    about, io, weights = opened(folder, "vggt")
+    read = {name: x for name, x in weights.items() if not vggt.UNREAD.match(name)}
+    config = vggt.VGGTConfig.of_shapes({name: x.shape for name, x in read.items()}, "float32")
+    block, trunk, camera = (
+        dataclasses.replace(block, heads=heads)
+        for block, heads in (
+            (config.encoder.block, about["heads"]), (config.trunk, about["heads"]),
+            (config.camera, about["trunk_heads"]),
+        )
+    )  # fmt: skip
+    encoder = dataclasses.replace(config.encoder, block=block)
+    config = dataclasses.replace(config, encoder=encoder, trunk=trunk, camera=camera, dense=tuple(about["layer_idx"]))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: vggt.VGGT(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(jnp.asarray, assemble(vggt.name_table(config), read))
+
+    @jax.jit
+    def run(images_NHWc):
+        model, (_, H, W, _) = nnx.merge(graph, params), images_NHWc.shape
+        every = model.decoded(normalised(images_NHWc), tuple(range(config.pairs)))
+        dense = every[jnp.asarray(config.dense)]
+        points, depth, poses = model.points(dense, H, W), model.depth(dense, H, W), model.poses(every[-1])
+        made = {f"tokens_{n}": tokens for n, tokens in enumerate(every)}
+        made |= {f"pose_enc_iter{n}": pose for n, pose in enumerate(poses)} | {"pose_enc": poses[-1]}
+        made |= {"points": points.values_NHWc, "points_conf": 1 + jnp.exp(points.logits_NHW)}
+        made |= {"depth": depth.values_NHWc, "depth_conf": 1 + jnp.exp(depth.logits_NHW)}
+        return made, model.scene(images_NHWc, True)
+
+    images = views_of(io["images"])
+    made, scenes = zip(*map(run, images), strict=True)
+    return SimpleNamespace(about=about, io=io, config=config, images=images, made=made, scenes=scenes, run=run)
+
+
+def test_sizes_of_vggt_are_read_off_tensors(vggt_world):
+    about, config = vggt_world.about, vggt_world.config
+    assert (config.encoder.layers, config.pairs, config.camera_layers) == (
+        about["enc_depth"], about["depth"], about["trunk_depth"],
+    )  # fmt: skip
+    assert (config.trunk.width, config.registers) == (about["dim"], about["regs"])
+    for dense in (config.points, config.depth):
+        assert (dense.features, list(dense.channels)) == (about["features"], about["out_channels"])
+
+
+def test_tokens_and_poses_of_vggt(vggt_world):
+    names = [f"tokens_{n}" for n in range(vggt_world.config.pairs)]
+    names += [f"pose_enc_iter{n}" for n in range(vggt_world.about["camera_iters"])]
+    for name in [*names, "pose_enc"]:
+        close(stacked(vggt_world, name), vggt_world.io[name], 2e-4)
+
+
+@pytest.mark.parametrize("name", ["points", "points_conf", "depth", "depth_conf"])
+def test_dense_heads_of_vggt(vggt_world, name):
+    close(stacked(vggt_world, name), vggt_world.io[name], 1e-3)
+
+
+def test_a_scene_of_vggt(vggt_world):
+    """Poses turn each camera's points into those that the point head gives, in the frame of the first view."""
+    io, special = vggt_world.io, vggt_world.about["patch_start_idx"]
+    for n, scene in enumerate(vggt_world.scenes):
+        close(in_world(scene), io["points"][n], 1e-3)
+        conf = io["points_conf"][n]
+        close(scene.confidence_NHW, (conf - 1) / conf, 1e-3)
+        last = io[f"tokens_{vggt_world.config.pairs - 1}"][n]
+        close(scene.tokens_NPG, last[:, special:], 2e-4)
+        close(scene.views_NPV, np.broadcast_to(last[:, :1], last[:, special:].shape), 2e-4)
+        turns = np.asarray(scene.poses_N44)[:, :3, :3]
+        np.testing.assert_allclose(turns @ turns.swapaxes(1, 2), np.broadcast_to(np.eye(3), turns.shape), atol=1e-5)
+        np.testing.assert_allclose(np.linalg.det(turns), 1, atol=1e-5)
+        # the pose that was recorded is that of the world as the camera sees it
+        quaternion, place = io["pose_enc"][n][:, 3:7], io["pose_enc"][n][:, :3]
+        np.testing.assert_allclose(Rotation.from_quat(quaternion).inv().as_matrix(), turns, atol=1e-4)
+        back = np.einsum("nij,nj->ni", turns.swapaxes(1, 2), np.asarray(scene.poses_N44)[:, :3, 3])
+        close(back, -place, 1e-3)
+
+
+def test_the_first_view_of_vggt_is_special_and_the_others_are_not(vggt_world):
+    [images, *_], [(made, scene), *_] = vggt_world.images, zip(vggt_world.made, vggt_world.scenes, strict=True)
+    last = f"tokens_{vggt_world.config.pairs - 1}"
+    others = np.array([0, *range(len(images) - 1, 0, -1)])
+    turned, moved = vggt_world.run(images[others])
+    close(turned[last], np.asarray(made[last])[others], 2e-4)
+    close(in_world(moved), in_world(scene)[others], 1e-3)
+    back = np.arange(len(images))[::-1]
+    turned, moved = vggt_world.run(images[back])
+    assert np.abs(turned[last] - np.asarray(made[last])[back]).max() > 0.05 * np.std(made[last])

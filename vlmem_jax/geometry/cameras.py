@@ -18,3 +18,14 @@ def pose_of(rotation_N33: Float[Array, "N 3 3"], place_N3: Float[Array, "N 3"]) 
     top_N34 = jnp.concatenate([rotation_N33, place_N3[..., None]], axis=-1)
     last_N14 = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0], top_N34.dtype), (len(top_N34), 1, 4))
     return jnp.concatenate([top_N34, last_N14], axis=1)
+
+
+def rotation_of(quaternion_N4: Float[Array, "N 4"]) -> Float[Array, "N 3 3"]:
+    """The rotation of a quaternion of any length, its real part last."""
+    i, j, k, r = jnp.moveaxis(quaternion_N4 / jnp.linalg.norm(quaternion_N4, axis=-1, keepdims=True), -1, 0)
+    rows = (
+        (1 - 2 * (j * j + k * k), 2 * (i * j - k * r), 2 * (i * k + j * r)),
+        (2 * (i * j + k * r), 1 - 2 * (i * i + k * k), 2 * (j * k - i * r)),
+        (2 * (i * k - j * r), 2 * (j * k + i * r), 1 - 2 * (i * i + j * j)),
+    )
+    return jnp.moveaxis(jnp.array(rows), -1, 0)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from vlmem_jax.geometry import pi3
+from vlmem_jax.geometry import pi3, vggt
 from vlmem_jax.geometry.checkpoint import digest, opened, parameters
 from vlmem_jax.geometry.pi3 import Tokens
 from vlmem_jax.geometry.scene import Scene
@@ -34,7 +34,10 @@ class Net(NamedTuple):
     """Names of tensors that nothing computes with."""
 
 
-NETS = {"pi3": Net(pi3.Pi3Config.of_shapes, pi3.Pi3, pi3.name_table, pi3.HEADS, pi3.UNREAD)}
+NETS = {
+    "pi3": Net(pi3.Pi3Config.of_shapes, pi3.Pi3, pi3.name_table, pi3.HEADS, pi3.UNREAD),
+    "vggt": Net(vggt.VGGTConfig.of_shapes, vggt.VGGT, vggt.name_table, vggt.HEADS, vggt.UNREAD),
+}
 """By kind."""
 
 
