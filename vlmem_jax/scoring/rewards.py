@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vlmem_jax.config import ConfigError
-from vlmem_jax.scoring import answers, maths, vsi
+from vlmem_jax.scoring import answers, maths, scenes, vsi
 
 
 class Asked(Protocol):
@@ -37,7 +37,7 @@ class RewardConfig:
 
     name: str
     """exact, substr, answer (text, choice or number, as the prompt says), text, choice, number, math, regex, format,
-    vsi (as VSI-Bench scores: the letter of a choice, or how near a number is),
+    vsi (as VSI-Bench scores: the letter of a choice, or how near a number is), em (as ScanQA and SQA3D do),
     or MODULE:FUNCTION of your own, called with the output and the `data.Prompt`."""
     weight: float = 1.0
     pattern: str = ""
@@ -83,6 +83,7 @@ BUILT_IN: dict[str, Reward] = {
     "math": lambda output, prompt: _best(maths.equal, output, prompt),
     "format": _format,
     "vsi": lambda output, prompt: _best(vsi.choice if prompt.answer_type == "choice" else vsi.number, output, prompt),
+    "em": lambda output, prompt: _best(scenes.exact_match, output, prompt),
 }
 
 
