@@ -123,7 +123,7 @@ def test_parquet_with_images_as_bytes_and_as_paths(tmp_path):
 def test_what_cannot_be_used_is_named_or_left_out(tmp_path):
     rows = [{"conversations": TURNS}, {"image": "data:image/png;base64,@@"}, 3, {"image": "data:image/png;base64,aGk="}]
     (tmp_path / "in.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="in.json: value 2: an image must be base64.*--skip-bad"):
+    with pytest.raises(ValueError, match="in.json:1: value 2: an image must be base64.*--skip-bad"):
         convert(tmp_path / "in.json", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
     made = convert(tmp_path / "in.json", tmp_path / "out.jsonl", skip=True)
@@ -131,7 +131,7 @@ def test_what_cannot_be_used_is_named_or_left_out(tmp_path):
     with pytest.raises(ValueError, match="--out must not exist yet"):
         convert(tmp_path / "in.json", tmp_path / "out.jsonl")
     (tmp_path / "broken.json").write_text('[{"a": 1},\n {"b": }]')
-    with pytest.raises(ValueError, match="broken.json:1: a value must be JSON"):
+    with pytest.raises(ValueError, match="broken.json:2: a value must be JSON"):
         convert(tmp_path / "broken.json", tmp_path / "other.jsonl")
     with pytest.raises(ValueError, match="--images must lie in the folder of --out"):
         convert(tmp_path / "in.json", tmp_path / "sub" / "out.jsonl", tmp_path / "images")

@@ -11,10 +11,11 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vlmem_jax.data.forms import check_object, short
+from vlmem_jax.data.values import values
 from vlmem_jax.paths import write_whole
 from vlmem_jax.processing.images import open_image, read_format
 from vlmem_jax.processing.media import Encoded
@@ -56,13 +57,13 @@ def convert(
         )
     written: set[str] = set()
     lines, skipped = [], []
-    for number, value in enumerate(_values(source), 1):
+    for number, (name, value) in enumerate(values(source), 1):
         progress(number)
         try:
             check_object(value)
             line = _line(value, lambda data: _keep(data, folder, out.parent, written))
         except ValueError as error:
-            reason = f"{source}: value {number}: {error}"
+            reason = f"{name}: {error}"
             if not skip:
                 raise ValueError(f"{reason}; --skip-bad leaves out what cannot be used") from error
             skipped.append(reason)
@@ -74,38 +75,6 @@ def convert(
         )
     write_whole(out, ("\n".join(lines) + "\n").encode(errors="surrogatepass"))
     return Converted(len(lines), len(written), skipped)
-
-
-def _values(source: str | os.PathLike) -> Iterator[Any]:
-    """All values of a file, in order. Raises ValueError for one that cannot be read."""
-    with open(source, "rb") as file:
-        head = file.read(4)
-    if head == b"PAR1":
-        yield from _rows(source)
-        return
-    with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-        text = file.read()
-    decoder, place = json.JSONDecoder(), 0
-    while (match := re.compile(r"[\s,]*").match(text, place)) and (place := match.end()) < len(text):
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            line = text.count("\n", 0, place) + 1
-            raise ValueError(f"{source}:{line}: a value must be JSON; {str(error).partition(':')[0]}") from error
-        yield from value if isinstance(value, list) else [value]
-
-
-def _rows(source: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ValueError(f"reading parquet, {source}, needs pyarrow; install vlmem_jax[parquet]") from error
-    try:
-        with parquet.ParquetFile(source) as file:
-            for batch in file.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"{source} is damaged: {error}") from error
 
 
 def _line(value: dict[str, Any], keep: Callable[[bytes], str]) -> dict[str, Any]:
