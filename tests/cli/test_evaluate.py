@@ -1,10 +1,12 @@
 """An evaluation from the command line, from the table to what is refused."""
 
 import json
+import re
 
 import jax
 import pytest
 
+from tests import patches_world
 from tests.evals import world
 from vlmem_jax.cli.main import main
 
@@ -48,6 +50,37 @@ def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
     assert written[0] == written[1] and len(written[0]) == 5
 
 
+def test_a_benchmark_is_asked_in_its_words_and_reported_by_length(tmp_path, capsys):
+    checkpoint = world.frames_checkpoint(tmp_path / "checkpoint")
+    questions = [
+        {"id": n, "dataset": "scannet", "scene_name": name, "question": "How many?", "ground_truth": "4"}
+        | {"question_type": "object_counting"}
+        for n, name in enumerate(["short", "long", "short"])
+    ]
+    (tmp_path / "scannet").mkdir()
+    (tmp_path / "test.json").write_text(json.dumps(questions))
+    patches_world.save_video(tmp_path / "scannet" / "short.mp4")
+    patches_world.save_video(tmp_path / "scannet" / "long.mp4", frames=125, fps=1, level=2)
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--format", "vsibench", "--batch-size", "3"]
+    command += ["--data", str(tmp_path / "test.json"), "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.split("  +", printed[printed.index("") + 1]) == ["benchmark", "all", "under 1 min", "over 2 min"]
+    assert re.split("  +", printed[-3]) == ["samples", "3", "2", "1"]
+    assert printed[-2].startswith("4 frames a question, offline, vlmem_jax 0.")
+    lines = world.lines(tmp_path / "out" / "samples.jsonl")
+    assert sorted((line["frames"], line["length"], line["source"]) for line in lines) == [
+        (4, 1.0, "object_counting"), (4, 1.0, "object_counting"), (4, 125.0, "object_counting")
+    ]  # fmt: skip
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    asked = {"metric": "vsi", "benchmark": "vsibench", "sampling.max_new_tokens": 16, "sampling.temperature": 0.0}
+    assert settings.items() >= (asked | {"image.time_line": False, "image.frames": 4}).items()
+    assert main([*command, "--frames", "2", "--time-line", "on", "--max-new-tokens", "3"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "image.frames was 4, now 2; image.time_line was False, now None" in error
+    assert "sampling.max_new_tokens was 16, now 3" in error
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -59,6 +92,8 @@ def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
         (["--invocation", "delimiter_random", "--invocation-probability", "2"], "probability must be a probability"),
         (["--rope-dhr", "off", "--on-bad-sample", "raise"], "rope_dhr is for images cut into tiles"),
         (["--context", "thumbnail"], "context must be all, pooled:k or stride:n where images are not cut into tiles"),
+        (["--frames", "2"], "unknown key image.frames"),
+        (["--time-line", "off"], "unknown key image.time_line"),
         (["--context", "less"], "context must be all, thumbnail, pooled:k, stride:n or kept:n"),
     ],
 )

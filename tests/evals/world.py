@@ -14,6 +14,7 @@ from vlmem_jax.families import resolve
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.models import VLM
 from vlmem_jax.processing import PatchConfig, Tokenizer, make_processor
+from vlmem_jax.processing.chat import FRAME
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 IMAGE = dict(min_pixels=64, max_pixels=1024)
@@ -50,6 +51,20 @@ def checkpoint(folder, memory="vismem"):
     made = model(folder, memory)
     save_params(folder / "0", made.params)
     described = {"model": to_dict(made.vlm.config), "image": IMAGE, "system": ""}
+    (folder / "model.json").write_text(json.dumps(described))
+    return folder
+
+
+def frames_checkpoint(folder, frames=4):
+    """A small model that sees videos as `frames` frames, without memory, and a.mp4 of 10 frames in a second."""
+    patches_world.save_tokenizer(folder / "tokenizer", [*patches_world.CONTROL, FRAME])
+    patches_world.save_video(folder / "a.mp4")
+    vlm = VLM(resolve({"preset": "tiny_llava_video", "decoder": {"layers": 2}, "vision": {"layers": 2}}))
+    rng = np.random.default_rng(1)
+    save_params(
+        folder / "0", jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), vlm.abstract())
+    )
+    described = {"model": to_dict(vlm.config), "image": {"frames": frames}, "system": ""}
     (folder / "model.json").write_text(json.dumps(described))
     return folder
 

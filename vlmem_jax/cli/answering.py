@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, streams: bool = True) -> None
         "repository of Hugging Face (USER/NAME, or USER/NAME@REVISION)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer, tokens (%(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help=f"longest answer, tokens ({defaults.max_new_tokens})"
     )
     parser.add_argument(
         "--temperature", type=float, default=defaults.temperature, help="0: the most probable token (%(default)s)"
@@ -119,9 +119,10 @@ def mesh(args: argparse.Namespace) -> MeshConfig | None:
     return asked_mesh({axis: size for axis, size in sizes.items() if size is not None}, "--mesh")
 
 
-def sampling(args: argparse.Namespace) -> SamplingConfig:
-    """The sampling flags. Raises ValueError for values out of range."""
-    return SamplingConfig(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+def sampling(args: argparse.Namespace, longest: int = SamplingConfig().max_new_tokens) -> SamplingConfig:
+    """The sampling flags; `longest`: answer, tokens, by default. Raises ValueError for values out of range."""
+    asked = args.max_new_tokens
+    return SamplingConfig(longest if asked is None else asked, args.temperature, args.top_k, args.top_p, args.seed)
 
 
 def invocation(args: argparse.Namespace) -> InvocationConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmem_jax.data.benchmarks import Questions
 from vlmem_jax.data.config import SourceConfig
 from vlmem_jax.data.forms import check_near, check_object, check_text, paths, read_line, short
 from vlmem_jax.data.geometry import image_clip, joined, stores_of, video_clip
@@ -21,6 +22,7 @@ from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.data.samples import Key
 from vlmem_jax.processing import Processor, Video, chat, images, media, video
 from vlmem_jax.processing.processor import naming
+from vlmem_jax.processing.video import VideoSize
 from vlmem_jax.types import Sample
 
 ANSWER_TYPES = ("choice", "number", "text", "judge")
@@ -89,13 +91,16 @@ class Prompt:
 class Prompts:
     """Random access to the prompts of `sources`. Every error names `file:line`."""
 
-    def __init__(self, sources: Sequence[SourceConfig], processor: Processor):
-        """Finds the lines of every file. Raises ValueError for a file that cannot be read or is no JSONL."""
+    def __init__(self, sources: Sequence[SourceConfig], processor: Processor, benchmark: str = ""):
+        """Finds the lines of every file, which are in the format of `benchmark`, see `benchmarks`, if it is given.
+
+        Raises ValueError for a file that cannot be read or is no JSONL.
+        """
         for source in sources:
             if source.path.endswith(SUFFIX):
                 raise ValueError(f"prompts are read from JSONL files, got {source.path}; give the file it was made of")
         self.processor = processor
-        self.files = [JsonLines(source.path) for source in sources]
+        self.files = [Questions(source.path, benchmark) if benchmark else JsonLines(source.path) for source in sources]
         self.sources = sources
         self.stores = stores_of(sources, processor)
 
@@ -118,8 +123,13 @@ class Prompts:
 
         Raises ValueError for what cannot be shown.
         """
+        return self.shown(key, rope_dhr)[0]
+
+    def shown(self, key: Key, rope_dhr: bool | None = None) -> tuple[Sample, list[VideoSize]]:
+        """`sample`, and what was taken of its videos."""
         prompt, processor, file = self[key], self.processor, self.sources[key[0]]
         reads, store, known = processor.tile.geometry, self.stores[key[0]], {}
+        taken: list[VideoSize] = []
 
         def opened(source: ImageSource | VideoSource) -> Image.Image | Video:
             path = media.resolve(file.folder, source.path, file.follow_links)
@@ -130,6 +140,7 @@ class Prompts:
             else:
                 shown, chosen = processor.open_video(path, fps=source.fps, frames=source.frames)
                 clip = store and video_clip(source.path, video.probe(path), chosen)
+                taken.append(shown.size)
             if store:
                 known[source] = store.read(clip, path, reads)
             return shown
@@ -144,13 +155,13 @@ class Prompts:
             geometry = joined([known[source] for source in prompt.shown]) if known else None
         if prompt.is_raw:
             sample = processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
-            return dataclasses.replace(sample, geometry=geometry or sample.geometry)
+            return dataclasses.replace(sample, geometry=geometry or sample.geometry), taken
         if history:
             history[0] = processor.message(history[0][0], pictures, videos), history[0][1]
             pictures = videos = ()
         settings = {"rope_dhr": rope_dhr, "system": prompt.system, "name": prompt.name}
         sample = processor.prompt(question, pictures, history, videos=videos, **settings)
-        return dataclasses.replace(sample, geometry=geometry or sample.geometry)
+        return dataclasses.replace(sample, geometry=geometry or sample.geometry), taken
 
 
 def as_prompt(name: str, fields: Any, number: str) -> Prompt:

@@ -14,6 +14,9 @@ from vlmem_jax.evals.summary import Line
 from vlmem_jax.generate import LoadedModel
 from vlmem_jax.paths import write_whole
 
+PARAMETERS = "parameters of the checkpoint"
+"""Key of their digest."""
+
 
 class Lines:
     """The newest line of each prompt, by name; in the file as soon as it is kept."""
@@ -46,16 +49,18 @@ class Lines:
 
 def settings(model: LoadedModel, config: EvalConfig, prompts: Prompts) -> dict[str, Any]:
     """All that answers and scores depend on, by name."""
-    context = model.processor.image.context
+    image = model.processor.image
+    defaults = type(image)()
     groups = {"sampling": to_dict(config.sampling), "invocation": to_dict(config.invocation)}
     return {
         **{f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()},
-        "metric": config.metric,
+        "metric": config.reward,
         "rope_dhr": config.rope_dhr,
-        **({} if context == "all" else {"context": context}),
+        **({"benchmark": config.benchmark} if config.benchmark else {}),
+        **{f"image.{key}": value for key, value in to_dict(image).items() if value != getattr(defaults, key)},
         **{f"content of {lines.path}": lines.digest for lines in prompts.files},
         **{f"root of {source.path}": source.root for source in config.data if source.root},
-        "parameters of the checkpoint": digest(model.params),
+        PARAMETERS: digest(model.params),
     }
 
 

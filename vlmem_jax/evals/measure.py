@@ -1,10 +1,14 @@
-"""What answering costs."""
+"""What answering costs, and by which version of this program it was done."""
 
 import contextlib
 import resource
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
+
+import vlmem_jax
 
 
 @contextlib.contextmanager
@@ -29,3 +33,14 @@ def peak_memory() -> float:
     if all(stats):
         return max(float(of["peak_bytes_in_use"]) for of in stats)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def version() -> str:
+    """The version, and where it runs from a checkout of its repository, the commit: `0.1.0 (90b9700, changed)`."""
+    root = Path(vlmem_jax.__file__).parent.parent
+    commit = ""
+    if (root / ".git").exists():
+        describe = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--dirty=, changed"]
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    return f"{vlmem_jax.__version__} ({commit})" if commit else vlmem_jax.__version__

@@ -14,12 +14,13 @@ from vlmem_jax.data import DataConfig, Prompt, Prompts
 from vlmem_jax.data.samples import Key
 from vlmem_jax.evals.answers import Answer, answer, random_keys
 from vlmem_jax.evals.config import EvalConfig
-from vlmem_jax.evals.folder import Lines, check_settings, settings
-from vlmem_jax.evals.measure import compilations, peak_memory
+from vlmem_jax.evals.folder import PARAMETERS, Lines, check_settings, settings
+from vlmem_jax.evals.measure import compilations, peak_memory, version
 from vlmem_jax.evals.summary import Line, summarise
 from vlmem_jax.generate import InvocationConfig, LoadedModel
 from vlmem_jax.generate.prompts import like_sized
 from vlmem_jax.paths import Mirror, write_whole
+from vlmem_jax.processing.video import VideoSize
 from vlmem_jax.scoring.rewards import ERROR_HINT, RewardConfig, RewardError, Rewards
 from vlmem_jax.types import Sample
 
@@ -51,16 +52,18 @@ def evaluate(
                 f"{model.vlm.config.memory_kind}"
             )
         passes[WITHOUT] = InvocationConfig("never")
-    prompts = Prompts(config.data, model.processor)
+    prompts = Prompts(config.data, model.processor, config.benchmark)
     evaluation = _Evaluation(model, config, prompts)
     with Mirror(output, (SETTINGS, SAMPLES, WITHOUT)) as mirror:
         mirror.local.mkdir(parents=True, exist_ok=True)
-        check_settings(mirror.local / SETTINGS, settings(model, config, prompts), output)
+        depends_on = settings(model, config, prompts)
+        check_settings(mirror.local / SETTINGS, depends_on, output)
         found = {name: evaluation.run(name, invocation, mirror, report) for name, invocation in passes.items()}
         kinds = model.vlm.speech.kinds if model.vlm.speech else ()
-        summary = summarise(found[SAMPLES], kinds)
+        about = {"version": version(), "parameters": depends_on[PARAMETERS]}
+        summary = about | summarise(found[SAMPLES], kinds, config.benchmark)
         if config.without_memory:
-            summary["without_memory"] = summarise(found[WITHOUT], kinds)
+            summary["without_memory"] = summarise(found[WITHOUT], kinds, config.benchmark)
         write_whole(mirror.local / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
@@ -71,12 +74,13 @@ class _Asked(NamedTuple):
     key: Key
     prompt: Prompt
     sample: Sample
+    videos: list[VideoSize]
 
 
 class _Evaluation:
     def __init__(self, model: LoadedModel, config: EvalConfig, prompts: Prompts):
         self.model, self.config, self.prompts = model, config, prompts
-        self.rewards = Rewards((RewardConfig(config.metric),), "metric")
+        self.rewards = Rewards((RewardConfig(config.reward),), "metric")
         self.generator = model.generator()
         self.rows = min(config.batch_size, sum(prompts.counts))
 
@@ -116,7 +120,7 @@ class _Evaluation:
         prompt = self.prompts[key]
         if prompt.answers:
             self.rewards.check(prompt)
-        return _Asked(key, prompt, self.prompts.sample(key, self.config.rope_dhr))
+        return _Asked(key, prompt, *self.prompts.shown(key, self.config.rope_dhr))
 
     def _answered(self, batch: Sequence[_Asked], invocation: InvocationConfig, pool: ThreadPoolExecutor) -> list[Line]:
         """The lines of a batch."""
@@ -159,6 +163,9 @@ class _Evaluation:
             "tokens": transcript.chosen,
             "stopped": answer.stopped,
         }
+        if asked.videos:
+            line["frames"] = sum(video.frames for video in asked.videos)
+            line["length"] = sum(video.length for video in asked.videos)
         return line | ({"memories": transcript.called} if self.model.vlm.speech else {}) | cost
 
     def _skipped(self, name: str, error: str) -> Line:

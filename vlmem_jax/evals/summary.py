@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from vlmem_jax.evals.benchmarks import LENGTHS, length_class, reported
+
 Line = dict[str, Any]
 """Of one prompt, as in samples.jsonl: what was answered, or the error for which it was skipped."""
 
@@ -12,12 +14,16 @@ TENTHS = 10
 """Bins of the histogram of positions."""
 
 
-def summarise(lines: Sequence[Line], kinds: Sequence[str] = ()) -> dict[str, Any]:
+def summarise(lines: Sequence[Line], kinds: Sequence[str] = (), benchmark: str = "") -> dict[str, Any]:
     """Numbers of all prompts and, in `sources`, of each source. `kinds` are those of a memory that speaks.
 
     `accuracy` is the mean score, `mean_of_sources` that of their accuracies; `seconds` are wall time of a batch over
     its prompts. `invocation` is there where the memory speaks: the share of answers with at least one memory of a kind,
     how many there are in an answer, and in which tenths of the chosen tokens they were called for.
+
+    Where videos were shown there are the fewest and the most `frames` taken for a prompt, the `mode`, offline (all are
+    chosen before any is seen), and, in `lengths`, numbers of each class of videos. `benchmark` names one of
+    `data.benchmarks` for what it is reported by, of all prompts and of each class.
     """
     sources: dict[str, list[Line]] = {}
     for line in lines:
@@ -31,7 +37,26 @@ def summarise(lines: Sequence[Line], kinds: Sequence[str] = ()) -> dict[str, Any
         "skipped": len(lines) - len(answered),
         "peak_memory_gb": max((line["peak_memory_gb"] for line in answered), default=None),
         "sources": each,
+        **_videos(answered, benchmark),
+        **_reported(answered, benchmark),
     }
+
+
+def _videos(lines: Sequence[Line], benchmark: str) -> dict[str, Any]:
+    """What is known of the videos that were shown, if any were."""
+    frames = [line["frames"] for line in lines if "frames" in line]
+    if not frames:
+        return {}
+    lengths: dict[str, list[Line]] = {name: [] for name in LENGTHS}
+    for line in lines:
+        if line.get("length"):
+            lengths[length_class(line["length"])].append(line)
+    found = {name: _numbers(of) | _reported(of, benchmark) for name, of in lengths.items() if of}
+    return {"mode": "offline", "frames": [min(frames), max(frames)], "lengths": found}
+
+
+def _reported(lines: Sequence[Line], benchmark: str) -> dict[str, Any]:
+    return {"benchmark": reported(benchmark, lines)} if benchmark else {}
 
 
 def _numbers(lines: Sequence[Line], kinds: Sequence[str] = ()) -> dict[str, Any]:
@@ -72,7 +97,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """A line for each source and one for all, ready to print."""
+    """A line for each source and one for all, ready to print; below them what a benchmark is reported by, numbers of
+    each class of videos, and what else they depend on."""
     other = summary.get("without_memory")
     kinds = list(summary["invocation"]["ratio"]) if "invocation" in summary else []
     header = ["source", "samples", "accuracy", *(f"{kind} calls" for kind in kinds), "s/sample"]
@@ -85,14 +111,41 @@ def table(summary: dict[str, Any]) -> str:
             without = _of(other, source)
             row += [_percent(without["accuracy"]), _seconds(without)]
         rows.append(row)
+    lines = _aligned(rows)
+    if any(cell.endswith("*") for row in rows for cell in row[1:]):
+        lines.append("* with compiling: no batch was of a shape seen before")
+    lengths = summary.get("lengths", {})
+    if lengths or "benchmark" in summary:
+        lines += ["", *_aligned(_by_length({"all": summary, **lengths}))]
+    if "frames" in summary:
+        lines.append(_circumstances(summary))
+    return "\n".join(lines)
+
+
+def _by_length(columns: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each number of a benchmark, else for accuracy, and a column for each class of videos."""
+    reported = [of.get("benchmark", {"accuracy": of["accuracy"]}) for of in columns.values()]
+    rows = [["benchmark" if "benchmark" in columns["all"] else "length", *columns]]
+    rows += [[name, *(_percent(of.get(name)) for of in reported)] for name in reported[0]]
+    return [*rows, ["samples", *(str(of["samples"]) for of in columns.values())]]
+
+
+def _circumstances(summary: dict[str, Any]) -> str:
+    least, most = summary["frames"]
+    frames = f"{least}" if least == most else f"{least} to {most}"
+    versions = [f"vlmem_jax {summary['version']}"] if "version" in summary else []
+    parameters = [f"parameters {summary['parameters'][:8]}"] if "parameters" in summary else []
+    return ", ".join([f"{frames} frames a question", summary["mode"], *versions, *parameters])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    if any(cell.endswith("*") for row in rows for cell in row[1:]):
-        lines.append("* with compiling: no batch was of a shape seen before")
-    return "\n".join(lines)
+    return lines
 
 
 def _of(summary: dict[str, Any], source: str | None) -> dict[str, Any]:

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from vlmem_jax.checkpoint import folder, store
-from vlmem_jax.config import build
+from vlmem_jax.config import build, to_dict
 from vlmem_jax.families import of_model, resolve
 from vlmem_jax.generate.invocation import delimiters
 from vlmem_jax.generate.loop import Generator
@@ -34,6 +34,17 @@ class LoadedModel:
     params: Params
     processor: Processor
     mesh: Mesh
+
+    def showing(self, image: Mapping[str, Any], where: str = "image") -> "LoadedModel":
+        """The same, which is shown images and videos with other values of these keys of its config of images.
+
+        Raises ConfigError, naming the key below `where`, for one that this config does not have.
+        """
+        old, family = self.processor, of_model(self.vlm.config)
+        config = build(type(old.image), to_dict(old.image) | dict(image), where)
+        geometry = self.vlm.config.vision.geometry
+        new = make_processor(old.tokenizer, config, geometry, old.system, family.template, old.whole)
+        return dataclasses.replace(self, processor=new)
 
     def generator(self) -> Generator:
         """Stops at the end of an answer and never samples a control token."""
