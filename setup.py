@@ -54,6 +54,7 @@ setup(
         "lmms": ["lmms-eval>=0.7"],
         "demo": ["scikit-learn>=1.5"],
         "parquet": ["pyarrow>=16"],
+        "captions": ["pycocoevalcap>=1.2"],
         "math": MATH,
         "test": [
             "av>=14.0",

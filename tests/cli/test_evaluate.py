@@ -50,8 +50,12 @@ def test_eight_devices_score_as_one(checkpoint, tmp_path, monkeypatch):
     assert written[0] == written[1] and len(written[0]) == 5
 
 
-def test_a_benchmark_is_asked_in_its_words_and_reported_by_length(tmp_path, capsys):
-    checkpoint = world.frames_checkpoint(tmp_path / "checkpoint")
+@pytest.fixture(scope="module")
+def seeing_frames(tmp_path_factory):
+    return world.frames_checkpoint(tmp_path_factory.mktemp("frames"))
+
+
+def test_a_benchmark_is_asked_in_its_words_and_reported_by_length(seeing_frames, tmp_path, capsys):
     questions = [
         {"id": n, "dataset": "scannet", "scene_name": name, "question": "How many?", "ground_truth": "4"}
         | {"question_type": "object_counting"}
@@ -61,7 +65,7 @@ def test_a_benchmark_is_asked_in_its_words_and_reported_by_length(tmp_path, caps
     (tmp_path / "test.json").write_text(json.dumps(questions))
     patches_world.save_video(tmp_path / "scannet" / "short.mp4")
     patches_world.save_video(tmp_path / "scannet" / "long.mp4", frames=125, fps=1, level=2)
-    command = ["evaluate", "--checkpoint", str(checkpoint), "--format", "vsibench", "--batch-size", "3"]
+    command = ["evaluate", "--checkpoint", str(seeing_frames), "--format", "vsibench", "--batch-size", "3"]
     command += ["--data", str(tmp_path / "test.json"), "--output", str(tmp_path / "out")]
     assert main(command) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -79,6 +83,22 @@ def test_a_benchmark_is_asked_in_its_words_and_reported_by_length(tmp_path, caps
     error = capsys.readouterr().err.splitlines()[-1]
     assert "image.frames was 4, now 2; image.time_line was False, now None" in error
     assert "sampling.max_new_tokens was 16, now 3" in error
+
+
+def test_captions_stand_beside_exact_match(seeing_frames, tmp_path, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "vlmem_jax.evals.run.captions", lambda lines: (given.append(lines), ({"CIDEr": 1.25}, "why"))[1]
+    )
+    question = {"scene_id": "a", "question": "Where is it?", "answers": ["here", "there"]}
+    (tmp_path / "val.json").write_text(json.dumps([question, {**question, "answers": []}]))
+    files = ["--data", str(tmp_path / "val.json"), "--root", str(seeing_frames), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", "--checkpoint", str(seeing_frames), "--format", "scanqa", *files]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line["answers"] for line in given[0]] == [["here", "there"], []]
+    rows = {row[0]: row[1:] for row in (re.split("  +", line) for line in printed)}
+    assert (rows["exact match"], rows["CIDEr"]) == (["0.0 %", "0.0 %"], ["125.0 %", "-"])
+    assert "why" in printed and printed[-1].endswith("1 of 2 answers scored")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ class Benchmark(NamedTuple):
     """From a value of its file to a line of prompts. Raises ValueError, naming the field, for what is not there."""
     metric: str
     """See `scoring.RewardConfig.name`."""
+    captions: bool = False
+    """Whether answers are compared with references as captions are, too."""
 
 
 class Questions:
@@ -196,6 +198,6 @@ SCANQA_KINDS = {
 BENCHMARKS = {
     "vsibench": Benchmark(_vsibench, "vsi"),
     "vstibench": Benchmark(_vstibench, "vsi"),
-    "scanqa": Benchmark(_scanqa, "em"),
+    "scanqa": Benchmark(_scanqa, "em", captions=True),
     "sqa3d": Benchmark(_sqa3d, "em"),
 }

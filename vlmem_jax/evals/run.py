@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig, Prompt, Prompts
+from vlmem_jax.data.benchmarks import BENCHMARKS
 from vlmem_jax.data.samples import Key
 from vlmem_jax.evals.answers import Answer, answer, random_keys
+from vlmem_jax.evals.captions import captions
 from vlmem_jax.evals.config import EvalConfig
 from vlmem_jax.evals.folder import PARAMETERS, Lines, check_settings, settings
 from vlmem_jax.evals.measure import compilations, peak_memory, version
@@ -62,6 +64,9 @@ def evaluate(
         kinds = model.vlm.speech.kinds if model.vlm.speech else ()
         about = {"version": version(), "parameters": depends_on[PARAMETERS]}
         summary = about | summarise(found[SAMPLES], kinds, config.benchmark)
+        if config.benchmark and BENCHMARKS[config.benchmark].captions:
+            compared, summary["left_out"] = captions([line for line in found[SAMPLES] if "output" in line])
+            summary["benchmark"] |= compared
         if config.without_memory:
             summary["without_memory"] = summarise(found[WITHOUT], kinds, config.benchmark)
         write_whole(mirror.local / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())

@@ -119,6 +119,8 @@ def table(summary: dict[str, Any]) -> str:
         lines += ["", *_aligned(_by_length({"all": summary, **lengths}))]
     if "frames" in summary:
         lines.append(_circumstances(summary))
+    if summary.get("left_out"):
+        lines.append(summary["left_out"])
     return "\n".join(lines)
 
 
