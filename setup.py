@@ -38,6 +38,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.32",
         "pillow>=11.0",
+        "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

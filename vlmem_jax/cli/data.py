@@ -19,6 +19,7 @@ from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SHARD_BYTES, pack
 from vlmem_jax.data.samples import Samples
 from vlmem_jax.data.survey import glance, survey
+from vlmem_jax.data.vlm3r import VLM3R
 from vlmem_jax.geometry.coordinates import Scale
 from vlmem_jax.geometry.model import load_geometry
 from vlmem_jax.geometry.pi3 import Tokens
@@ -64,10 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions,
         "convert",
         _convert,
-        "Make JSONL of a JSON array, of parquet, of alpaca's keys, and files of the images that lines hold.",
-        "vlmem data convert their/train.parquet --out my/train.jsonl",
+        "Make JSONL of a JSON array, of parquet, of alpaca's keys, of the files that VLM-3R lists, and files of the "
+        "images that lines hold.",
+        "vlmem data convert their/train.parquet --out my/train.jsonl\n"
+        "  vlmem data convert --from vlm3r VLM-3R/vsibench_data.yaml --root VLM-3R --out my/train.jsonl",
     )
-    turning.add_argument("data", metavar="FILE", help="JSON, JSONL or parquet")
+    turning.add_argument("data", metavar="FILE", help="JSON, JSONL or parquet; of vlm3r YAML")
+    turning.add_argument(
+        "--from",
+        dest="origin",
+        choices=("vlm3r",),
+        help="the file is a YAML list of JSON files, `datasets: [{json_path, sampling_strategy}]`, as VLM-3R has it",
+    )
+    turning.add_argument("--root", metavar="DIR", help="vlm3r: folder of the JSON files (default: that of the file)")
+    add_links(turning)
+    turning.add_argument("--seed", type=int, metavar="N", help="vlm3r: of what random:n takes (0)")
     turning.add_argument("--out", required=True, metavar="NAME.jsonl", help="the file to write")
     turning.add_argument("--images", metavar="DIR", help="folder of images, in that of --out (default: NAME_images)")
     turning.add_argument("--skip-bad", action="store_true", help="leave out values that cannot be used, and name them")
@@ -172,9 +184,16 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if args.origin is None and (args.root or args.follow_links or args.seed is not None):
+        raise ConfigError("--root, --follow-links and --seed are for --from vlm3r; leave them out")
+    origin = VLM3R(args.root or "", args.follow_links, args.seed or 0) if args.origin else None
     with progress_bar() as bar:
         task = bar.add_task("converting", total=None)
-        made = convert(args.data, args.out, args.images, args.skip_bad, lambda done: bar.update(task, completed=done))
+        made = convert(
+            args.data, args.out, args.images, args.skip_bad, lambda done: bar.update(task, completed=done), origin
+        )
+    for file in origin.taken if origin else ():
+        print(file)
     for reason in made.skipped:
         print(f"left out: {reason}")
     print(f"{args.out}: {made.lines} lines, {made.images} images written; {len(made.skipped)} left out")

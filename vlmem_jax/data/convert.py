@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vlmem_jax.data.forms import check_object, short
@@ -23,6 +23,19 @@ from vlmem_jax.processing.media import Encoded
 _DATA = re.compile(r"data:[\w/+.-]*;base64,(.*)", re.DOTALL)
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg"}
 """Endings of files by Pillow's name of a format, where they are not that in small letters."""
+
+
+class Origin:
+    """What is converted, and how it becomes lines: here, the values of a file as they stand there."""
+
+    def values(self, source: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+        """All values in order, each with its name. Raises ValueError for what cannot be read."""
+        return values(source)
+
+    def line(self, value: Any) -> dict[str, Any]:
+        """A value as a line. Raises ValueError for one that cannot be used."""
+        check_object(value)
+        return value
 
 
 class Converted(NamedTuple):
@@ -41,9 +54,11 @@ def convert(
     images: str | os.PathLike | None = None,
     skip: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    origin: Origin | None = None,
 ) -> Converted:
     """Writes the values of `source` as lines of `out`, and the images that they hold into the folder `images`, which is
-    `NAME_images` beside `out` if it is not given. Other paths stay as they are.
+    `NAME_images` beside `out` if it is not given. Other paths stay as they are. `origin`: of a form that is no plain
+    file of values.
 
     Raises ValueError, naming the value, for what cannot be used, or leaves it out with `skip`; and if `out` is there.
     """
@@ -55,13 +70,13 @@ def convert(
         raise ValueError(
             f"--images must lie in the folder of --out, {out.parent}, from which paths are read; got {folder}"
         )
+    origin = origin or Origin()
     written: set[str] = set()
     lines, skipped = [], []
-    for number, (name, value) in enumerate(values(source), 1):
+    for number, (name, value) in enumerate(origin.values(source), 1):
         progress(number)
         try:
-            check_object(value)
-            line = _line(value, lambda data: _keep(data, folder, out.parent, written))
+            line = _line(origin.line(value), lambda data: _keep(data, folder, out.parent, written))
         except ValueError as error:
             reason = f"{name}: {error}"
             if not skip:
