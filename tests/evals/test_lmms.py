@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -98,6 +99,25 @@ def test_a_task_gets_the_answers_of_our_own_loop(checkpoint, task, mode, tmp_pat
         assert outputs[n] == transcript.text.partition("g")[0]
     says_a = [float("a" in outputs[n].lower()) for n in range(3)]
     assert found["results"]["vlmem_tiny"]["says_a,none"] == pytest.approx(sum(says_a) / 3)
+
+
+def test_model_args_say_how_videos_are_shown(tmp_path):
+    folder = world.frames_checkpoint(tmp_path)
+    parts = [{"type": "video", "url": str(folder / "a.mp4")}, {"type": "text", "text": "What?"}]
+    request = SimpleNamespace(args=("", lambda doc: [{"role": "user", "content": parts}], {}, 0, "task", "test"))
+
+    def asked(**model_args):
+        model = LmmsModel(str(folder), **model_args)
+        model.task_dict = {"task": {"test": [None]}}
+        sample = model._sample(request)
+        return len(sample.pixels_ISSc), model.loaded.processor.tokenizer.decode(sample.tokens_T)
+
+    frames, text = asked()
+    assert frames == 4 and "and 4 frames are uniformly sampled" in text
+    frames, text = asked(frames=2, time_line=False)
+    assert frames == 2 and "What?" in text and "sampled" not in text
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        asked(frames=0)
 
 
 def test_settings_of_tasks():

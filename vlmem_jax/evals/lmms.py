@@ -6,6 +6,7 @@
 for a blank line, which the harness stops at by default and answers that reason may hold.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -43,14 +44,17 @@ class LmmsModel(lmms):
         max_batch_size: int | None = None,
         **settings: Any,
     ):
-        """`settings`: keys of `InvocationConfig`, such as mode=never, for models whose memory speaks, and sizes of
-        `MeshConfig`, such as tensor=4 and data=2.
+        """`settings`: keys of the model's config of images, such as frames=32 and time_line=False, where they are to
+        differ from those it was trained with; keys of `InvocationConfig`, such as mode=never, for models whose memory
+        speaks; and sizes of `MeshConfig`, such as tensor=4 and data=2.
 
         `device` and `max_batch_size` come from the harness and are not used: JAX takes all devices that it has.
         """
         super().__init__()
         sizes = {axis: settings.pop(axis) for axis in MESH_AXES if axis in settings}
-        self.loaded = load_model(checkpoint, asked_mesh(sizes, "model_args"))
+        loaded = load_model(checkpoint, asked_mesh(sizes, "model_args"))
+        keys = [field.name for field in dataclasses.fields(loaded.processor.image) if field.name in settings]
+        self.loaded = loaded.showing({key: settings.pop(key) for key in keys}, "model_args")
         self.generator = self.loaded.generator()
         self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
         self.invocation = build(InvocationConfig, settings, "model_args")
