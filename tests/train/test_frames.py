@@ -19,7 +19,7 @@ from vlmem_jax.train.next_token import experiment_processor
 from vlmem_jax.types import Geometry
 
 pytest.importorskip("av")
-VLM2 = {"kind": "vlm2", "heads": 4, "view_width": 6}
+VLM2 = {"kind": "vlm2", "heads": 4, "view_width": 6, "episodic": 3}
 
 
 def keys(folder, memory):
@@ -102,7 +102,11 @@ def test_a_memory_that_reads_geometry(folder, capsys):
     (folder / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     line = ["evaluate", "--checkpoint", str(run), "--data", str(folder / "asked.jsonl"), "--max-new-tokens", "2"]
     assert main([*line, "--output", str(folder / "scores"), "--geometry", str(folder / "geometry.array_record")]) == 0
-    assert json.loads((folder / "scores" / "summary.json").read_text())["scored"] == 3
+    summary = json.loads((folder / "scores" / "summary.json").read_text())
+    assert (summary["scored"], summary["mode"], summary["frames"]) == (3, "offline", [4, 4])
+    store = ["--geometry", str(folder / "geometry.array_record"), "--context", "kept:3"]
+    assert main([*line, "--output", str(folder / "stream"), *store]) == 0
+    assert json.loads((folder / "stream" / "summary.json").read_text())["mode"] == "stream"
     capsys.readouterr()
     assert main([*line, "--output", str(folder / "none")]) != 0
     assert "the memory reads geometry of what it sees, but none is known here" in capsys.readouterr().err

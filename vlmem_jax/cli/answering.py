@@ -8,7 +8,7 @@ from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
 from vlmem_jax.geometry.model import load_geometry
 from vlmem_jax.geometry.pictures import Fit
-from vlmem_jax.geometry.store import seer
+from vlmem_jax.geometry.store import Seer
 from vlmem_jax.models.placement import asked_mesh, whole_heads
 from vlmem_jax.runtime.sharding import MESH_AXES, MeshConfig
 
@@ -178,7 +178,7 @@ def see_space(args: argparse.Namespace, model: LoadedModel) -> None:
             f"{model.vlm.config.memory_kind}; leave it out"
         )
     print(f"loading {args.geometry}", file=sys.stderr)
-    model.processor.geometry_of = seer(load_geometry(args.geometry), reads, args.geometry_fit)
+    model.processor.geometry_of = Seer(load_geometry(args.geometry), reads, args.geometry_fit)
 
 
 def transcript(args: argparse.Namespace, model: LoadedModel) -> Transcript:

@@ -24,7 +24,7 @@ from vlmem_jax.geometry.coordinates import Scale
 from vlmem_jax.geometry.model import load_geometry
 from vlmem_jax.geometry.pi3 import Tokens
 from vlmem_jax.geometry.pictures import Fit
-from vlmem_jax.geometry.store import CLIPS_A_FILE, seer, store_clips
+from vlmem_jax.geometry.store import CLIPS_A_FILE, Seer, store_clips
 from vlmem_jax.models import VLM
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
@@ -266,9 +266,8 @@ def _geometry(args: argparse.Namespace) -> int:
     )
     samples = Samples([dataclasses.replace(source, geometry="") for source in given], data, processor)
     model = load_geometry(args.checkpoint, tokens=args.tokens)
-    how = {"fit": args.fit, "scale": args.scale, "by_confidence": args.by_confidence}
-    see = seer(model, reads, args.fit, args.scale, args.by_confidence)
-    made = {"model": model.kind, "digest": model.digest, "tokens": args.tokens, **how}
+    see = Seer(model, reads, args.fit, args.scale, args.by_confidence)
+    made = see.made | {"tokens": args.tokens}
     options = {"clips_a_file": args.clips_a_file, "values": args.values, "part": args.part, "skip": args.skip_bad}
     with progress_bar() as bar:
         task = bar.add_task("clips", total=None)

@@ -84,7 +84,7 @@ def _questions(path: str, files: list[str]) -> Iterator[tuple[str, Any]]:
         answers = _annotated(files[-1])
         for number, question in enumerate(value["questions"], 1):
             if isinstance(question, dict):
-                question = {"answers": answers.get(question.get("question_id"))} | question
+                question = {"answers": answers.get(str(question.get("question_id")))} | question
             yield f"{path}: question {number}", question
 
 
@@ -100,14 +100,14 @@ def _annotations_of(path: str) -> str:
     return beside
 
 
-def _annotated(path: str) -> dict[Any, Any]:
+def _annotated(path: str) -> dict[str, Any]:
     """The answers of a file of annotations by question_id."""
     found = {}
     for name, value in values(path):
         annotations = value.get("annotations") if isinstance(value, dict) else None
         if not isinstance(annotations, list) or not all(isinstance(one, dict) for one in annotations):
             raise ValueError(f"{name}: `annotations` must be a list of objects, got {short(annotations)}")
-        found |= {one.get("question_id"): one.get("answers") for one in annotations}
+        found |= {str(one.get("question_id")): one.get("answers") for one in annotations}
     return found
 
 

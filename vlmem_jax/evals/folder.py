@@ -60,6 +60,8 @@ def settings(model: LoadedModel, config: EvalConfig, prompts: Prompts) -> dict[s
         **{f"image.{key}": value for key, value in to_dict(image).items() if value != getattr(defaults, key)},
         **{f"content of {lines.path}": lines.digest for lines in prompts.files},
         **{f"root of {source.path}": source.root for source in config.data if source.root},
+        **{f"content of {store.path}": store.digest for store in prompts.stores if store},
+        **({"geometry": made.digest} if (made := model.processor.geometry_of) else {}),
         PARAMETERS: digest(model.params),
     }
 

@@ -62,13 +62,14 @@ def evaluate(
         check_settings(mirror.local / SETTINGS, depends_on, output)
         found = {name: evaluation.run(name, invocation, mirror, report) for name, invocation in passes.items()}
         kinds = model.vlm.speech.kinds if model.vlm.speech else ()
+        mode = "stream" if model.processor.tile.keeps else "offline"
         about = {"version": version(), "parameters": depends_on[PARAMETERS]}
-        summary = about | summarise(found[SAMPLES], kinds, config.benchmark)
+        summary = about | summarise(found[SAMPLES], kinds, config.benchmark, mode)
         if config.benchmark and BENCHMARKS[config.benchmark].captions:
             compared, summary["left_out"] = captions([line for line in found[SAMPLES] if "output" in line])
             summary["benchmark"] |= compared
         if config.without_memory:
-            summary["without_memory"] = summarise(found[WITHOUT], kinds, config.benchmark)
+            summary["without_memory"] = summarise(found[WITHOUT], kinds, config.benchmark, mode)
         write_whole(mirror.local / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 

@@ -14,7 +14,9 @@ TENTHS = 10
 """Bins of the histogram of positions."""
 
 
-def summarise(lines: Sequence[Line], kinds: Sequence[str] = (), benchmark: str = "") -> dict[str, Any]:
+def summarise(
+    lines: Sequence[Line], kinds: Sequence[str] = (), benchmark: str = "", mode: str = "offline"
+) -> dict[str, Any]:
     """Numbers of all prompts and, in `sources`, of each source. `kinds` are those of a memory that speaks.
 
     `accuracy` is the mean score, `mean_of_sources` that of their accuracies; `seconds` are wall time of a batch over
@@ -22,8 +24,8 @@ def summarise(lines: Sequence[Line], kinds: Sequence[str] = (), benchmark: str =
     how many there are in an answer, and in which tenths of the chosen tokens they were called for.
 
     Where videos were shown there are the fewest and the most `frames` taken for a prompt, the `mode`, offline (all are
-    chosen before any is seen), and, in `lengths`, numbers of each class of videos. `benchmark` names one of
-    `data.benchmarks` for what it is reported by, of all prompts and of each class.
+    shown) or stream (those that a memory keeps are), and, in `lengths`, numbers of each class of videos. `benchmark`
+    names one of `data.benchmarks` for what it is reported by, of all prompts and of each class.
     """
     sources: dict[str, list[Line]] = {}
     for line in lines:
@@ -37,12 +39,12 @@ def summarise(lines: Sequence[Line], kinds: Sequence[str] = (), benchmark: str =
         "skipped": len(lines) - len(answered),
         "peak_memory_gb": max((line["peak_memory_gb"] for line in answered), default=None),
         "sources": each,
-        **_videos(answered, benchmark),
+        **_videos(answered, benchmark, mode),
         **_reported(answered, benchmark),
     }
 
 
-def _videos(lines: Sequence[Line], benchmark: str) -> dict[str, Any]:
+def _videos(lines: Sequence[Line], benchmark: str, mode: str) -> dict[str, Any]:
     """What is known of the videos that were shown, if any were."""
     frames = [line["frames"] for line in lines if "frames" in line]
     if not frames:
@@ -52,7 +54,7 @@ def _videos(lines: Sequence[Line], benchmark: str) -> dict[str, Any]:
         if line.get("length"):
             lengths[length_class(line["length"])].append(line)
     found = {name: _numbers(of) | _reported(of, benchmark) for name, of in lengths.items() if of}
-    return {"mode": "offline", "frames": [min(frames), max(frames)], "lengths": found}
+    return {"mode": mode, "frames": [min(frames), max(frames)], "lengths": found}
 
 
 def _reported(lines: Sequence[Line], benchmark: str) -> dict[str, Any]:

@@ -43,7 +43,9 @@ class LoadedModel:
         old, family = self.processor, of_model(self.vlm.config)
         config = build(type(old.image), to_dict(old.image) | dict(image), where)
         geometry = self.vlm.config.vision.geometry
-        new = make_processor(old.tokenizer, config, geometry, old.system, family.template, old.whole)
+        tile = self.vlm.tile_of(config)
+        new = make_processor(old.tokenizer, config, geometry, old.system, family.template, old.whole, tile)
+        new.geometry_of = old.geometry_of
         return dataclasses.replace(self, processor=new)
 
     def generator(self) -> Generator:

@@ -1,6 +1,8 @@
 """The geometry of all that data show, computed once and kept: for `vlmem data geometry`."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from vlmem_jax.data.geometry import FORMAT, ClipKey, Values, mark_of, write_clips
 from vlmem_jax.data.records import open_shard, shard_name, split
@@ -22,28 +25,41 @@ from vlmem_jax.types import Geometry, GeometryShape
 CLIPS_A_FILE = 8
 """A gigabyte at 32 frames, and what is done again after a kill."""
 
-SeeClip = Callable[[np.ndarray], Geometry]
-"""The geometry of the frames of a clip as the tower sees them, uint8 [I, S, S, 3], in the order of time."""
 
+@dataclasses.dataclass(frozen=True)
+class Seer:
+    """What a model of geometry makes of clips, for a memory that reads so much of each frame: a `GeometryOf`."""
 
-def seer(
-    model: GeometryModel, reads: GeometryShape, fit: Fit = "crop", scale: Scale = "clip", weighted: bool = False
-) -> SeeClip:
-    """What a model of geometry makes of a clip, for a memory that reads so much. `weighted`: coordinates of patches are
-    means by confidence. Raises ValueError where the model gives something else than is read."""
-    if (gives := (model.token_width, model.view_width)) != reads[1:]:
-        raise ValueError(
-            f"the memory reads tokens of {reads.tokens} and views of {reads.views} numbers, but {model.kind} gives "
-            f"{gives[0]} and {gives[1]}; set model.memory.geometry_width={gives[0]} and "
-            f"model.memory.view_width={gives[1]}"
-        )
-    grid = math.isqrt(reads.patches)
+    model: GeometryModel
+    reads: GeometryShape
+    fit: Fit = "crop"
+    scale: Scale = "clip"
+    by_confidence: bool = False
+    """Whether the coordinates of a patch are the mean of its pixels' by their confidence."""
 
-    def see(pixels_ISSc: np.ndarray) -> Geometry:
-        seen = pictures(pixels_ISSc, grid * model.patch_size, fit)
-        return clip_geometry(model.scene(seen, confidence=weighted), grid, scale, weighted)
+    def __post_init__(self):
+        if (gives := (self.model.token_width, self.model.view_width)) != self.reads[1:]:
+            raise ValueError(
+                f"the memory reads tokens of {self.reads.tokens} and views of {self.reads.views} numbers, but "
+                f"{self.model.kind} gives {gives[0]} and {gives[1]}; set model.memory.geometry_width={gives[0]} and "
+                f"model.memory.view_width={gives[1]}"
+            )
 
-    return see
+    def __call__(self, pixels_ISSc: UInt8[np.ndarray, "I S S c"]) -> Geometry:
+        grid = math.isqrt(self.reads.patches)
+        seen = pictures(pixels_ISSc, grid * self.model.patch_size, self.fit)
+        scene = self.model.scene(seen, confidence=self.by_confidence)
+        return clip_geometry(scene, grid, self.scale, self.by_confidence)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """All that the geometry depends on, beside what is seen."""
+        told = {"model": self.model.kind, "digest": self.model.digest, "fit": self.fit, "scale": self.scale}
+        return told | {"by_confidence": self.by_confidence}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.blake2b(json.dumps(self.made).encode(), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Stored:
 
 def store_clips(
     samples: Samples,
-    see: SeeClip,
+    see: Callable[[np.ndarray], Geometry],
     made: Mapping[str, Any],
     out: str | os.PathLike,
     *,
@@ -132,7 +148,7 @@ def _leave_out(error: ValueError, skipped: list[str], skip: bool) -> None:
     skipped.append(str(error))
 
 
-def _see(samples: Samples, key: ClipKey, where: Key, see: SeeClip) -> tuple[str, Geometry]:
+def _see(samples: Samples, key: ClipKey, where: Key, see: Callable[[np.ndarray], Geometry]) -> tuple[str, Geometry]:
     """The mark of a clip's file, and its geometry."""
     record, processor = samples.files[where[0]][where[1]], samples.processor
     with naming(record.name):

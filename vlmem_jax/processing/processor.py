@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from vlmem_jax.processing import chat
@@ -44,6 +45,15 @@ class Placed(NamedTuple):
     """As in `Sample`."""
 
 
+class GeometryOf(Protocol):
+    """What a model of geometry makes of the tiles of an image or video, uint8 [I, S, S, c], in the order of time."""
+
+    digest: str
+    """Tells it from others."""
+
+    def __call__(self, pixels_ISSc: UInt8[np.ndarray, "I S S c"]) -> Geometry: ...
+
+
 class Processor:
     """Makes samples for a model; a subclass a way of seeing, see `TileProcessor` and `PatchProcessor`.
 
@@ -59,9 +69,9 @@ class Processor:
     """Pixels of the largest image or video frame that may be opened."""
     size_knobs: tuple[str, str]
     """Keys that bound the tiles of a sample of images, and of a video."""
-    geometry_of: Callable[[np.ndarray], Geometry] | None = None
-    """Makes the geometry of the tiles of an image or video, uint8 [I, S, S, c], where a memory reads it. None: others
-    give it to samples, as from a store."""
+    geometry_of: "GeometryOf | None" = None
+    """Makes the geometry of what is shown, where a memory reads it. None: others give it to samples, as from a
+    store."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, template: str, context: Context, whole: bool):
         self.tokenizer = tokenizer
