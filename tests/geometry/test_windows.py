@@ -5,6 +5,7 @@ import dataclasses
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -190,6 +191,8 @@ def test_common_points_on_one_line():
     assert [frame.number for frame in placed if frame.join.identity] == [41, 42, 43, 44]
     assert placed[41].join.common > 10 and placed[41].join.residual is None
     assert walk.identities == 1 and np.isfinite(coords(placed)).all()
+    others = [frame for frame in placed if not frame.join.identity]  # none is joined to those on the line
+    np.testing.assert_allclose(coords(others), truth([frame.number for frame in others]), atol=1e-5)
 
 
 def test_where_nothing_has_a_place_any_more_a_world_begins():
@@ -208,6 +211,8 @@ def test_a_cut_begins_another_world(cut):
     np.testing.assert_allclose(coords(placed[:cut]), truth(range(cut)), atol=1e-5)
     np.testing.assert_allclose(coords(placed[first:]), truth(range(first, 100), first), atol=1e-5)
     assert walk.keys.numbers_F[walk.keys.filled_F].min() == first
+    about_anchors, _ = walked(Oracle(cuts=(cut,)), 100, dataclasses.replace(CONFIG, coord_frame="anchor"))
+    np.testing.assert_array_equal(coords(about_anchors)[fresh], coords(placed)[fresh])  # which has none yet
 
 
 def test_noise_is_no_cut_and_a_cut_is_more_than_noise():
@@ -319,7 +324,14 @@ def test_what_is_kept_does_not_grow():
     assert (np.diff(walk.keys.numbers_F) > 0).all()
 
 
-def test_arrays_of_jax_are_taken():
-    see = Oracle()
-    placed, _ = walked(lambda pictures: Scene(*map(jax.numpy.asarray, see(pictures))), 20)
+def test_arrays_of_jax_are_taken_and_tokens_keep_their_type():
+    oracle = Oracle()
+
+    def see(pictures):
+        scene = oracle(pictures)
+        return Scene(*map(jnp.asarray, scene[:3]), *(jnp.asarray(x, jnp.bfloat16) for x in scene[3:]))
+
+    placed, _ = walked(see, 20)
     np.testing.assert_allclose(coords(placed), truth(range(20)), atol=1e-5)
+    assert placed[7].geometry.tokens_BNG.dtype == placed[7].geometry.views_BNV.dtype == jnp.bfloat16
+    assert isinstance(placed[7].geometry.tokens_BNG, np.ndarray)
