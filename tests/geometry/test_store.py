@@ -9,7 +9,7 @@ import pytest
 from tests.data.conftest import Folder
 from tests.patches_world import save_tokenizer, save_video
 from vlmem_jax.data import DataConfig, SourceConfig
-from vlmem_jax.data.geometry import GeometryStore
+from vlmem_jax.data.geometry import GeometryStore, with_geometry
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.data.samples import Samples
 from vlmem_jax.geometry.store import store_clips
@@ -128,6 +128,16 @@ def test_what_does_not_fit_is_named(world):
     samples.load((0, 0))
     with pytest.raises(ValueError, match="has no geometry of d.mp4; make it by `vlmem data geometry` of the same data"):
         samples.load((0, 1))
+
+
+def test_frames_that_become_several_tiles_have_no_geometry(world):
+    made(world)
+    samples = samples_of(world)
+    samples.measure([(0, 3)])
+    sample = samples.load((0, 3))
+    cut = dataclasses.replace(sample, pixels_ISSc=np.repeat(sample.pixels_ISSc, 5, axis=0))
+    with pytest.raises(ValueError, match="1 frames have become 5 tiles .*set image.max_tiles=1"):
+        with_geometry(cut, [sample.geometry])
 
 
 def test_a_model_without_such_a_memory_reads_none(world):

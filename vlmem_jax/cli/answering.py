@@ -10,6 +10,7 @@ from vlmem_jax.geometry.model import load_geometry
 from vlmem_jax.geometry.pictures import Fit
 from vlmem_jax.geometry.store import Seer
 from vlmem_jax.models.placement import asked_mesh, whole_heads
+from vlmem_jax.processing import FrameConfig
 from vlmem_jax.runtime.sharding import MESH_AXES, MeshConfig
 
 MODES = typing.get_args(typing.get_type_hints(InvocationConfig)["mode"])
@@ -177,6 +178,8 @@ def see_space(args: argparse.Namespace, model: LoadedModel) -> None:
             f"--geometry is for a memory that reads it, but model.memory of {args.checkpoint} is "
             f"{model.vlm.config.memory_kind}; leave it out"
         )
+    if not isinstance(model.processor.image, FrameConfig):
+        raise ValueError("--geometry is for models that see frames whole, not cut into tiles; leave it out")
     print(f"loading {args.geometry}", file=sys.stderr)
     model.processor.geometry_of = Seer(load_geometry(args.geometry), reads, args.geometry_fit)
 

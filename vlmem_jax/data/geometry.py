@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -24,7 +25,7 @@ from vlmem_jax.data.records import open_shard, shards
 from vlmem_jax.processing import Processor
 from vlmem_jax.processing.media import Encoded
 from vlmem_jax.processing.video import Clip
-from vlmem_jax.types import Geometry, GeometryShape
+from vlmem_jax.types import Geometry, GeometryShape, Sample
 
 FORMAT = "vlmem geometry 1"
 MAKE = "`vlmem data geometry`"
@@ -179,9 +180,20 @@ def shape_of(geometry: Geometry) -> GeometryShape:
     return GeometryShape(N, G, geometry.views_BNV.shape[-1])
 
 
-def joined(clips: Sequence[Geometry]) -> Geometry:
-    """The geometry of clips one after the other."""
-    return Geometry(*(np.concatenate([getattr(clip, x.name) for clip in clips]) for x in dataclasses.fields(Geometry)))
+def with_geometry(sample: Sample, clips: Sequence[Geometry]) -> Sample:
+    """The sample with the geometry of the clips that it shows, in their order; as it is where it shows none.
+
+    Raises ValueError where it has other tiles than they have frames.
+    """
+    if not clips:
+        return sample
+    geometry = Geometry(*(np.concatenate(parts) for parts in zip(*map(jax.tree.leaves, clips), strict=True)))
+    if (frames := len(geometry.coords_BN3)) != (tiles := len(sample.pixels_ISSc)):
+        raise ValueError(
+            f"geometry is known of frames that are seen whole, each a tile, but {frames} frames have become {tiles} "
+            f"tiles (sample {sample.name}); set image.max_tiles=1, or memory.geometry_width=0"
+        )
+    return dataclasses.replace(sample, geometry=geometry)
 
 
 def _arrays(geometry: Geometry, values: Values) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from PIL import Image
 from vlmem_jax.data.benchmarks import Questions
 from vlmem_jax.data.config import SourceConfig
 from vlmem_jax.data.forms import check_near, check_object, check_text, paths, read_line, short
-from vlmem_jax.data.geometry import image_clip, joined, stores_of, video_clip
+from vlmem_jax.data.geometry import image_clip, stores_of, video_clip, with_geometry
 from vlmem_jax.data.jsonl import JsonLines
 from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.data.samples import Key
@@ -152,16 +152,16 @@ class Prompts:
             pictures = [opened(ImageSource(path)) for path in prompt.images]
             videos = [opened(source) for source in prompt.videos]
             question, history = message(prompt.parts), [(message(asked), answer) for asked, answer in prompt.history]
-            geometry = joined([known[source] for source in prompt.shown]) if known else None
+            geometry = [known[source] for source in prompt.shown] if store else []
         if prompt.is_raw:
             sample = processor.raw_prompt(prompt.text, pictures, videos, rope_dhr=rope_dhr, name=prompt.name)
-            return dataclasses.replace(sample, geometry=geometry or sample.geometry), taken
+            return with_geometry(sample, geometry), taken
         if history:
             history[0] = processor.message(history[0][0], pictures, videos), history[0][1]
             pictures = videos = ()
         settings = {"rope_dhr": rope_dhr, "system": prompt.system, "name": prompt.name}
         sample = processor.prompt(question, pictures, history, videos=videos, **settings)
-        return dataclasses.replace(sample, geometry=geometry or sample.geometry), taken
+        return with_geometry(sample, geometry), taken
 
 
 def as_prompt(name: str, fields: Any, number: str) -> Prompt:

@@ -1,7 +1,6 @@
 """The samples of some JSONL or ArrayRecord files: their sizes without decoding an image, and the samples themselves."""
 
 import collections
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from vlmem_jax.data.config import DataConfig, SourceConfig
-from vlmem_jax.data.geometry import ClipKey, image_clip, joined, stores_of, video_clip
+from vlmem_jax.data.geometry import ClipKey, image_clip, stores_of, video_clip, with_geometry
 from vlmem_jax.data.jsonl import JsonLines, Record
 from vlmem_jax.data.records import SUFFIX, PackedLines
 from vlmem_jax.processing import Processor, images, media, video
@@ -134,8 +133,7 @@ class Samples:
         sample = self.processor.encode(
             record.conversations, **shown, mask_text_only=self.config.mask_text_only, name=record.name
         )
-        if geometry is not None:
-            sample = dataclasses.replace(sample, geometry=geometry)
+        sample = with_geometry(sample, geometry)
         targets = int((sample.labels_T != IGNORED).sum())
         found, planned = Size(len(sample.tokens_T), len(sample.pixels_ISSc), targets, len(pictures)), self.size(key)
         if found != planned:
@@ -207,14 +205,12 @@ class Samples:
             store.check(clip, self.reads)
         return clips
 
-    def _geometry(self, key: Key, record: Record, seen: tuple[video.Clip, list[int]] | None) -> Geometry | None:
-        """That of all that a sample shows, where it is read."""
-        clips = self._clips_read(key, record, seen)
-        if not clips:
-            return None
-        files = [record.video] if record.video else record.images
-        store = self.stores[key[0]]
-        return joined([store.read(c, self.path(key, f), self.reads) for c, f in zip(clips, files, strict=True)])
+    def _geometry(self, key: Key, record: Record, seen: tuple[video.Clip, list[int]] | None) -> list[Geometry]:
+        """That of each clip that a sample shows, where it is read."""
+        if not (clips := self._clips_read(key, record, seen)):
+            return []
+        store, files = self.stores[key[0]], [record.video] if record.video else record.images
+        return [store.read(clip, self.path(key, file), self.reads) for clip, file in zip(clips, files, strict=True)]
 
     def _image_sizes(self, key: Key, record: Record) -> list[tuple[int, int]]:
         limit, shown_as = self.processor.open_limit, self.processor.image
