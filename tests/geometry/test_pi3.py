@@ -8,8 +8,8 @@ from vlmem_jax.geometry.pi3 import Pi3, Pi3Config
 
 RELEASED = Pi3Config(
     encoder=EncoderConfig(BlockConfig(1024, 16, 4096), layers=24, grid=37, registers=4),
-    trunk=BlockConfig(1024, 16, 4096, qk_norm=True), pairs=18, registers=5,
-    head=BlockConfig(1024, 16, 4096, layer_scale=False), head_layers=5,
+    trunk=BlockConfig(1024, 16, 4096, qk_norm=True, rope=True), pairs=18, registers=5,
+    head=BlockConfig(1024, 16, 4096, layer_scale=False, rope=True), head_layers=5,
     point_width=1024, camera_width=512, camera_layers=2,
 )  # fmt: skip
 

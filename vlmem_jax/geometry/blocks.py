@@ -21,9 +21,6 @@ from vlmem_jax.nn.stack import stack
 ROPE_BASE = 100.0
 QK_NORM_EPS = 1e-5
 
-Places = tuple[Rotation, Rotation]
-"""Tables of rotation by the row and by the column of each token."""
-
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
@@ -36,6 +33,9 @@ class BlockConfig:
     qk_norm: bool = False
     """LayerNorm of q and of k, head by head, before they are turned."""
     layer_scale: bool = True
+    rope: bool = False
+    """q and k are turned by the place in the view. Pairs of channels that turn by the row come first, then those that
+    turn by the column, and first elements of all pairs before second ones: public weights are ordered otherwise."""
     dtype: str = "bfloat16"
     """Of matrix products; what goes from block to block is fp32."""
     attention: AttentionConfig = AttentionConfig()
@@ -54,7 +54,7 @@ class BlockConfig:
 
 
 class Attention(nnx.Module):
-    """Full attention; q and k are turned by the place in the view, if there is one."""
+    """Full attention."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -64,13 +64,13 @@ class Attention(nnx.Module):
         norms = (LayerNorm(config.head_dim, QK_NORM_EPS, rngs=rngs) if config.qk_norm else None for _ in range(2))
         self.q_norm, self.k_norm = norms
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], places: Places | None) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], places: Rotation | None) -> Float[Array, "B T D"]:
         shape = (*x_BTD.shape[:2], self.config.heads, self.config.head_dim)
         q_BTHC, k_BTHC, v_BTHC = (self.qkv.part(x_BTD, n).reshape(shape) for n in range(3))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTHC = self.q_norm(q_BTHC), self.k_norm(k_BTHC)
-        if places is not None:
-            q_BTHC, k_BTHC = turned(q_BTHC, places), turned(k_BTHC, places)
+        if self.config.rope:
+            q_BTHC, k_BTHC = rotate(q_BTHC, places), rotate(k_BTHC, places)
         return self.proj(full_attention(self.config.attention, q_BTHC, k_BTHC, v_BTHC, x_BTD.shape[1]))
 
 
@@ -85,7 +85,7 @@ class Block(nnx.Module):
         scales = (param(ones, (config.width,), ("norm",), rngs) if config.layer_scale else None for _ in range(2))
         self.ls1, self.ls2 = scales
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], places: Places | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], places: Rotation | None = None) -> Float[Array, "B T D"]:
         attn = self.attn(self.norm1(x_BTD).astype(self.config.dtype), places)
         x_BTD += self._scaled(attn, self.ls1)
         return x_BTD + self._scaled(self.mlp(self.norm2(x_BTD).astype(self.config.dtype)), self.ls2)
@@ -95,7 +95,7 @@ class Block(nnx.Module):
         return x_BTD if scale is None else scale[...] * x_BTD
 
 
-def through(blocks: Block, x_BTD: Float[Array, "B T D"], places: Places | None = None) -> Float[Array, "B T D"]:
+def through(blocks: Block, x_BTD: Float[Array, "B T D"], places: Rotation | None = None) -> Float[Array, "B T D"]:
     """What comes out of stacked blocks, one after the other."""
     graph, layers = nnx.split(blocks)
 
@@ -112,7 +112,7 @@ class Pair(nnx.Module):
         self.within, self.across = Block(config, rngs=rngs), Block(config, rngs=rngs)
 
     def __call__(
-        self, x_NTD: Float[Array, "N T D"], places: Places
+        self, x_NTD: Float[Array, "N T D"], places: Rotation
     ) -> tuple[Float[Array, "N T D"], Float[Array, "N T D"]]:
         """What comes out of each of the two."""
         within_NTD = self.within(x_NTD, places)
@@ -128,7 +128,7 @@ class AlternatingTrunk(nnx.Module):
         self.count = pairs
 
     def __call__(
-        self, x_NTD: Float[Array, "N T D"], places: Places, keep: tuple[int, ...]
+        self, x_NTD: Float[Array, "N T D"], places: Rotation, keep: tuple[int, ...]
     ) -> Float[Array, "K N T 2*D"]:
         """What comes out of both blocks, side by side, of the pairs `keep`, in order; the last pair is one of them."""
         graph, pairs = nnx.split(self.pairs)
@@ -155,14 +155,8 @@ def grid_positions(rows: int, columns: int, special: int) -> Int32[np.ndarray, "
     return np.concatenate([np.zeros((special, 2)), patches]).astype(np.int32)
 
 
-def places_of(positions_BT2: Int32[Array | np.ndarray, "B T 2"], head_dim: int) -> Places:
-    """Tables for `turned`."""
-    of_pairs = frequencies(head_dim // 2, ROPE_BASE)
-    rows, columns = (rotation(jnp.asarray(positions_BT2[..., axis]), of_pairs) for axis in range(2))
-    return rows, columns
-
-
-def turned(x_BTHC: Float[Array, "B T H C"], places: Places) -> Float[Array, "B T H C"]:
-    """x with the first half of each head turned by the row, the second by the column."""
-    halves = jnp.split(x_BTHC, 2, axis=-1)
-    return jnp.concatenate([rotate(x, tables) for x, tables in zip(halves, places, strict=True)], axis=-1)
+def places_of(positions_BT2: Int32[Array | np.ndarray, "B T 2"], head_dim: int) -> Rotation:
+    """Tables for heads of so many channels, see `BlockConfig.rope`."""
+    of_axis = frequencies(head_dim // 2, ROPE_BASE)
+    axes = np.repeat((0, 1), len(of_axis))
+    return rotation(jnp.asarray(positions_BT2), jnp.tile(of_axis, 2), tuple(axes.tolist()))

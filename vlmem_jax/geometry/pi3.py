@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlmem_jax.geometry.blocks import AlternatingTrunk, Block, BlockConfig, Places, grid_positions, places_of, through
+from vlmem_jax.geometry.blocks import AlternatingTrunk, Block, BlockConfig, grid_positions, places_of, through
 from vlmem_jax.geometry.cameras import nearest_rotation, pose_of
 from vlmem_jax.geometry.encoder import Encoder, EncoderConfig, normalised
 from vlmem_jax.geometry.scene import Scene
 from vlmem_jax.geometry.tensors import Shapes, block_tensors, encoder_tensors, linear_rows
 from vlmem_jax.nn.linear import Linear, param
+from vlmem_jax.nn.rope import Rotation
 from vlmem_jax.nn.stack import stack
 from vlmem_jax.records import Rule, section
 
@@ -51,10 +52,10 @@ class Pi3Config:
         [head_dim] = shapes["decoder.0.attn.q_norm.weight"]
         return cls(
             encoder=shapes.encoder("encoder.", head_dim, dtype),
-            trunk=shapes.block("decoder.0.", head_dim, qk_norm=True, dtype=dtype),
+            trunk=shapes.block("decoder.0.", head_dim, qk_norm=True, rope=True, dtype=dtype),
             pairs=shapes.count("decoder.") // 2,
             registers=shapes["register_token"][2],
-            head=shapes.block("point_decoder.blocks.0.", head_dim, layer_scale=False, dtype=dtype),
+            head=shapes.block("point_decoder.blocks.0.", head_dim, layer_scale=False, rope=True, dtype=dtype),
             head_layers=shapes.count("point_decoder.blocks."),
             point_width=shapes["point_decoder.linear_out.weight"][0],
             camera_width=shapes["camera_decoder.linear_out.weight"][0],
@@ -92,7 +93,7 @@ class HeadDecoder(nnx.Module):
         self.layers = stack(lambda rngs: Block(config.head, rngs=rngs), config.head_layers, rngs)
         self.linear_out = Linear({"embed": width}, {"mlp": outputs}, bias=True, rngs=rngs)
 
-    def __call__(self, hidden_NTD: Float[Array, "N T D"], places: Places) -> Float[Array, "N T E"]:
+    def __call__(self, hidden_NTD: Float[Array, "N T D"], places: Rotation) -> Float[Array, "N T E"]:
         x = self.projects(hidden_NTD.astype(self.config.dtype)).astype(jnp.float32)
         return self.linear_out(through(self.layers, x, places).astype(self.config.dtype)).astype(jnp.float32)
 
@@ -145,23 +146,23 @@ class Pi3(nnx.Module):
         self.conf_head = Linear({"embed": width}, {"channels": 1, **pixels}, bias=True, rngs=rngs)
         self.camera_head = CameraHead(config.camera_width, config.camera_layers, rngs=rngs)
 
-    def places(self, images_NHWc: Float[Array, "N H W 3"]) -> Places:
-        """Of the tokens of each view in the trunk."""
+    def places(self, images_NHWc: Float[Array, "N H W 3"], block: BlockConfig) -> Rotation:
+        """Of the tokens of each view, for such blocks."""
         N, H, W, _ = images_NHWc.shape
         p = self.config.patch_size
         positions = jnp.asarray(grid_positions(H // p, W // p, self.config.registers))
-        return places_of(jnp.broadcast_to(positions, (N, *positions.shape)), self.config.trunk.head_dim)
+        return places_of(jnp.broadcast_to(positions, (N, *positions.shape)), block.head_dim)
 
     def decoded(self, images_NHWc: Float[Array, "N H W 3"], keep: tuple[int, ...]) -> Float[Array, "K N T D"]:
         """What comes out of the pairs `keep` of the trunk, of normalised images."""
-        x_NPD = self.encoder(images_NHWc)
+        x_NPD, places = self.encoder(images_NHWc), self.places(images_NHWc, self.config.trunk)
         registers = jnp.broadcast_to(self.registers[...], (len(x_NPD), *self.registers.shape))
-        return self.trunk(jnp.concatenate([registers, x_NPD], axis=1), self.places(images_NHWc), keep)
+        return self.trunk(jnp.concatenate([registers, x_NPD], axis=1), places, keep)
 
     def scene(self, images_NHWc: Array, confidence: bool) -> Scene:
         """The scene of images as `normalised` takes them; without `confidence` all of it is 1, and nothing computed."""
         images_NHWc = normalised(images_NHWc)
-        places, special = self.places(images_NHWc), self.config.registers
+        places, special = self.places(images_NHWc, self.config.head), self.config.registers
         hidden_NTD = self.decoded(images_NHWc, (self.config.pairs - 1,))[0]
         point_NPE, camera_NPE = (
             decoder(hidden_NTD, places)[:, special:] for decoder in (self.point_decoder, self.camera_decoder)

@@ -6,32 +6,38 @@ from vlmem_jax.records import Rule, section
 
 
 def block_sizes(config: BlockConfig) -> dict[str, int]:
-    """Axes of the tensors of a block."""
-    return {"D": config.width, "F": config.mlp_width, "H": config.heads, "C": config.head_dim}
+    """Axes of the tensors of a block: of a head, C, or z r, halves of the pairs of each of the axes a."""
+    sizes = {"D": config.width, "F": config.mlp_width, "H": config.heads, "C": config.head_dim}
+    return sizes | {"a": 2, "z": 2, "r": config.head_dim // 4}
 
 
 def block_tensors(config: BlockConfig, ours: str, theirs: str, layers: range) -> list[Rule]:
     """Rules of stacked blocks; `theirs` holds {} for the number of one."""
-    linear = [("attn/proj", "D (H C) -> H C D"), ("mlp/fc1", "F D -> D F"), ("mlp/fc2", "D F -> F D")]
-    rows = [("attn/qkv/kernel", "attn.qkv.weight", "(3 H C) D -> D 3 H C"),
-            ("attn/qkv/bias", "attn.qkv.bias", "(3 H C) -> 3 H C")]  # fmt: skip
-    for name, pattern in linear:
-        out = pattern.split()[0]
-        rows += [(f"{name}/kernel", f"{name.replace('/', '.')}.weight", pattern)]
-        rows += [(f"{name}/bias", f"{name.replace('/', '.')}.bias", f"{out} -> {out}")]
-    rows += norm_rows("norm1") + norm_rows("norm2")
+    head, own = ("a z r", "(z a r)") if config.rope else ("C", "C")
+    rows = [
+        ("attn/qkv/kernel", "attn.qkv.weight", f"(3 H {head}) D -> D 3 H {own}"),
+        ("attn/qkv/bias", "attn.qkv.bias", f"(3 H {head}) -> 3 H {own}"),
+        ("attn/proj/kernel", "attn.proj.weight", f"D (H {head}) -> H {own} D"),
+        ("attn/proj/bias", "attn.proj.bias", "D -> D"),
+        *linear_rows("mlp/fc1", "mlp.fc1", "D", "F"),
+        *linear_rows("mlp/fc2", "mlp.fc2", "F", "D"),
+        *norm_rows("norm1"),
+        *norm_rows("norm2"),
+    ]
     if config.qk_norm:
-        rows += norm_rows("attn/q_norm", "C") + norm_rows("attn/k_norm", "C")
+        rows += [
+            (f"attn/{n}_norm/{leaf}", f"attn.{n}_norm.{tensor}", f"({head}) -> {own}")
+            for n in "qk"
+            for leaf, tensor in (("scale", "weight"), ("bias", "bias"))
+        ]
     if config.layer_scale:
         rows += [(name, f"{name}.gamma", "D -> D") for name in ("ls1", "ls2")]
     return section(ours, theirs, block_sizes(config), rows, layers)
 
 
-def norm_rows(ours: str, axis: str = "D", theirs: str | None = None) -> list[tuple[str, str, str]]:
-    """Rows of `records.section` for a norm; `theirs`: its name there, if not ours with dots."""
-    theirs = ours.replace("/", ".") if theirs is None else theirs
-    return [(f"{ours}/scale", f"{theirs}.weight", f"{axis} -> {axis}"),
-            (f"{ours}/bias", f"{theirs}.bias", f"{axis} -> {axis}")]  # fmt: skip
+def norm_rows(name: str) -> list[tuple[str, str, str]]:
+    """Rows of `records.section` for a norm over D."""
+    return [(f"{name}/scale", f"{name}.weight", "D -> D"), (f"{name}/bias", f"{name}.bias", "D -> D")]
 
 
 def linear_rows(ours: str, theirs: str, inputs: str, outputs: str) -> list[tuple[str, str, str]]:

@@ -69,7 +69,9 @@ class VGGTConfig:
         mlp_width, width = shapes["camera_head.trunk.0.mlp.fc1.weight"]
         return cls(
             encoder=encoder,
-            trunk=shapes.block(f"{inside}frame_blocks.0.", head_dim, norm_eps=NORM_EPS, qk_norm=True, dtype=dtype),
+            trunk=shapes.block(
+                f"{inside}frame_blocks.0.", head_dim, norm_eps=NORM_EPS, qk_norm=True, rope=True, dtype=dtype
+            ),
             pairs=pairs,
             registers=shapes[f"{inside}register_token"][2],
             dense=tuple(max(round(pairs * depth / DEPTHS[-1]), 1) - 1 for depth in DEPTHS),
