@@ -80,6 +80,25 @@ def test_a_clip_is_its_frames_one_after_the_other(model, see):
     assert (np.asarray(kept.segments_BM) == 1).all()
 
 
+@pytest.mark.parametrize("preset", ["tiny_llava_video", "tiny"])
+def test_frames_may_be_kept_as_visual_tokens(preset):
+    """Behind the projector, pooled, without newlines; it starts as the model without, and a clip is its stream."""
+    memory = {"kind": "vlm2", "stage": "post_pool"}
+    made = VLM(resolve({"preset": preset, "memory": memory, "decoder": {"layers": 2}, "vision": {"layers": 1}}))
+    plain, fresh = VLM(dataclasses.replace(made.config, memory=None)), made.fresh(jax.random.key(0))
+    seen, see = views(made, [[1] * 3]), jax.jit(made.see)
+    without = {name: leaf for name, leaf in fresh.items() if name != "memory"}
+    np.testing.assert_allclose(see(fresh, seen).tokens_BMD, plain.see(without, seen).tokens_BMD, **CLOSE)
+    params = drawn.params(made, 1)
+    state, look = made.watch(params, 1), jax.jit(made.look)
+    assert state.frames_BLND.shape[2:] == (made.config.vision.side**2, made.config.decoder.width)
+    for n in range(3):
+        state = look(params, state, part(seen, *rows_and([n])))
+    tokens_BMD = see(params, seen).tokens_BMD
+    np.testing.assert_allclose(made.recollect(params, state).tokens_BMD, tokens_BMD, **CLOSE)
+    assert np.abs(tokens_BMD - see(fresh, seen).tokens_BMD).max() > 0.1
+
+
 def test_what_a_long_clip_leaves_behind_is_what_its_stream_does(model):
     """Frames that are kept at the end of a sample come first in it, in the order in which they were seen."""
     made, params = model
@@ -247,12 +266,13 @@ def test_the_order_of_slots_changes_nothing(model):
 
 
 def test_operations_of_a_frame_are_those_of_the_formula(golden):
+    decoder = resolve({"preset": "tiny_llava_video"}).decoder
     for case in json.loads((golden / "vlm2" / "cost_examples.json").read_text()):
         vision = SimpleNamespace(grid=math.isqrt(case["N"]), width=case["c"])
         sizes = {"working": case["n_w"], "episodic": case["n_e"]} if case["n_e"] else {}
         config = VLM2Config(geometry_width=0, gamma_width=case["gate_hidden"], **sizes)
         last = 1000 if case["n_e"] else 1  # the first frame finds nothing
-        whole, before = (sum(VLM2.frame_flops(config, vision, frames)) for frames in (last, last - 1))
+        whole, before = (sum(VLM2.frame_flops(config, decoder, vision, frames)) for frames in (last, last - 1))
         assert whole - before == case["flops_kv_cached"]
 
 

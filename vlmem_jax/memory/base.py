@@ -93,7 +93,12 @@ class Memory(nnx.Module):
         return 0
 
     @classmethod
-    def frame_flops(cls, config: Any, vision: Any, frames: Count) -> tuple[Count, Count]:
+    def behind_projector(cls, config: Any) -> bool:
+        """Whether frames come to the door SEE as visual tokens, without newlines, not as features of the tower."""
+        return False
+
+    @classmethod
+    def frame_flops(cls, config: Any, decoder: DecoderConfig, vision: Any, frames: Count) -> tuple[Count, Count]:
         """Forward FLOPs at the door SEE of samples of so many frames: in weights, and in attention."""
         return 0, 0
 
@@ -151,7 +156,7 @@ class Frame(NamedTuple):
     """A frame of each of several streams."""
 
     x_BND: Float[Array, "B N D"]
-    """The features of its patches."""
+    """The features of its patches, or its visual tokens."""
     geometry: Geometry | None = None
 
 

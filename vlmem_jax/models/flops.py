@@ -65,7 +65,7 @@ def memory_flops(config: ModelConfig, tokens: Count, tiles: Count) -> tuple[Coun
     tokens: see `formation_flops`."""
     memory, visual = memory_of(config.memory), tiles * config.vision.tile.tokens
     beside = memory.flops(config.memory, config.decoder, tokens, visual)
-    before = memory.frame_flops(config.memory, config.vision, tiles)
+    before = memory.frame_flops(config.memory, config.decoder, config.vision, tiles)
     return beside[0] + before[0], beside[1] + before[1]
 
 

@@ -216,7 +216,7 @@ class VLM:
         pixels_BISSc = views.pixels_BISSc
         B, I, *tile = pixels_BISSc.shape
         pixels_BISSc = self._normalised(pixels_BISSc)
-        first, kept = modules.memory.vision_layer if modules.memory else None, None
+        first, kept, is_seen = modules.memory.vision_layer if modules.memory else None, None, False
         if layout_BI4 is None and adapter_B is not None:
             adapter_B = jnp.repeat(adapter_B, I)  # of each tile
         lora = self._adapters(modules, "vision", adapter_B, key)
@@ -228,12 +228,14 @@ class VLM:
         else:
             tiles = constrain(pixels_BISSc.reshape(B * I, *tile), "parts", None, None, None)
             features = modules.vision(tiles, drop_path_key=key, lora=lora, remat_policy=policy)
-            if isinstance(modules.memory, See):
+            if is_seen := isinstance(modules.memory, See):
+                features = self._to_door(modules, features)
                 frames_BIND = features.reshape(B, I, *features.shape[1:])
                 segments_BI = views.segments_BM[:, :: self.tokens_per_tile]
                 frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, views.geometry, views.kept_first)
                 features = frames_BIND.reshape(features.shape)
-        tokens_BMD = modules.projector(features).reshape(B, I * self.tokens_per_tile, -1)
+        tokens = self._from_door(modules, features) if is_seen else modules.projector(features)
+        tokens_BMD = tokens.reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
         means_BMD = None if views.pool_BM is None else means(tokens_BMD, views.pool_BM)
         return VisualTokens(
@@ -246,6 +248,16 @@ class VLM:
         if pixels.dtype == jnp.uint8:
             pixels = normalise(pixels, c.channels(c.pixel_mean), c.channels(c.pixel_std), self.dtype)
         return pixels.astype(self.dtype)
+
+    def _to_door(self, modules: _Modules, features: Float[Array, "B P D"]) -> Float[Array, "B N E"]:
+        """Features of frames as they come to the door SEE."""
+        behind = memory_of(self.config.memory).behind_projector(self.config.memory)
+        return modules.projector.projected(features) if behind else features
+
+    def _from_door(self, modules: _Modules, frames: Float[Array, "B N E"]) -> Float[Array, "B P D"]:
+        """The visual tokens of frames as they come from the door SEE."""
+        behind = memory_of(self.config.memory).behind_projector(self.config.memory)
+        return modules.projector.lined(frames) if behind else modules.projector(frames)
 
     # --- see, frame by frame ------------------------------------------------------------------------------------------
 
@@ -265,7 +277,7 @@ class VLM:
         The same function of the memory as in training, where `see` takes the frames of a clip one after the other.
         """
         modules = self._merge(params)
-        x_BND = modules.vision(self._normalised(views.pixels_BISSc[:, 0]))
+        x_BND = self._to_door(modules, modules.vision(self._normalised(views.pixels_BISSc[:, 0])))
         geometry = None if views.geometry is None else jax.tree.map(lambda x: x[:, 0], views.geometry)
         valid_B = views.segments_BM[:, 0] > 0
         fresh_B = jnp.zeros_like(valid_B) if fresh_B is None else fresh_B
@@ -276,7 +288,7 @@ class VLM:
         modules, P = self._merge(params), self.tokens_per_tile
         frames_BLND, time_BL = modules.memory.readout(state)
         B, L = time_BL.shape
-        tokens = modules.projector(frames_BLND.reshape(B * L, *frames_BLND.shape[2:]))
+        tokens = self._from_door(modules, frames_BLND.reshape(B * L, *frames_BLND.shape[2:]))
         positions_BM = jnp.broadcast_to(jnp.arange(L * P, dtype=jnp.int32), (B, L * P))
         return VisualTokens(
             tokens.reshape(B, L * P, -1), positions_BM, jnp.repeat(time_BL >= 0, P, 1).astype(jnp.int32)

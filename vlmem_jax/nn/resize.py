@@ -22,3 +22,10 @@ def linear_weights(centres: Float[np.ndarray, "t"], source: int) -> Float[np.nda
     np.add.at(matrix, (rows, low), 1 - (centres - low))
     np.add.at(matrix, (rows, np.minimum(low + 1, source - 1)), centres - low)
     return matrix
+
+
+def area_weights(source: int, target: int) -> Float[np.ndarray, "t s"]:
+    """Of each of `target` equal parts of a length, the share of it that each of `source` equal parts takes."""
+    ends, starts = (np.arange(target) + 1)[:, None] * source / target, np.arange(target)[:, None] * source / target
+    cells = np.arange(source)
+    return np.clip(np.minimum(ends, cells + 1) - np.maximum(starts, cells), 0, None) * target / source

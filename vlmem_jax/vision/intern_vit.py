@@ -62,6 +62,11 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def side(self) -> int:
+        """Visual tokens along a side of a tile."""
+        return self.grid // 2
+
+    @property
     def geometry(self) -> TileGeometry:
         """What cutting images into tiles needs to know."""
         return TileGeometry(self.image_size, self.grid // 2)

@@ -41,8 +41,16 @@ class Projector(nnx.Module):
         self.mlp = GeluMLP(4 * vision_width, width, width, rngs=rngs)
 
     def __call__(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
+        return self.projected(features_BPD)
+
+    def projected(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
+        """As in `FrameProjector`: all that there is."""
         normed_BQE = self.norm(pixel_shuffle(features_BPD, self.config.shuffle))
         return self.mlp(constrain(normed_BQE, "parts", None, None))  # weights are gathered, however few the tiles
+
+    def lined(self, x_BQE: Float[Array, "B Q E"]) -> Float[Array, "B Q E"]:
+        """As in `FrameProjector`: as they are."""
+        return x_BQE
 
 
 class FrameProjector(nnx.Module):
@@ -55,15 +63,24 @@ class FrameProjector(nnx.Module):
         self.newline = param(init, (width,), ("norm",), rngs) if there else None
 
     def __call__(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B Q E"]:
-        projected = self.mlp(constrain(features_BPD, "parts", None, None))
-        side = round(projected.shape[1] ** 0.5)
-        x_BHWE = pooled(projected.reshape(len(projected), side, side, -1), self.pool)
+        return self.lined(self.projected(features_BPD))
+
+    def projected(self, features_BPD: Float[Array, "B P D"]) -> Float[Array, "B N E"]:
+        """Visual tokens without newlines."""
+        x_BPE = self.mlp(constrain(features_BPD, "parts", None, None))
+        side = round(x_BPE.shape[1] ** 0.5)
+        x_BHWE = pooled(x_BPE.reshape(len(x_BPE), side, side, -1), self.pool)
+        return x_BHWE.reshape(len(x_BHWE), -1, x_BHWE.shape[-1])
+
+    def lined(self, x_BNE: Float[Array, "B N E"]) -> Float[Array, "B Q E"]:
+        """The tokens with the newlines among them."""
         if self.newline is None:
-            return x_BHWE.reshape(len(x_BHWE), -1, x_BHWE.shape[-1])
-        B, H, W, E = x_BHWE.shape
-        lines = (B, H, W, E) if self.place == "grid" else (B, 1, H * W, E)
-        newline = spread(self.newline[...], (*lines[:2], 1, E), x_BHWE.dtype)
-        return jnp.concatenate([x_BHWE.reshape(lines), newline], axis=2).reshape(B, -1, E)
+            return x_BNE
+        B, N, E = x_BNE.shape
+        side = round(N**0.5)
+        lines = (B, side, side, E) if self.place == "grid" else (B, 1, N, E)
+        newline = spread(self.newline[...], (*lines[:2], 1, E), x_BNE.dtype)
+        return jnp.concatenate([x_BNE.reshape(lines), newline], axis=2).reshape(B, -1, E)
 
 
 def pooled(x_BHWD: Float[Array, "B H W D"], pool: str) -> Float[Array, "B h w D"]:

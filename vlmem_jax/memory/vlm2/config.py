@@ -10,6 +10,8 @@ from vlmem_jax.memory.base import MemoryConfig
 class VLM2Config(MemoryConfig):
     """Defaults: those of the paper (arXiv 2511.20644, table 7) for LLaVA-Video; sizes that it leaves open are ours."""
 
+    stage: Literal["pre_projector", "post_pool"] = "pre_projector"
+    """Whether frames are kept as the tower's features, or as visual tokens: fewer, and as wide as the decoder."""
     working: int = 8
     """Newest frames that are kept as they were seen, L_w; 0: none."""
     episodic: int = 32

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -14,9 +15,10 @@ from vlmem_jax.memory.vlm2.banks import Banks, DualMemory
 from vlmem_jax.memory.vlm2.config import VLM2Config
 from vlmem_jax.memory.vlm2.represent import Representation
 from vlmem_jax.nn.attention import AttentionConfig
+from vlmem_jax.nn.resize import area_weights
 from vlmem_jax.records import Rule, own_tensors
 from vlmem_jax.trees import Flat
-from vlmem_jax.types import GeometryShape
+from vlmem_jax.types import Geometry, GeometryShape
 
 KEY = "vlm2_config"
 """Of config.json; what stands there are our own keys. Nobody has published a checkpoint."""
@@ -35,9 +37,11 @@ class VLM2(Memory):
                 "memory vlm2 keeps frames that the tower sees each on its own, as square tiles are; "
                 f"{vision.kind} sees images and videos in their own shape"
             )
-        self.config, self.patches, self.width = config, vision.grid**2, vision.width
-        self.represent = Representation(config, vision.width, rngs=rngs) if config.geometry_width else None
-        self.banks = DualMemory(config, vision.width, rngs=rngs)
+        self.config, self.grid = config, vision.grid
+        self.side, self.width = sizes(config, decoder, vision)
+        self.patches = self.side**2
+        self.represent = Representation(config, self.width, rngs=rngs) if config.geometry_width else None
+        self.banks = DualMemory(config, self.width, rngs=rngs)
 
     def begin(self, rows: int, dtype: jax.typing.DTypeLike) -> Banks:
         return self.banks.begin(rows, self.patches, dtype)
@@ -52,7 +56,7 @@ class VLM2(Memory):
                     f"memory.geometry_width is {self.config.geometry_width}, but frames come without geometry; set "
                     "memory.geometry_width=0"
                 )
-            x_BND = self.represent(x_BND, frame.geometry)
+            x_BND = self.represent(x_BND, pooled(frame.geometry, self.grid, self.side))
         return self.banks.take(state, x_BND, valid_B, fresh_B)
 
     def readout(self, state: Banks) -> tuple[Float[Array, "B L N D"], Int32[Array, "B L"]]:
@@ -68,8 +72,13 @@ class VLM2(Memory):
         return config.episodic
 
     @classmethod
-    def frame_flops(cls, config: VLM2Config, vision: Any, frames: Count) -> tuple[Count, Count]:
-        N, c = vision.grid**2, vision.width
+    def behind_projector(cls, config: VLM2Config) -> bool:
+        return config.stage == "post_pool"
+
+    @classmethod
+    def frame_flops(cls, config: VLM2Config, decoder: DecoderConfig, vision: Any, frames: Count) -> tuple[Count, Count]:
+        side, c = sizes(config, decoder, vision)
+        N = side**2
         hidden, outputs = config.gamma_width or c, c if config.gamma == "channel" else 1
         weights, attention = 16 * N * c * c + 2 * N * hidden * (2 * c + outputs), 0
         if g := config.geometry_width:
@@ -92,6 +101,25 @@ class VLM2(Memory):
     @classmethod
     def write_config(cls, config: VLM2Config, decoder: DecoderConfig) -> dict[str, Any]:
         return {KEY: to_dict(config)}
+
+
+def sizes(config: VLM2Config, decoder: DecoderConfig, vision: Any) -> tuple[int, int]:
+    """Tokens along a side of a frame that is kept, and their width."""
+    return (vision.side, decoder.width) if config.stage == "post_pool" else (vision.grid, vision.width)
+
+
+def pooled(geometry: Geometry, grid: int, side: int) -> Geometry:
+    """Geometry of grid x grid patches as that of side x side equal parts of the frame, by their means."""
+    if grid == side:
+        return geometry
+    weights = jnp.asarray(area_weights(grid, side), jnp.float32)
+
+    def means(x_BNX: Array) -> Array:
+        x_BHWX = x_BNX.reshape(len(x_BNX), grid, grid, -1).astype(jnp.float32)
+        pooled = jnp.einsum("hH,wW,BHWX->BhwX", weights, weights, x_BHWX)
+        return pooled.reshape(len(x_BNX), side**2, -1).astype(x_BNX.dtype)
+
+    return jax.tree.map(means, geometry)
 
 
 def _read(frames: Count, size: int) -> Count:
