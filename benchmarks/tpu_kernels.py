@@ -38,6 +38,8 @@ class Case:
     rotation: str = "tables"
     """Or "positions", "none"."""
     segments: bool = False
+    valid: bool = False
+    """Whether the slots in use are counted, as those of a bank are that fills."""
     blocks: tuple[int, ...] = ()
     """Empty: those of the table. memory_attention: the fields of its Forward, Small or Backward; splash and flash:
     rows of q, slots, and slots of a matmul."""
@@ -46,6 +48,7 @@ class Case:
     def size(self) -> str:
         """Number of slots, and what else is out of the ordinary."""
         extra = [f"{self.slots}"]
+        extra += ["counted"] * self.valid
         extra += ["segments"] * self.segments + ["positions"] * (self.rotation == "positions")
         extra += [f"{self.kv_heads} kv heads"] * (self.kv_heads < self.heads)
         extra += [f"head dim {self.head_dim}"] * (self.head_dim != LANES)
@@ -55,7 +58,15 @@ class Case:
 
     @property
     def cores(self) -> int:
-        return 2 if self.chip == "v5p" else 1
+        return block_sizes.CORES[self.chip]
+
+    @property
+    def busy(self) -> int:
+        """Cores that take part: heads, queries or rows of the batch go round, or one core does it all."""
+        sharing = [self.batch, self.kv_heads // self.together]
+        if self.kernel == "memory_attention" and not self.small and self.direction != "backward":
+            sharing.append(-(-self.queries // self.chosen[0]))
+        return self.cores if any(count % self.cores == 0 for count in sharing) else 1
 
     @property
     def flops(self) -> float:
@@ -79,8 +90,10 @@ class Case:
                 group = self.heads // self.kv_heads
                 return dataclasses.astuple(block_sizes.small(self.queries, self.heads, group, self.chip))
             if self.direction == "backward":
-                return dataclasses.astuple(block_sizes.backward(self.queries, self.slots, self.chip, self.segments))
-            return dataclasses.astuple(block_sizes.forward(self.queries, self.slots, self.chip, self.segments))
+                partly = self.segments or self.valid
+                return dataclasses.astuple(block_sizes.backward(self.queries, self.slots, self.chip, partly))
+            units = self.kv_heads // self.together
+            return dataclasses.astuple(block_sizes.forward(self.queries, self.slots, self.chip, self.segments, units))
         return min(1024, self.queries), self.slots, min(512, self.slots)
 
     @property
@@ -98,7 +111,7 @@ class Case:
     def masked(self) -> bool:
         """True where the kernel masks: by segments, or slots that fill up the last block."""
         block = self.chosen[1] if self.direction == "backward" else LANES
-        return self.segments or self.slots % block > 0
+        return self.segments or self.valid or self.slots % block > 0
 
     @property
     def name(self) -> str:
@@ -156,6 +169,8 @@ def _memory_attention(case: Case):
         given[f"{side}_pos"] = rotary.Tables(table, table) if case.rotation == "tables" else positions
     if case.segments:
         given |= {f"{s}_segments": jax.ShapeDtypeStruct((case.batch, n), jnp.int32) for s, n in sizes.items()}
+    if case.valid:
+        given["num_valid"] = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     problem, inputs = Problem(chip=case.chip), Inputs(**given)
     lse = jax.ShapeDtypeStruct((case.batch, case.heads, case.queries), jnp.float32)
     calls = []
@@ -256,7 +271,7 @@ def _outermost(spans: Iterable[Span]) -> list[Span]:
 def _times(case: Case) -> list[float]:
     """Of each conditional part, in the order of the code: how often it runs a grid step."""
     group, blocks = case.heads // case.kv_heads, case.chosen
-    heads = case.kv_heads // case.cores
+    heads = case.kv_heads // case.cores if case.kv_heads % case.cores == 0 else case.kv_heads
     if case.direction == "backward":
         q_steps, kv_steps = -(-case.queries // blocks[0]), -(-case.slots // blocks[1])
         kv_once = 1 / (group * q_steps)

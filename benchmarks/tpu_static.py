@@ -93,7 +93,7 @@ def measure(case: Case) -> Row:
 
 def evaluate(case: Case, program: Program, traffic: dict[str, int | None]) -> Row:
     """The row of a case, from its machine code and from what its blocks move (`_traffic`)."""
-    weights = _whole(program, runs(case, program), traffic["steps"] // case.cores)
+    weights = _whole(program, runs(case, program), traffic["steps"] // case.busy)
     bundles, cycles = program.cycles(weights, MATMUL_CYCLES[case.chip])
     ideal = case.flops / MXU_FLOPS[case.chip] / case.cores
     return Row(case, round(bundles), cycles, ideal, program.spills(weights), program.load(weights),
@@ -193,7 +193,9 @@ def table(rows: Iterable[Row]) -> str:
     for r in rows:
         c = r.case
         extra = "".join(
-            f", {x}" for x, on in ((c.rotation, c.kernel == "memory_attention"), ("segments", c.segments)) if on
+            f", {x}"
+            for x, on in ((c.rotation, c.kernel == "memory_attention"), ("segments", c.segments), ("counted", c.valid))
+            if on
         )
         cells = [c.chip, c.direction, c.kernel + extra, f"{c.queries} x {c.slots}", ", ".join(map(str, c.chosen))]
         cells += [r.bundles, round(r.cycles), round(r.ideal), round(r.hbm_cycles), percent(r.raw)]
@@ -247,6 +249,7 @@ def as_json(row: Row, splash: Row | None, flash: Row | None = None) -> dict:
                   "head_dim": c.head_dim},
         "rotation": c.rotation,
         "segments": c.segments,
+        "valid": c.valid,
         "blocks": list(c.chosen),
         "mxu_utilisation": round(row.utilisation, 4),
         "mxu_utilisation_raw": round(row.raw, 4),
@@ -280,6 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rotation", default="tables", choices=["tables", "positions", "none"])
     parser.add_argument("--segments", action="store_true")
+    parser.add_argument("--valid", action="store_true", help="the slots in use are counted, as in a bank that fills")
     parser.add_argument("--kernel", default="memory_attention", choices=["memory_attention", "splash", "flash"])
     parser.add_argument("--blocks", type=int, nargs=3, default=())
     parser.add_argument("--alone", action="store_true", help="leave the comparison out")
@@ -298,7 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
                     kernel=args.kernel, direction=direction, chip=chip, slots=slots,
                     queries=16 if direction == "decode" else args.queries, heads=args.heads,
                     kv_heads=args.kv_heads or args.heads, head_dim=args.head_dim, dtype=args.dtype,
-                    rotation=args.rotation, segments=args.segments, blocks=tuple(args.blocks),
+                    rotation=args.rotation, segments=args.segments, valid=args.valid,
+                    blocks=tuple(args.blocks),
                 )  # fmt: skip
                 if args.search:
                     found = search(case)

@@ -52,10 +52,7 @@ def memory_attention(
     if isinstance(k_pos, TileGrid):
         k_pos = k_pos.positions(*k.shape[:2])
     _check(q, k, v, q_pos, k_pos, k_rotated, q_segments, k_segments, num_valid, limit)
-    if num_valid is not None:
-        valid = jnp.broadcast_to(num_valid[:, None], q.shape[:2])
-        limit = valid if limit is None else jnp.minimum(limit, valid)
-    inputs = Inputs(q, k, v, q_pos, k_pos, q_segments, k_segments, limit)
+    inputs = Inputs(q, k, v, q_pos, k_pos, q_segments, k_segments, limit, num_valid)
     name, reason = choose(inputs, implementation)
     if name is None:
         raise ValueError(f"memory_attention: implementation={implementation!r} cannot serve: {reason}")

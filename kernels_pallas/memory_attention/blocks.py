@@ -10,6 +10,8 @@ MAX_SLOTS = 12288
 """Slots that one call keeps in VMEM; more are attended in parts that are merged by their log-sum-exp."""
 SMALL_SLOTS = 512
 """Up to here the forward kernel for few slots serves."""
+MOST_SLOTS = 2944
+"""Of a grid step of the backward pass."""
 MAX_QUERIES = 32768
 """Queries times query heads a kv head whose dq one backward call gathers in VMEM; more go in parts."""
 
@@ -79,8 +81,12 @@ def heads_together(heads: int, width: int) -> int:
     return together if together <= 4 and heads % together == 0 else 1
 
 
-def forward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False) -> Forward:
-    """Blocks for T queries and M slots; queries are padded to whole blocks, slots to 128."""
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
+"""TensorCores of a chip that share a kernel's heads, or its queries where the number of heads is odd."""
+
+
+def forward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False, units: int = 2) -> Forward:
+    """Blocks for T queries and M slots; queries are padded to whole blocks, slots to 128. `units`: of the kv heads."""
     if num_queries <= 16:
         return Forward(16, 16, 512)
     long = num_slots > 8192
@@ -92,7 +98,8 @@ def forward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = 
         return best
     rows = _rows(num_queries)
     blocks = up(num_queries, rows) // rows
-    return Forward(rows if long else rows * next(n for n in (4, 3, 2, 1) if blocks % n == 0), rows, best.slots)
+    shared = blocks // CORES[chip] if units % CORES[chip] and blocks % CORES[chip] == 0 else blocks
+    return Forward(rows if long else rows * next(n for n in (4, 3, 2, 1) if shared % n == 0), rows, best.slots)
 
 
 def _rows(num_queries: int) -> int:
@@ -111,13 +118,16 @@ def small(num_queries: int, num_heads: int, group: int, chip: str = "v5e") -> Sm
 def backward(num_queries: int, num_slots: int, chip: str = "v5e", masked: bool = False) -> Backward:
     """Blocks for T queries and M slots; both are padded to whole blocks. Smaller ones skip more where masked."""
     best = TUNED[chip]["backward"]
-    rows = min(best.rows, up(num_queries, LANES)) if num_queries <= 512 else _rows(num_queries)
+    rows = up(num_queries, LANES) if num_queries <= 768 else _rows(num_queries)
     q = up(num_queries, rows)
     q = q if q <= best.q else max(n * rows for n in range(1, best.q // rows + 1) if q % (n * rows) == 0)
     if num_slots <= 1024:
         return Backward(q, up(num_slots, LANES), rows)
     wanted, most = (1024, 1792) if masked else (best.slots, best.slots)
-    slots = min(range(640, most + 1, LANES), key=lambda size: (up(num_slots, size), abs(size - wanted)))
+    sizes, whole = list(range(640, most + 1, LANES)), up(num_slots, LANES)
+    if all(whole % size for size in sizes):  # then others that leave no padding, for which k and v would be copied
+        sizes = [size for size in range(512, MOST_SLOTS + 1, LANES) if whole % size == 0] or sizes
+    slots = min(sizes, key=lambda size: (up(num_slots, size), abs(size - wanted)))
     return Backward(q, slots, rows)
 
 

@@ -37,6 +37,7 @@ def unsupported(problem: Problem, inputs: Inputs) -> str | None:
 
 def forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """o [B, T, H, C] and lse [B, H, T] (natural; -inf without memory)."""
+    inputs = inputs.by_query()
     batch, queries, heads, width = inputs.q.shape
     num_slots, kv_heads = inputs.k.shape[1:3]
     group = heads // kv_heads
@@ -59,6 +60,7 @@ def backward(
     problem: Problem, inputs: Inputs, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the shapes and types of q, k, v."""
+    inputs = inputs.by_query()
     batch, queries, heads, width = inputs.q.shape
     num_slots, kv_heads = inputs.k.shape[1:3]
     group = heads // kv_heads

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import rotary
+from kernels_pallas.memory_attention.blocks import CORES
 
 Positions = jax.Array | rotary.Tables | None
 
@@ -22,13 +23,14 @@ class Problem:
 
     @property
     def cores(self) -> int:
-        """TensorCores of a chip that share a kernel's heads."""
-        return 2 if self.chip == "v5p" else 1
+        """TensorCores of a chip that share a kernel's work."""
+        return CORES[self.chip]
 
 
 class Inputs(NamedTuple):
     """Arrays of one call. q [B, T, H, C], k, v [B, M, K, C]; segments [B, .], 0 or less attends to nothing; limit
-    [B, T]: slots from there on are out of reach. k_pos is None where k is turned already."""
+    [B, T]: slots from there on are out of reach, as those from num_valid [B] on are. k_pos is None where k is turned
+    already."""
 
     q: jax.Array
     k: jax.Array
@@ -38,10 +40,19 @@ class Inputs(NamedTuple):
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
     limit: jax.Array | None = None
+    num_valid: jax.Array | None = None
 
     @property
     def masked(self) -> bool:
+        """Whether queries of a row reach different slots."""
         return self.k_segments is not None or self.limit is not None
+
+    def by_query(self) -> "Inputs":
+        """The same with a limit of each query in place of `num_valid`."""
+        if self.num_valid is None:
+            return self
+        valid = jnp.broadcast_to(self.num_valid[:, None], self.q.shape[:2])
+        return self._replace(limit=valid if self.limit is None else jnp.minimum(self.limit, valid), num_valid=None)
 
     def slots(self, start: int, stop: int) -> "Inputs":
         """The part of the memory in [start, stop)."""
@@ -50,8 +61,10 @@ class Inputs(NamedTuple):
         k, v, k_pos, k_segments = jax.tree.map(
             lambda x: x[:, start:stop], (self.k, self.v, self.k_pos, self.k_segments)
         )
-        limit = None if self.limit is None else jnp.clip(self.limit - start, 0, k.shape[1])
-        return self._replace(k=k, v=v, k_pos=k_pos, k_segments=k_segments, limit=limit)
+        limit, num_valid = jax.tree.map(
+            lambda count: jnp.clip(count - start, 0, k.shape[1]), (self.limit, self.num_valid)
+        )
+        return self._replace(k=k, v=v, k_pos=k_pos, k_segments=k_segments, limit=limit, num_valid=num_valid)
 
     def queries(self, start: int, stop: int) -> "Inputs":
         """The part of the queries in [start, stop)."""
@@ -64,6 +77,8 @@ class Inputs(NamedTuple):
 
     def allowed(self) -> jax.Array | None:
         """bool [B, T, M], or None when each query reaches each slot. For reductions and for plain JAX."""
+        if self.num_valid is not None:
+            return self.by_query().allowed()
         allowed = None
         if self.k_segments is not None:
             k_segments = self.k_segments[:, None]

@@ -1,6 +1,7 @@
 """TPU backend: pads to whole blocks, splits what VMEM cannot hold, and calls the kernels."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ def backward(
     problem: Problem, inputs: Inputs, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the shapes and types of q, k, v."""
+    inputs = inputs.by_query()
     delta = _products(o.astype(jnp.float32), do.astype(jnp.float32), _side_by_side(inputs))
     if dlse is not None:
         delta -= dlse
@@ -83,8 +85,8 @@ def _forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         kernel, blocks = tpu_small.forward, block_sizes.small(num_queries, heads, group, problem.chip)
     else:
         kernel = tpu_forward.forward
-        blocks = block_sizes.forward(num_queries, num_slots, problem.chip, inputs.masked)
-    spec, arrays = _prepare(problem, inputs, up(num_queries, blocks.q), up(num_slots, LANES))
+        blocks = block_sizes.forward(num_queries, num_slots, problem.chip, inputs.masked, kv_heads // together)
+    spec, arrays = _prepare(problem, inputs, up(num_queries, blocks.q), up(num_slots, LANES), kernel)
     if spec.masked and kernel is tpu_forward.forward:
         chunk = tpu_forward.chunk_width(up(num_slots, LANES), blocks)
         arrays["active"] = spans(_reach(arrays, blocks.q, chunk))
@@ -98,7 +100,7 @@ def _backward(problem, inputs, log2, delta, do):
     units = heads // _side_by_side(inputs)
     blocks = block_sizes.backward(num_queries, num_slots, problem.chip, inputs.masked)
     padded_queries, padded_slots = up(num_queries, blocks.q), up(num_slots, blocks.slots)
-    spec, arrays = _prepare(problem, inputs, padded_queries, padded_slots)
+    spec, arrays = _prepare(problem, inputs, padded_queries, padded_slots, tpu_backward.backward)
     more = padded_queries - num_queries
     arrays["do"] = _pad(do, padded_queries, spec.heads)
     rows = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (log2, delta))
@@ -174,22 +176,27 @@ def _row(x: jax.Array, count: int, fill: int) -> jax.Array:
     return jnp.pad(x.astype(jnp.int32), ((0, 0), (0, count - x.shape[1])), constant_values=fill)[:, None]
 
 
-def _prepare(problem: Problem, inputs: Inputs, num_queries: int, num_slots: int) -> tuple[Spec, dict[str, jax.Array]]:
+def _prepare(
+    problem: Problem, inputs: Inputs, num_queries: int, num_slots: int, kernel: Callable
+) -> tuple[Spec, dict[str, jax.Array]]:
     """The kernel's arrays, padded, with rows that have no memory marked by segment -1 or limit 0."""
+    if num_slots > inputs.k.shape[1] and not inputs.masked and inputs.num_valid is None:
+        inputs = inputs._replace(num_valid=jnp.full(inputs.q.shape[0], inputs.k.shape[1], jnp.int32))
+    if kernel is not tpu_forward.forward or inputs.masked:
+        inputs = inputs.by_query()
     q, k, v = inputs.q, inputs.k, inputs.v
     width, together = q.shape[-1], _side_by_side(inputs)
     arrays = {"q": _pad(q, num_queries, together)}
     arrays |= {name: _pad(x, num_slots, together) for name, x in (("k", k), ("v", v))}
-    limit = inputs.limit
-    if inputs.k_segments is None and limit is None and num_slots > k.shape[1]:
-        limit = jnp.full(q.shape[:2], k.shape[1], jnp.int32)
-    some = inputs.has_memory()
+    limit, some = inputs.limit, inputs.has_memory() if inputs.masked else None
     if inputs.k_segments is not None:
         arrays["q_segments"] = _row(jnp.where(some, inputs.q_segments, -1), num_queries, -1)
         arrays["k_segments"] = _row(jnp.where(inputs.k_segments > 0, inputs.k_segments, -2), num_slots, -2)
     if limit is not None:
         limit = limit if some is None else jnp.where(some, limit, 0)
         arrays["q_limit"] = _row(limit, num_queries, 0)
+    if inputs.num_valid is not None:
+        arrays["valid"] = inputs.num_valid.astype(jnp.int32)
     rotation = "none"
     if inputs.q_pos is not None:
         rotation = "tables" if isinstance(inputs.q_pos, rotary.Tables) else "positions"
@@ -211,6 +218,7 @@ def _prepare(problem: Problem, inputs: Inputs, num_queries: int, num_slots: int)
         k_rotated=inputs.k_pos is None,
         segments="q_segments" in arrays,
         limit="q_limit" in arrays,
+        valid="valid" in arrays,
         chip=problem.chip,
         interpret=problem.interpret,
     )

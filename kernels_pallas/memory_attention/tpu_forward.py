@@ -2,7 +2,8 @@
 
 The softmax is anchored: each row is shifted by its maximum over the first slots alone, so that nothing is rescaled on
 the way. That is exact in floating point as long as the sum stays within 2^+-80; when a row's does not, the block is
-computed again with a running maximum. The same loop serves blocks whose segments reach only a part of the slots.
+computed again with a running maximum. The same loop serves blocks whose segments reach only a part of the slots, and
+rows of the batch in which only the first slots are in use.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ class Spec:
     k_rotated: bool = False
     segments: bool = False
     limit: bool = False
+    valid: bool = False
+    """Only so many first slots of each row of the batch are in use; without segments and limits."""
     chip: str = "v5e"
     interpret: bool = False
 
@@ -111,13 +114,17 @@ def lane_sums(p: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
 
 
-def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ...], num_slots: int, once: bool):
+def _kernel(
+    *refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ...], num_slots: int, once: bool, apart: int
+):
     ref = dict(zip(names, refs, strict=True))
     q_ref, v_ref = ref["q"], ref["v"]
     dtype = q_ref.dtype
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(dtype))
-    batch, step = pl.program_id(0), pl.program_id(4)
-    first_of_head = (pl.program_id(3) == 0) & (step == 0)
+    batch, step = pl.program_id(0), pl.program_id(1) * apart + pl.program_id(4)
+    valid = ref["valid"][batch] if spec.valid else num_slots
+    first_of_head = (pl.program_id(3) == 0) & (pl.program_id(4) == 0)
+    last = (num_slots - 1) // blocks.slots * blocks.slots  # where the last chunk of `anchored` begins
     q_rows = q_ref.shape[0]
 
     if spec.rotation == "positions":
@@ -174,6 +181,11 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
             some = some & (columns["limit"][:, :1] > 0)
         return some
 
+    def in_use(s, first_slot):
+        """Scores without those of slots, first_slot.. here, that are not in use."""
+        slot = first_slot + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        return jnp.where(slot < valid, s, NEVER)
+
     def write(here, sums, columns):
         """o, l and m of each head."""
         outputs = []
@@ -183,6 +195,8 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
             if spec.masked:
                 inverse = jnp.where(has_memory(columns), inverse, 0.0)
                 log = jnp.where(has_memory(columns), log, -NEVER)
+            elif spec.valid:
+                log = jnp.where(m > NEVER / 2, log, -NEVER)
             outputs.append(o * inverse)
             ref["lse"][head : head + 1, here] = jnp.broadcast_to(log, (o.shape[0], LANES)).T[:1]
         ref["o"][here] = side_by_side(spec, outputs).astype(ref["o"].dtype)
@@ -208,6 +222,8 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
                     if spec.masked:
                         k_segments = ref["k_segments"][:, slots] if spec.segments else None
                         s = jnp.where(mask(spec, cols, k_segments, c, width), s, NEVER)
+                    elif spec.valid and c == last:
+                        s = in_use(s, c)
                     p = jnp.exp2(s)
                     l += lane_sums(p)
                     o += dot(p.astype(dtype), v_ref[slots], (((1,), (0,)), ((), ())))
@@ -232,6 +248,8 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
                 if spec.masked:
                     k_segments = ref["k_segments"][:, slots] if spec.segments else None
                     s = jnp.where(mask(spec, cols, k_segments, i * width, width), s, NEVER)
+                elif spec.valid:
+                    s = in_use(s, i * width)
                 top = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
                 fade, p = jnp.exp2(m - top), jnp.exp2(s - top)
                 o = o * fade + dot(p.astype(dtype), v_ref[slots], (((1,), (0,)), ((), ())))
@@ -256,16 +274,19 @@ def _kernel(*refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ..
     if spec.masked:
         low, high = ref["active"][batch, step, 0], ref["active"][batch, step, 1]
         few = (high - low) * 4 < count * 3  # then the loop is the shorter way
+    elif spec.valid:
+        low, high, few = 0, pl.cdiv(valid, chunk_width(num_slots, blocks)), valid <= last
     else:
         low, high, few = 0, count, False
+    partly = spec.masked or spec.valid
 
-    if spec.masked and once and not spec.k_rotated:
+    if partly and once and not spec.k_rotated:
         pl.when(few)(turn_all)
 
     def whole():
         ref["again"][0] = jnp.where(anchored() < _SAFE, 0, 1)
 
-    if spec.masked:
+    if partly:
         pl.when(jnp.logical_not(few))(whole)
     else:
         whole()
@@ -281,21 +302,24 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks:
     """o [B, T, U*128] and lse [B, U, S, T] (log2; +1e30 without memory); each of U `num_units` has S `spec.heads`.
 
     arrays: q [B, T, U*128], k, v [B, M, K*128]; q_cos.. k_sin [B, ., 128] | q_pos, k_pos [B, 1, .] and angles [1, 128];
-    q_segments, k_segments, q_limit [B, 1, .]; active [B, T/q, 2]: chunks that a block of queries reaches.
+    q_segments, k_segments, q_limit [B, 1, .]; active [B, T/q, 2]: chunks that a block of queries reaches; valid [B].
     """
     q, k = arrays["q"], arrays["k"]
     (batch, num_queries, _), num_slots = q.shape, k.shape[1]
     kv_heads = k.shape[2] // LANES
     group = num_units // kv_heads
-    cores = cores if kv_heads % cores == 0 else 1
-    per_core = kv_heads // cores
+    q_steps = num_queries // blocks.q
+    by_heads, by_rows = kv_heads % cores == 0, q_steps % cores == 0  # how cores share the work
+    cores = cores if by_heads or by_rows else 1
+    per_core, steps = (kv_heads // cores, q_steps) if by_heads else (kv_heads, q_steps // cores)
+    apart = 0 if by_heads else steps
 
     def kv_head(core, j):
-        return core * per_core + j
+        return core * per_core + j if by_heads else j
 
     def rows(by_head):
         def index(b, core, j, g, i, *_):
-            return b, i, (kv_head(core, j) * group + g if by_head else 0)
+            return b, core * apart + i, (kv_head(core, j) * group + g if by_head else 0)
 
         return pl.BlockSpec((None, blocks.q, LANES), index)
 
@@ -304,7 +328,7 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks:
             (None, num_slots, LANES), lambda b, core, j, g, i, *_: (b, 0, kv_head(core, j) if by_head else 0)
         )
 
-    q_row = pl.BlockSpec((None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, 0, i))
+    q_row = pl.BlockSpec((None, 1, blocks.q), lambda b, core, j, g, i, *_: (b, 0, core * apart + i))
     k_row = pl.BlockSpec((None, 1, num_slots), lambda b, core, j, g, i, *_: (b, 0, 0))
     layout = {
         "q": rows(True),
@@ -327,7 +351,8 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks:
         "lse": jax.ShapeDtypeStruct((batch, num_units, spec.heads, num_queries), jnp.float32),
     }
     lse_row = pl.BlockSpec(
-        (None, None, spec.heads, blocks.q), lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, i)
+        (None, None, spec.heads, blocks.q),
+        lambda b, core, j, g, i, *_: (b, kv_head(core, j) * group + g, 0, core * apart + i),
     )
     scratch = {"again": pltpu.SMEM((1,), jnp.int32)}
     if not spec.k_rotated:
@@ -337,15 +362,21 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks:
             if name == "q" or not spec.k_rotated:
                 scratch[f"{name}_cos"] = pltpu.VMEM((count, LANES), jnp.float32)
                 scratch[f"{name}_sin"] = pltpu.VMEM((count, LANES), jnp.float32)
-    scalars = ["active"] if spec.masked else []
+    scalars = ["active"] * spec.masked + ["valid"] * spec.valid
     names = (*scalars, *inputs, *outputs, *scratch)
     o, lse = pl.pallas_call(
         functools.partial(
-            _kernel, spec=spec, blocks=blocks, names=names, num_slots=num_slots, once=group * num_queries == blocks.q
-        ),
+            _kernel,
+            spec=spec,
+            blocks=blocks,
+            names=names,
+            num_slots=num_slots,
+            once=group * num_queries == blocks.q,
+            apart=apart,
+        ),  # fmt: skip
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(batch, cores, per_core, group, num_queries // blocks.q),
+            grid=(batch, cores, per_core, group, steps),
             in_specs=[layout[name] for name in inputs],
             out_specs=[rows(True), lse_row],
             scratch_shapes=list(scratch.values()),

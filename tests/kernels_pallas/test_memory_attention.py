@@ -149,6 +149,22 @@ def test_narrow_heads_that_are_not_turned_share_the_lanes(heads, width, masked):
     compare("tpu_interpret", *case, TOLERANCE["float32"], turned=False)
 
 
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])  # whose two cores share the queries of three heads
+def test_only_the_first_slots_of_each_row_are_in_use(chip):
+    arrays, *_, do, dlse = draw(9, 4, 700, 1100, 3, 3, 128, "float32", False, False, False)
+    arrays["num_valid"] = count = jnp.array([1100, 1025, 300, 0])
+    assert blocks.forward(700, 1100, chip, units=3).q == (768 if chip == "v5e" else 384)
+    arrays = {name: x for name, x in arrays.items() if not name.endswith("_pos")}
+    for name in ("k", "v"):  # what is never read may be anything
+        arrays[name] = arrays[name].at[2:, 512:].set(jnp.nan)
+    o, lse, _ = run("tpu_interpret", arrays, do, dlse, chip=chip)
+    clean = {name: jnp.nan_to_num(x) for name, x in arrays.items()}
+    want_o, want_lse, _ = run("xla", clean, do, dlse)
+    np.testing.assert_allclose(o, want_o, atol=3e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+    assert np.isneginf(lse[3]).all() and not np.asarray(o[3]).any() and count[3] == 0
+
+
 def test_narrow_heads_share_the_lanes_with_a_running_maximum():
     arrays, allowed, do, dlse = draw(0, 1, 20, 1100, 2, 2, 64, "float32", False, False, False, furthest=1)
     arrays["k"] *= jnp.where(jnp.arange(1100) < blocks.forward(20, 1100).slots, 0.01, 100.0)[None, :, None, None]
