@@ -17,7 +17,7 @@ from tests import drawn
 from vlmem_jax.families import resolve
 from vlmem_jax.memory import Frame
 from vlmem_jax.memory.vlm2 import VLM2, VLM2Config
-from vlmem_jax.memory.vlm2.banks import DualMemory
+from vlmem_jax.memory.vlm2.banks import Bank, DualMemory
 from vlmem_jax.models import VLM, looking, vlm
 from vlmem_jax.models.flops import memory_flops
 from vlmem_jax.processing import FrameConfig, ImageConfig
@@ -257,8 +257,14 @@ def test_the_order_of_slots_changes_nothing(model):
     for x in frames[:-1]:
         _, banks = memory.banks.take(banks, x, yes, ~yes)
     order = jnp.array([2, 0, 1])
+
+    def reordered(x_BXMD):
+        frames = x_BXMD[:, 0, : 3 * memory.patches].reshape(1, 3, memory.patches, -1)[:, order]
+        return x_BXMD.at[:, 0, : 3 * memory.patches].set(frames.reshape(1, -1, memory.width))
+
+    keys, values = map(reordered, (banks.episodes.k_BXMD, banks.episodes.v_BXMD))
     turned = dataclasses.replace(
-        banks, episodes=jax.tree.map(lambda x: x[:, order], banks.episodes),
+        banks, episodes=Bank(keys, values, banks.episodes.time_BL[:, order]),
         frames_BLND=banks.frames_BLND[:, order], means_BLD=banks.means_BLD[:, order],
     )  # fmt: skip
     found, wanted = (memory.banks.take(state, frames[-1], yes, ~yes)[0] for state in (turned, banks))

@@ -9,6 +9,8 @@ from vlmem_jax.nn import attention
 from vlmem_jax.nn.attention import (
     AttentionConfig,
     attend,
+    bank_attention,
+    bank_parts,
     causal_attention,
     full_attention,
     same_segment,
@@ -167,3 +169,40 @@ def test_long_rows_are_read_by_blocks_of_queries(monkeypatch, length):
     )
     np.testing.assert_allclose(full_attention(AttentionConfig(), q, k, v, length), whole, atol=1e-6)
     assert {(q_shape[1], k_shape[1]) for q_shape, k_shape in scores} == {(8, length)}
+
+
+# --- banks ------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_bank_fit_the_kernel():
+    assert bank_parts(32, 729) == (2, 11776) and bank_parts(8, 729) == (1, 5888)
+    assert bank_parts(18, 729) == (2, 6656)  # nine entries each
+    assert bank_parts(16, 1024) == (2, 8192)  # twelve of so many tokens at most
+    assert bank_parts(0, 729)[0] == 0
+
+
+@pytest.mark.parametrize("backend", ["xla", "tpu_interpret"])
+def test_a_bank_of_parts_is_read_as_one_memory(backend):
+    """Rows whose second part is full, begun, and empty; the last row has nothing at all, and reads exactly zero."""
+    B, X, M, H, C, T = 4, 2, 640, 2, 64, 20
+    draw = np.random.default_rng(3).normal
+    q, weights = (jnp.asarray(draw(size=(B, T, H, C)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(draw(size=(B, X, M, H * C)), jnp.float32) for _ in range(2))
+    valid = jnp.array([[639, 639], [639, 5], [300, 0], [0, 0]], jnp.int32)
+
+    def plainly(q, k, v):
+        allowed = (jnp.arange(M) < valid[..., None]).reshape(B, 1, X * M)
+        k, v = (x.reshape(B, X * M, H, C) for x in (k, v))
+        return attend(q, k, v, jnp.broadcast_to(allowed, (B, T, X * M)))
+
+    def by_parts(q, k, v):
+        return bank_attention(AttentionConfig(backend), q, k, v, valid)
+
+    def scalar(read):
+        return jax.jit(jax.value_and_grad(lambda *x: ((out := read(*x)) * weights).sum() + (out**2).sum(), (0, 1, 2)))
+
+    np.testing.assert_allclose(jax.jit(by_parts)(q, k, v), jax.jit(plainly)(q, k, v), atol=1e-5)
+    assert not np.asarray(jax.jit(by_parts)(q, k, v))[3].any()
+    ours, theirs = scalar(by_parts)(q, k, v), scalar(plainly)(q, k, v)
+    for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=1e-4)

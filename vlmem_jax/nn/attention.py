@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import kernels_pallas
 from kernels_pallas import Tables
 from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
-from kernels_pallas.memory_attention.blocks import LANES, up
+from kernels_pallas.memory_attention.blocks import LANES, MAX_SLOTS, up
 from kernels_pallas.memory_attention.problem import Inputs
 from vlmem_jax.runtime.sharding import constrain, even_spec, shards
 
@@ -29,6 +29,10 @@ LONG = 8192
 """Tokens of a row from which on not all of their scores are stored at the same time where no kernel serves."""
 CACHE_BLOCK = 512
 """Tokens, and slots of a cache, whose scores exist at the same time where many tokens are appended."""
+
+
+PART_ENTRIES = 16
+"""Most entries of a part of a bank: longer calls of the kernel are no faster, and a part is filled as a whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ def full_attention(
         out = jax.lax.map(lambda q_BTHC: attend(q_BTHC, k_BTKC, v_BTKC, None), blocks)
         return out.swapaxes(0, 1).reshape(q_BTHC.shape)[:, :T]
     if length < k_BTKC.shape[1]:
-        arrays["limit"] = jnp.full(q_BTHC.shape[:2], length, jnp.int32)
+        arrays["num_valid"] = jnp.full(len(q_BTHC), length, jnp.int32)
     return _attend_by_kernel(config, arrays, "parts", None)
 
 
@@ -146,6 +150,40 @@ def window_attention(
     return out.reshape(B, runs * run, *q_BTHC.shape[2:])[:, :T]
 
 
+def bank_parts(entries: int, tokens: int) -> tuple[int, int]:
+    """X and M of a bank of so many entries, each of so many tokens: parts of equally many whole entries, as many as a
+    call of the kernel holds, and slots of each part, as the kernel reads them."""
+    parts = -(-entries // min(PART_ENTRIES, max(MAX_SLOTS // tokens, 1)))
+    return parts, up(-(-entries // max(parts, 1)) * tokens, LANES)
+
+
+def bank_attention(
+    config: AttentionConfig,
+    q_BTHC: Float[Array, "B T H C"],
+    k_BXMD: Float[Array, "B X M D"],
+    v_BXMD: Float[Array, "B X M D"],
+    valid_BX: Int32[Array, "B X"],
+) -> Float[Array, "B T H C"]:
+    """Every query sees the first `valid` of the M slots of each of the X parts of its row's bank, D = H C.
+
+    The kernel reads a bank as it lies, nothing of it is copied: a part is a row of its batch, and what it reads of the
+    parts is merged by their log-sum-exp. Every device holds whole banks of its rows.
+    """
+    (B, X, M, _), (T, H, C) = k_BXMD.shape, q_BTHC.shape[1:]
+    arrays = {"q": jnp.repeat(q_BTHC.astype(k_BXMD.dtype), X, axis=0), "num_valid": valid_BX.reshape(B * X)}
+    arrays |= {name: x.reshape(B * X, M, H, C) for name, x in (("k", k_BXMD), ("v", v_BXMD))}
+    if X == 1:
+        return _attend_by_kernel(config, arrays, "batch", None, None)
+    out, lse = _attend_by_kernel(config, arrays, "batch", None, None, return_lse=True)
+    lse_BXHT = lse.reshape(B, X, H, T)
+    top_B1HT = jax.lax.stop_gradient(lse_BXHT.max(axis=1, keepdims=True))
+    weights_BXHT = jnp.exp(lse_BXHT - jnp.where(jnp.isfinite(top_B1HT), top_B1HT, 0.0))
+    total_B1HT = weights_BXHT.sum(axis=1, keepdims=True)
+    shares_BXHT = weights_BXHT / jnp.where(total_B1HT > 0, total_B1HT, 1.0)
+    merged_BTHC = jnp.einsum("bxht,bxthc->bthc", shares_BXHT, out.reshape(B, X, T, H, C).astype(shares_BXHT.dtype))
+    return merged_BTHC.astype(q_BTHC.dtype)
+
+
 def kernel_length(config: AttentionConfig, length: int) -> int:
     """Length from which the backend's kernel reads arrays as they lie; others it copies to pad them."""
     wanted = config.implementation if config.implementation != "auto" else platform()
@@ -153,19 +191,23 @@ def kernel_length(config: AttentionConfig, length: int) -> int:
 
 
 def _attend_by_kernel(
-    config: AttentionConfig, arrays: dict, rows: str, length: str | None, **options
-) -> Float[Array, "B T H C"]:
-    """`kernels_pallas.memory_attention` of `arrays`, by device; `rows`, `length`: what the axes of the queries mean."""
+    config: AttentionConfig, arrays: dict, rows: str, length: str | None, heads: str | None = "heads", **options
+) -> Any:
+    """`kernels_pallas.memory_attention` of `arrays`, by device; `rows`, `length`, `heads`: what the axes of the queries
+    mean."""
     name = _backend(config, Inputs(**arrays))
     call = functools.partial(kernels_pallas.memory_attention, implementation=name, **options)
-    meaning = {"q": (rows, length, "heads", None), "q_pos": (rows, length, None)}
+    meaning = {"q": (rows, length, heads, None), "q_pos": (rows, length, None)}
     meaning |= {"q_segments": (rows, length), "k_segments": (rows, None), "k_pos": (rows, None, None)}
-    meaning |= {"limit": (rows, length)}
-    meaning |= dict.fromkeys(("k", "v"), (rows, None, "heads", None))
+    meaning |= {"num_valid": (rows,)}
+    meaning |= dict.fromkeys(("k", "v"), (rows, None, heads, None))
     if jax.sharding.get_abstract_mesh().empty or name == "xla":
         return call(**arrays | {n: constrain(arrays[n], *meaning[n]) for n in ("k", "v")})
     specs = {n: jax.tree.map(lambda leaf, n=n: even_spec(leaf.shape, *meaning[n]), x) for n, x in arrays.items()}
-    each = jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=specs["q"], check_vma=False)
+    out = specs["q"]
+    if options.get("return_lse"):
+        out = out, even_spec(tuple(arrays["q"].shape[axis] for axis in (0, 2, 1)), rows, heads, length)
+    each = jax.shard_map(lambda arrays: call(**arrays), in_specs=(specs,), out_specs=out, check_vma=False)
     return each(arrays)
 
 

@@ -1,6 +1,8 @@
 """Two banks of frames (VLM^2 sec. 3.3, algorithm 1): the newest as they were seen, and episodes that are kept for good.
 
 A frame reads both before it is written to both. Keys and values of what is kept are computed once, when it is written.
+They lie as the attention kernel reads them, entry after entry, in parts that it holds at once; filled slots of a bank
+are always its first ones. So a frame is written in place, and no bank is ever copied.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from vlmem_jax.memory.vlm2.config import VLM2Config
 from vlmem_jax.memory.vlm2.represent import split_heads, zero_started
-from vlmem_jax.nn.attention import attend
+from vlmem_jax.nn.attention import AttentionConfig, bank_attention, bank_parts
 from vlmem_jax.nn.linear import Linear
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.trees import State, axes
@@ -24,16 +26,22 @@ EMPTY = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bank(State):
-    """What is read of L frames."""
+    """What is read of L frames of N patches each. A part X holds equally many frames, and perhaps unused slots behind
+    them, see `attention.bank_parts`; D: heads, side by side."""
 
-    k_BLNHC: Float[Array, "B L N H C"] = axes("batch", "slots", None, "heads", "head_dim")
-    v_BLNHC: Float[Array, "B L N H C"] = axes("batch", "slots", None, "heads", "head_dim")
+    k_BXMD: Float[Array, "B X M D"] = axes("batch", None, "slots", None)
+    v_BXMD: Float[Array, "B X M D"] = axes("batch", None, "slots", None)
     time_BL: Int32[Array, "B L"] = axes("batch", "slots")
     """When the frame was taken, counted from 0; EMPTY: the slot holds none."""
 
     @property
     def filled_BL(self) -> Bool[Array, "B L"]:
         return self.time_BL > EMPTY
+
+    @property
+    def entries(self) -> int:
+        """Frames of a part."""
+        return -(-self.time_BL.shape[1] // self.k_BXMD.shape[1])
 
 
 @jax.tree_util.register_dataclass
@@ -53,19 +61,20 @@ class Banks(State):
 class Recall(nnx.Module):
     """Attention of a frame's patches to all patches of a bank."""
 
-    def __init__(self, config: VLM2Config, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: VLM2Config, width: int, attention: AttentionConfig, *, rngs: nnx.Rngs):
+        self.attention = attention
         heads, self.residual = split_heads(config, width), config.residual
         self.q, self.k, self.v = (Linear({"embed": width}, heads, bias=True, rngs=rngs) for _ in range(3))
         self.o = zero_started(Linear(heads, {"embed": width}, bias=True, rngs=rngs))
 
     def __call__(self, x_BND: Float[Array, "B N D"], bank: Bank) -> Float[Array, "B N D"]:
         """What is read, with the frame or alone; the frame itself where the bank is empty (eq. 5)."""
-        B, L, N, *heads = bank.k_BLNHC.shape
-        allowed_BTS = jnp.repeat(bank.filled_BL, N, axis=1)[:, None]
-        keys, values = (x.reshape(B, L * N, *heads) for x in (bank.k_BLNHC, bank.v_BLNHC))
-        q_BNHC = self.q(x_BND)
-        allowed_BTS = jnp.broadcast_to(allowed_BTS, (B, q_BNHC.shape[1], L * N))
-        read_BND = self.o(attend(q_BNHC, keys, values, allowed_BTS))
+        if not bank.time_BL.shape[1]:
+            return x_BND
+        parts_X, N = jnp.arange(bank.k_BXMD.shape[1]), x_BND.shape[1]
+        count_B1 = bank.filled_BL.sum(-1, keepdims=True, dtype=jnp.int32)
+        valid_BX = N * jnp.clip(count_B1 - bank.entries * parts_X, 0, bank.entries)
+        read_BND = self.o(bank_attention(self.attention, self.q(x_BND), bank.k_BXMD, bank.v_BXMD, valid_BX))
         read_BND = x_BND + read_BND if self.residual else read_BND
         return jnp.where(bank.filled_BL.any(-1)[:, None, None], read_BND, x_BND)
 
@@ -73,19 +82,22 @@ class Recall(nnx.Module):
 class DualMemory(nnx.Module):
     """Working memory, episodes, and the gate between what is read of the two."""
 
-    def __init__(self, config: VLM2Config, width: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: VLM2Config, width: int, attention: AttentionConfig = AttentionConfig(), *, rngs: nnx.Rngs
+    ):
         self.config, self.width = config, width
-        self.mem_w, self.mem_e = (Recall(config, width, rngs=rngs) for _ in range(2))
+        self.mem_w, self.mem_e = (Recall(config, width, attention, rngs=rngs) for _ in range(2))
         outputs = width if config.gamma == "channel" else 1
         self.gamma = GeluMLP(2 * width, config.gamma_width or width, outputs, rngs=rngs)
 
     def begin(self, rows: int, patches: int, dtype: jax.typing.DTypeLike) -> Banks:
         """Banks that hold nothing."""
-        config, heads = self.config, self.mem_w.q.bias.shape
+        config = self.config
 
-        def bank(slots: int) -> Bank:
-            keys = jnp.zeros((rows, slots, patches, *heads), dtype)
-            return Bank(keys, keys, jnp.full((rows, slots), EMPTY, jnp.int32))
+        def bank(frames: int) -> Bank:
+            # arrays of their own, which are donated
+            keys, values = (jnp.zeros((rows, *bank_parts(frames, patches), self.width), dtype) for _ in range(2))
+            return Bank(keys, values, jnp.full((rows, frames), EMPTY, jnp.int32))
 
         frames = jnp.zeros((rows, config.episodic, patches, self.width), dtype)
         means = jnp.zeros((rows, config.episodic, self.width), jnp.float32)
@@ -95,12 +107,15 @@ class DualMemory(nnx.Module):
         self, banks: Banks, x_BND: Float[Array, "B N D"], valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
     ) -> tuple[Float[Array, "B N D"], Banks]:
         """M of the next frame H of each row, and the banks after it. Where it is not `valid`, nothing is taken, and the
-        frame comes out as it is; where it is `fresh`, what was before is forgotten."""
+        frame comes out as it is; one that holds NaN or infinities is not taken, either. Where it is `fresh`, what was
+        before is forgotten."""
         banks = forgotten(banks, fresh_B)
         read_w_BND, read_e_BND = self.mem_w(x_BND, banks.working), self.mem_e(x_BND, banks.episodes)
         mixed_BND = self.mix(read_w_BND, read_e_BND)
         seen_BND = jnp.where(valid_B[:, None, None], mixed_BND, x_BND)
         kept, made = (x_BND, seen_BND) if self.config.bptt else map(jax.lax.stop_gradient, (x_BND, seen_BND))
+        # and so, whatever is written depends on what was read: else the compiler copies the ring to write it before
+        valid_B &= jnp.isfinite(seen_BND).all((1, 2))
         now_B = jnp.where(valid_B, banks.count_B, EMPTY)
         working = banks.working
         if self.config.working:
@@ -111,8 +126,8 @@ class DualMemory(nnx.Module):
             mean_BD = made.astype(jnp.float32).mean(1)
             slot_B = self.slot(banks, made, mean_BD)
             episodes = self._written(self.mem_e, episodes, made, slot_B, now_B)
-            frames_BLND = put(frames_BLND, slot_B, made, valid_B)
-            means_BLD = put(means_BLD, slot_B, mean_BD, valid_B)
+            frames_BLND = put(frames_BLND, (slot_B,), made, valid_B)
+            means_BLD = put(means_BLD, (slot_B,), mean_BD, valid_B)
         return seen_BND, Banks(working, episodes, frames_BLND, means_BLD, banks.count_B + valid_B)
 
     def mix(self, read_w_BND: Float[Array, "B N D"], read_e_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -158,12 +173,13 @@ class DualMemory(nnx.Module):
         self, recall: Recall, bank: Bank, x_BND: Float[Array, "B N D"], slot_B: Int32[Array, "B"], now_B: Array
     ) -> Bank:
         """The bank with a frame in a slot of each row; `now` EMPTY: none."""
-        valid_B = now_B > EMPTY
-        keys, values = recall.k(x_BND), recall.v(x_BND)
+        valid_B, patches = now_B > EMPTY, x_BND.shape[1]
+        keys, values = (linear(x_BND).reshape(x_BND.shape) for linear in (recall.k, recall.v))
+        part_B, first_B = slot_B // bank.entries, slot_B % bank.entries * patches
         return Bank(
-            put(bank.k_BLNHC, slot_B, keys, valid_B),
-            put(bank.v_BLNHC, slot_B, values, valid_B),
-            put(bank.time_BL, slot_B, now_B, valid_B),
+            put(bank.k_BXMD, (part_B, first_B), keys, valid_B),
+            put(bank.v_BXMD, (part_B, first_B), values, valid_B),
+            put(bank.time_BL, (slot_B,), now_B, valid_B),
         )
 
 
@@ -181,17 +197,20 @@ def forgotten(banks: Banks, fresh_B: Bool[Array, "B"]) -> Banks:
     )
 
 
-def put(
-    bank: Float[Array, "B L ..."] | Int32[Array, "B L"], slot_B: Int32[Array, "B"], x: Array, valid_B: Bool[Array, "B"]
-) -> Array:
-    """The bank with `x` in a slot of each row, where it is valid."""
-    slot_B = jnp.where(valid_B, slot_B, bank.shape[1])
-
-    @jax.vmap  # a scatter whose indices name rows would gather the banks of all devices
-    def one(bank_L: Array, slot: Array, x: Array) -> Array:
-        return bank_L.at[slot].set(x.astype(bank_L.dtype), mode="drop")
-
-    return one(bank, slot_B, x)
+def put(bank: Array, place: tuple[Int32[Array, "B"], ...], x: Array, valid_B: Bool[Array, "B"]) -> Array:
+    """The bank [B, ...] with `x` of each row in it, where that is valid, from `place` on: along the first axes after
+    that of rows. First axes that `x` lacks are those along which it is a single entry."""
+    beyond = jnp.where(valid_B, 0, bank.shape[1])  # what lies outside is dropped
+    lacking = bank.ndim - x.ndim
+    by_row = jax.lax.ScatterDimensionNumbers(  # a scatter whose indices name rows would gather the banks of all devices
+        update_window_dims=tuple(range(1, x.ndim)),
+        inserted_window_dims=tuple(range(1, 1 + lacking)),
+        scatter_dims_to_operand_dims=tuple(range(1, 1 + len(place))),
+        operand_batching_dims=(0,),
+        scatter_indices_batching_dims=(0,),
+    )
+    place_BI = jnp.stack([place[0] + beyond, *place[1:]], axis=-1)
+    return jax.lax.scatter(bank, place_BI, x.astype(bank.dtype), by_row, unique_indices=True, mode="drop")
 
 
 def cosine(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:

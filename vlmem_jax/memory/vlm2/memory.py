@@ -41,7 +41,7 @@ class VLM2(Memory):
         self.side, self.width = sizes(config, decoder, vision)
         self.patches = self.side**2
         self.represent = Representation(config, self.width, rngs=rngs) if config.geometry_width else None
-        self.banks = DualMemory(config, self.width, rngs=rngs)
+        self.banks = DualMemory(config, self.width, attention, rngs=rngs)
 
     def begin(self, rows: int, dtype: jax.typing.DTypeLike) -> Banks:
         return self.banks.begin(rows, self.patches, dtype)
