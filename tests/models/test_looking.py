@@ -210,6 +210,35 @@ def test_geometry_that_is_missing_and_towers_that_do_not_fit_are_named(model):
         VLM(resolve({"preset": "tiny_llava_video", "memory": {"kind": "vlm2", "heads": 5}})).abstract()
 
 
+def test_a_frame_is_written_where_its_bank_lies():
+    """Banks of several streams and parts are donated and never copied: not as they are read, nor before a write."""
+    memory = {"kind": "vlm2", "geometry_width": 0, "working": 4, "episodic": 20}
+    made = VLM(resolve({"preset": "tiny_llava_video", "memory": memory, "vision": {"layers": 1}}))
+    state = jax.eval_shape(lambda params: made.watch(params, 2), made.abstract())
+    frames = Batch.empty((2,), 8, 1, made.tile).views
+    program = jax.jit(made.look, donate_argnums=1).lower(made.abstract(), state, frames).compile()
+    banks = [bank for bank in jax.tree.leaves(state) if bank.ndim == 4]
+    assert {bank.shape[1] for bank in banks[:4]} == {1, 2} and len(banks) == 5
+    shapes = {f"[{','.join(map(str, bank.shape))}]" for bank in banks}
+    lines = program.as_text().splitlines()
+    assert not [line for line in lines if " copy(" in line and any(shape in line for shape in shapes)]
+    assert program.memory_analysis().alias_size_in_bytes >= sum(bank.size * bank.dtype.itemsize for bank in banks)
+
+
+def test_a_frame_that_is_no_number_is_not_kept(model):
+    made, params = model
+    memory = made._merge(params).memory
+    frames = jnp.asarray(np.random.default_rng(3).normal(size=(3, 1, memory.patches, memory.width)), jnp.float32)
+    yes, take = jnp.ones(1, bool), jax.jit(memory.banks.take)
+    banks = memory.begin(1, jnp.float32)
+    for x in (frames[0], frames[1].at[0, 2, 3].set(jnp.nan), frames[2]):
+        _, banks = take(banks, x, yes, ~yes)
+    alone = memory.begin(1, jnp.float32)
+    for x in (frames[0], frames[2]):
+        _, alone = take(alone, x, yes, ~yes)
+    jax.tree.map(np.testing.assert_array_equal, banks, alone)
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +294,7 @@ def test_the_order_of_slots_changes_nothing(model):
     keys, values = map(reordered, (banks.episodes.k_BXMD, banks.episodes.v_BXMD))
     turned = dataclasses.replace(
         banks, episodes=Bank(keys, values, banks.episodes.time_BL[:, order]),
-        frames_BLND=banks.frames_BLND[:, order], means_BLD=banks.means_BLD[:, order],
+        frames_BLMD=banks.frames_BLMD[:, order], means_BLD=banks.means_BLD[:, order],
     )  # fmt: skip
     found, wanted = (memory.banks.take(state, frames[-1], yes, ~yes)[0] for state in (turned, banks))
     np.testing.assert_allclose(found, wanted, **CLOSE)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from kernels_pallas.memory_attention.blocks import up
 from vlmem_jax.memory.vlm2.config import VLM2Config
 from vlmem_jax.memory.vlm2.represent import split_heads, zero_started
 from vlmem_jax.nn.attention import AttentionConfig, bank_attention, bank_parts
@@ -19,6 +20,8 @@ from vlmem_jax.nn.linear import Linear
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.trees import State, axes
 
+TILE_ROWS = 16
+"""Of bf16 that lie together in the memory of a TPU."""
 EMPTY = -1
 """Time of a slot that holds nothing."""
 
@@ -51,11 +54,18 @@ class Banks(State):
 
     working: Bank
     episodes: Bank
-    frames_BLND: Float[Array, "B L N D"] = axes("batch", "slots", None, None)
+    frames_BLMD: Float[Array, "B L M D"] = axes("batch", "slots", None, None)
+    """Of N patches, and perhaps unused rows behind them: a TPU writes whole tiles of rows."""
     means_BLD: Float[Array, "B L D"] = axes("batch", "slots", None)
     """Of the tokens of each, fp32: what the choice of a slot depends on is rounded nowhere."""
     count_B: Int32[Array, "B"] = axes("batch")
     """Frames taken."""
+    patches: int = dataclasses.field(metadata=dict(static=True))
+    """N."""
+
+    @property
+    def frames_BLND(self) -> Float[Array, "B L N D"]:
+        return self.frames_BLMD[:, :, : self.patches]
 
 
 class Recall(nnx.Module):
@@ -99,9 +109,9 @@ class DualMemory(nnx.Module):
             keys, values = (jnp.zeros((rows, *bank_parts(frames, patches), self.width), dtype) for _ in range(2))
             return Bank(keys, values, jnp.full((rows, frames), EMPTY, jnp.int32))
 
-        frames = jnp.zeros((rows, config.episodic, patches, self.width), dtype)
+        frames = jnp.zeros((rows, config.episodic, up(patches, TILE_ROWS), self.width), dtype)
         means = jnp.zeros((rows, config.episodic, self.width), jnp.float32)
-        return Banks(bank(config.working), bank(config.episodic), frames, means, jnp.zeros(rows, jnp.int32))
+        return Banks(bank(config.working), bank(config.episodic), frames, means, jnp.zeros(rows, jnp.int32), patches)
 
     def take(
         self, banks: Banks, x_BND: Float[Array, "B N D"], valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
@@ -121,14 +131,14 @@ class DualMemory(nnx.Module):
         if self.config.working:
             slot_B = now_B % self.config.working
             working = self._written(self.mem_w, working, kept, slot_B, now_B)
-        episodes, frames_BLND, means_BLD = banks.episodes, banks.frames_BLND, banks.means_BLD
+        episodes, frames_BLMD, means_BLD = banks.episodes, banks.frames_BLMD, banks.means_BLD
         if self.config.episodic:
             mean_BD = made.astype(jnp.float32).mean(1)
             slot_B = self.slot(banks, made, mean_BD)
             episodes = self._written(self.mem_e, episodes, made, slot_B, now_B)
-            frames_BLND = put(frames_BLND, (slot_B,), made, valid_B)
+            frames_BLMD = put(frames_BLMD, (slot_B,), made, valid_B)
             means_BLD = put(means_BLD, (slot_B,), mean_BD, valid_B)
-        return seen_BND, Banks(working, episodes, frames_BLND, means_BLD, banks.count_B + valid_B)
+        return seen_BND, Banks(working, episodes, frames_BLMD, means_BLD, banks.count_B + valid_B, banks.patches)
 
     def mix(self, read_w_BND: Float[Array, "B N D"], read_e_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """M of what was read of the two banks (eq. 6-7)."""
