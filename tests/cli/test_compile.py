@@ -11,6 +11,7 @@ COMEMO = ("--config", "configs/tiny/comemo.py", "--topology", "v5e:2x2")
 # two layers, and an optimizer of few operations, to be quick
 COMEMO += ("--config.model.decoder.layers=2", "--config.model.memory.every=1", "--config.optimizer.name=adamw")
 VISMEM = ("--config", "configs/tiny/vismem.py", "--topology", "v5e:2x2")
+VLM2 = ("--config", "configs/tiny/vlm2.py", "--topology", "v5e:1x1")
 ONE_ROW = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 
 
@@ -76,6 +77,34 @@ def test_serving_compiles_too(tmp_path, what):
     assert 0 < numbers["predicted_mfu"] < 1
 
 
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    """Two steps of the smallest model, then the next frame of the released one, whose tower has a single layer here."""
+    large = ("--config.model.preset=llava_video_7b", "--config.model.vision.layers=1", "--no-code")
+    lines = [(*VLM2, "--what", "look", "--rows", "2"), (*VLM2, "--what", "ask", "--tokens", "20")]
+    return compile_steps(tmp_path_factory.mktemp("streams"), [*lines, (*VLM2, *large, "--what", "look")])
+
+
+def test_a_frame_and_a_question_compile_and_copy_no_bank(streams):
+    for done, what in zip(streams, ("look", "ask", "look"), strict=True):
+        assert done.code == 0, done.err[-3000:]
+        numbers = done.report
+        assert numbers["what"] == what and numbers["fits"] and numbers["copies"] == 0
+        assert 0 < numbers["memory_seconds"] < numbers["predicted_step_seconds"]
+        assert 0 < numbers["predicted_mfu"] < 1
+        assert "are copied 0 times" in done.out
+
+
+def test_banks_of_the_released_size_are_read_by_the_kernel(streams):
+    numbers = streams[-1].report
+    entries, slots, width = 8 + 32, (5888 + 2 * 11776), 1152
+    kept = 2 * 2 * slots * width + 2 * 32 * 736 * width + 4 * (32 * width + entries + 1)
+    assert numbers["state_bytes"] == kept
+    attention = 4 * 768 * slots * width  # FLOPs
+    assert numbers["memory_seconds"] > attention / 197e12
+    assert numbers["temporary_bytes"] < 2 * slots * width  # no bank made again, no scores
+
+
 def test_learning_from_rewards_compiles_with_its_memories(tmp_path):
     words = ("--what", "rl", "--tokens", "100", "--tiles", "64", "--memories", "2", "--stage", "formation")
     done = compile_step(tmp_path, *VISMEM, *words)
@@ -98,6 +127,8 @@ REFUSED = {
     # a stage is compiled as what it is
     (*VISMEM, "--what", "train"): "the task of stage invocation is grpo: compile it with --what rl",
     (*VISMEM, "--what", "rl", "--stage", "warmup"): "the task of stage warmup is memory_sft: name a stage of",
+    (*COMEMO, "--what", "look"): "a stream of frames needs a memory that keeps them; model.memory is comemo",
+    (*VLM2, "--what", "look", "--config.model.memory.geometry_width=12"): "frames come without geometry; set",
     (*COMEMO, "--what", "rl"): "the task of stage finetune is next_token: compile it with --what train",
     (*VISMEM, "--what", "rl", "--tokens", "360"): "data.pack_tokens must hold a prompt and its answer",
 }

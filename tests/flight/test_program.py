@@ -196,3 +196,47 @@ def test_an_array_is_known_though_the_compiler_pads_it_to_scatter_it():
 def test_an_exchange_in_several_steps_counts_once():
     found = {c.kind: c for c in HloProgram(SCATTER).collectives({"fsdp": 4})}
     assert (found["all-gather"].shape, found["all-gather"].times) == ((8, 8), 1)
+
+
+MOVED = """HloModule step
+
+%turned (bank: bf16[2,64,8]) -> bf16[2,8,64] {
+  %bank = bf16[2,64,8] parameter(0)
+  ROOT %turn = bf16[2,8,64] transpose(%bank), dimensions={0,2,1}
+}
+
+%summed (bank: bf16[2,64,8]) -> bf16[2,64,8] {
+  %bank.1 = bf16[2,64,8] parameter(0)
+  ROOT %sum = bf16[2,64,8] add(%bank.1, %bank.1)
+}
+
+%body (state: (s32[], bf16[2,64,8])) -> (s32[], bf16[2,64,8]) {
+  %state = (s32[], bf16[2,64,8]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %whole = bf16[2,64,8] get-tuple-element(%state), index=1
+  %again = bf16[2,64,8] copy(%whole)
+  ROOT %next = (s32[], bf16[2,64,8]) tuple(%i, %again)
+}
+
+ENTRY %main (bank: bf16[2,64,8], frame: bf16[2,4,8]) -> bf16[2,64,8] {
+  %kept = bf16[2,64,8] parameter(0)
+  %frame = bf16[2,4,8] parameter(1)
+  %n = s32[] constant(0)
+  %ahead = bf16[2,64,8]{2,1,0:S(1)} copy(%kept)
+  %padded = bf16[2,128,8] pad(%kept, %n), padding=0_0x0_64x0_0
+  %half = bf16[1,64,8] slice(%kept), slice={[0:1], [0:64], [0:8]}
+  %one = bf16[2,4,8] slice(%kept), slice={[0:2], [0:4], [0:8]}
+  %small = bf16[2,4,8] copy(%frame)
+  %turned.1 = bf16[2,8,64] fusion(%kept), kind=kLoop, calls=%turned
+  %summed.1 = bf16[2,64,8] fusion(%kept), kind=kLoop, calls=%summed
+  %begun = (s32[], bf16[2,64,8]) tuple(%n, %kept)
+  %loop = (s32[], bf16[2,64,8]) while(%begun), condition=%none, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %written = bf16[2,64,8] dynamic-update-slice(%kept, %frame, %n, %n, %n)
+}
+"""  # noqa: E501
+
+
+def test_copies_of_large_arrays_are_counted():
+    """Padded, cut in half, turned round, and copied three times; what is computed, small or in fast memory is none."""
+    assert HloProgram(MOVED).copies({2 * 64 * 8}) == 3 + 3
+    assert HloProgram(MOVED).copies({7}) == 0

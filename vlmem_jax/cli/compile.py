@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="slice, such as v5e:4x4 or v5p:4x4x4")
     parser.add_argument("--slices", type=int, default=1, help="how many of them; mesh.data goes over them (default: 1)")
     parser.add_argument(
-        "--what", choices=("train", "rl", "prefill", "decode"), default="train", help="which program (default: train)"
+        "--what",
+        choices=("train", "rl", "prefill", "decode", "look", "ask"),
+        default="train",
+        help="which program; look: the next frame of a stream; ask: a question about one (default: train)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument(
@@ -61,10 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-remedies", action="store_true", help="do not compile again with other settings if it does not fit"
     )
     serving = parser.add_argument_group(
-        "rl, prefill and decode", "Prefill and decode are laid out as by `vlmem generate`, or by --config.mesh.AXIS=N."
+        "rl, prefill, decode, look and ask",
+        "All but rl are laid out as by `vlmem generate`, or by --config.mesh.AXIS=N.",
     )
-    serving.add_argument("--rows", type=int, help="prompts in a batch (default: one for each part of the mesh's rows)")
-    serving.add_argument("--tokens", type=int, default=4096, help="token slots of a prompt (default: 4096)")
+    serving.add_argument(
+        "--rows", type=int, help="prompts in a batch, or streams (default: one for each part of the mesh's rows)"
+    )
+    serving.add_argument(
+        "--tokens",
+        type=int,
+        help="token slots of a prompt (default: 4096); ask: of a question beside what it is about (default: 128)",
+    )
     serving.add_argument("--tiles", type=int, default=13, help="image tiles of a prompt (default: 13)")
     serving.add_argument("--new-tokens", type=int, default=256, help="tokens that follow (default: 256)")
     serving.add_argument(
@@ -83,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
         hint = f"compile it with --what {wanted}" if wanted else "name a stage of next_token or grpo with --stage"
         raise ConfigError(f"the task of stage {stage.name} is {stage.task_kind}: {hint}")
     devices = tpu_devices(topology)
-    vlm, answers = VLM(settings.model), args.what in ("prefill", "decode")
+    vlm, answers = VLM(settings.model), args.what not in ("train", "rl")
     if answers and not any(key.partition(".")[0] == "mesh" for key in args.overrides):
         settings = dataclasses.replace(settings, mesh=serving_mesh(vlm, devices))
     mesh = make_mesh(settings.mesh, devices)
     config = args.experiment
+    tokens = args.tokens or (128 if args.what == "ask" else 4096)
     if args.samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {args.samples}")
     if args.packs is not None:
@@ -102,9 +113,9 @@ def run(args: argparse.Namespace) -> int:
         if args.what == "train":
             return check_training(settings, _stage(settings, args.stage), topology, mesh, args.samples)
         if args.what == "rl":
-            learning = Learning(args.tokens, args.tiles, args.memories)
+            learning = Learning(tokens, args.tiles, args.memories)
             return check_learning(settings, _stage(settings, args.stage), learning, topology, mesh)
-        serving = Serving(args.rows or batch_shards(mesh), args.tokens, args.tiles, args.new_tokens)
+        serving = Serving(args.rows or batch_shards(mesh), tokens, args.tiles, args.new_tokens)
         return check_serving(settings, args.what, serving, topology, mesh)
 
     name = f"stage {stage.name}" if args.what in ("train", "rl") else args.what
@@ -152,7 +163,7 @@ def _try_remedies(config: ConfigDict, settings: Experiment, stage, mesh, report:
             yield f"  {words}: {str(error).splitlines()[0]}"
             continue
         saved, verdict = report.peak_bytes - other.peak_bytes, "fits" if other.fits else "does not fit"
-        step = f", a step takes {_step(other)}" if other.fits else ""
+        step = f", a step takes {_time(other.predicted_step_seconds)}" if other.fits else ""
         yield f"  {words}: peak {_gib(other.peak_bytes)}, {_gib(saved)} less; {verdict}{step}"
 
 
@@ -160,13 +171,13 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _step(report: Report) -> str:
-    return f"{report.predicted_step_seconds:.3f} s"
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 def lines(report: Report) -> list[str]:
     """The report as text."""
-    state = "caches" if report.what == "decode" else "optimizer"
+    state = {"decode": "caches", "look": "streams", "ask": "streams"}.get(report.what, "optimizer")
     parts = {"parameters": "parameter", state: "state", "inputs": "input", "activations": "activation"}
     parts |= {"temporaries": "temporary", "peak": "peak"}
     said = ["", "memory of a chip"]
@@ -189,16 +200,24 @@ def lines(report: Report) -> list[str]:
 def times(report: Report) -> list[str]:
     """The predictions as text."""
     if report.cycles_seconds is None:
-        how = f"first estimate, by products and memory traffic: {report.roofline_seconds:.3f} s"
+        how = f"first estimate, by products and memory traffic: {_time(report.roofline_seconds)}"
         where = ["  (near the better one for large training steps, else a bound from below)"]
     else:
-        how, where = f"compiler's estimate {report.cycles_seconds:.3f} s", []
+        how, where = f"compiler's estimate {_time(report.cycles_seconds)}", []
+    more = []
+    if report.memory_seconds:
+        share = report.memory_seconds / report.predicted_step_seconds
+        more.append(f"  the model's memory takes {_time(report.memory_seconds)} of it, {share:.1%} of a step")
+    if report.copies is not None:
+        more.append(f"  large arrays that are carried from call to call are copied {report.copies} times")
     return [
         "",
         "predicted, not measured",
-        f"  {how}, attention kernels {report.kernel_seconds:.3f} s, links {report.exchange_seconds:.3f} s",
+        f"  {how}, attention kernels {_time(report.kernel_seconds)}, links {_time(report.exchange_seconds)}",
         *where,
-        f"  a step takes {_step(report)} with exchanges hidden, {report.exposed_step_seconds:.3f} s without",
+        *more,
+        f"  a step takes {_time(report.predicted_step_seconds)} with exchanges hidden, "
+        f"{_time(report.exposed_step_seconds)} without",
         f"  MFU {report.predicted_mfu:.1%}, {report.exposed_mfu:.1%} without, samples a pack: {report.samples} (causal "
         "attention halved, recomputation left out)",
         f"  utilisation of the shapes {report.predicted_utilisation:.1%}, which is the MFU at one sample a pack",

@@ -19,17 +19,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
 from vlmem_jax.flight.program import HloProgram
-from vlmem_jax.generate.loop import compiled
+from vlmem_jax.generate.loop import TEXT_BUCKET, compiled, laid_out
 from vlmem_jax.generate.sampling import Choice, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
 from vlmem_jax.rl.rows import Rows, memory_sizes, row_sizes
+from vlmem_jax.runtime.compiler import options
+from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
-from vlmem_jax.types import Batch, FormationInputs, TileShape
+from vlmem_jax.types import Batch, FormationInputs, Text, TileShape
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -54,6 +56,8 @@ class Job:
     state: int
     """Of the optimizer, or of caches that decoding carries."""
     inputs: int
+    carried: tuple[jax.ShapeDtypeStruct, ...] = ()
+    """The arrays of `state` where it is carried from call to call: none of the large ones is to be copied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Compilation:
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """Shapes of prefill and decoding: prompts of `tokens` slots and `tiles` tiles, `new_tokens` after them."""
+    """Shapes of prefill and decoding: prompts of `tokens` slots and `tiles` tiles, `new_tokens` after them. Of streams,
+    questions of `tokens` slots beside those of what is kept."""
 
     rows: int
     tokens: int
@@ -138,9 +143,10 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.sizes) == 1 else {}  # a host has four by default
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, num_slices=topology.slices
+            platform="tpu", topology_name=topology.name, num_slices=topology.slices, **alone
         )
     except jax.errors.JaxRuntimeError as error:
         raise topology.missing() from error
@@ -195,7 +201,56 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     logits_BV, state = read_shapes(experiment, serving, mesh)
     with jax.set_mesh(mesh):
         lowered = compiled(vlm, mesh).step.lower(params, state, logits_BV, finished_B, choice, True)
-    return Job(lowered, held(params), held(state), held((logits_BV, choice)))
+    return Job(lowered, held(params), held(state), held((logits_BV, choice)), tuple(jax.tree.leaves(state)))
+
+
+def look_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
+    """Taking the next frame of each of as many streams as there are rows; what is kept of them is donated."""
+    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+
+    def look(params, state, views):
+        return lay_out(vlm.look(params, state, views))
+
+    with jax.set_mesh(mesh):
+        state = _watched(vlm, params, serving.rows, mesh)
+        views = _batch(experiment.tile, (serving.rows,), 0, 1, batch_sharding(mesh)).views
+        lowered = jax.jit(look, donate_argnums=1, compiler_options=options(mesh)).lower(params, state, views)
+    return Job(lowered, held(params), held(state), held(views), tuple(jax.tree.leaves(state)))
+
+
+def ask_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
+    """Reading a question about each stream, behind the visual tokens of what is kept, which stays."""
+    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+
+    def ask(params, state, text, capacity):
+        visual = vlm.recollect(params, state)
+        hidden_BD, read = vlm.extend(params, vlm.begin(_lengths(text), capacity), text, visual)
+        return laid_out(vlm.score(params, hidden_BD), read)
+
+    with jax.set_mesh(mesh):
+        state = _watched(vlm, params, serving.rows, mesh)
+        tokens, _ = asked(vlm, serving)
+        text = _batch(experiment.tile, (serving.rows,), tokens, 0, batch_sharding(mesh)).text
+        program = jax.jit(ask, static_argnums=3, compiler_options=options(mesh))
+        lowered = program.lower(params, state, text, tokens + serving.new_tokens)
+    return Job(lowered, held(params), held(state), held(text), tuple(jax.tree.leaves(state)))
+
+
+def asked(vlm: VLM, serving: Serving) -> tuple[int, int]:
+    """Token slots of a question and of the visual tokens that it is about, and the frames that these are of."""
+    kept = jax.eval_shape(lambda params: vlm.recollect(params, vlm.watch(params, 1)), vlm.abstract())
+    visual = kept.tokens_BMD.shape[1]
+    return bucket(visual + serving.tokens, TEXT_BUCKET), visual // vlm.tokens_per_tile
+
+
+def _lengths(text: Text) -> jax.Array:
+    return (text.segments_BT > 0).sum(-1, dtype=jnp.int32)
+
+
+def _watched(vlm: VLM, params: Any, streams: int, mesh: Mesh) -> Any:
+    """Shapes of what is kept of streams. Raises ValueError for a memory that keeps nothing of them."""
+    state = jax.eval_shape(lambda params: vlm.watch(params, streams), params)
+    return lay_out(state, lambda x, *axes: _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes))))
 
 
 def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, Any]:

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -20,6 +20,11 @@ _CALLED = re.compile(r"\b(?:calls|body|condition|true_computation|false_computat
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _ROW = re.compile(r"^(\d+) ([\"{].*)$")
+
+
+_MOVES = {"copy", "copy-start", "transpose", "pad", "slice", "dynamic-slice", "concatenate", "reverse"}
+"""What makes an array out of another without computing."""
+_STILL = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,10 @@ class HloProgram:
 
     def source(self, instruction: Instruction) -> str:
         """`file:line` that an instruction comes from: the innermost of this package, if there is one; else empty."""
+        return next(self.sources(instruction), "")
+
+    def sources(self, instruction: Instruction) -> Iterator[str]:
+        """`file:line` of the calls of this package that an instruction comes from, the innermost first."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
         frame = int(found[1]) if found else 0
         while frame in self._sources.get("StackFrames", {}):
@@ -110,9 +119,8 @@ class HloProgram:
             path = self._sources["FileNames"][file].strip('"')
             ours = re.search(r"(?:vlmem_jax|kernels_pallas)/(?!.*(?:vlmem_jax|kernels_pallas)/).*", path)
             if ours:
-                return f"{ours[0]}:{line}"
+                yield f"{ours[0]}:{line}"
             frame = above - 1
-        return ""
 
     def _count(self, entry: str) -> dict[str, int]:
         times: dict[str, int] = defaultdict(int)
@@ -140,13 +148,30 @@ class HloProgram:
         limits = [int(n) for i in inside if i.opcode == "constant" for n in re.findall(r"^\((\d+)\)", i.rest)]
         return max(limits, default=1)
 
-    def cycles(self) -> int:
-        """The compiler's estimates added up; kernels of our own and exposed communication are not in them."""
+    def cycles(self, counts: Callable[[Instruction], bool] = lambda instruction: True) -> int:
+        """The compiler's estimates of what counts, added up; kernels of our own and exposed communication are not in
+        them."""
         total = 0
         for instruction, times in self:
+            if not counts(instruction):
+                continue
             found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             total += times * int(found[1]) if found else 0
         return total
+
+    def copies(self, sizes: Collection[int]) -> int:
+        """How often arrays of so many elements, or a good part of one, are made again elsewhere in the large memory, as
+        they are, turned round, padded or cut."""
+        alone = {name: times for name, times in self.times.items() if name not in self.fused}
+        return sum(n * self._copies(i, sizes) for name, n in alone.items() for i in self.computations[name])
+
+    def _copies(self, i: Instruction, sizes: Collection[int]) -> bool:
+        opcodes = {inner.opcode for inner in self.inside(i)} if i.opcode == "fusion" else {i.opcode}
+        if not opcodes & _MOVES or opcodes - _MOVES - _STILL or "S(1)" in i.type:  # that is in the fast memory
+            return False
+        arrays = [i, *(self.made[name] for name in i.operands if name in self.made)]
+        counts = [max((math.prod(shape) for _, shape in array.shapes), default=0) for array in arrays]
+        return any(count in sizes for count in counts) and 2 * counts[0] >= min(sizes)
 
     @functools.cached_property
     def made(self) -> dict[str, Instruction]:

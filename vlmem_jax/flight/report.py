@@ -17,17 +17,27 @@ from vlmem_jax.flight.compile import (
     Job,
     Learning,
     Serving,
+    ask_job,
+    asked,
     compile_job,
     decode_job,
+    look_job,
     prefill_job,
     rl_job,
     train_job,
 )
 from vlmem_jax.flight.memory import Buffer
-from vlmem_jax.flight.program import Collective, HloProgram
+from vlmem_jax.flight.program import Collective, HloProgram, Instruction
 from vlmem_jax.models import VLM
 from vlmem_jax.models.config import ModelConfig
-from vlmem_jax.models.flops import decode_flops, formation_flops, prefill_flops, train_flops
+from vlmem_jax.models.flops import (
+    ask_flops,
+    decode_flops,
+    formation_flops,
+    look_flops,
+    prefill_flops,
+    train_flops,
+)
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.stages import Split
 from vlmem_jax.trees import flatten
@@ -35,6 +45,8 @@ from vlmem_jax.trees import flatten
 SMALL = 2**20
 """Exchanges of fewer bytes are not worth a flag: norms, counts, losses."""
 SHOWN_BUFFERS = 12
+LARGE = 10
+"""Of what is carried, arrays of at least a tenth of the largest count as large."""
 KERNEL_UTILISATION = {
     ("memory_attention", "forward"): {"v5e": 0.96, "v5p": 0.95, "v6e": 0.45},
     ("memory_attention", "backward"): {"v5e": 0.97, "v5p": 0.97, "v6e": 0.45},
@@ -51,11 +63,11 @@ class Report:
     topology: str
     slices: int
     what: str
-    """train: NAME, rl: NAME, prefill or decode."""
+    """train: NAME, rl: NAME, prefill, decode, look or ask."""
     fits: bool
     parameter_bytes: int
     state_bytes: int
-    """Of the optimizer in training, of caches in decoding."""
+    """Of the optimizer in training, of caches in decoding, of what is kept of streams."""
     input_bytes: int
     activation_bytes: int
     """Kept by the forward pass for the backward pass."""
@@ -73,6 +85,10 @@ class Report:
     """Attention kernels at KERNEL_UTILISATION, or at the speed of memory where that is slower."""
     exchange_seconds: float
     """All collectives one after the other at full link speed."""
+    memory_seconds: float
+    """Of that, without exchanges, what belongs to the model's memory."""
+    copies: int | None
+    """Of large arrays of what is carried from call to call; None where nothing is."""
     predicted_step_seconds: float
     """If communication is hidden as far as can be."""
     exposed_step_seconds: float
@@ -130,7 +146,14 @@ def check_learning(
 def check_serving(
     experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh
 ) -> tuple[Report, Finish]:
-    """As `check_training`, of `what`, prefill or decode, of these shapes."""
+    """As `check_training`, of `what`, prefill, decode, look or ask, of these shapes."""
+    model, rows = experiment.model, serving.rows
+    if what == "look":
+        return _report(look_job(experiment, serving, mesh), what, look_flops(model, rows), model, topology, mesh)
+    if what == "ask":
+        tokens, frames = asked(VLM(model), serving)
+        flops = ask_flops(model, rows, tokens, frames)
+        return _report(ask_job(experiment, serving, mesh), what, flops, model, topology, mesh)
     make, count = {"prefill": (prefill_job, prefill_flops), "decode": (decode_job, decode_flops)}[what]
     flops = count(experiment.model, serving.rows, serving.tokens, serving.tiles)
     return _report(make(experiment, serving, mesh), what, flops, experiment.model, topology, mesh)
@@ -153,6 +176,10 @@ def _report(
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
     inside = roofline.seconds(done.program, chip.peak)
+    remembering = functools.partial(_of_memory, done.program)
+    in_memory = roofline.seconds(done.program, chip.peak, remembering)
+    large = [math.prod(x.sharding.shard_shape(x.shape)) for x in job.carried]
+    large = {size for size in large if size * LARGE >= max(large)}
     report = Report(
         topology=topology.name,
         slices=topology.slices,
@@ -170,6 +197,8 @@ def _report(
         cycles_seconds=None,
         kernel_seconds=kernels,
         exchange_seconds=exchange,
+        memory_seconds=in_memory + kernel_seconds(done.program, topology, remembering),
+        copies=done.program.copies(large) if large else None,
         flops=round(useful * flops),
         samples=samples,
         shape_flops=flops,
@@ -186,8 +215,14 @@ def _timed(report: Report, code: Future[HloProgram | None], topology: Topology) 
     if program is None:
         return report
     cycles = program.cycles() / topology.chip.clock
+    remembering = functools.partial(_of_memory, program)
+    in_memory = program.cycles(remembering) / topology.chip.clock + kernel_seconds(program, topology, remembering)
     times = _times(cycles + report.kernel_seconds, report.exchange_seconds, report.flops, report.shape_flops, topology)
-    return dataclasses.replace(report, cycles_seconds=cycles, **times)
+    return dataclasses.replace(report, cycles_seconds=cycles, memory_seconds=in_memory, **times)
+
+
+def _of_memory(program: HloProgram, instruction: Instruction) -> bool:
+    return any("vlmem_jax/memory/" in source for source in program.sources(instruction))
 
 
 def _times(inside: float, exchange: float, flops: int, shape_flops: int, topology: Topology) -> dict[str, float]:
@@ -231,12 +266,15 @@ def activation_gathers(
     return [c for c in collectives if "fsdp" in c.axes and c.bytes >= SMALL and not known(c)]
 
 
-def kernel_seconds(program: HloProgram, topology: Topology) -> float:
-    """Of attention kernels on one chip: matmuls, causal ones at half, or reading the operands, whichever is longer."""
+def kernel_seconds(
+    program: HloProgram, topology: Topology, counts: Callable[[Instruction], bool] = lambda instruction: True
+) -> float:
+    """Of the attention kernels that count, on one chip: matmuls, causal ones at half, or reading the operands, if
+    that is longer."""
     total, name, peak = 0.0, topology.name.partition(":")[0], topology.chip.peak
     for instruction, times in program:
         found = re.search(r"(memory_attention|splash)\w*", instruction.rest)
-        if 'custom_call_target="tpu_custom_call"' not in instruction.rest or found is None:
+        if 'custom_call_target="tpu_custom_call"' not in instruction.rest or found is None or not counts(instruction):
             continue
         arrays = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest + instruction.type)
         shapes = [tuple(int(size) for size in sizes.split(",")) for sizes in arrays]

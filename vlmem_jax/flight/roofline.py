@@ -8,7 +8,7 @@ small models, prefill and decoding, whose instructions wait for other things, it
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kernels_pallas.device import Peak
 from vlmem_jax.flight.program import HloProgram, Instruction, array_bytes
@@ -25,13 +25,13 @@ _BESIDE = re.compile(r"all-|reduce-scatter|collective-|ragged-|send|recv|.*-(sta
 """Exchanges, and copies beside other work."""
 
 
-def seconds(program: HloProgram, peak: Peak) -> float:
-    """Time of a program on a chip, without attention kernels and exchanges."""
+def seconds(program: HloProgram, peak: Peak, counts: Callable[[Instruction], bool] = lambda instruction: True) -> float:
+    """Time on a chip of those instructions of a program that count, without attention kernels and exchanges."""
     roofline, fused = _Roofline(program), program.fused
     total = 0.0
     for name, times in program.times.items():
         for i in program.computations[name] if name not in fused else ():
-            if i.opcode not in _STILL and not _BESIDE.match(i.opcode):
+            if i.opcode not in _STILL and not _BESIDE.match(i.opcode) and counts(i):
                 total += times * (roofline.flops(i) / (PRODUCTS * peak.flops) + roofline.moved(i) / peak.hbm)
     return total
 

@@ -60,6 +60,20 @@ def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int
     return rows * (per_row + whole - without)  # keys and values of the memory are computed once a prompt
 
 
+def look_flops(config: ModelConfig, rows: int) -> int:
+    """FLOPs of the next frame of each of `rows` streams that have gone on for long."""
+    long = 10**6
+    after, before = (sum(memory_flops(config, 0, frames)) for frames in (long, long - 1))
+    return rows * (sum(config.vision.flops) + after - before)
+
+
+def ask_flops(config: ModelConfig, rows: int, tokens: int, frames: int) -> int:
+    """FLOPs of reading `rows` prompts of so many tokens about frames that are kept; padding as in `prefill_flops`."""
+    projected = frames * config.vision.projector_flops(config.decoder.width)
+    scores = 2 * config.decoder.width * config.decoder.vocab
+    return rows * (sum(config.decoder.flops(tokens)) + projected + scores)
+
+
 def memory_flops(config: ModelConfig, tokens: Count, tiles: Count) -> tuple[Count, Count]:
     """Forward FLOPs of the memory for a sample: in weights, and in attention. A memory that speaks works between
     tokens: see `formation_flops`."""
