@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 from pathlib import Path
 
@@ -99,3 +100,17 @@ def test_a_mirror_that_cannot_send_says_so_and_hides_no_other_error(gcs, bucket)
         (other.local / "lines").write_text("1")
         raise ValueError("the reason")
     assert not one.local.exists() and not other.local.exists()
+
+
+def test_a_file_that_could_not_be_written_leaves_the_one_before_and_nothing_else(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a", b"before")
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "a", b"after")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"

@@ -47,8 +47,12 @@ def write_whole(file: AnyPath, content: bytes) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, file)
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, file)
+    except BaseException:  # such as a full disk, which it would keep full
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 class Mirror:
