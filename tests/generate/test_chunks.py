@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vlmem_jax.generate import Generator, SamplingConfig, loop
+from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -32,6 +33,23 @@ def test_a_prompt_in_chunks_is_read_as_in_a_piece(monkeypatch, vlm, params, make
     for name in ("length_B", "position_B", "frequencies_BR"):
         np.testing.assert_array_equal(getattr(chunked.state, name), getattr(whole.state, name))
     drawn = [np.stack([tokens for tokens, _ in session.draw(GREEDY)]) for session in (whole, chunked)]
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("chunk", [loop.PREFILL_CHUNK, 16])
+def test_a_prompt_whose_tokens_were_made_before_is_read_as_with_its_images(monkeypatch, plain, make_prompt, chunk):
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+    sample, tile = make_prompt(20, 2, 1), plain.vlm.tile
+    whole = plain.start([sample], 8)
+    visual = plain.programs.see(plain.params, pad_prompts([sample], 1, tile).views)
+    without = dataclasses.replace(
+        sample, pixels_ISSc=sample.pixels_ISSc[:0], visual_positions_M=sample.visual_positions_M[:0]
+    )
+    recalled = plain.recall(without, visual, 8, spare=50)
+    np.testing.assert_allclose(recalled.logits_BV, whole.logits_BV, atol=1e-5)
+    assert (recalled.length, recalled.read) == (whole.length, whole.read)
+    assert recalled.state.cache.k_LBKSC.shape == plain.start([make_prompt(70, 2, 1)], 8).state.cache.k_LBKSC.shape
+    drawn = [np.stack([tokens for tokens, _ in session.draw(GREEDY)]) for session in (whole, recalled)]
     np.testing.assert_array_equal(*drawn)
 
 

@@ -132,3 +132,14 @@ def test_frames_that_a_memory_keeps_stand_first(made, tokenizer, count):
 def test_bad_keys_are_named(keys, words):
     with pytest.raises(ValueError, match=words):
         FrameConfig(**keys)
+
+
+@pytest.mark.parametrize("line", [True, False])
+def test_a_video_that_was_seen_before_has_its_prompt_without_tiles(made, line):
+    processor, video = made(whole=False, time_line=line), film(3)
+    shown, recalled = processor.prompt("What?", videos=[video]), processor.recalled("What?", video.size)
+    for name in ("tokens_T", "positions_T", "visual_index_T"):
+        np.testing.assert_array_equal(getattr(recalled, name), getattr(shown, name))
+    assert len(recalled.pixels_ISSc) == len(recalled.visual_positions_M) == 0
+    each = [processor.frame(frame) for frame in video.frames]
+    np.testing.assert_array_equal(each, shown.pixels_ISSc)

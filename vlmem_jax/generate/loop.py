@@ -26,7 +26,7 @@ from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, constrain, lay_out, put, replicate
 from vlmem_jax.trees import repeat_rows, repeated
-from vlmem_jax.types import Batch, DecodeState, FormationInputs, Sample, Text, TileShape
+from vlmem_jax.types import Batch, DecodeState, FormationInputs, Sample, Text, TileShape, VisualTokens
 
 FINISHED = -1
 """Stands for the token of a row that has stopped, or that has none this time."""
@@ -52,8 +52,10 @@ class Programs(NamedTuple):
 
     prefill: Callable
     """`prefill(params, batch, capacity, copies)`: whole prompts."""
+    see: Callable
+    """`see(params, views)`: what prompts show."""
     first: Callable
-    """`first(params, text, views, lengths_B, capacity)`: the first chunk of long prompts, and what they show."""
+    """`first(params, text, visual, lengths_B, capacity)`: the first chunk of prompts whose visual tokens are there."""
     chunk: Callable
     """`chunk(params, state, logits_BV, text, visual, copies)`: a chunk that follows."""
     extend: Callable
@@ -71,10 +73,9 @@ def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
         logits_BV, state = vlm.prefill(params, batch, capacity)
         return laid_out(logits_BV, state, copies)
 
-    def first(params, text, views, lengths_B, capacity):
-        visual = vlm.see(params, views)
+    def first(params, text, visual, lengths_B, capacity):
         hidden_BD, state = vlm.extend(params, vlm.begin(lengths_B, capacity), text, visual)
-        return *laid_out(vlm.score(params, hidden_BD), state), visual
+        return laid_out(vlm.score(params, hidden_BD), state)
 
     def chunk(params, state, logits_BV, text, visual, copies):
         hidden_BD, state = vlm.extend(params, state, text, visual)
@@ -112,6 +113,7 @@ def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
 
     return Programs(
         jax.jit(prefill, static_argnums=(2, 3), compiler_options=options(mesh)),
+        jax.jit(vlm.see, compiler_options=options(mesh)),
         jax.jit(first, static_argnums=4, compiler_options=options(mesh)),
         jax.jit(chunk, static_argnums=5, donate_argnums=(1, 2), compiler_options=options(mesh)),
         jax.jit(extend, donate_argnums=1, compiler_options=options(mesh)),
@@ -212,17 +214,36 @@ class Generator:
             logits_BV, state = self._read(batch, capacity, copies)
         return Session(self, state, logits_BV, len(samples) * copies, longest, capacity)
 
-    def _read(self, batch: Batch, capacity: int, copies: int) -> tuple[jax.Array, DecodeState]:
-        """Scores after the prompts of a batch on the host, and the state; long prompts are read in chunks."""
+    def recall(self, sample: Sample, visual: VisualTokens, new_tokens: int, spare: int = 0) -> "Session":
+        """As `start`, of one prompt without tiles, whose visual tokens were made before; rows of `visual` are alike.
+
+        Prompts that are to have one shape, though not one length, are padded by `spare` tokens more.
+        """
+        rows, longest = visual.tokens_BMD.shape[0], len(sample.tokens_T)
+        batch = pad_prompts([sample], rows, self.tile, spare=spare)
         T = batch.text.tokens_BT.shape[1]
-        if T <= PREFILL_CHUNK or self.vlm.speech:  # a memory that speaks observes prompts whole
+        capacity = max(bucket(longest + spare + self.room(new_tokens), 64), T)
+        with self.context():
+            logits_BV, state = self._read(batch, capacity, 1, visual)
+        return Session(self, state, logits_BV, 1, longest, capacity)
+
+    def _read(
+        self, batch: Batch, capacity: int, copies: int, visual: VisualTokens | None = None
+    ) -> tuple[jax.Array, DecodeState]:
+        """Scores after the prompts of a batch on the host, and the state; long prompts are read in chunks.
+
+        `visual`: what they show, if it was seen before.
+        """
+        T = batch.text.tokens_BT.shape[1]
+        if visual is None and (T <= PREFILL_CHUNK or self.vlm.speech):  # a memory that speaks observes prompts whole
             return self.programs.prefill(self.params, self.put(batch, rows=True), capacity, copies)
         chunks = [
             self.put(jax.tree.map(lambda x, at=at: x[:, at : at + PREFILL_CHUNK], batch.text), rows=True)
             for at in range(0, T, PREFILL_CHUNK)
         ]
         views, lengths_B = self.put((batch.views, (batch.text.segments_BT > 0).sum(-1, dtype=np.int32)), rows=True)
-        logits_BV, state, visual = self.programs.first(self.params, chunks[0], views, lengths_B, capacity)
+        visual = self.programs.see(self.params, views) if visual is None else visual
+        logits_BV, state = self.programs.first(self.params, chunks[0], visual, lengths_B, capacity)
         for n, text in enumerate(chunks[1:], 2):
             last = copies if n == len(chunks) else 1
             logits_BV, state = self.programs.chunk(self.params, state, logits_BV, text, visual, last)

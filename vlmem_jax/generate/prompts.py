@@ -12,14 +12,15 @@ def like_sized(samples: Sequence[Sample], size: int) -> list[list[int]]:
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
-def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64) -> Batch:
+def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64, spare: int = 0) -> Batch:
     """A batch with a row for each prompt, padded on the right to bucketed lengths; rows beyond the prompts are empty.
 
+    `spare`: tokens that there is to be room for behind the longest prompt.
     Raises ValueError if there are more prompts than rows, or a prompt's tiles do not fit the model.
     """
     if len(samples) > rows:
         raise ValueError(f"{len(samples)} prompts do not fit a batch of {rows} rows")
-    T = bucket(max(len(sample.tokens_T) for sample in samples), smallest)
+    T = bucket(max(len(sample.tokens_T) for sample in samples) + spare, smallest)
     I = tile_bucket(max(len(sample.pixels_ISSc) for sample in samples), tile)
     batch = Batch.empty((rows,), T, I, tile)
     for row, sample in enumerate(samples):

@@ -178,6 +178,23 @@ class Processor:
             grids = self._grids(dialogue.shown, training=False)
             return self._sample(ids, np.zeros(len(ids), bool), dialogue.shown, grids, rope_dhr, name)
 
+    def recalled(
+        self, question: str | chat.Message, video: VideoSize, *, rope_dhr: bool | None = None, name: str = ""
+    ) -> Sample:
+        """As `prompt`, about a video whose visual tokens were made before: without tiles."""
+        with naming(name):
+            dialogue = self._laid_out(chat.Dialogue((self.message(question, videos=[video]),)))
+            ids = self._ids(dialogue)
+            grids = self._grids(dialogue.shown, training=False)
+            return self._sample(ids, np.zeros(len(ids), bool), dialogue.shown, grids, rope_dhr, name, cut=False)
+
+    def frame(self, picture: Image.Image) -> UInt8[np.ndarray, "S S c"]:
+        """A frame of a video as the tile that it is, where each is one."""
+        [shown] = self._laid_out(chat.Dialogue(((Video([picture]),),))).shown
+        tile_ISSc = np.empty((1, self.tile.side, self.tile.side, self.tile.channels), np.uint8)
+        self._cut(shown, self._grids([shown], training=False)[0], tile_ISSc)
+        return tile_ISSc[0]
+
     def raw_prompt(
         self,
         text: str,
@@ -342,9 +359,10 @@ class Processor:
         grids: Sequence[Any],
         rope_dhr: bool | None,
         name: str,
+        cut: bool = True,
     ) -> Sample:
-        """Expands placeholders, checks them against the features, and cuts the tiles."""
-        counts = [self._tiles(grid) for grid in grids]
+        """Expands placeholders, checks them against the features, and cuts the tiles, if there are to be any."""
+        counts = [self._tiles(grid) * cut for grid in grids]
         placeholders = self.context_id, self.video_id
         repeats = np.ones(len(ids), np.int64)
         repeats[np.isin(ids, placeholders)] = [self._placeholders(grid) for grid in grids]
@@ -354,10 +372,9 @@ class Processor:
         visual_index_T[np.isin(tokens_T, placeholders)] = placed.slot_C
         shape = self.tile.side, self.tile.side, self.tile.channels
         pixels_ISSc = np.empty((sum(counts), *shape), np.uint8)
-        geometry = (
-            Geometry.empty((sum(counts),), self.tile.geometry) if self.geometry_of and self.tile.geometry else None
-        )
-        for picture, grid, count, end in zip(shown, grids, counts, np.cumsum(counts), strict=True):
+        reads = self.tile.geometry if self.geometry_of and cut else None
+        geometry = Geometry.empty((sum(counts),), reads) if reads else None
+        for picture, grid, count, end in zip(shown, grids, counts, np.cumsum(counts), strict=True) if cut else ():
             tiles = slice(end - count, end)
             self._cut(picture, grid, pixels_ISSc[tiles])
             if geometry is not None:
@@ -368,7 +385,7 @@ class Processor:
             positions_T=placed.positions_T,
             visual_index_T=visual_index_T,
             pixels_ISSc=pixels_ISSc,
-            visual_positions_M=placed.visual_positions_M,
+            visual_positions_M=placed.visual_positions_M if cut else placed.visual_positions_M[:0],
             layout_I4=placed.layout_I4,
             pool_M=placed.pool_M,
             geometry=geometry,

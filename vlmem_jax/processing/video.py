@@ -136,12 +136,12 @@ def probe(path: str | os.PathLike | Encoded) -> Clip:
     The packets are read where the header does not count the frames, or gives two rates. Raises ValueError naming the
     file if it is missing, damaged or empty.
     """
-    with _open(path) as (container, stream):
+    with opened(path) as (container, stream):
         fps, count, starts = float(stream.average_rate or DEFAULT_FPS), stream.frames, None
         width, height, aspect = stream.width, stream.height, _aspect(stream)
         first = next(container.decode(stream), None)
         turn = None if first is None else _turn(first)
-    with _open(path) as (container, stream):  # a raw stream cannot rewind
+    with opened(path) as (container, stream):  # a raw stream cannot rewind
         if not count or _rates_differ(stream):
             times = [(packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.size]
             count, rate = len(times), _real_times(times, stream)
@@ -194,7 +194,8 @@ def _size(width: int, height: int, aspect: float, config: ShownConfig) -> tuple[
     return (max(round(width * aspect), 1) if config.square else width), height
 
 
-def _picture(frame, stream, config: ShownConfig) -> Image.Image:
+def picture_of(frame, stream, config: ShownConfig = SHOWN) -> Image.Image:
+    """A decoded frame as RGB, upright, of square pixels."""
     turn = _turn(frame) if config.upright else None
     image = frame.to_image()
     size = _size(*image.size, _aspect(stream), config)
@@ -212,7 +213,7 @@ def read_frames(
 
     Raises ValueError naming the file if it is missing, damaged, shorter than its header says, or too large.
     """
-    with _open(path, max_pixels) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         stream.thread_type = "AUTO"
         packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
         if max(indices) >= len(packets):
@@ -222,9 +223,9 @@ def read_frames(
             times, keys = sorted(time for time, _ in packets), sorted(time for time, is_key in packets if is_key)
             images = _seek_frames(container, stream, {i: times[i] for i in wanted}, keys, config)
     if not timed or len(images) < len(wanted):  # a raw stream can neither seek nor rewind, others do not always
-        with _open(path) as (container, stream):
+        with opened(path) as (container, stream):
             frames = enumerate(itertools.islice(container.decode(stream), wanted[-1] + 1))
-            images = {i: _picture(frame, stream, config) for i, frame in frames if i in wanted}
+            images = {i: picture_of(frame, stream, config) for i, frame in frames if i in wanted}
     if missing := set(indices) - images.keys():
         raise ValueError(f"video {path} is damaged: frame {min(missing)} cannot be decoded")
     return [images[i] for i in indices]
@@ -238,14 +239,14 @@ def sampled_frames(
     A video of fewer frames a second gives each once. Raises ValueError naming the file if it is missing, damaged or too
     large.
     """
-    with _open(path, max_pixels) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         stream.thread_type = "AUTO"
         rate, first, wanted = float(stream.average_rate or DEFAULT_FPS), None, 0
         for number, frame in enumerate(container.decode(stream)):
             time = number / rate if frame.time is None else frame.time
             first = time if first is None else first
             if (time - first) * fps >= wanted - 1e-6:
-                yield number, time - first, _picture(frame, stream, SHOWN)
+                yield number, time - first, picture_of(frame, stream, SHOWN)
                 wanted = int((time - first) * fps + 1e-6) + 1
 
 
@@ -263,13 +264,13 @@ def _seek_frames(
             position = frame.pts
             if position is not None and position >= time:
                 if position == time:
-                    images[index] = _picture(frame, stream, config)
+                    images[index] = picture_of(frame, stream, config)
                 break
     return images
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike | Encoded, max_pixels: int | None = None) -> Iterator:
+def opened(path: str | os.PathLike | Encoded, max_pixels: int | None = None) -> Iterator:
     """Container and video stream of a file whose frames have at most `max_pixels`, if that is given."""
     try:
         import av
