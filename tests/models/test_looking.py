@@ -143,6 +143,36 @@ def test_a_row_is_that_row_alone_and_a_fresh_stream_a_new_one(model):
     np.testing.assert_allclose(kept.tokens_BMD[0][there], alone.tokens_BMD[0][there], **CLOSE)
 
 
+def test_a_frame_that_is_not_finite_is_not_taken(model):
+    made, params = model
+    seen = views(made, [[1] * 2])
+    first = made.look(params, made.watch(params, 1), part(seen, *rows_and([0])))
+    second = part(seen, *rows_and([1]))
+    pixels = second.pixels_BISSc.astype(jnp.float32)
+    for broken in (
+        dataclasses.replace(second, pixels_BISSc=pixels.at[0, 0, 3, 3, 0].set(jnp.nan)),
+        dataclasses.replace(second, geometry=jax.tree.map(lambda x: x.at[0, 0, 2].set(jnp.inf), second.geometry)),
+    ):
+        _, taken_B, state = made.take(params, first, broken)
+        assert not taken_B.any()
+        jax.tree.map(np.testing.assert_array_equal, state, first)
+    assert made.take(params, first, second)[1].all()
+    assert made.kept(params, first).tolist() == [[0] + [-1] * (made.config.memory.episodic - 1)]
+
+
+def test_frames_go_through_the_adapter_of_the_tower_one_by_one_as_in_a_clip():
+    adapter = {"name": "mine", "rank": 2, "targets": ("v",), "vision": ("q", "fc1")}
+    keys = {"preset": "tiny_llava_video", "memory": "vlm2", "decoder": {"layers": 1}, "vision": {"layers": 1}}
+    made = VLM(resolve(keys | {"adapters": [adapter]}))
+    params = jax.tree.map(jnp.asarray, drawn.random_params(made, 3))
+    seen = views(made, [[1]])
+    state = made.look(params, made.watch(params, 1), seen)
+    P, kept = made.tokens_per_tile, made.recollect(params, state).tokens_BMD
+    np.testing.assert_allclose(kept[:, :P], made.see(params, seen).tokens_BMD, **CLOSE)
+    without = dataclasses.replace(made, adapter=-1).see(params, seen).tokens_BMD
+    assert np.abs(kept[:, :P] - without).max() > 1e-3
+
+
 def test_stretches_that_are_made_again_have_the_gradient_of_a_scan_that_stores_all(model):
     made, params = model
     memory = made._merge(params).memory

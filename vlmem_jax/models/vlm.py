@@ -276,12 +276,28 @@ class VLM:
 
         The same function of the memory as in training, where `see` takes the frames of a clip one after the other.
         """
+        return self.take(params, state, views, fresh_B)[2]
+
+    def take(
+        self, params: Params, state: State, views: Views, fresh_B: Bool[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B N D"], Bool[Array, "B"], State]:
+        """What the model sees of the frame that `look` takes, and whether it was taken; one with a number that is not
+        finite is not, as padding is not."""
         modules = self._merge(params)
-        x_BND = self._to_door(modules, modules.vision(self._normalised(views.pixels_BISSc[:, 0])))
+        lora = self._adapters(modules, "vision", None)
+        features = modules.vision(self._normalised(views.pixels_BISSc[:, 0]), lora=lora)
+        x_BND = self._to_door(modules, features)
         geometry = None if views.geometry is None else jax.tree.map(lambda x: x[:, 0], views.geometry)
         valid_B = views.segments_BM[:, 0] > 0
+        for x in jax.tree.leaves((x_BND, geometry)):
+            valid_B &= jnp.isfinite(x).all((1, 2))
         fresh_B = jnp.zeros_like(valid_B) if fresh_B is None else fresh_B
-        return modules.memory.take(state, Frame(x_BND, geometry), valid_B, fresh_B)[1]
+        made_BND, state = modules.memory.take(state, Frame(x_BND, geometry), valid_B, fresh_B)
+        return made_BND, valid_B, state
+
+    def kept(self, params: Params, state: State) -> Int32[Array, "B L"]:
+        """Which frames of each stream are kept, by their numbers from 0, oldest first; -1, behind them: none."""
+        return self._merge(params).memory.readout(state)[1]
 
     def recollect(self, params: Params, state: State) -> VisualTokens:
         """The visual tokens of what is kept of each stream, oldest first, for any number of questions."""
