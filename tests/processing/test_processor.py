@@ -194,6 +194,17 @@ def test_a_video_prompt(processor):
     assert "Frame3:" in processor.tokenizer.decode(sample.tokens_T)
 
 
+def test_a_video_that_was_seen_before_has_its_prompt_without_tiles(processor):
+    video = Video([image(20, 10, 40 * n) for n in range(3)])
+    for rope_dhr in (None, False):
+        shown = processor.prompt("a", videos=[video], rope_dhr=rope_dhr)
+        recalled = processor.recalled("a", video.size, rope_dhr=rope_dhr)
+        for name in ("tokens_T", "positions_T", "visual_index_T"):
+            np.testing.assert_array_equal(getattr(recalled, name), getattr(shown, name))
+        assert len(recalled.pixels_ISSc) == len(recalled.visual_positions_M) == 0
+    np.testing.assert_array_equal([processor.frame(frame) for frame in video.frames], shown.pixels_ISSc)
+
+
 def test_a_follow_up_goes_on_as_the_whole_prompt_does(tokenizer):
     processor = make(tokenizer)
     asked = processor.message("What is it?", [image(16, 8)])
