@@ -18,6 +18,7 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.paths import AnyPath, is_remote, write_whole
 
 NAME = "run.lock"
+"""Of a run in its workdir."""
 BEAT = 15.0
 """Seconds between signs of life."""
 SILENCE = 2.5 * BEAT
@@ -27,14 +28,17 @@ SETTLE = 2.0
 
 
 @contextlib.contextmanager
-def locked(folder: AnyPath, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Keeps the folder for this process. A lock whose run is gone is told by `say`, and taken over.
+def locked(
+    folder: AnyPath, say: Callable[[str], None] = print, name: str = NAME, knob: str = "--workdir"
+) -> Iterator[None]:
+    """Keeps the folder, or what is locked by a file of that name in it, for this process. A lock whose run is gone is
+    told by `say`, and taken over. `knob`: what errors tell to change.
 
     Raises ConfigError, naming host, process and time, where another run works there. That takes SILENCE to find out
     where it ran on another machine.
     """
-    file, mine = folder / NAME, _facts()
-    _take(file, mine, say)
+    file, mine = folder / name, _facts()
+    _take(file, mine, say, knob)
     done = threading.Event()
     beating = threading.Thread(target=_beat, args=(file, mine, done), name="run.lock", daemon=True)
     beating.start()
@@ -58,7 +62,7 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def _take(file: AnyPath, mine: dict[str, Any], say: Callable[[str], None]) -> None:
+def _take(file: AnyPath, mine: dict[str, Any], say: Callable[[str], None], knob: str) -> None:
     content = json.dumps(mine).encode()
     if not is_remote(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,7 @@ def _take(file: AnyPath, mine: dict[str, Any], say: Callable[[str], None]) -> No
         who = f"process {found.get('pid')} on {found.get('host')} since {found.get('since')}"
         if _alive(file, found, say, who):
             raise ConfigError(
-                f"another run works in {file.parent}: {who}. Use another --workdir, or stop that one; if it is gone, "
+                f"another run works in {file.parent}: {who}. Use another {knob}, or stop that one; if it is gone, "
                 f"remove {file}"
             )
         say(f"{file.parent} was left by {who}, which is gone; going on from there")
