@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model through the stages of an experiment",
     "generate": "answer one prompt about images",
     "chat": "talk about images over several turns",
+    "stream": "look at a video as it comes, and answer questions about it at any time",
     "evaluate": "score answers to the prompts of JSONL files",
     "convert": "read and write Hugging Face checkpoints",
     "data": "look at data before a run, and pack them for pods",

@@ -317,8 +317,12 @@ def _by_name(optimizer: Any) -> dict:
     return unflatten({_name(path): leaf for path, leaf in jax.tree.leaves_with_path(optimizer)})
 
 
+STOPPING = "stopping when this step is done and saved; once more: at once, without saving"
+ENDING = "ending; a checkpoint that is being written is finished first; once more: it is given up"
+
+
 @contextlib.contextmanager
-def interruption() -> Iterator[threading.Event]:
+def interruption(stopping: str = STOPPING, ending: str = ENDING) -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets, which is told at once, also while a program compiles.
 
     Another signal, more than REPEATED later, ends the program without saving; a checkpoint that is being written is
@@ -346,7 +350,7 @@ def interruption() -> Iterator[threading.Event]:
 
     for number in former:
         signal.signal(number, ask)
-    with _told_at_once(numbers):
+    with _told_at_once(numbers, stopping, ending):
         try:
             yield event
         finally:
@@ -354,7 +358,7 @@ def interruption() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def _told_at_once(numbers: Sequence[int]) -> Iterator[None]:
+def _told_at_once(numbers: Sequence[int], stopping: str, ending: str) -> Iterator[None]:
     """Says what a first and a second of these signals do when they come: Python's own handlers wait for the compiler,
     the bytes that signals write to a pipe do not."""
     read, write = os.pipe()
@@ -368,9 +372,9 @@ def _told_at_once(numbers: Sequence[int]) -> Iterator[None]:
                 continue
             if first is None:
                 first = time.monotonic()
-                print(STOPPING, file=sys.stderr, flush=True)
+                print(stopping, file=sys.stderr, flush=True)
             elif time.monotonic() - first > REPEATED:
-                print(ENDING, file=sys.stderr, flush=True)
+                print(ending, file=sys.stderr, flush=True)
 
     telling = threading.Thread(target=tell, name="signals", daemon=True)
     telling.start()
@@ -381,10 +385,6 @@ def _told_at_once(numbers: Sequence[int]) -> Iterator[None]:
         os.close(write)
         telling.join()
         os.close(read)
-
-
-STOPPING = "stopping when this step is done and saved; once more: at once, without saving"
-ENDING = "ending; a checkpoint that is being written is finished first; once more: it is given up"
 
 
 def any_host(mesh: Mesh) -> Callable[[bool], Array]:
