@@ -45,7 +45,18 @@ def command(keys, folder, checkpoint, *more):
     file = folder / "experiment.py"
     file.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({keys!r})\n")
     out = keys["data"]["train"][0]["geometry"]
-    line = ["data", "geometry", "--config", str(file), "--checkpoint", str(checkpoint), "--out", out, "--fit", "resize"]
+    line = [
+        "data",
+        "geometry",
+        "--config",
+        str(file),
+        "--checkpoint",
+        str(checkpoint),
+        "--out",
+        out,
+        "--geometry-fit",
+        "resize",
+    ]
     return main([*line, *more])
 
 

@@ -12,7 +12,7 @@ def frames(side=24, count=2):
 def test_the_area_that_patches_cover():
     shown = frames(384, 1)
     np.testing.assert_array_equal(pictures(shown), shown[:, :378, :378])
-    with pytest.raises(ValueError, match='at least 28 pixels a side, got 24; take fit="resize"'):
+    with pytest.raises(ValueError, match="at least 28 pixels a side, got 24; let them be resized"):
         pictures(frames(24), 28)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.stream import world
+from vlmem_jax.geometry.live import Known
 from vlmem_jax.stream import Asker, Question, Watcher
 from vlmem_jax.stream import run as running
 from vlmem_jax.stream.questions import END
@@ -47,15 +48,15 @@ class InPairs:
         self.shapes = [(N, memory.geometry_width), (N, memory.view_width), (N, 3)]
         self.rng, self.waiting, self.count = np.random.default_rng(0), [], 0
 
-    def push(self, picture):
-        assert picture.size == (24, 16)
+    def push(self, tile):
+        assert tile.shape == (44, 44, 3)
         self.waiting.append(self.count)
         self.count += 1
         return self.rest() if len(self.waiting) == 2 else []
 
     def rest(self):
         ready = [
-            (n, Geometry(*(self.rng.normal(size=shape).astype(np.float32) for shape in self.shapes)))
+            Known(n, Geometry(*(self.rng.normal(size=shape).astype(np.float32) for shape in self.shapes)), None)
             for n in self.waiting
         ]
         self.waiting = []
@@ -82,8 +83,8 @@ def test_frames_wait_until_their_geometry_is_there(spatial):
     assert frames == [2, 5] and stream.looked == geometry.count == 5
     other, again = Watcher(spatial), InPairs(spatial.vlm)
     tiles = [spatial.processor.frame(picture) for picture in world.photos(5)]
-    for n, picture in enumerate(world.photos(5)):
-        for number, one in again.push(picture) + (again.rest() if n == 4 else []):
+    for n, tile in enumerate(tiles):
+        for number, one, _ in again.push(tile) + (again.rest() if n == 4 else []):
             other.look([tiles[number]], [number / 10], geometry=[one])
     jax.tree.map(np.testing.assert_array_equal, asker.watcher._watched, other._watched)
 
@@ -94,7 +95,10 @@ def test_a_frame_with_numbers_that_are_not_finite_is_not_kept(spatial):
 
     def broken():
         return [
-            (n, dataclasses.replace(one, coords_BN3=one.coords_BN3 * np.nan) if n == 1 else one) for n, one in rest()
+            known._replace(geometry=dataclasses.replace(known.geometry, coords_BN3=known.geometry.coords_BN3 * np.nan))
+            if known.number == 1
+            else known
+            for known in rest()
         ]
 
     geometry.rest = broken

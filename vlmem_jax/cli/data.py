@@ -117,7 +117,10 @@ def _add_geometry(actions: argparse._SubParsersAction) -> None:
     knowing.add_argument("--root", default="", metavar="DIR", help="folder of its videos (default: that of the file)")
     add_links(knowing)
     choices = {
-        "--fit": (Fit, "how frames become what the model takes: the part that the tower's patches cover, or all"),
+        "--geometry-fit": (
+            Fit,
+            "how frames become what the model takes: the part that the tower's patches cover, or all",
+        ),
         "--scale": (Scale, "coordinates are divided by the mean distance in the clip, in its first frame, or not"),
         "--tokens": (Tokens, "pi3: what its decoder says of a patch, or its decoder of points"),
         "--values": (Values, "bf16, or int8, half as large, rounded to 255 steps a token"),
@@ -266,7 +269,7 @@ def _geometry(args: argparse.Namespace) -> int:
     )
     samples = Samples([dataclasses.replace(source, geometry="") for source in given], data, processor)
     model = load_geometry(args.checkpoint, tokens=args.tokens)
-    see = Seer(model, reads, args.fit, args.scale, args.by_confidence)
+    see = Seer(model, reads, args.geometry_fit, args.scale, args.by_confidence)
     made = see.made | {"tokens": args.tokens}
     options = {"clips_a_file": args.clips_a_file, "values": args.values, "part": args.part, "skip": args.skip_bad}
     with progress_bar() as bar:

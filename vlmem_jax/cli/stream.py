@@ -15,6 +15,8 @@ from typing import Any
 
 from vlmem_jax.cli import answering
 from vlmem_jax.evals.digest import digest
+from vlmem_jax.generate import LoadedModel
+from vlmem_jax.geometry.live import LiveGeometry
 from vlmem_jax.paths import as_path
 from vlmem_jax.stream import (
     Asker,
@@ -110,16 +112,16 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(locked(file.parent, terminal.say, f".{file.name}.lock", "--save"))
         log = stack.enter_context(contextlib.closing(Log(args.log, terminal.say)))
         model = answering.load(args)
-        check_geometry(model.vlm, False)
+        geometry = _geometry(model)
+        check_geometry(model.vlm, geometry is not None)
         watcher = Watcher(model)
         asker = Asker(watcher, sampling, answering.rope_dhr(args))
         mine = state.made_by(model.vlm, args.checkpoint, digest(model.params)) if args.save or args.load else {}
+        mine |= {"geometry": geometry.digest} if mine and geometry else {}
         place = None
         if loaded is not None:
-            arrays, about = loaded
-            state.check_made_by(args.load, about["made_by"], mine)
-            watcher.restore(arrays, about["streams"])
-            place = Place(**about["place"])
+            state.check_made_by(args.load, loaded[1]["made_by"], mine)
+            place = Place(**loaded[1]["place"])
         if live:
             asker.warm()
         notes, image = Notes(terminal.say, log), model.processor.image
@@ -128,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
         if source.live and any(question.at == asked.END for question in questions):
             raise ValueError(f"--video {source.name} has no end, so that a question needs a time: --at SECONDS")
         options = {"typing": not questions, "max_latency": args.max_latency, "place": place, "log": log}
-        stream = Stream(asker, source, reading, terminal.show, questions, **options)
+        stream = Stream(asker, source, reading, terminal.show, questions, geometry=geometry, **options)
+        if loaded is not None:
+            stream.restore(*loaded)
         if not questions:
             terminal.greet()
             threading.Thread(target=_read_questions, args=(stream,), daemon=True).start()
@@ -143,6 +147,12 @@ def run(args: argparse.Namespace) -> int:
     counts = "".join(f", {count} {kind}" for kind, count in sorted(notes.counts.items()))
     terminal.say(f"{source.name}: looked at {stream.looked} frames, answered {stream.answered} questions{counts}")
     return 0
+
+
+def _geometry(model: LoadedModel) -> LiveGeometry | None:
+    """What makes the geometry of frames, if --geometry names a model; that of what is shown at once is not asked."""
+    seer, model.processor.geometry_of = model.processor.geometry_of, None
+    return None if seer is None else LiveGeometry(seer, model.processor.tile.side)
 
 
 def _read_questions(stream: Stream) -> None:

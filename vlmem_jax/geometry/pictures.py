@@ -22,7 +22,10 @@ def pictures(
     have = frames_NSSc.shape[1]
     if fit == "crop":
         if have < side:
-            raise ValueError(f'frames to crop must have at least {side} pixels a side, got {have}; take fit="resize"')
+            raise ValueError(
+                f"frames to crop must have at least {side} pixels a side, got {have}; let them be resized "
+                "(--geometry-fit resize)"
+            )
         return frames_NSSc[:, :side, :side]
     weights = linear_weights(half_pixel(have, side), have)
     resized = np.stack([np.einsum("hs,wt,stc->hwc", weights, weights, x, optimize=True) for x in frames_NSSc])

@@ -16,7 +16,7 @@ class Asker:
 
     def __init__(self, watcher: Watcher, sampling: SamplingConfig, rope_dhr: bool | None = None):
         """`rope_dhr` as in `Processor.prompt`. Raises ValueError where not all visual tokens stand in the sequence."""
-        if watcher.context != "all":
+        if watcher.context.partition(":")[0] not in ("all", "kept"):
             raise ValueError(
                 f"all visual tokens that are kept of a stream stand in the sequence, but image.context is "
                 f"{watcher.context!r}; give --context all, and a lower --fps for fewer frames"

@@ -2,17 +2,18 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
+from vlmem_jax.geometry.live import Known
 from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.shown import SHOWN, ShownConfig
 from vlmem_jax.processing.video import DEFAULT_FPS
 from vlmem_jax.stream.notes import Notes
-from vlmem_jax.types import Geometry
 
 LEAP = 10.0
 """Seconds by which the times of a live stream may run ahead of the clock; more is a jump of its own clock."""
@@ -64,12 +65,21 @@ class Source(Protocol):
 class FrameGeometry(Protocol):
     """What makes geometry of the frames that are looked at, at its own pace: a frame waits until its own is there."""
 
-    def push(self, picture: Image.Image) -> list[tuple[int, Geometry]]:
-        """Takes the next frame; gives what is there by now, of this one or of earlier ones, by their numbers from 0,
-        each once and in order: [N, ...]."""
+    digest: str
+    """Tells what the geometry depends on, beside the frames."""
 
-    def rest(self) -> list[tuple[int, Geometry]]:
+    def push(self, tile_SSc: np.ndarray) -> list[Known]:
+        """Takes the next frame, as the tower sees it; gives what is known by now, of this one or of earlier ones, each
+        once and in order."""
+
+    def rest(self) -> list[Known]:
         """What frames still wait for, where no more come."""
+
+    def save(self) -> dict[str, np.ndarray]:
+        """All that what comes later depends on."""
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `save` gave. Raises ValueError where it does not fit."""
 
 
 class Pace:

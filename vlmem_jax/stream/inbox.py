@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from vlmem_jax.stream.notes import Notes
 from vlmem_jax.stream.questions import Question
@@ -28,8 +27,6 @@ class Frame:
     """Seconds of the stream."""
     ends: float
     tile_SSc: np.ndarray
-    picture: Image.Image | None
-    """As it was shown, where geometry is made of it."""
     came: float
     """When it came, by `time.monotonic`."""
 

@@ -5,13 +5,16 @@
 A question is asked about a snapshot, so looking goes on while its answer is written.
 """
 
-import itertools
+import collections
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from vlmem_jax.geometry.live import Known
 from vlmem_jax.models import VLM
 from vlmem_jax.stream.asking import Asker
 from vlmem_jax.stream.frames import FrameGeometry, Pace, Reading, Source
@@ -21,6 +24,8 @@ from vlmem_jax.stream.questions import END, Question
 from vlmem_jax.stream.watching import Snapshot
 from vlmem_jax.types import Geometry
 
+GEOMETRY, WAITING = "geometry/", "waiting"
+"""Names of arrays in a state: what begins so, and the frames whose geometry has not come."""
 TICK = 0.1
 """Seconds between two looks of the caller's thread at the clock."""
 DENSE = 0.995
@@ -91,10 +96,9 @@ class Stream:
         self._pace = Pace(reading.fps, before.time - start if goes_on else None)
         self._reading, self._show, self._log, self._geometry = reading, show, log or Log(None, print), geometry
         self._max_latency = max_latency if source.live else None
-        self._waiting: dict[int, Frame] = {}
-        self._numbers = itertools.count()
+        self._waiting: collections.deque[Frame] = collections.deque()
         self._ended = self._dense = False
-        self._looking = threading.Lock()
+        self._looking = threading.RLock()
         self._answers: queue.Queue[Asked] = queue.Queue(ASKED)
         self._all_asked = threading.Event()
         self._failure: BaseException | None = None
@@ -127,7 +131,25 @@ class Stream:
         """Arrays, and what JSON can hold, as they are between two frames."""
         with self._looking:
             arrays, streams = self.watcher.save()
-            return arrays, {"streams": streams, "place": self.place._asdict()}
+            about = {"streams": streams, "place": self.place._asdict()}
+            if self._geometry is not None:
+                arrays |= {f"{GEOMETRY}{name}": x for name, x in self._geometry.save().items()}
+                arrays[WAITING] = np.array([frame.tile_SSc for frame in self._waiting], np.uint8)
+                about["waiting"] = [[frame.time, frame.ends] for frame in self._waiting]
+            return arrays, about
+
+    def restore(self, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+        """Goes on from what `save` gave, before it runs. Raises ValueError where it does not fit."""
+        mine = {name for name in arrays if name.startswith(GEOMETRY) or name == WAITING}
+        self.watcher.restore({name: x for name, x in arrays.items() if name not in mine}, about["streams"])
+        if self._geometry is None:
+            return
+        if WAITING not in mine:
+            raise ValueError("the state has no geometry, which this stream goes on with; look again from the beginning")
+        self._geometry.restore({name.removeprefix(GEOMETRY): arrays[name] for name in mine - {WAITING}})
+        now = time.monotonic()
+        for tile_SSc, (seconds, ends) in zip(arrays[WAITING], about["waiting"], strict=True):
+            self._waiting.append(Frame(seconds, ends, tile_SSc, now))
 
     # --- its threads --------------------------------------------------------------------------------------------------
 
@@ -165,7 +187,7 @@ class Stream:
                 sizes = ["{}x{}".format(*one) for one in (size, picture.size)]
                 self.notes.add("resized", f"{time_:.2f} s: frames were {sizes[0]} pixels large, and are {sizes[1]}")
             size = picture.size
-            self.inbox.put(Frame(time_, last, tile_SSc, None if self._geometry is None else picture, time.monotonic()))
+            self.inbox.put(Frame(time_, last, tile_SSc, time.monotonic()))
         self.inbox.end(last)
 
     def _look(self) -> None:
@@ -174,20 +196,28 @@ class Stream:
                 if isinstance(found, Question):
                     self._ask(found)
                 elif isinstance(found, Last):
-                    self._take_all([] if self._geometry is None else self._geometry.rest())
+                    with self._looking:
+                        self._take_all([] if self._geometry is None else self._geometry.rest())
                     self.place, self._ended = self.place._replace(ends=found.time), True
                 elif self._geometry is None:
                     self._take(found, None)
                 else:
-                    self._waiting[next(self._numbers)] = found
-                    self._take_all(self._geometry.push(found.picture))
+                    with self._looking:
+                        self._waiting.append(found)
+                        self.place = self.place._replace(time=found.time, ends=found.ends)
+                        self._take_all(self._geometry.push(found.tile_SSc))
         finally:
             self._all_asked.set()
 
-    def _take_all(self, ready: Sequence[tuple[int, Geometry]]) -> None:
-        """Looks at frames whose geometry is there."""
-        for number, geometry in ready:
-            self._take(self._waiting.pop(number), geometry)
+    def _take_all(self, ready: Sequence[Known]) -> None:
+        """Looks at the frames that have waited longest, whose geometry is there."""
+        for known in ready:
+            frame = self._waiting.popleft()
+            if known.says is not None:
+                left_out = "; the frame is left out" if known.geometry is None else ""
+                self.notes.add("unplaced", f"{frame.time:.2f} s: {known.says}{left_out}")
+            if known.geometry is not None:
+                self._take(frame, known.geometry)
 
     def _take(self, frame: Frame, geometry: Geometry | None) -> None:
         began = time.monotonic()
@@ -198,7 +228,8 @@ class Stream:
             return
         with self._looking:
             seen = self.watcher.look([frame.tile_SSc], [frame.time], geometry=None if geometry is None else [geometry])
-            self.place = self.place._replace(time=frame.time, ends=frame.ends)
+            if geometry is None:
+                self.place = self.place._replace(time=frame.time, ends=frame.ends)
         self.looked += 1
         if not seen.taken_B[0]:
             self.notes.add("refused", f"{frame.time:.2f} s: the frame has features that are not finite; it is not kept")
@@ -287,10 +318,11 @@ class Stream:
 
 def check_geometry(vlm: VLM, comes: bool) -> None:
     """Raises ValueError where the memory reads geometry and none comes, or the other way round."""
-    if vlm.reads_geometry and not comes:
+    reads = vlm.tile.geometry is not None
+    if reads and not comes:
         raise ValueError(
-            "the memory of this model reads what is known of the space that each frame shows, and a stream comes "
-            "without geometry; train with model.memory.geometry_width=0"
+            "the memory of this model reads what is known of the space that each frame shows; name a model that makes "
+            "it by --geometry, or train with model.memory.geometry_width=0"
         )
-    if comes and not vlm.reads_geometry:
+    if comes and not reads:
         raise ValueError("the memory of this model reads no geometry (model.memory.geometry_width is 0); leave it out")

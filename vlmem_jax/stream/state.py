@@ -33,7 +33,7 @@ def write_state(file: str | os.PathLike, arrays: Mapping[str, np.ndarray], about
     """Writes a file, which appears when it is complete. Raises OSError."""
     about = json.dumps({**about, "version": VERSION}, sort_keys=True)
     metadata = {"kind": KIND, "about": about, "checksum": _checksum(arrays, about)}
-    whole = safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in arrays.items()}, metadata)
+    whole = safetensors.numpy.save({name: np.asarray(x, order="C") for name, x in arrays.items()}, metadata)
     write_whole(as_path(file), whole)
 
 
@@ -73,6 +73,10 @@ def check_made_by(file: str | os.PathLike, about: Mapping[str, Any], mine: Mappi
         raise ValueError(
             f"{both} as it is now: its parameters had the digest {about['parameters']}, here it is {mine['parameters']}"
         )
+    if (theirs := about.get("geometry")) != (ours := mine.get("geometry")):
+        raise ValueError(
+            f"{both} as it is now: its geometry had the digest {theirs}, here it is {ours}; see --geometry"
+        )
 
 
 def _parsed(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -94,7 +98,7 @@ def _parsed(content: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _checksum(arrays: Mapping[str, np.ndarray], about: str) -> str:
     found = hashlib.blake2b(about.encode(), digest_size=32)
     for name in sorted(arrays):
-        x = np.ascontiguousarray(arrays[name])
+        x = np.asarray(arrays[name], order="C")
         found.update(repr((name, str(x.dtype), x.shape)).encode())
         found.update(x.view(np.uint8).reshape(-1) if x.ndim else x.tobytes())
     return found.hexdigest()
