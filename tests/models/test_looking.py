@@ -20,6 +20,7 @@ from vlmem_jax.memory.vlm2 import VLM2, VLM2Config
 from vlmem_jax.memory.vlm2.banks import Bank, DualMemory
 from vlmem_jax.models import VLM, looking, vlm
 from vlmem_jax.models.flops import memory_flops
+from vlmem_jax.nn.attention import attend
 from vlmem_jax.processing import FrameConfig, ImageConfig
 from vlmem_jax.types import Batch, Geometry
 
@@ -328,6 +329,31 @@ def test_the_order_of_slots_changes_nothing(model):
     )  # fmt: skip
     found, wanted = (memory.banks.take(state, frames[-1], yes, ~yes)[0] for state in (turned, banks))
     np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+def test_keys_tell_how_long_ago_their_frame_was_taken():
+    config = VLM2Config(working=2, episodic=20, heads=2, geometry_width=0, age_embed=True)
+    module, plain = (
+        DualMemory(dataclasses.replace(config, age_embed=ages), 8, rngs=nnx.Rngs(0)) for ages in (True, False)
+    )
+    draw, yes, count = np.random.default_rng(4).normal, jnp.ones(1, bool), 19
+    frames = jnp.asarray(draw(size=(count + 1, 1, 3, 8)), jnp.float32)
+    banks = module.begin(1, 3, jnp.float32)
+    for x in frames[:-1]:  # starts as without, and as the frames themselves
+        _, banks = module.take(banks, x, yes, ~yes)
+    read = module.mem_e
+    read.o.kernel[...] = jnp.eye(8).reshape(read.o.kernel.shape)
+    read.o.bias[...] = plain.mem_e.o.bias[...]
+    plain.mem_e.q, plain.mem_e.k, plain.mem_e.v, plain.mem_e.o = read.q, read.k, read.v, read.o
+    now = banks.count_B
+    np.testing.assert_array_equal(read(frames[-1], banks.episodes, now), plain.mem_e(frames[-1], banks.episodes, now))
+    read.age[...] = jnp.asarray(draw(size=read.age.shape), jnp.float32)
+    power = [int(math.log2(count - n)) for n in range(count)]
+    keys = read.k(frames[:-1, 0]) + read.age[...][jnp.array(power)].reshape(count, 1, 2, 4)
+    values = read.v(frames[:-1, 0])
+    wanted = attend(read.q(frames[-1]), *(x.reshape(1, count * 3, 2, 4) for x in (keys, values)), None)
+    found = read(frames[-1], banks.episodes, now) - frames[-1]
+    np.testing.assert_allclose(found, wanted.reshape(1, 3, 8), atol=1e-5)
 
 
 def test_operations_of_a_frame_are_those_of_the_formula(golden):

@@ -124,7 +124,8 @@ def test_a_stream_frame_by_frame(folder, world, trace):
     banks, yes = module.begin(1, frames.shape[1], jnp.float32), jnp.ones(1, bool)
     take = jax.jit(lambda banks, x: module.take(banks, x, yes, ~yes))
     for t, x in enumerate(frames[:, None]):
-        read_w, read_e = module.mem_w(x, banks.working), module.mem_e(x, banks.episodes)
+        now = banks.count_B
+        read_w, read_e = module.mem_w(x, banks.working, now), module.mem_e(x, banks.episodes, now)
         np.testing.assert_allclose(read_w[0], wanted["Mw"][t], **CLOSE)
         np.testing.assert_allclose(read_e[0], wanted["Me"][t], **CLOSE)
         np.testing.assert_allclose(module.gate(read_w, read_e)[0], wanted["gamma"][t], **CLOSE)

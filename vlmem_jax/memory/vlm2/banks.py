@@ -16,12 +16,14 @@ from kernels_pallas.memory_attention.blocks import up
 from vlmem_jax.memory.vlm2.config import VLM2Config
 from vlmem_jax.memory.vlm2.represent import split_heads, zero_started
 from vlmem_jax.nn.attention import AttentionConfig, bank_attention, bank_parts
-from vlmem_jax.nn.linear import Linear
+from vlmem_jax.nn.linear import Linear, biased, param, zeros
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.trees import State, axes
 
 TILE_ROWS = 16
 """Of bf16 that lie together in the memory of a TPU."""
+AGES = 16
+"""Powers of two that ages are told apart by; the last is that of all older frames."""
 EMPTY = -1
 """Time of a slot that holds nothing."""
 
@@ -76,17 +78,28 @@ class Recall(nnx.Module):
         heads, self.residual = split_heads(config, width), config.residual
         self.q, self.k, self.v = (Linear({"embed": width}, heads, bias=True, rngs=rngs) for _ in range(3))
         self.o = zero_started(Linear(heads, {"embed": width}, bias=True, rngs=rngs))
+        self.age = param(zeros, (AGES, width), ("positions", "embed"), rngs) if config.age_embed else None
 
-    def __call__(self, x_BND: Float[Array, "B N D"], bank: Bank) -> Float[Array, "B N D"]:
-        """What is read, with the frame or alone; the frame itself where the bank is empty (eq. 5)."""
+    def __call__(self, x_BND: Float[Array, "B N D"], bank: Bank, now_B: Int32[Array, "B"]) -> Float[Array, "B N D"]:
+        """What is read, with the frame of time `now` or alone; the frame itself where the bank is empty (eq. 5)."""
         if not bank.time_BL.shape[1]:
             return x_BND
         parts_X, N = jnp.arange(bank.k_BXMD.shape[1]), x_BND.shape[1]
         count_B1 = bank.filled_BL.sum(-1, keepdims=True, dtype=jnp.int32)
         valid_BX = N * jnp.clip(count_B1 - bank.entries * parts_X, 0, bank.entries)
-        read_BND = self.o(bank_attention(self.attention, self.q(x_BND), bank.k_BXMD, bank.v_BXMD, valid_BX))
+        keys_BXMD = bank.k_BXMD if self.age is None else self._aged(bank, now_B, N)
+        read_BND = self.o(bank_attention(self.attention, self.q(x_BND), keys_BXMD, bank.v_BXMD, valid_BX))
         read_BND = x_BND + read_BND if self.residual else read_BND
         return jnp.where(bank.filled_BL.any(-1)[:, None, None], read_BND, x_BND)
+
+    def _aged(self, bank: Bank, now_B: Int32[Array, "B"], patches: int) -> Float[Array, "B X M D"]:
+        """Keys with the age of the frame that each is of."""
+        parts, slots = bank.k_BXMD.shape[1:3]
+        ages_BL = jnp.maximum(now_B[:, None] - bank.time_BL, 1)
+        powers_BL = jnp.minimum(31 - jax.lax.clz(ages_BL), AGES - 1)
+        entry_XM = jnp.arange(parts)[:, None] * bank.entries + jnp.arange(slots) // patches
+        entry_XM = jnp.minimum(entry_XM, ages_BL.shape[1] - 1)  # unused slots are those of any
+        return biased(bank.k_BXMD, self.age[...][powers_BL][:, entry_XM])
 
 
 class DualMemory(nnx.Module):
@@ -120,7 +133,8 @@ class DualMemory(nnx.Module):
         frame comes out as it is; one that holds NaN or infinities is not taken, either. Where it is `fresh`, what was
         before is forgotten."""
         banks = forgotten(banks, fresh_B)
-        read_w_BND, read_e_BND = self.mem_w(x_BND, banks.working), self.mem_e(x_BND, banks.episodes)
+        read_w_BND = self.mem_w(x_BND, banks.working, banks.count_B)
+        read_e_BND = self.mem_e(x_BND, banks.episodes, banks.count_B)
         mixed_BND = self.mix(read_w_BND, read_e_BND)
         seen_BND = jnp.where(valid_B[:, None, None], mixed_BND, x_BND)
         kept, made = (x_BND, seen_BND) if self.config.bptt else map(jax.lax.stop_gradient, (x_BND, seen_BND))

@@ -25,6 +25,9 @@ class VLM2Config(MemoryConfig):
     """Whether what is read from a bank is added to the frame; if not, it takes its place (eq. 5)."""
     gamma: Literal["channel", "token"] = "channel"
     """Whether each number of a token is a mixture of the two banks of its own, or each token is (eq. 6)."""
+    age_embed: bool = False
+    """Whether keys tell how long ago their frame was taken, by a learned vector for each power of two. They are then
+    made anew at each frame, all of both banks."""
     bptt: bool = True
     """Whether gradients go through what is kept to the frames that it was made of."""
     heads: int = 9
