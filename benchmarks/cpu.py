@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -50,7 +51,8 @@ from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import run as train
-from vlmem_jax.types import Batch, Sample
+from vlmem_jax.trees import State
+from vlmem_jax.types import Batch, Sample, Views
 from vlmem_jax.vision import VisionConfig
 
 
@@ -206,10 +208,24 @@ def scanned_layers(layers=24, tokens=512, builds=7, runs=RUNS) -> list[Row]:
 
 def memory_overhead(layers=8, width=256, tokens=512, runs=RUNS) -> list[Row]:
     """Time that the memory costs, beyond the share of its FLOPs."""
+    made = {memory: wide(layers, width, memory=memory) for memory in ("comemo", "none")}
+    return [overhead("memory on against off", 1.3, *made.values(), tokens, 8, runs)]
+
+
+def kept_frames(layers=4, width=256, tower=128, tokens=512, frames=16, runs=RUNS) -> list[Row]:
+    """The same of one that keeps fewer frames than a clip has."""
+    vision = dict(width=tower, heads=4, mlp_width=4 * tower)
+    kept = dict(kind="vlm2", geometry_width=0, working=frames // 4, episodic=frames // 2, heads=2)
+    on, off = (wide(layers, width, vision=vision, memory=memory) for memory in (kept, "none"))
+    return [overhead("frames kept against not kept", 1.25, on, off, tokens, frames, runs)]
+
+
+def overhead(what: str, goal: float, on: dict, off: dict, tokens: int, tiles: int, runs: int) -> Row:
+    """Ratio of the times of a training step of two models, over that of their FLOPs."""
     calls, flops = [], []
-    for memory in ("comemo", "none"):
-        vlm, params = make(wide(layers, width, memory=memory))
-        batch = jax.device_put(packed_batch(vlm, 1, tokens, 8))
+    for config in (on, off):
+        vlm, params = make(config)
+        batch = jax.device_put(packed_batch(vlm, 1, tokens, tiles))
         with unrolled():  # a scan's body counts once, however often it runs
             flops.append(train_step(vlm).lower(params, batch).cost_analysis()["flops"])
         step = train_step(vlm)
@@ -218,11 +234,79 @@ def memory_overhead(layers=8, width=256, tokens=512, runs=RUNS) -> list[Row]:
     seconds = in_turns(*calls, runs=runs)
     time_ratio, flop_ratio = seconds[:, 0] / seconds[:, 1], flops[0] / flops[1]
     how = (
-        f"training step, {layers} layers of width {width}, {tokens} tokens, 8 tiles: "
+        f"training step, {vlm.config.decoder.layers} layers of width {vlm.config.decoder.width}, {tokens} tokens, "
+        f"{tiles} tiles: "
         f"time {np.median(time_ratio):.3g} x, FLOPs {flop_ratio:.3g} x"
     )
-    what, ratios = "memory on against off: time ratio / FLOP ratio", (time_ratio / flop_ratio).tolist()
-    return [Row(what, ratios, 1.3, True, "x", how)]
+    return Row(f"{what}: time ratio / FLOP ratio", (time_ratio / flop_ratio).tolist(), goal, True, "x", how)
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def watching(patches: int, width: int) -> dict:
+    """A model that keeps frames of about so many patches, with banks as large as the paper's."""
+    vision = dict(layers=2, width=width, heads=4, mlp_width=4 * width, image_size=8 * math.isqrt(patches), patch_size=8)
+    memory = dict(kind="vlm2", geometry_width=0, working=8, episodic=32, heads=4)
+    return {"preset": "tiny_llava_video", "decoder": {"layers": 1}, "vision": vision, "memory": memory}
+
+
+def streaming(patches=49, width=64, near=100, far=100_000, calls=20, streams=4, runs=RUNS) -> list[Row]:
+    """The next frame of a stream that has gone on for long, against that of a young one; and of several at once."""
+    vlm, params = make(watching(patches, width))
+    look = jax.jit(vlm.look, donate_argnums=1)
+
+    def frames(rows: int) -> Views:
+        batch = packed_batch(vlm, rows, 2 * vlm.tokens_per_tile, 1)
+        return jax.device_put(batch.views)
+
+    @functools.partial(jax.jit, donate_argnums=1, static_argnums=3)
+    def advance(params: dict, state: State, views: Views, count: int) -> State:
+        """After so many frames, no two of them alike."""
+
+        def step(n: jax.Array, state: State) -> State:
+            noise = jax.random.normal(jax.random.key(n), views.pixels_BISSc.shape)
+            return vlm.look(params, state, dataclasses.replace(views, pixels_BISSc=noise))
+
+        return jax.lax.fori_loop(0, count, step, state)
+
+    one, several = frames(1), frames(streams)
+    program = look.lower(params, vlm.watch(params, 1), one).compile().as_text()
+    begun = [vlm.watch(params, 1) for _ in range(2)]
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(begun) if leaf.ndim == 4}
+    copies = sum(" copy(" in line and any(f"[{shape}]" in line for shape in shapes) for line in program.splitlines())
+    ages = {n: advance(params, state, one, n) for n, state in zip((near, far), begun, strict=True)}
+    states = {**ages, "several": vlm.watch(params, streams), "apart": vlm.watch(params, 1)}
+
+    def looked(age: object, views: Views, times: int = 1) -> None:
+        for _ in range(times):
+            states[age] = look(params, states[age], views)
+        jax.block_until_ready(states[age])
+
+    def live() -> int:
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    turns = [functools.partial(looked, age, one, calls) for age in (near, far)]
+    turns += [
+        functools.partial(looked, "several", several, calls),
+        functools.partial(looked, "apart", one, streams * calls),
+    ]
+    for turn in turns:
+        turn()
+    before = live()
+    with compilations() as seen:
+        seconds = in_turns(*turns, runs=runs)
+    ratios, together = (seconds[:, a] / seconds[:, b] for a, b in ((1, 0), (2, 3)))
+    each = 1e3 * np.median(seconds[:, 0]) / calls
+    how = f"{patches} patches of width {width}, {each:.3g} ms a frame; {calls} frames a turn"
+    stream = "the next frame of a stream"
+    return [
+        Row(f"{stream}: at frame {far} / at frame {near}", ratios.tolist(), 1.05, True, "x", how),
+        Row(f"{stream}: live bytes more than {runs} turns before", [float(live() - before)], 0, True, "", how),
+        Row(f"{stream}: compilations after warm-up", [float(len(seen))], 0, True, "", how),
+        Row(f"{stream}: copies of a bank in the compiled step", [float(copies)], 0, True, "", "compiled HLO"),
+        Row(f"{stream}: of {streams} in one call / in {streams} calls", together.tolist(), 0.6, True, "x", how),
+    ]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -474,6 +558,8 @@ ITEMS = {
     "cached_generation": cached_generation,
     "scanned_layers": scanned_layers,
     "memory_overhead": memory_overhead,
+    "kept_frames": kept_frames,
+    "streaming": streaming,
     "pipeline": pipeline,
     "recompilations": recompilations,
     "image_sizes": image_sizes,
@@ -487,6 +573,8 @@ TOY = {
     "cached_generation": dict(prompts=(64,), layers=4, width=128, new=16, runs=2),
     "scanned_layers": dict(layers=4, tokens=64, builds=1, runs=2),
     "memory_overhead": dict(layers=4, width=128, tokens=64, runs=2),
+    "kept_frames": dict(layers=1, width=128, tower=32, tokens=64, frames=4, runs=2),
+    "streaming": dict(patches=16, width=32, near=2, far=40, calls=2, streams=2, runs=2),
     "pipeline": dict(count=2, steps=2, runs=2),
     "recompilations": dict(count=2, longest=64, training=2, generations=2, lengths=2),
     "image_sizes": dict(shortest=32, longest=64, count=2),

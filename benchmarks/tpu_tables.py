@@ -134,6 +134,29 @@ def summary(jobs: int) -> str:
     return markdown(["", "v5e", "v5e, splash", "v5p", "v5p, splash"], lines)
 
 
+BANKS = [dict(slots=11776), dict(slots=11776, batch=2), dict(slots=5888), dict(slots=11776, heads=18, head_dim=64)]
+"""Parts of 16 frames of 729 patches, filled up to whole blocks, one and two at a time, and one of 8 frames; then with
+heads of half the width. 729 queries are 768 rows."""
+
+
+def banks(jobs: int) -> str:
+    """Frames that read banks of frames."""
+    plain = dict(queries=768, heads=9, rotation="none", valid=True)
+    given = [(chip, "forward", bank) for chip in ("v5e", "v5p") for bank in BANKS]
+    given += [("v5e", "backward", bank) for bank in BANKS[:1]]
+    listed = [Case(**plain | bank | dict(chip=chip, direction=direction, kv_heads=bank.get("heads", 9)))
+              for chip, direction, bank in given]  # fmt: skip
+    rows = Measured(listed, jobs)
+
+    def line(c: Case) -> list:
+        row = rows[c]
+        cells = [c.chip, c.direction, f"{c.batch} x {c.slots}, {c.heads} heads of {c.head_dim}", blocks(c)]
+        return [*cells, percent(row.raw), percent(row.utilisation), row.bundles, row.spills, row.vmem, row.moved]
+
+    columns = ["chip", "direction", "slots", "blocks", "raw %", "corr %", "bundles", "spill stores", "VMEM MB"]
+    return markdown([*columns, "HBM / least"], map(line, listed))
+
+
 COMPARED = {
     "memory_attention": {
         ("v5e", "forward", "256"): "2048 512 8; 2048 512 4; 2048 1024 2; 2048 512 2",
@@ -200,6 +223,7 @@ TABLES: dict[str, Callable[[int], str]] = {
     **{chip: functools.partial(speed, chip) for chip in ALSO},
     "units": units,
     "decode": decode,
+    "banks": banks,
     "compared": functools.partial(compared, ["memory_attention"]),
     "others": functools.partial(compared, ["flash", "splash"]),
     "summary": summary,
