@@ -308,6 +308,25 @@ def test_episodes_keep_what_lists_would(seed, write, size):
     assert (np.asarray(module.readout(banks)[1][0]) == sorted(banks.episodes.time_BL[0].tolist())).all()
 
 
+def test_training_may_draw_how_many_episodes_there_is_room_for():
+    """Each row is that of a memory of the size that was drawn for it, by either rule."""
+    for write in ("paper", "pair"):
+        keys = dict(working=1, heads=2, geometry_width=0, write=write)
+        drawn_from = VLM2Config(episodic=5, train_episodic=(2, 4), **keys)
+        frames = jnp.asarray(np.random.default_rng(5).normal(size=(9, 6, 3, 8)), jnp.float32)
+        module, yes = DualMemory(drawn_from, 8, rngs=nnx.Rngs(0)), jnp.ones(6, bool)
+        banks = module.begin(6, 3, jnp.float32, jax.random.key(0))
+        for x in frames:
+            _, banks = module.take(banks, x, yes, ~yes)
+        room_B = banks.room_B.tolist()
+        assert set(room_B) == {2, 4} and module.begin(6, 3, jnp.float32).room_B.tolist() == [5] * 6
+        for row, size in enumerate(room_B):
+            kept = sorted(set(banks.episodes.time_BL[row].tolist()) - {-1})
+            assert kept == sorted(kept_by(write, "pooled", np.asarray(frames[:, row].mean(1), np.float64), size))
+    with pytest.raises(ValueError, match="train_episodic must be from 1 to episodic 5"):
+        VLM2Config(episodic=5, train_episodic=(6,))
+
+
 def test_the_order_of_slots_changes_nothing(model):
     made, params = model
     memory = made._merge(params).memory

@@ -164,8 +164,8 @@ class Frame(NamedTuple):
 class See(Protocol):
     """The door SEE. A clip is its frames one after the other, in training and from a camera alike."""
 
-    def begin(self, rows: int, dtype: jax.typing.DTypeLike) -> State:
-        """What is kept of streams of which nothing was seen yet."""
+    def begin(self, rows: int, dtype: jax.typing.DTypeLike, key: Array | None = None) -> State:
+        """What is kept of streams of which nothing was seen yet. With a key, as in training, at random where it may."""
 
     def take(
         self, state: State, frame: Frame, valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]

@@ -17,10 +17,12 @@ def in_turn(
     segments_BI: Int32[Array, "B I"],
     geometry: Geometry | None = None,
     kept_first: bool = False,
+    key: Array | None = None,
 ) -> Float[Array, "B I N D"]:
     """What is seen of the frames of packed rows; a sample's first frame finds an empty memory, padding is left alone.
 
-    `kept_first`: those that the memory keeps at the end of their sample stand first in it, oldest first.
+    `kept_first`: those that the memory keeps at the end of their sample stand first in it, oldest first, as many as it
+    has room for. With a key, as in training, how many that are may be drawn, where all frames are shown.
 
     States between stretches of about sqrt(I) frames are stored for the backward pass, those within are made again.
     """
@@ -46,7 +48,7 @@ def in_turn(
     def unstacked(x: Array) -> Array:
         return jnp.moveaxis(x, 2, 0).reshape(B, stretches * length, *x.shape[3:])[:, :I]
 
-    begun = memory.begin(B, frames_BIND.dtype)
+    begun = memory.begin(B, frames_BIND.dtype, None if kept_first else key)
     _, made = jax.lax.scan(stretch, begun, jax.tree.map(stacked, steps))
     seen_BIND, kept_BIL = jax.tree.map(unstacked, made)
     if not kept_first:

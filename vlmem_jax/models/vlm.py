@@ -232,7 +232,10 @@ class VLM:
                 features = self._to_door(modules, features)
                 frames_BIND = features.reshape(B, I, *features.shape[1:])
                 segments_BI = views.segments_BM[:, :: self.tokens_per_tile]
-                frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, views.geometry, views.kept_first)
+                how = {"geometry": views.geometry, "kept_first": views.kept_first}
+                if key is not None:
+                    how["key"] = jax.random.fold_in(key, 1)  # of the tower's draws it is itself
+                frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, **how)
                 features = frames_BIND.reshape(features.shape)
         tokens = self._from_door(modules, features) if is_seen else modules.projector(features)
         tokens_BMD = tokens.reshape(B, I * self.tokens_per_tile, -1)

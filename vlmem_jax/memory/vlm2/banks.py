@@ -62,6 +62,8 @@ class Banks(State):
     """Of the tokens of each, fp32: what the choice of a slot depends on is rounded nowhere."""
     count_B: Int32[Array, "B"] = axes("batch")
     """Frames taken."""
+    room_B: Int32[Array, "B"] = axes("batch")
+    """Slots of the episodes that are used."""
     patches: int = dataclasses.field(metadata=dict(static=True))
     """N."""
 
@@ -113,8 +115,8 @@ class DualMemory(nnx.Module):
         outputs = width if config.gamma == "channel" else 1
         self.gamma = GeluMLP(2 * width, config.gamma_width or width, outputs, rngs=rngs)
 
-    def begin(self, rows: int, patches: int, dtype: jax.typing.DTypeLike) -> Banks:
-        """Banks that hold nothing."""
+    def begin(self, rows: int, patches: int, dtype: jax.typing.DTypeLike, key: jax.Array | None = None) -> Banks:
+        """Banks that hold nothing. With a key, as in training, rows have room for as many episodes as are drawn."""
         config = self.config
 
         def bank(frames: int) -> Bank:
@@ -124,7 +126,11 @@ class DualMemory(nnx.Module):
 
         frames = jnp.zeros((rows, config.episodic, up(patches, TILE_ROWS), self.width), dtype)
         means = jnp.zeros((rows, config.episodic, self.width), jnp.float32)
-        return Banks(bank(config.working), bank(config.episodic), frames, means, jnp.zeros(rows, jnp.int32), patches)
+        room_B = jnp.full(rows, config.episodic, jnp.int32)
+        if key is not None and config.train_episodic:
+            room_B = jax.random.choice(key, jnp.array(config.train_episodic, jnp.int32), (rows,))
+        none_B = jnp.zeros(rows, jnp.int32)
+        return Banks(bank(config.working), bank(config.episodic), frames, means, none_B, room_B, patches)
 
     def take(
         self, banks: Banks, x_BND: Float[Array, "B N D"], valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
@@ -152,7 +158,8 @@ class DualMemory(nnx.Module):
             episodes = self._written(self.mem_e, episodes, made, slot_B, now_B)
             frames_BLMD = put(frames_BLMD, (slot_B,), made, valid_B)
             means_BLD = put(means_BLD, (slot_B,), mean_BD, valid_B)
-        return seen_BND, Banks(working, episodes, frames_BLMD, means_BLD, banks.count_B + valid_B, banks.patches)
+        written = {"working": working, "episodes": episodes, "frames_BLMD": frames_BLMD, "means_BLD": means_BLD}
+        return seen_BND, dataclasses.replace(banks, **written, count_B=banks.count_B + valid_B)
 
     def mix(self, read_w_BND: Float[Array, "B N D"], read_e_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """M of what was read of the two banks (eq. 6-7)."""
@@ -171,13 +178,15 @@ class DualMemory(nnx.Module):
         replaced_B = alike_BL.argmax(-1)
         if self.config.write == "pair" and L > 1:
             pairs_BLL = cosine(banks.means_BLD[:, :, None], banks.means_BLD[:, None])
-            apart_LL = jnp.tril(jnp.ones((L, L), bool))
-            best_B = jnp.where(apart_LL, -jnp.inf, pairs_BLL).reshape(len(filled_BL), -1).argmax(-1)
+            counts_BLL = jnp.triu(jnp.ones((L, L), bool), 1) & filled_BL[:, None] & filled_BL[:, :, None]
+            best_B = jnp.where(counts_BLL, pairs_BLL, -jnp.inf).reshape(len(filled_BL), -1).argmax(-1)
             one_B, other_B = best_B // L, best_B % L
             at = jnp.arange(len(best_B))
             older_B = jnp.where(banks.episodes.time_BL[at, one_B] < banks.episodes.time_BL[at, other_B], one_B, other_B)
-            replaced_B = jnp.where(pairs_BLL[at, one_B, other_B] > alike_BL.max(-1), older_B, replaced_B)
-        return jnp.where(filled_BL.all(-1), replaced_B, filled_BL.sum(-1)).astype(jnp.int32)
+            found_B = counts_BLL[at, one_B, other_B] & (pairs_BLL[at, one_B, other_B] > alike_BL.max(-1))
+            replaced_B = jnp.where(found_B, older_B, replaced_B)
+        count_B = filled_BL.sum(-1)
+        return jnp.where(count_B >= banks.room_B, replaced_B, count_B).astype(jnp.int32)
 
     def alike(self, banks: Banks, made_BND: Float[Array, "B N D"], mean_BD: Float[Array, "B D"]) -> Float[Array, "B L"]:
         """Cosine of a new frame with each of the episodes, fp32."""

@@ -16,6 +16,9 @@ class VLM2Config(MemoryConfig):
     """Newest frames that are kept as they were seen, L_w; 0: none."""
     episodic: int = 32
     """Frames that are kept for good, L_e; 0: none."""
+    train_episodic: tuple[int, ...] = ()
+    """Numbers of them that training draws from, one a row, so that short clips replace frames, too, where all frames
+    stand in the sequence (image.context=all). None: always `episodic`."""
     write: Literal["paper", "pair"] = "paper"
     """What a new frame replaces in full episodes: the one most like it, or, ours, of all frames and the new one, the
     older of the two most alike."""
@@ -57,6 +60,8 @@ class VLM2Config(MemoryConfig):
             raise ValueError(
                 f"working and episodic must be at least 0, and one of them more; got {self.working} and {self.episodic}"
             )
+        if not all(1 <= size <= self.episodic for size in self.train_episodic):
+            raise ValueError(f"train_episodic must be from 1 to episodic {self.episodic}, got {self.train_episodic}")
         if self.heads < 1 or self.geometry_width < 0 or (self.geometry_width and self.view_width < 1):
             raise ValueError(
                 "heads and view_width must be at least 1 and geometry_width at least 0, got "

@@ -43,8 +43,8 @@ class VLM2(Memory):
         self.represent = Representation(config, self.width, rngs=rngs) if config.geometry_width else None
         self.banks = DualMemory(config, self.width, attention, rngs=rngs)
 
-    def begin(self, rows: int, dtype: jax.typing.DTypeLike) -> Banks:
-        return self.banks.begin(rows, self.patches, dtype)
+    def begin(self, rows: int, dtype: jax.typing.DTypeLike, key: Array | None = None) -> Banks:
+        return self.banks.begin(rows, self.patches, dtype, key)
 
     def take(
         self, state: Banks, frame: Frame, valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
