@@ -76,6 +76,17 @@ def test_a_video_is_a_run_of_placeholders_and_perhaps_a_line(made, tokenizer, li
     assert asked.tokens_T.tolist() == sample.tokens_T[: len(asked.tokens_T)].tolist()
 
 
+def test_a_prompt_that_is_written_out_has_a_placeholder_for_each_video(made):
+    processor, image = made(time_line=False), Image.new("RGB", (30, 20))
+    sample = processor.raw_prompt(f"First {FRAME}, then {FRAME}.", videos=[film(2), film(3)])
+    assert len(sample.pixels_ISSc) == 5 and (sample.visual_index_T >= 0).sum() == 30
+    assert len(processor.raw_prompt(f"See {FRAME}", images=[image]).pixels_ISSc) == 1
+    with pytest.raises(ValueError, match="a placeholder for each image or video, but this one holds 1"):
+        processor.raw_prompt(f"See {FRAME}", videos=[film(2), film(3)])
+    with pytest.raises(ValueError, match="shows images or videos, not both"):
+        processor.raw_prompt(f"{FRAME} {FRAME}", images=[image], videos=[film(2)])
+
+
 def test_an_image_is_one_frame(made):
     sample = made().encode(TALK, images=[Image.new("RGB", (64, 48))])
     assert len(sample.pixels_ISSc) == 1 and (sample.visual_index_T >= 0).sum() == 6

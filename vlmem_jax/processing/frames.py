@@ -55,6 +55,7 @@ class FrameProcessor(Processor):
     """A tile is a frame. What does not stand in the sequence has the positions of the frame before that does."""
 
     size_knobs = "image.frames", "image.frames"
+    video_is_whole = True
 
     def __init__(
         self,

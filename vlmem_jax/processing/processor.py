@@ -69,6 +69,8 @@ class Processor:
     """Pixels of the largest image or video frame that may be opened."""
     size_knobs: tuple[str, str]
     """Keys that bound the tiles of a sample of images, and of a video."""
+    video_is_whole: bool = False
+    """Whether a video has one placeholder, where it has that of an image: else each of its frames has one."""
     geometry_of: "GeometryOf | None" = None
     """Makes the geometry of what is shown, where a memory reads it. None: others give it to samples, as from a
     store."""
@@ -210,9 +212,13 @@ class Processor:
         """
         with naming(name):
             ids = np.array(self.tokenizer.encode(text), np.int32)
-            if self.video_id == self.context_id and videos:
-                raise ValueError("a raw prompt for this model cannot show videos; leave prompt_is_raw out")
             given_of = {self.video_id: videos, self.context_id: images}
+            if self.video_id == self.context_id:
+                if videos and not self.video_is_whole:
+                    raise ValueError("a raw prompt for this model cannot show videos; leave prompt_is_raw out")
+                if videos and images:
+                    raise ValueError("a raw prompt for this model shows images or videos, not both; leave one out")
+                given_of = {self.context_id: videos or images}
             for placeholder, given in given_of.items():
                 held = int((ids == placeholder).sum())
                 if held != len(given):
