@@ -11,8 +11,10 @@ from vlmem_jax.cli.main import main
 from vlmem_jax.data.samples import Samples
 from vlmem_jax.geometry import load_geometry, pictures
 from vlmem_jax.geometry.coordinates import clip_geometry
+from vlmem_jax.geometry.store import geometry_of
 from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.models import VLM
+from vlmem_jax.processing import ImageConfig
 from vlmem_jax.processing.chat import FRAME
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
@@ -99,3 +101,14 @@ def test_a_model_answers_with_what_is_stored_and_with_what_is_made_on_the_way(ke
     shown = ["--prompt", "What?", "--video", str(tmp_path / "a.mp4"), "--geometry", str(pi3_checkpoint.folder)]
     assert main(["generate", *line, *shown]) == 0
     assert [capsys.readouterr().out.rstrip("\n")] * 2 == answers
+
+
+def test_what_no_model_reads_is_refused(keys, tmp_path, pi3_checkpoint):
+    processor = experiment_processor(settings := experiment(keys), VLM(settings.model))
+    assert geometry_of(processor, str(pi3_checkpoint.folder), "resize").model.kind == "pi3"
+    processor.image = ImageConfig()
+    with pytest.raises(ValueError, match="for models that see frames whole, not cut into tiles"):
+        geometry_of(processor, str(pi3_checkpoint.folder))
+    processor.tile = processor.tile._replace(geometry=None)
+    with pytest.raises(ValueError, match="for a memory that reads what it says; leave it out"):
+        geometry_of(processor, str(pi3_checkpoint.folder))

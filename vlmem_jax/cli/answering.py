@@ -6,11 +6,9 @@ import typing
 
 from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.generate import InvocationConfig, LoadedModel, SamplingConfig, Transcript, load_model
-from vlmem_jax.geometry.model import load_geometry
 from vlmem_jax.geometry.pictures import Fit
-from vlmem_jax.geometry.store import Seer
+from vlmem_jax.geometry.store import geometry_of
 from vlmem_jax.models.placement import asked_mesh, whole_heads
-from vlmem_jax.processing import FrameConfig
 from vlmem_jax.runtime.sharding import MESH_AXES, MeshConfig
 
 MODES = typing.get_args(typing.get_type_hints(InvocationConfig)["mode"])
@@ -157,7 +155,8 @@ def load(args: argparse.Namespace) -> LoadedModel:
     print(f"loading {args.checkpoint}", file=sys.stderr)
     model = load_model(args.checkpoint, mesh(args), adapter=args.adapter, context=args.context)
     if args.geometry and not args.geometry.endswith(SUFFIX):
-        see_space(args, model)
+        print(f"loading {args.geometry}", file=sys.stderr)
+        model.processor.geometry_of = geometry_of(model.processor, args.geometry, args.geometry_fit)
     for line in whole_heads(model.vlm, model.mesh, model.vlm.dtype.itemsize, cache=True):
         print(line, file=sys.stderr)
     if speech := model.vlm.speech:
@@ -169,19 +168,6 @@ def load(args: argparse.Namespace) -> LoadedModel:
             "leave them out"
         )
     return model
-
-
-def see_space(args: argparse.Namespace, model: LoadedModel) -> None:
-    """Lets the model named by --geometry see all that is shown. Raises ValueError where nothing reads it."""
-    if (reads := model.processor.tile.geometry) is None:
-        raise ValueError(
-            f"--geometry is for a memory that reads it, but model.memory of {args.checkpoint} is "
-            f"{model.vlm.config.memory_kind}; leave it out"
-        )
-    if not isinstance(model.processor.image, FrameConfig):
-        raise ValueError("--geometry is for models that see frames whole, not cut into tiles; leave it out")
-    print(f"loading {args.geometry}", file=sys.stderr)
-    model.processor.geometry_of = Seer(load_geometry(args.geometry), reads, args.geometry_fit)
 
 
 def transcript(args: argparse.Namespace, model: LoadedModel) -> Transcript:

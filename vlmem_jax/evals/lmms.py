@@ -22,6 +22,8 @@ from vlmem_jax.evals.answers import answer, random_keys
 from vlmem_jax.evals.run import WINDOW
 from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
 from vlmem_jax.generate.prompts import like_sized
+from vlmem_jax.geometry.pictures import Fit
+from vlmem_jax.geometry.store import geometry_of
 from vlmem_jax.models.placement import asked_mesh
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.processing.shown import shown
@@ -42,11 +44,16 @@ class LmmsModel(lmms):
         rope_dhr: bool | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
+        geometry: str = "",
+        geometry_fit: Fit = "crop",
         **settings: Any,
     ):
         """`settings`: keys of the model's config of images, such as frames=32 and time_line=False, where they are to
         differ from those it was trained with; keys of `InvocationConfig`, such as mode=never, for models whose memory
         speaks; and sizes of `MeshConfig`, such as tensor=4 and data=2.
+
+        `geometry`: folder or repository of a public model of geometry, for a memory that reads it; `geometry_fit`: how
+        frames become what that takes.
 
         `device` and `max_batch_size` come from the harness and are not used: JAX takes all devices that it has.
         """
@@ -55,6 +62,9 @@ class LmmsModel(lmms):
         loaded = load_model(checkpoint, asked_mesh(sizes, "model_args"))
         keys = [field.name for field in dataclasses.fields(loaded.processor.image) if field.name in settings]
         self.loaded = loaded.showing({key: settings.pop(key) for key in keys}, "model_args")
+        if geometry:
+            processor = self.loaded.processor
+            processor.geometry_of = geometry_of(processor, geometry, geometry_fit)
         self.generator = self.loaded.generator()
         self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
         self.invocation = build(InvocationConfig, settings, "model_args")

@@ -16,9 +16,9 @@ from vlmem_jax.data.geometry import FORMAT, ClipKey, Values, mark_of, write_clip
 from vlmem_jax.data.records import open_shard, shard_name, split
 from vlmem_jax.data.samples import Key, Samples
 from vlmem_jax.geometry.coordinates import Scale, clip_geometry
-from vlmem_jax.geometry.model import GeometryModel
+from vlmem_jax.geometry.model import GeometryModel, load_geometry
 from vlmem_jax.geometry.pictures import Fit, pictures
-from vlmem_jax.processing import images, video
+from vlmem_jax.processing import FrameConfig, Processor, images, video
 from vlmem_jax.processing.processor import naming
 from vlmem_jax.types import Geometry, GeometryShape
 
@@ -60,6 +60,15 @@ class Seer:
     @property
     def digest(self) -> str:
         return hashlib.blake2b(json.dumps(self.made).encode(), digest_size=16).hexdigest()
+
+
+def geometry_of(processor: Processor, source: str, fit: Fit = "crop") -> Seer:
+    """The public model at `source`, for all that a processor shows. Raises ValueError where no memory reads it."""
+    if processor.tile.geometry is None:
+        raise ValueError("a model of geometry is for a memory that reads what it says; leave it out")
+    if not isinstance(processor.image, FrameConfig):
+        raise ValueError("a model of geometry is for models that see frames whole, not cut into tiles; leave it out")
+    return Seer(load_geometry(source), processor.tile.geometry, fit)
 
 
 @dataclasses.dataclass(frozen=True)
