@@ -12,9 +12,11 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
 from tests import drawn
 from vlmem_jax.families import resolve
+from vlmem_jax.flight.program import HloProgram
 from vlmem_jax.memory import Frame
 from vlmem_jax.memory.vlm2 import VLM2, VLM2Config
 from vlmem_jax.memory.vlm2.banks import Bank, DualMemory
@@ -22,6 +24,7 @@ from vlmem_jax.models import VLM, looking, vlm
 from vlmem_jax.models.flops import memory_flops
 from vlmem_jax.nn.attention import attend
 from vlmem_jax.processing import FrameConfig, ImageConfig
+from vlmem_jax.runtime.sharding import MeshConfig, even_spec, lay_out, make_mesh, param_shardings
 from vlmem_jax.types import Batch, Geometry
 
 CLOSE = dict(atol=2e-5, rtol=1e-4)
@@ -254,6 +257,25 @@ def test_a_frame_is_written_where_its_bank_lies():
     lines = program.as_text().splitlines()
     assert not [line for line in lines if " copy(" in line and any(shape in line for shape in shapes)]
     assert program.memory_analysis().alias_size_in_bytes >= sum(bank.size * bank.dtype.itemsize for bank in banks)
+
+
+def test_banks_stay_on_the_devices_of_their_rows():
+    memory = {"kind": "vlm2", "geometry_width": 0, "working": 4, "episodic": 20}
+    made = VLM(resolve({"preset": "tiny_llava_video", "memory": memory, "vision": {"layers": 1}}))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def placed(x, *axes):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, even_spec(x.shape, *axes)))
+
+    with jax.set_mesh(mesh):
+        params = made.held(param_shardings(mesh, made.abstract(), made.axes()))
+        state = lay_out(jax.eval_shape(lambda params: made.watch(params, 8), params), placed)
+        frames = jax.tree.map(lambda x: placed(x, "batch"), Batch.empty((8,), 8, 1, made.tile).views)
+        look = jax.jit(lambda *given: lay_out(made.look(*given)), donate_argnums=1)
+        program = HloProgram(look.lower(params, state, frames).compile().as_text())
+    bank = min(x.size for x in jax.tree.leaves(state) if x.ndim == 4) // 4  # of a device
+    moved = [math.prod(found.shape) for found in program.collectives(dict(mesh.shape))]
+    assert moved and max(moved) < bank, "parameters and frames are exchanged, banks are not"
 
 
 def test_a_frame_that_is_no_number_is_not_kept(model):
