@@ -38,7 +38,7 @@ def get_config(profile: str | None = None) -> ConfigDict:
                 preset="llava_video_7b",
                 memory="vlm2",
                 adapters=[SPACE],
-                remat="full",
+                remat="attention",
             ),
             # LLaVA-Video-7B-Qwen2, made one folder with its tower by `vlmem convert --vision`; or the run to go on with
             init="runs/vlm2" if streams else "checkpoints/LLaVA-Video-7B-Qwen2",
