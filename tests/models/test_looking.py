@@ -349,6 +349,24 @@ def test_training_may_draw_how_many_episodes_there_is_room_for():
         VLM2Config(episodic=5, train_episodic=(6,))
 
 
+@pytest.mark.parametrize("off", ["working", "episodic"])
+def test_of_a_bank_that_is_off_nothing_is_read(off):
+    config = VLM2Config(**{"working": 2, "episodic": 2, "heads": 2, "geometry_width": 0} | {off: 0})
+    memory, draw = DualMemory(config, 8, rngs=nnx.Rngs(0)), np.random.default_rng(0).normal
+    for recall in (memory.mem_w, memory.mem_e):
+        recall.o.kernel[...] = jnp.asarray(draw(size=recall.o.kernel.shape), jnp.float32)
+    banks, yes, no = memory.begin(1, 4, jnp.float32), jnp.ones(1, bool), jnp.zeros(1, bool)
+    for _ in range(3):
+        frame = jnp.asarray(draw(size=(1, 4, 8)), jnp.float32)
+        before = banks
+        seen, banks = memory.take(before, frame, yes, no)
+        pairs = (memory.mem_w, before.working), (memory.mem_e, before.episodes)
+        reads = [recall(frame, bank, before.count_B) for recall, bank in pairs]
+        np.testing.assert_array_equal(reads[off == "episodic"], frame)
+        np.testing.assert_allclose(seen, memory.mix(*reads), rtol=1e-6)
+    assert np.abs(seen - frame).max() > 0.1  # the other one is read
+
+
 def test_the_order_of_slots_changes_nothing(model):
     made, params = model
     memory = made._merge(params).memory
