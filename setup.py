@@ -53,7 +53,7 @@ setup(
         "video": ["av>=14.0"],
         "gcs": ["gcsfs>=2025.12"],
         "lmms": ["lmms-eval>=0.7"],
-        "demo": ["scikit-learn>=1.5"],
+        "demo": ["av>=14.0", "scikit-learn>=1.5"],
         "parquet": ["pyarrow>=16"],
         "captions": ["pycocoevalcap>=1.2"],
         "math": MATH,

@@ -36,17 +36,18 @@ def words(kept: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def write_tokenizer(folder: pathlib.Path, kept: Sequence[str] = ()) -> None:
+def write_tokenizer(folder: pathlib.Path, kept: Sequence[str] = (), ignored: Sequence[str] = ()) -> None:
     """Writes tokenizer.json and tokenizer_config.json into `folder`, which is made if need be.
 
     `kept`: tokens besides, which are left as they are wherever they stand; those like `<this>` are control tokens.
+    `ignored`: words that are dropped besides.
     """
     vocab = {word: index for index, word in enumerate(words(kept))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
-            normalizers.Replace(Regex(rf"\b({'|'.join(IGNORED_WORDS + TEMPLATE_WORDS)})\b"), ""),
+            normalizers.Replace(Regex(rf"\b({'|'.join((*IGNORED_WORDS, *TEMPLATE_WORDS, *ignored))})\b"), ""),
             normalizers.Replace(Regex(r"(?<=\b(image|row|column))\s+(?=\d)"), ""),
             normalizers.Replace(Regex(r"[^a-z0-9]+"), " "),
         ]

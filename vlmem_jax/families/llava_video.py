@@ -30,6 +30,18 @@ SIZES: dict[str, dict[str, Any]] = {
             norm_eps=1e-6, max_positions=32768, qkv_bias=True,
         ),
     ),
+    # sees videos of rooms with posters: 4 visual tokens a frame of 32 px, and one that ends it
+    "rooms_llava_video": dict(
+        vision=dict(
+            kind="siglip", width=64, layers=3, heads=2, mlp_width=192, image_size=32, patch_size=8, newline="frame",
+        ),
+        decoder=dict(
+            vocab=128, width=96, layers=4, heads=3, kv_heads=3, head_dim=32, mlp_width=240, rope_theta=500.0,
+            norm_eps=1e-6, qkv_bias=True,
+        ),
+        memories=dict(vlm2=dict(working=4, episodic=8, heads=2, geometry_width=16, view_width=16)),
+        compute_dtype="float32",
+    ),
     "tiny_llava_video": dict(
         vision=dict(kind="siglip", width=32, layers=3, heads=4, mlp_width=88, image_size=44, patch_size=8),
         decoder=dict(
