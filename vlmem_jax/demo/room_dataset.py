@@ -24,6 +24,7 @@ from vlmem_jax.data.records import shard_name
 from vlmem_jax.demo.cameras import MOTIONS, Motion, draw_path
 from vlmem_jax.demo.dataset import write_lines
 from vlmem_jax.demo.mosaics import Digits, load_digits
+from vlmem_jax.demo.questions import Question
 from vlmem_jax.demo.room_questions import (
     IGNORED,
     KEPT,
@@ -47,10 +48,7 @@ SHOWN_TOKENS = 5 * SHOWN + 6
 """Of them, and of what opens a conversation."""
 LONG = 24
 """Frames of the longest videos that are trained on."""
-SCANNED = 0.2
-"""Part of what there is to read that scans."""
-GLIMPSES = 4
-"""Most frames that are read together."""
+NAMING: tuple[Kind, ...] = ("posters",)
 READING: tuple[Kind, ...] = ("posters", "posters", "posters", "digit", "digit", "colours", "seen")
 TELLING: tuple[Kind, ...] = ("posters", "directions", "colours", "seen")
 ASKING: tuple[Kind, ...] = (*TYPES, *TYPES, "seen")
@@ -88,9 +86,8 @@ def write_rooms(folder: pathlib.Path, config: RoomsConfig, reads: GeometryShape,
     train, heldout = load_digits()
     rng = np.random.default_rng(config.seed)
     write_tokenizer(folder / "tokenizer", KEPT, IGNORED)
-    for name, count, most in (("read", config.read, 1), ("glimpses", config.glimpses, GLIMPSES)):
-        lines = _glimpses(rng, folder, name, train, count, most, config.reading_tokens)
-        write_lines(folder / f"{name}.jsonl", lines)
+    for name, count, most, kinds in (("read", config.read, 1, NAMING), ("glimpses", config.glimpses, 4, READING)):
+        write_lines(folder / f"{name}.jsonl", _glimpses(rng, folder, name, train, count, most, kinds, config))
     oracle = Oracle(reads.tokens, reads.views, grid)
 
     def write(name: str, pool: Digits, count: int, length: int, motions: Sequence[Motion], about: About) -> None:
@@ -158,20 +155,28 @@ def write_video(path: pathlib.Path, pixels_TSSc: UInt8[np.ndarray, "T S S 3"]) -
 
 
 def _glimpses(
-    rng: np.random.Generator, folder: pathlib.Path, name: str, pool: Digits, count: int, most: int, tokens: int
+    rng: np.random.Generator,
+    folder: pathlib.Path,
+    name: str,
+    pool: Digits,
+    count: int,
+    most: int,
+    kinds: Sequence[Kind],
+    config: RoomsConfig,
 ) -> Iterator[dict[str, Any]]:
-    """Lines about one to `most` frames of a room, each of which shows a poster; `tokens`: about so many a frame."""
+    """Lines about one to `most` frames of a room, each of which shows a poster that can be read."""
     (folder / "videos" / name).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        shows_T = np.zeros(0, int)
-        while not len(shows_T):
-            room, seen = visit(rng, pool, "scan" if rng.random() < SCANNED else "dwell", SHOWN)
-            shows_T = np.flatnonzero((seen.posters_TSS >= 0).sum((1, 2)) >= READABLE / 2)
-        times = np.sort(rng.permutation(shows_T)[: int(rng.integers(1, most + 1))])
-        some = Seen(*(x[times] for x in seen))
+        asked: list[Question] = []
+        while not asked:
+            room, seen = visit(rng, pool, "dwell", SHOWN)
+            pixels_NT = np.stack([(seen.posters_TSS == n).sum((1, 2)) for n in range(len(room.posters))])
+            times = rng.permutation(np.flatnonzero(pixels_NT.max(0) >= READABLE))[: int(rng.integers(1, most + 1))]
+            if len(times):
+                some = Seen(*(x[np.sort(times)] for x in seen))
+                asked = fill(rng, Facts.of(room, some), kinds, config.reading_tokens * len(times))
         path = f"videos/{name}/{number:05}.mov"
         write_video(folder / path, some.pixels_TSSc)
-        asked = fill(rng, Facts.of(room, some), READING, tokens * len(times))
         yield {"video": path, "conversations": conversation(asked)}
 
 
