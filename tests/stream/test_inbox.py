@@ -12,7 +12,7 @@ from vlmem_jax.stream.questions import END, Question
 
 
 def frame(at):
-    return Frame(at, at + 1, np.zeros((1, 1, 3), np.uint8), None, time.monotonic())
+    return Frame(at, at + 1, np.zeros((1, 1, 3), np.uint8), time.monotonic())
 
 
 def taken(inbox, count):
