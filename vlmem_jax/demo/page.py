@@ -52,11 +52,11 @@ def table(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
     return f'<div class="scroll"><table><tr><th>model</th>{top}</tr>{body}</table></div>'
 
 
-def made(summary: Mapping[str, Any], about: str) -> str:
+def made(summary: Mapping[str, Any], about: str, pictures: str = "Pictures are mosaics of") -> str:
     """The section on how it was made: the pictures, what `about` says, steps and times."""
     seconds, steps = summary["seconds"].items(), summary["steps"].items()
     return (
-        "<h2>How it was made</h2><p>Pictures are mosaics of scikit-learn's handwritten digits: "
+        f"<h2>How it was made</h2><p>{pictures} scikit-learn's handwritten digits: "
         f"{summary['dataset']['train_digits']:,} for training, {summary['dataset']['heldout_digits']} held out. {about}"
         f"</p><p>Steps: {', '.join(f'{name} {count}' for name, count in steps if name != 'total')}. Time of this call: "
         f"{', '.join(f'{name} {value:.0f} s' for name, value in seconds if name != 'total')}.</p>"

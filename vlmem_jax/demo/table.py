@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vlmem_jax.demo import run, vismem
+from vlmem_jax.demo import run, vismem, vlm2
 from vlmem_jax.demo.config import Recipe
 
 
@@ -38,6 +38,14 @@ DEMOS = {
         vismem.VisMemRecipe,
         "runs/demo_vismem",
         "also answer with more ways to call for memories",
+    ),
+    "vlm2": Demo(
+        "questions about long videos of rooms, of which few frames are kept",
+        vlm2.run_demo,
+        vlm2.closing_words,
+        vlm2.VLM2Recipe,
+        "runs/demo_vlm2",
+        "also show other frames, and each of the two memories alone",
     ),
 }
 DEFAULT = "comemo"
