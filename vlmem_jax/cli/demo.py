@@ -1,4 +1,4 @@
-"""Train a small model with memory on mosaics of handwritten digits and write report.html: minutes on two CPU cores."""
+"""Train a small model with memory on pictures of handwritten digits and write report.html: minutes on two CPU cores."""
 
 import argparse
 from pathlib import Path

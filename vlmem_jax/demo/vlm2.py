@@ -253,7 +253,7 @@ def closing_words(summary: dict[str, Any], workdir: Path) -> str:
                 f"  {row['what'].ljust(width)}  {'  '.join(_percent(row, name).rjust(9) for name in columns)}"
                 for row in rows
             ),
-            "Where a camera dwells, few frames are worth keeping; where it scans, evenly spread ones show everything.",
+            "This demo's recipe is not finished: digits and directions are still answered at chance.",
             "",
             f"{summary['seconds']['total'] / 60:.1f} minutes. The frames that are kept, and accuracy by type: "
             f"{workdir / 'report.html'}, every number: {workdir / 'summary.json'}",
