@@ -171,7 +171,8 @@ class See(Protocol):
         self, state: State, frame: Frame, valid_B: Bool[Array, "B"], fresh_B: Bool[Array, "B"]
     ) -> tuple[Float[Array, "B N D"], State]:
         """What the model sees of the next frame of each row, and the state after it. A row whose frame is not `valid`
-        stays as it is, and the frame comes out as it came; a `fresh` row forgets what was before."""
+        stays as it is, and the frame comes out as it came; one whose frame comes out with a number that is not finite
+        stays, too. A `fresh` row forgets what was before."""
 
     def readout(self, state: State) -> tuple[Float[Array, "B L N D"], Int32[Array, "B L"]]:
         """What is kept for answers, oldest first, and when each was taken; -1, after the others: there is none."""

@@ -292,11 +292,9 @@ class VLM:
         x_BND = self._to_door(modules, features)
         geometry = None if views.geometry is None else jax.tree.map(lambda x: x[:, 0], views.geometry)
         valid_B = views.segments_BM[:, 0] > 0
-        for x in jax.tree.leaves((x_BND, geometry)):
-            valid_B &= jnp.isfinite(x).all((1, 2))
         fresh_B = jnp.zeros_like(valid_B) if fresh_B is None else fresh_B
         made_BND, state = modules.memory.take(state, Frame(x_BND, geometry), valid_B, fresh_B)
-        return made_BND, valid_B, state
+        return made_BND, valid_B & jnp.isfinite(made_BND).all((1, 2)), state
 
     def kept(self, params: Params, state: State) -> Int32[Array, "B L"]:
         """Which frames of each stream are kept, by their numbers from 0, oldest first; -1, behind them: none."""
