@@ -97,6 +97,8 @@ def test_what_is_there_is_not_mixed_with_another_model_or_other_clips(world):
     made(world)
     with pytest.raises(ValueError, match="g-00000-of-00001.array_record is of .*stand-in.*, not of .*other"):
         store_clips(samples_of(world, geometry=""), brightness, {"model": "other"}, world.source.geometry)
+    with pytest.raises(ValueError, match="holds other clips than these data show"):  # other frames of the same videos
+        store_clips(samples_of(world, geometry="", frames=3), brightness, MADE, world.source.geometry)
     world.jsonl(world.lines[3:])
     with pytest.raises(ValueError, match="holds other clips than these data show; remove it or choose another --out"):
         made(world)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -170,7 +171,7 @@ def _see(samples: Samples, key: ClipKey, where: Key, see: Callable[[np.ndarray],
             file = samples.path(where, record.images[[str(one) for one in record.images].index(key.name)])
             shown = {"images": [images.open_image(file, processor.open_limit, processor.image)]}
         geometry = see(processor.prompt("", **shown).pixels_ISSc)
-        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in (geometry.tokens_BNG, geometry.coords_BN3)):
+        if not all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(geometry)):
             raise ValueError(f"the geometry of {key.name} holds numbers that are not finite")
         return mark_of(file), geometry
 
@@ -180,5 +181,6 @@ def _check_same(file: Path, made: Mapping[str, Any], keys: list[ClipKey]) -> Non
     _, facts = open_shard(file, FORMAT)
     if facts["made"] != made:
         raise ValueError(f"{file} is of {facts['made']}, not of {made}; remove it or choose another --out")
-    if {clip[0] for clip in facts["clips"]} - {key.name for key in keys}:  # some may have been left out
+    there = {ClipKey(name, tuple(frames), tuple(source)) for name, frames, source, _ in facts["clips"]}
+    if there - set(keys):  # some may have been left out
         raise ValueError(f"{file} holds other clips than these data show; remove it or choose another --out")
