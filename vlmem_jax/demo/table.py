@@ -40,8 +40,7 @@ DEMOS = {
         "also answer with more ways to call for memories",
     ),
     "vlm2": Demo(
-        "questions about long videos of rooms, of which few frames are kept (not finished: digits and directions are "
-        "still answered at chance)",
+        "questions about long videos of rooms, of which few frames are kept (its recipe is not finished)",
         vlm2.run_demo,
         vlm2.closing_words,
         vlm2.VLM2Recipe,

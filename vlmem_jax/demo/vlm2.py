@@ -253,7 +253,7 @@ def closing_words(summary: dict[str, Any], workdir: Path) -> str:
                 f"  {row['what'].ljust(width)}  {'  '.join(_percent(row, name).rjust(9) for name in columns)}"
                 for row in rows
             ),
-            "This demo's recipe is not finished: digits and directions are still answered at chance.",
+            "This demo's recipe is not finished; chance of each type is in the report.",
             "",
             f"{summary['seconds']['total'] / 60:.1f} minutes. The frames that are kept, and accuracy by type: "
             f"{workdir / 'report.html'}, every number: {workdir / 'summary.json'}",

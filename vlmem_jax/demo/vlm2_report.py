@@ -63,8 +63,7 @@ def _whole(summary: Mapping[str, Any]) -> str:
     return (
         "<h2>Right answers</h2><p>All types of questions together, one run. Posters shown: the share of posters of "
         "which the frame that shows most stands in the sequence. A camera that dwells looks one way, but for a glance "
-        f"at each poster; one that scans turns evenly. The recipe is not finished: digits and directions are still "
-        f"answered at chance.</p>{table(names, rows)}"
+        f"at each poster; one that scans turns evenly. The recipe is not finished.</p>{table(names, rows)}"
     )
 
 
