@@ -213,7 +213,7 @@ def memory_overhead(layers=8, width=256, tokens=512, runs=RUNS) -> list[Row]:
 
 
 def kept_frames(layers=4, width=256, tower=128, tokens=512, frames=16, runs=RUNS) -> list[Row]:
-    """The same of one that keeps fewer frames than a clip has."""
+    """Time that a memory of frames costs, beyond the share of its FLOPs, where it keeps fewer than a clip has."""
     vision = dict(width=tower, heads=4, mlp_width=4 * tower)
     kept = dict(kind="vlm2", geometry_width=0, working=frames // 4, episodic=frames // 2, heads=2)
     on, off = (wide(layers, width, vision=vision, memory=memory) for memory in (kept, "none"))
@@ -264,7 +264,7 @@ class Streams:
         self.look, self.params, self.state, self.views = look, params, state, views
 
     def take(self, count: int) -> State:
-        """What is kept after so many frames more."""
+        """Takes so many frames more; gives what is kept then."""
         for _ in range(count):
             self.state = self.look(self.params, self.state, self.views)
         return self.state

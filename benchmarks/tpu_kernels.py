@@ -39,7 +39,7 @@ class Case:
     """Or "positions", "none"."""
     segments: bool = False
     valid: bool = False
-    """Whether the slots in use are counted, as those of a bank are that fills."""
+    """Whether a number tells how many slots are in use, as of a bank that fills."""
     blocks: tuple[int, ...] = ()
     """Empty: those of the table. memory_attention: the fields of its Forward, Small or Backward; splash and flash:
     rows of q, slots, and slots of a matmul."""

@@ -11,7 +11,7 @@ MAX_SLOTS = 12288
 SMALL_SLOTS = 512
 """Up to here the forward kernel for few slots serves."""
 MOST_SLOTS = 2944
-"""Of a grid step of the backward pass."""
+"""Slots that a grid step of the backward pass reads, at most."""
 MAX_QUERIES = 32768
 """Queries times query heads a kv head whose dq one backward call gathers in VMEM; more go in parts."""
 

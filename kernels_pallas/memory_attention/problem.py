@@ -48,7 +48,7 @@ class Inputs(NamedTuple):
         return self.k_segments is not None or self.limit is not None
 
     def by_query(self) -> "Inputs":
-        """The same with a limit of each query in place of `num_valid`."""
+        """Inputs that say by a limit of each query what `num_valid` says."""
         if self.num_valid is None:
             return self
         valid = jnp.broadcast_to(self.num_valid[:, None], self.q.shape[:2])

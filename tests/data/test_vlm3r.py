@@ -12,7 +12,7 @@ from vlmem_jax.processing import chat
 
 
 def record(number, **changes):
-    """As released: question and answer of a scene."""
+    """A record as it is released: a question about a scene, and its answer."""
     turns = [{"from": "human", "value": f"<image>\nThese are frames of a video.\nHow many, {number}?"}]
     return {
         "id": number, "data_source": "scannet", "scene_name": "scene0000_00", "question_type": "object_counting",

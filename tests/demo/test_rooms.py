@@ -8,7 +8,7 @@ from vlmem_jax.demo.rooms import EYE, HEIGHT, SIDE, Oracle, Path, Poster, Room, 
 from vlmem_jax.geometry.coordinates import clip_geometry, fault, in_first_camera
 
 YAWS = (0.0, np.pi / 2, np.pi, -np.pi / 2)
-"""Of cameras that face each wall."""
+"""Turns of cameras that face each wall, radians."""
 
 
 @pytest.fixture(scope="module")

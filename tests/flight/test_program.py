@@ -134,7 +134,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %sent = token[] send-done(%send), channel_id=3, is_host_transfer=true
   ROOT %y = f32[8,4] copy(%x)
 }
-"""  # noqa: E501
+"""  # noqa: E501 - lines of the compiler
 
 
 def test_what_goes_between_slices_is_sent_by_hosts():
@@ -181,7 +181,7 @@ ENTRY %main (x: bf16[16,8], w.2: bf16[2,8]) -> bf16[5,8] {
   %moved = bf16[1,8] collective-permute(%edge), source_target_pairs={{0,1},{1,2},{2,3}}
   ROOT %y = bf16[5,8] copy(%scattered)
 }
-"""  # noqa: E501
+"""  # noqa: E501 - lines of the compiler
 
 
 def test_an_array_is_known_though_the_compiler_pads_it_to_scatter_it():
@@ -233,7 +233,7 @@ ENTRY %main (bank: bf16[2,64,8], frame: bf16[2,4,8]) -> bf16[2,64,8] {
   %loop = (s32[], bf16[2,64,8]) while(%begun), condition=%none, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %written = bf16[2,64,8] dynamic-update-slice(%kept, %frame, %n, %n, %n)
 }
-"""  # noqa: E501
+"""  # noqa: E501 - lines of the compiler
 
 
 def test_copies_of_large_arrays_are_counted():

@@ -106,7 +106,7 @@ ENTRY %main (x: bf16[2,256,256]) -> f32[] {
   %place = s32[8,256] custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(step)/splash_mha_fwd/squeeze"}
   ROOT %y = f32[] custom-call(%m), custom_call_target="Sharding"
 }
-"""  # noqa: E501
+"""  # noqa: E501 - lines of the compiler
 
 
 def test_kernels_count_their_products():

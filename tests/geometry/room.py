@@ -72,7 +72,7 @@ class Oracle:
     cuts: tuple[int, ...] = ()
     """Frames at which another video begins: how it lies to the one before is anybody's guess."""
     spoil: Callable = lambda shown, points, confidence, poses: None
-    """What else goes wrong, in place."""
+    """Changes what is seen in place, so that something else goes wrong."""
     windows: list = dataclasses.field(default_factory=list)
     """Frames that it was shown."""
 

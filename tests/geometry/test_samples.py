@@ -1,4 +1,4 @@
-"""Which pixel of a patch joins windows, and which are not trusted."""
+"""Pixels that join windows: one stands for each patch, and some are not trusted."""
 
 import numpy as np
 import pytest
