@@ -17,7 +17,7 @@ from vlmem_jax.demo.dataset import DatasetConfig
 
 BASE_STEPS = {"read": 400, "mix": 1200}
 """Learning to read one tile, then all grids and several images."""
-COMEMO_STEPS = {"finetune": 1400}
+COMEMO_STEPS = {"finetune": 1900}
 """Everything but the gates, with memory blocks that start from the base's own attention."""
 BUDGET = "thumbnail"
 """The context budget of CoMemo: the part of an image that stands in its sequence."""
