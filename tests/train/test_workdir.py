@@ -42,6 +42,19 @@ def test_the_same_again_and_other_ways_to_run_it_are_fine(tmp_path, settings):
     assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 77
 
 
+def test_a_key_that_is_new_since_the_run_began_has_its_default_there(tmp_path, settings):
+    prepare(tmp_path, settings)
+    start(tmp_path, "a", "b")
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["seed"], written["stages"][0]["accumulation"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    prepare(tmp_path, settings)
+    written["no_key_any_more"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ConfigError, match="no_key_any_more: 1 there, None now"):
+        prepare(tmp_path, settings)
+
+
 def test_what_changes_the_numbers_is_refused_with_every_key(tmp_path, settings):
     prepare(tmp_path, settings)
     start(tmp_path, "a")

@@ -10,7 +10,7 @@ from vlmem_jax.checkpoint.folder import CONFIG_FILE, MODEL_FILE, TOKENIZER_FOLDE
 from vlmem_jax.config import ConfigError, to_dict
 from vlmem_jax.hub import repos
 from vlmem_jax.paths import AnyPath, as_path, write_whole
-from vlmem_jax.train.config import Experiment
+from vlmem_jax.train.config import Experiment, experiment
 
 CHANGEABLE = (
     "mesh.", "checkpoint.", "log_every", "log_samples", "eval_every", "profile.", "data.threads", "data.prefetch",
@@ -19,23 +19,23 @@ CHANGEABLE = (
 """Keys that say how a run is carried out, not what it computes: they may differ when it goes on."""
 
 
-def prepare(workdir: str | os.PathLike, experiment: Experiment, say: Callable[[str], None] = print) -> None:
+def prepare(workdir: str | os.PathLike, wanted: Experiment, say: Callable[[str], None] = print) -> None:
     """Writes config.json, model.json and the tokenizer into `workdir`.
 
     Raises ConfigError if it holds something else: another experiment (the keys that differ are listed), or a converted
     checkpoint.
     """
-    workdir, config = as_path(workdir), to_dict(experiment)
+    workdir, config = as_path(workdir), to_dict(wanted)
     if (workdir / CONFIG_FILE).is_file():
-        _check_same(workdir, json.loads((workdir / CONFIG_FILE).read_bytes()), config, say)
+        _check_same(workdir, _completed(json.loads((workdir / CONFIG_FILE).read_bytes())), config, say)
     elif (workdir / MODEL_FILE).is_file():
         raise ConfigError(
             f"{workdir} holds a checkpoint; start from it with --config.init={workdir}, in another --workdir"
         )
-    tokenizer = repos.folder(experiment.tokenizer)
+    tokenizer = repos.folder(wanted.tokenizer)
     if not tokenizer.is_dir():
         raise ConfigError(
-            f"config.tokenizer must be a folder with a tokenizer; there is no folder {experiment.tokenizer!r}"
+            f"config.tokenizer must be a folder with a tokenizer; there is no folder {wanted.tokenizer!r}"
         )
     for file in tokenizer.iterdir():
         kept = workdir / TOKENIZER_FOLDER / file.name
@@ -52,6 +52,14 @@ def _of_tokenizer(name: str) -> bool:
 
 def _write(file: AnyPath, content: dict) -> None:
     write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _completed(config: dict) -> dict:
+    """A config that an earlier version may have written, with keys that are new since then, at their defaults."""
+    try:
+        return to_dict(experiment(config))
+    except ConfigError:  # it has keys that are gone: they are among those that differ
+        return config
 
 
 def _check_same(workdir: AnyPath, old: dict, new: dict, say: Callable[[str], None]) -> None:
