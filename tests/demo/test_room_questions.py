@@ -53,6 +53,12 @@ def asked(kind):
             "Tell me all posters in the order they appear, and in which direction they are.",
             "green front-left blue back-left red front-right",
         ),
+        ("far", "How far from where the video begins is the green poster?", "green 2"),
+        (
+            "distances",
+            "Tell me all posters in the order they appear, and how far they are from where the video begins.",
+            "green 2 blue 1 red 2",
+        ),
     ],
 )
 def test_the_answer_is_what_the_video_showed(kind, text, answer):
@@ -60,7 +66,7 @@ def test_the_answer_is_what_the_video_showed(kind, text, answer):
 
 
 def test_nothing_is_asked_that_was_hardly_seen_or_cannot_be_told_apart():
-    every = {text for kind in (*TYPES, "seen") for text in asked(kind)}
+    every = {text for kind in (*TYPES, "seen", "far") for text in asked(kind)}
     assert not any("pink" in text for text in every)
     assert "Which appears first, the red or the blue poster?" not in every  # both in one frame
     near = [text for text in asked("distance") if "red" in text and "green" in text]
@@ -90,7 +96,7 @@ def test_facts_are_those_of_the_pictures():
 def test_every_question_takes_as_many_tokens_as_it_says(tmp_path):
     write_tokenizer(tmp_path, KEPT, IGNORED)
     tokenizer = Tokenizer.load(tmp_path)
-    for kind in (*TYPES, "seen", "posters", "colours", "directions"):
+    for kind in (*TYPES, "seen", "far", "posters", "colours", "directions", "distances"):
         for question in questions(FACTS, kind):
             ids = [tokenizer.encode(text) for text in (question.text, question.answer)]
             assert sum(map(len, ids)) + 4 == question.tokens, question

@@ -46,6 +46,27 @@ def test_types_are_weighed_by_their_questions():
     assert title("asked/dwell_96") == "96 frames, dwelling"
 
 
+def test_the_closing_words_are_the_numbers(tmp_path):
+    def row(what, right, places):
+        return {
+            "what": what,
+            "questions": {name: {"order": [right, 10], "direction": [places, 10]} for name in columns},
+        }
+
+    columns = ["asked/dwell_96", "asked/scan_96"]
+    rows = {"space": row("even", 1, 0), "both": row("paper", 3, 1), "pair": row("ours", 6, 2)}
+    rows |= {"oracle": row("all", 9, 9), "base_oracle": row("all, no places", 8, 2)}
+    told = {"rows": rows, "columns": columns, "middle": columns[0], "shown": 8, "chance": {"direction": 0.25}}
+    said = vlm2.closing_words({"vlm2": told, "seconds": {"total": 90}}, tmp_path)
+    for words in (
+        "96 frames, dwelling: frames spread evenly 5.0 %, kept by the paper's rule 20.0 %, by ours 40.0 %, and 90.0 %",
+        "Directions, where every poster is shown: 90.0 % with places, 20.0 % without; chance 25.0 %",
+        "96 frames, scanning: spread evenly 5.0 %, kept by the paper's rule 20.0 %, by ours 40.0 %",
+        "1.5 minutes",
+    ):
+        assert words in said
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, one_device):
     folder = tmp_path_factory.mktemp("run") / "demo"
@@ -65,13 +86,15 @@ def test_every_number_is_in_the_summary(workdir):
     for column in told["columns"]:
         coverage = {name: row["coverage"][column] for name, row in told["rows"].items()}
         assert coverage["oracle"] == 1 and coverage["base"] == coverage["space"] == coverage["working"]
+    sizes = [(one["working"], one["episodic"]) for one in told["swept"]["pair"]]
+    assert sizes == [(working, episodic) for working in vlm2.SWEPT[0] for episodic in vlm2.SWEPT[1]]
     assert summary["steps"]["total"] == sum(count for name, count in summary["steps"].items() if name != "total")
 
 
 @pytest.mark.slow
 def test_the_report_shows_the_frames_that_are_kept(workdir):
     page = (workdir / "report.html").read_text()
-    for part in ("Right answers", "By type", "What is kept", "How it was made"):
+    for part in ("Right answers", "By type", "What is kept", "Sizes of the memory", "with places", "How it was made"):
         assert part in page
     assert page.count("<figure>") == SHOWN * len(vlm2.DEFAULT_ROWS | vlm2.COMPARED_ROWS)
     assert "http" not in page and "src=" not in page and "<link" not in page
@@ -82,7 +105,7 @@ def test_a_second_call_trains_nothing_again_and_gives_the_same_numbers(workdir, 
     before = json.loads((workdir / "summary.json").read_text())["vlm2"]["rows"]
     assert main([*COMMAND, str(workdir)]) == 0
     printed = capfd.readouterr().out
-    assert "trains" not in printed and "Right answers" in printed
+    assert "trains" not in printed and "Right answers" in printed and "24 frames, scanning: spread evenly" in printed
     again = json.loads((workdir / "summary.json").read_text())["vlm2"]["rows"]
     assert again == {name: before[name] for name in again}
 

@@ -50,8 +50,8 @@ LONG = 24
 """Frames of the longest videos that are trained on."""
 NAMING: tuple[Kind, ...] = ("posters",)
 READING: tuple[Kind, ...] = ("posters", "posters", "posters", "digit", "digit", "colours", "seen")
-TELLING: tuple[Kind, ...] = ("posters", "directions", "colours", "seen")
-ASKING: tuple[Kind, ...] = (*TYPES, *TYPES, "seen")
+TELLING: tuple[Kind, ...] = ("posters", "directions", "distances", "colours", "seen")
+ASKING: tuple[Kind, ...] = (*TYPES, *TYPES, "seen", "far")
 """Kinds of questions, as often as they stand here. What is told of all posters would answer what is asked behind it,
 without a look at the video."""
 

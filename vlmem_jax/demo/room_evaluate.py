@@ -188,7 +188,8 @@ def _programs(vlm: VLM) -> _Programs:
 def answers(model: LoadedModel, videos: Videos, tokens_CMD: Float[Array, "C M D"]) -> list[dict[str, str]]:
     """What the model says to each type of question about each video: its most probable words."""
     rows = len(TYPES) * len(videos.clips)
-    blank = Video([Image.new("RGB", (SIDE, SIDE))] * SHOWN)
+    frames = tokens_CMD.shape[1] // model.vlm.tokens_per_tile
+    blank = Video([Image.new("RGB", (SIDE, SIDE))] * frames)
     where = [(n, kind) for n, clip in enumerate(videos.clips) for kind in clip.asked]
     samples = [model.processor.prompt(videos.clips[n].asked[kind][0], videos=[blank]) for n, kind in where]
     text = pad_prompts(samples, rows, model.vlm.tile._replace(geometry=None)).text

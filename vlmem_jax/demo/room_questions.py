@@ -22,14 +22,15 @@ TYPES: tuple[Type, ...] = ("direction", "distance", "order", "count", "digit")
 """Types of questions: relative direction and distance, from where the video begins; appearance order; counting; and
 what is on a poster."""
 CHANCE = {"direction": 1 / 4, "distance": 1 / 2, "order": 1 / 2, "count": 1 / (MOST - FEWEST + 1), "digit": 1 / 10}
-Kind = Type | Literal["seen", "posters", "colours", "digits", "directions"]
-"""Besides the types: whether a colour is seen, and all posters one after the other, in the order of appearance."""
+Kind = Type | Literal["seen", "far", "posters", "colours", "directions", "distances"]
+"""Besides the types: whether a colour is seen, how far away a poster is, and all posters one after the other, in the
+order of appearance."""
 PLACES = ("front-left", "front-right", "back-left", "back-right")
 APART = 0.3
 """Metres by which distances that are compared differ at least."""
 OFF_AXIS = 0.2
 """Radians by which a direction that is asked for is off the border to another, at least."""
-KEPT = (FRAME, *NAMES, *PLACES, "yes", "no", "direction", "nearer", "first", "many", "written", "each", "any")
+KEPT = (FRAME, *NAMES, *PLACES, "yes", "no", "direction", "nearer", "first", "many", "written", "each", "any", "far")
 IGNORED = (
     *("appear", "appears", "begins", "from", "how", "me", "on", "or", "order", "poster", "posters", "tell", "there"),
     *("them", "they", "to", "video", "where"),
@@ -89,6 +90,10 @@ class Facts:
     def distance(self, poster: int) -> float:
         return float(np.linalg.norm(self.middles_N2[poster]))
 
+    def metres(self, poster: int) -> str:
+        """How far a poster is from where the video begins, to the nearest metre."""
+        return str(round(self.distance(poster)))
+
 
 def questions(facts: Facts, kind: Kind) -> list[Question]:
     """Every question of this kind that the video answers."""
@@ -118,14 +123,17 @@ def questions(facts: Facts, kind: Kind) -> list[Question]:
         hidden = [name for name in NAMES if name not in colours]
         both = [(colours[n], "yes") for n in seen] + [(name, "no") for name in hidden]
         return [_question(f"Is there any {name} poster?", answer, 2) for name, answer in both]
+    if kind == "far":
+        text = "How far from where the video begins is the {} poster?"
+        return [_about(text, colours[n], facts.metres(n)) for n in seen]
     if kind == "posters":
         text = "Tell me all posters in the order they appear, and which digit is written on them."
         return [_listed(text, [f"{colours[n]} {facts.digits[n]}" for n in seen])] if facts.readable == seen else []
     if kind == "colours":
         return [_question("Tell me all posters in the order they appear.", " ".join(colours[n] for n in seen), 1)]
-    if kind == "digits":
-        text, each = "Which digit is written on each poster?", [str(facts.digits[n]) for n in seen]
-        return [_listed(text, each)] if facts.readable == seen else []
+    if kind == "distances":
+        text = "Tell me all posters in the order they appear, and how far they are from where the video begins."
+        return [_listed(text, [f"{colours[n]} {facts.metres(n)}" for n in seen])]
     text = "Tell me all posters in the order they appear, and in which direction they are."
     return [_listed(text, [f"{colours[n]} {facts.place(n)}" for n in seen])]
 

@@ -40,7 +40,7 @@ DEMOS = {
         "also answer with more ways to call for memories",
     ),
     "vlm2": Demo(
-        "questions about long videos of rooms, of which few frames are kept (its recipe is not finished)",
+        "questions about long videos of rooms, of which few frames are kept",
         vlm2.run_demo,
         vlm2.closing_words,
         vlm2.VLM2Recipe,

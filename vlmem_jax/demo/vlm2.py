@@ -6,6 +6,7 @@ banks are then trained on videos of which they keep a part (arXiv 2511.20644).
 """
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from vlmem_jax.demo.config import TRIAL, common, conversations, stage
 from vlmem_jax.demo.job import Say, Workdir
 from vlmem_jax.demo.mosaics import load_digits
 from vlmem_jax.demo.page import percent
+from vlmem_jax.demo.pictures import Curve, curves
 from vlmem_jax.demo.room_dataset import LONG, SHOWN, RoomsConfig, asked_name, write_rooms
 from vlmem_jax.demo.room_evaluate import Videos
 from vlmem_jax.demo.room_questions import CHANCE, TYPES
@@ -29,9 +31,11 @@ from vlmem_jax.generate import LoadedModel, load_model
 from vlmem_jax.models import VLM
 
 PRESET = "rooms_llava_video"
-STEPS = {"read": 350, "glimpse": 300, "tell": 300, "ask": 1000, "memory": 80}
+STEPS = {"read": 300, "glimpse": 300, "tell": 300, "ask": 600, "memory": 80}
 """Reading single frames, then several; telling what a short video shows, and answering about it; and the banks, on
 longer videos."""
+RATE = 2e-3
+"""The learning rate: at 5e-3 digits are not learned."""
 PLACED = {"kind": "vlm2", "working": 1, "episodic": 0}
 """The representation alone: banks that are not trained leave frames as they are."""
 BOTH = {"kind": "vlm2", "working": 4, "episodic": SHOWN}
@@ -58,6 +62,7 @@ DEFAULT_ROWS = {
     "both": Row("+3D, working and episodic memory, the paper's rule", "vlm2", "kept"),
     "pair": Row("the same, our rule: the older of the two most alike goes", "vlm2", "kept", {"write": "pair"}),
     "oracle": Row("+3D, 8 frames that show every poster", "space", "oracle"),
+    "base_oracle": Row("base, 8 frames that show every poster", "flat", "oracle"),
 }
 COMPARED_ROWS = {
     "last": Row("+3D, the last 8 frames", "space", "last"),
@@ -67,6 +72,8 @@ COMPARED_ROWS = {
     "untrained": Row("+3D, banks that were not trained, the paper's rule", "space", "kept", {"episodic": SHOWN}),
 }
 """What `--compare` adds."""
+SWEPT = (2, 4, 8), (4, 8, 16)
+"""Working and episodic entries that `--compare` asks the memory with; it was trained with those of BOTH."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +118,8 @@ def read_experiment(dataset: Path, recipe: VLM2Recipe) -> ConfigDict:
     reading, glimpses = (
         conversations(dataset, *sizes, 2 * recipe.rows) for sizes in (("read", 108, 8), ("glimpses", 128, 8))
     )
-    read = stage("read", recipe.steps["read"], 5e-3, final_fraction=0.2, data=reading)
-    glimpse = stage("glimpse", recipe.steps["glimpse"], 5e-3, final_fraction=0.2)
+    read = stage("read", recipe.steps["read"], RATE, final_fraction=0.2, data=reading)
+    glimpse = stage("glimpse", recipe.steps["glimpse"], RATE, final_fraction=0.2)
     return _experiment(dataset, recipe, None, [read, glimpse], glimpses)
 
 
@@ -124,15 +131,15 @@ def short_experiment(dataset: Path, recipe: VLM2Recipe, init: Path, memory: dict
         for name, tokens in (("told", sizes.telling_tokens), ("clips", sizes.tokens))
     ]
     frozen = BANKS if memory else ()
-    tell = stage("tell", recipe.steps["tell"], 5e-3, final_fraction=0.2, frozen=frozen, data=data[0])
-    ask = stage("ask", recipe.steps["ask"], 4e-3, frozen=frozen)
+    tell = stage("tell", recipe.steps["tell"], RATE, final_fraction=0.2, frozen=frozen, data=data[0])
+    ask = stage("ask", recipe.steps["ask"], RATE, frozen=frozen)
     return _experiment(dataset, recipe, memory, [tell, ask], data[1], init)
 
 
 def long_experiment(dataset: Path, recipe: VLM2Recipe, init: Path, memory: dict[str, Any]) -> ConfigDict:
     """Banks, which start from reading nothing, on longer videos of which SHOWN frames are kept."""
     data = _videos(dataset, "long", "long", recipe.dataset.tokens, LONG, recipe.rows)
-    memorise = stage("memory", recipe.steps["memory"], 2e-3, trainable=BANKS)
+    memorise = stage("memory", recipe.steps["memory"], RATE, trainable=BANKS)
     context = f"kept:{SHOWN}" if memory["episodic"] else f"stride:{LONG // SHOWN}"
     return _experiment(dataset, recipe, memory, [memorise], data, init, context)
 
@@ -184,7 +191,8 @@ def run_demo(workdir: Path, recipe: VLM2Recipe, comparing: bool = False, say: Sa
         demo.train(name, long_experiment(demo.dataset, recipe, space, memory))
     rows = DEFAULT_ROWS | (COMPARED_ROWS if comparing else {})
     columns = [asked_name(motion, length) for motion, lengths in recipe.dataset.lengths.items() for length in lengths]
-    longest = max(columns[: len(recipe.dataset.lengths["dwell"])], key=lambda name: int(name.rpartition("_")[2]))
+    dwelling = [asked_name("dwell", length) for length in recipe.dataset.lengths["dwell"]]
+    middle, longest = dwelling[len(dwelling) // 2], dwelling[-1]
     asked = {name: Videos.read(demo.dataset, name) for name in columns}
     found, strips = {}, []
     for key, row in rows.items():
@@ -200,6 +208,11 @@ def run_demo(workdir: Path, recipe: VLM2Recipe, comparing: bool = False, say: Sa
                     clip, times_L = videos.clips[0], shown[1][0]
                     strips.append(Strip(row.what, clip.pixels_TSSc[times_L], times_L.tolist(), len(clip.pixels_TSSc)))
         say(f"{row.what}: {', '.join(f'{title(name)} {_percent(found[key], name)}' for name in columns)}")
+    swept = {}
+    if comparing:
+        say(f"Asking with other numbers of entries, {title(middle)}")
+        with demo.timed("questions"):
+            swept = {rule: _sweep(demo.workdir / "vlm2", asked[middle], rule) for rule in ("paper", "pair")}
     say("5/5 Writing the report")
     train, heldout = load_digits()
     summary = {
@@ -208,7 +221,9 @@ def run_demo(workdir: Path, recipe: VLM2Recipe, comparing: bool = False, say: Sa
             "types": list(TYPES),
             "chance": CHANCE,
             "columns": columns,
+            "middle": middle,
             "longest": longest,
+            "swept": swept,
             "shown": SHOWN,
         },
         "dataset": {
@@ -219,9 +234,27 @@ def run_demo(workdir: Path, recipe: VLM2Recipe, comparing: bool = False, say: Sa
         "steps": {**recipe.steps, "total": sum(recipe.steps.values())},
     }
     summary["seconds"] = {**demo.seconds, "total": time.perf_counter() - start}
-    demo.write("report.html", vlm2_report.render(summary, strips))
+    demo.write("report.html", vlm2_report.render(summary, *_losses(demo.workdir), strips))
     demo.write("summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _sweep(folder: Path, videos: Videos, rule: str) -> list[dict[str, Any]]:
+    """What a memory answers with other numbers of entries than it was trained with."""
+    found = []
+    for working, episodic in itertools.product(*SWEPT):
+        model = loaded(folder, {"working": working, "episodic": episodic, "write": rule})
+        said = room_evaluate.answers(model, videos, room_evaluate.show(model, videos, "kept")[0])
+        found.append({"working": working, "episodic": episodic, "questions": room_evaluate.tally(videos, said)})
+    return found
+
+
+def _losses(workdir: Path) -> tuple[dict[str, Curve], dict[str, int]]:
+    """The loss of training of the base that goes on as it is and with places, and the first step of each stage."""
+    read = workdir / "read"
+    flat, marks = curves([read, workdir / "flat"])
+    space, _ = curves([read, workdir / "space"])
+    return {"as it is": flat["loss"]["training"], "with places": space["loss"]["training"]}, marks
 
 
 def loaded(folder: Path, memory: dict[str, Any]) -> LoadedModel:
@@ -241,9 +274,17 @@ def _percent(row: dict[str, Any], name: str) -> str:
 def closing_words(summary: dict[str, Any], workdir: Path) -> str:
     """What to say at the end."""
     told = summary["vlm2"]
-    rows, columns = told["rows"].values(), told["columns"]
-    width = max(len(row["what"]) for row in rows)
+    rows, columns, middle = told["rows"], told["columns"], told["middle"]
+    width = max(len(row["what"]) for row in rows.values())
     names = [column.rpartition("/")[2].replace("_", " ") for column in columns]
+
+    def of(name: str, column: str = middle) -> str:
+        return _percent(rows[name], column)
+
+    def place(name: str) -> str:
+        right, asked = rows[name]["questions"][middle].get("direction", (0, 0))
+        return percent(right / asked if asked else None)
+
     return "\n".join(
         [
             "",
@@ -251,9 +292,18 @@ def closing_words(summary: dict[str, Any], workdir: Path) -> str:
             f"  {''.ljust(width)}  {'  '.join(name.rjust(9) for name in names)}",
             *(
                 f"  {row['what'].ljust(width)}  {'  '.join(_percent(row, name).rjust(9) for name in columns)}"
-                for row in rows
+                for row in rows.values()
             ),
-            "This demo's recipe is not finished; chance of each type is in the report.",
+            f"{title(middle).capitalize()}: frames spread evenly {of('space')}, kept by the paper's rule {of('both')}, "
+            f"by ours {of('pair')}, and {of('oracle')} where every poster is shown.",
+            f"Directions, where every poster is shown: {place('oracle')} with places, {place('base_oracle')} without; "
+            f"chance {percent(told['chance']['direction'])}.",
+            *(
+                f"{title(column).capitalize()}: spread evenly {of('space', column)}, kept by the paper's rule "
+                f"{of('both', column)}, by ours {of('pair', column)}."
+                for column in columns
+                if column.startswith(asked_name("scan", 0)[:-1])
+            ),
             "",
             f"{summary['seconds']['total'] / 60:.1f} minutes. The frames that are kept, and accuracy by type: "
             f"{workdir / 'report.html'}, every number: {workdir / 'summary.json'}",

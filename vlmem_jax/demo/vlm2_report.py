@@ -11,7 +11,10 @@ from PIL import Image
 from vlmem_jax.demo import charts
 from vlmem_jax.demo.charts import Bar
 from vlmem_jax.demo.evaluate import interval
-from vlmem_jax.demo.page import head, made, page, percent, table
+from vlmem_jax.demo.page import half, head, made, page, percent, table
+from vlmem_jax.demo.pictures import Curve
+
+RULES = {"paper": "The paper's rule of writing", "pair": "Our rule: the older of the two most alike goes"}
 
 
 class Strip(NamedTuple):
@@ -36,9 +39,16 @@ def accuracy(counts: Mapping[str, Sequence[int]]) -> float | None:
     return right / asked if asked else None
 
 
-def render(summary: Mapping[str, Any], strips: Sequence[Strip]) -> str:
-    """The page."""
-    return page([_head(summary), _whole(summary), _types(summary), _kept(strips), _how(summary)])
+def render(
+    summary: Mapping[str, Any], losses: Mapping[str, Curve], marks: Mapping[str, int], strips: Sequence[Strip]
+) -> str:
+    """The page. `losses`: name -> curve of training; `marks`: stage -> first step."""
+    sections = [_head(summary), _whole(summary), _types(summary), _kept(strips)]
+    if summary["vlm2"]["swept"]:
+        sections.append(_swept(summary))
+    loss = charts.line_chart(losses, marks, "cross-entropy, nats")
+    sections.append(f'<h2>Training</h2><div class="row">{half("Loss", loss, "Stages ask different questions.")}</div>')
+    return page([*sections, _how(summary)])
 
 
 def _head(summary: Mapping[str, Any]) -> str:
@@ -63,7 +73,7 @@ def _whole(summary: Mapping[str, Any]) -> str:
     return (
         "<h2>Right answers</h2><p>All types of questions together, one run. Posters shown: the share of posters of "
         "which the frame that shows most stands in the sequence. A camera that dwells looks one way, but for a glance "
-        f"at each poster; one that scans turns evenly. The recipe is not finished.</p>{table(names, rows)}"
+        f"at each poster; one that scans turns evenly.</p>{table(names, rows)}"
     )
 
 
@@ -104,6 +114,22 @@ def _kept(strips: Sequence[Strip]) -> str:
     return (
         f"<h2>What is kept</h2>{style}<p>The frames of one video of {length} that stand in the sequence, and where in "
         f"it they were taken.</p>{''.join(parts)}"
+    )
+
+
+def _swept(summary: Mapping[str, Any]) -> str:
+    told = summary["vlm2"]
+    parts = []
+    for rule, found in told["swept"].items():
+        episodic = list(dict.fromkeys(one["episodic"] for one in found))
+        rows: dict[str, list[str]] = {}
+        for one in found:
+            rows.setdefault(f"{one['working']} working entries", []).append(percent(accuracy(one["questions"])))
+        names = [f"{count} episodes" for count in episodic]
+        parts.append(f"<h3>{RULES[rule]}</h3>{table(names, list(rows.items()))}")
+    return (
+        f"<h2>Sizes of the memory</h2><p>{title(told['middle']).capitalize()}; the episodes are what stands in the "
+        f"sequence. Trained with one size, asked with each.</p>{''.join(parts)}"
     )
 
 
