@@ -477,7 +477,7 @@ def patches(model, params, batch):
     c, vision = model.config.vision, model._merge(params).vision
     pixels = normalise(batch.views.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
     kept_BND = vision.keeping(pixels, batch.views.layout_BI4, model.config.memory.vision_layer, "none")[1]
-    return kept_BND, vision._rotation(batch.views.layout_BI4[..., 2:])
+    return kept_BND, vision.rotation(batch.views.layout_BI4[..., 2:])
 
 
 def spelt_out(model, params, layout_I4, kept_ND, tables, rows_ED):

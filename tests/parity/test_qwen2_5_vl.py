@@ -122,7 +122,7 @@ def test_windows(prompt, model, name):
     places = layout[row.placed.slot_C][:, None, 2:] * vision.merge + within
     np.testing.assert_array_equal(places.reshape(-1, 2), arrays["vision_pos_hw"])
     tower = model.vlm._merge(model.params).vision
-    tables = tower._rotation(jnp.asarray(layout[None, row.placed.slot_C, 2:]))
+    tables = tower.rotation(jnp.asarray(layout[None, row.placed.slot_C, 2:]))
     for table, wanted in zip(tables, ("vision_rope_cos", "vision_rope_sin"), strict=True):
         np.testing.assert_allclose(np.concatenate([table[0], table[0]], axis=-1), arrays[wanted], atol=1e-6)
 
@@ -144,7 +144,7 @@ def layer_outputs(model, seen):
     c, (graph, layers) = vision.config, nnx.split(vision.layers)
     B, I, S = seen.views.pixels_BISSc.shape[:3]
     segments = Segments(*(jnp.repeat(seen.views.layout_BI4[..., n], S * S, axis=1) for n in range(2)))
-    tables = vision._rotation(seen.views.layout_BI4[..., 2:])
+    tables = vision.rotation(seen.views.layout_BI4[..., 2:])
     run = jax.jit(lambda state, x, full: nnx.merge(graph, state)(x, tables, segments, full))
     outputs = [vision.patch(seen.views.pixels_BISSc.reshape(B, I * S * S, *vision.patch.kernel.shape[:-1]))]
     for n in range(c.layers):

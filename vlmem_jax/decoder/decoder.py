@@ -116,7 +116,12 @@ class _Run:
 
 
 def _runs(layers: int, taps: Sequence[Tap]) -> Iterator[_Run]:
-    """The layers as few runs."""
+    """The layers as few runs. Raises ValueError for a tap at a layer that there is not."""
+    for tap in taps:
+        if tap.layers and tap.layers[-1] >= layers:
+            raise ValueError(
+                f"a tap stands at layer {tap.layers[-1]}, counted from 0; model.decoder.layers is {layers}"
+            )
     places = [tuple(n for n, tap in enumerate(taps) if layer in tap.layers) for layer in range(layers)]
     every = math.lcm(*(tap.every for tap in taps))
     whole = layers // every * every

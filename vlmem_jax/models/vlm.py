@@ -36,7 +36,7 @@ from vlmem_jax.runtime.compiler import once
 from vlmem_jax.runtime.sharding import constrain, lay_out
 from vlmem_jax.trees import State, flatten, unflatten
 from vlmem_jax.types import Batch, DecodeState, FormationInputs, KVCache, Patches, Text, TileShape, Views, VisualTokens
-from vlmem_jax.vision import TOWERS, normalise
+from vlmem_jax.vision import TOWERS, Levels, normalise
 
 Params = dict[str, Any]
 """Nested dict of arrays; layers of one kind are stacked on a leading axis."""
@@ -237,12 +237,19 @@ class VLM:
                     how["key"] = jax.random.fold_in(key, 1)  # of the tower's draws it is itself
                 frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, **how)
                 features = frames_BIND.reshape(features.shape)
+        deep_NBMD = None
+        if isinstance(features, Levels):
+            features, levels_NBPD = features
+            deep_NBMD = constrain(modules.projector.deep(levels_NBPD), None, "batch", "tokens", None)
         tokens = self._from_door(modules, features) if is_seen else modules.projector(features)
         tokens_BMD = tokens.reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
-        means_BMD = None if views.pool_BM is None else means(tokens_BMD, views.pool_BM)
+        means_BMD = None
+        if views.pool_BM is not None:
+            means_BMD = means(tokens_BMD, views.pool_BM)
+            deep_NBMD = None if deep_NBMD is None else jax.vmap(means, (0, None))(deep_NBMD, views.pool_BM)
         return VisualTokens(
-            tokens_BMD, views.positions_BM, views.segments_BM, kept=kept, means_BMD=means_BMD, places=views.places
+            tokens_BMD, views.positions_BM, views.segments_BM, deep_NBMD, kept, means_BMD, places=views.places
         )
 
     def _normalised(self, pixels: Array) -> Float[Array, "..."]:

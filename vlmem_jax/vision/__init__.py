@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from vlmem_jax.vision.intern_vit import InternViT, VisionConfig
+from vlmem_jax.vision.patch_tower import Levels
 from vlmem_jax.vision.pixels import normalise
 from vlmem_jax.vision.projector import FrameProjector, Merger, Projector, ProjectorConfig
 from vlmem_jax.vision.qwen_vit import QwenViT, QwenViTConfig
@@ -34,6 +35,7 @@ __all__ = [
     "TOWERS",
     "FrameProjector",
     "InternViT",
+    "Levels",
     "Merger",
     "Projector",
     "ProjectorConfig",
