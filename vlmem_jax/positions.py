@@ -198,6 +198,7 @@ def mrope_positions(
 
 def window_order(grid: PatchGrid, side: int) -> tuple[Int32[np.ndarray, "M"], Int32[np.ndarray, "M 4"]]:
     """The tokens of an image or video, window after window of at most side x side, and what is known of each then.
+    Without a side, 0, a frame is one window.
 
     First their indices in row-major order; then, for each in the new order: 1 + the index of the first token of its
     window and of its frame, so that equal ids see each other; its row and its column (Qwen2.5-VL sec. 2.1).
@@ -213,6 +214,7 @@ def window_order(grid: PatchGrid, side: int) -> tuple[Int32[np.ndarray, "M"], In
 def _frame_windows(rows: int, cols: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of a frame's tokens in the order of windows; in that order, the place where the window of each begins."""
     row_N, col_N = np.indices((rows, cols)).reshape(2, -1)
+    side = side or max(rows, cols)
     window_N = row_N // side * -(-cols // side) + col_N // side
     order_N = np.argsort(window_N, kind="stable").astype(np.int32)
     begins_N = np.searchsorted(window_N[order_N], window_N[order_N]).astype(np.int32)

@@ -41,14 +41,18 @@ class PatchGeometry(NamedTuple):
     merge: int
     """Patches along a side of the block that becomes one visual token."""
     window: int
-    """Visual tokens along a side of a window."""
+    """Visual tokens along a side of a window; 0: a frame is one."""
     tokens_per_second: float
-    """Rotary positions that a second of video takes."""
+    """Rotary positions that a second of video takes; 0: none."""
 
     @property
     def factor(self) -> int:
         """Sides of a resized image are multiples of so many pixels."""
         return self.size * self.merge
+
+
+class StepGeometry(PatchGeometry):
+    """The same of a tower whose models are told in words when each step of time of a video is."""
 
 
 class GeometryShape(NamedTuple):

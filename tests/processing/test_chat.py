@@ -144,5 +144,5 @@ def test_text_to_be_learned_holds_no_control_tokens(token):
 
 
 def test_unknown_template():
-    with pytest.raises(ValueError, match=r"one of \['internlm2-chat', 'llava-video', 'qwen2-vl'\], got 'vicuna'"):
+    with pytest.raises(ValueError, match=r"one of \['internlm2-chat', .*'qwen-vl-steps', .*\], got 'vicuna'"):
         chat.template("vicuna")

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
             parts += model.processor.message((), [open_image(value, config=model.processor.image)])
         else:
             video, chosen = model.processor.open_video(value)
-            print(f"{value}: frames {', '.join(map(str, chosen))}, {video.seconds:.3f} s apart", file=sys.stderr)
+            frames = ", ".join(map(str, chosen))
+            print(f"{value}: frames {frames}, {model.processor.told(video)}", file=sys.stderr)
             parts += model.processor.message((), videos=[video])
     sample = model.processor.prompt([*parts, args.prompt], rope_dhr=answering.rope_dhr(args), name="--prompt")
     decoder, last = model.vlm.config.decoder, int(sample.positions_T.max()) + sampling.max_new_tokens

@@ -5,10 +5,11 @@ from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.processing.patch_processor import PatchProcessor
 from vlmem_jax.processing.patches import PatchConfig
 from vlmem_jax.processing.processor import Processor, SampleSize
+from vlmem_jax.processing.steps import StepConfig, StepProcessor
 from vlmem_jax.processing.tile_processor import TileProcessor
 from vlmem_jax.processing.tokenizer import Tokenizer
 from vlmem_jax.processing.video import Video
-from vlmem_jax.types import FrameGeometry, PatchGeometry, TileGeometry, TileShape
+from vlmem_jax.types import FrameGeometry, PatchGeometry, StepGeometry, TileGeometry, TileShape
 
 __all__ = [
     "AnyImageConfig",
@@ -19,6 +20,8 @@ __all__ = [
     "PatchProcessor",
     "SampleSize",
     "Processor",
+    "StepConfig",
+    "StepProcessor",
     "TileProcessor",
     "Tokenizer",
     "Video",
@@ -26,11 +29,12 @@ __all__ = [
 ]
 
 
-AnyImageConfig = ImageConfig | PatchConfig | FrameConfig
+AnyImageConfig = ImageConfig | PatchConfig | StepConfig | FrameConfig
 """How images become what a tower takes: tiles, patches or frames."""
 KINDS = {
     TileGeometry: (ImageConfig, TileProcessor),
     PatchGeometry: (PatchConfig, PatchProcessor),
+    StepGeometry: (StepConfig, StepProcessor),
     FrameGeometry: (FrameConfig, FrameProcessor),
 }
 """By what making tiles for a tower needs to know."""

@@ -31,8 +31,8 @@ class Template:
     end: str
     user: str
     assistant: str
-    system: str
-    """Default text of the system turn."""
+    system: str | None
+    """Default text of the system turn; None: there is none unless one is given."""
     image: tuple[str, str, str] = (IMAGE_START, IMAGE_CONTEXT, IMAGE_END)
     """Stands for an image: control tokens, the middle one for each visual token; those beside it may be empty."""
     video: tuple[str, str, str] | None = None
@@ -83,6 +83,19 @@ TEMPLATES = {
         user="user",
         assistant="assistant",
         system="You are a helpful assistant.",
+        image=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+        video=("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
+        before_text="",
+        after_turn="\n",
+        bos=False,
+        stops=("<|endoftext|>",),
+    ),
+    "qwen-vl-steps": Template(
+        start="<|im_start|>",
+        end="<|im_end|>",
+        user="user",
+        assistant="assistant",
+        system=None,
         image=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
         video=("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
         before_text="",
@@ -203,7 +216,7 @@ def render(dialogue: Dialogue, chat: Template, system: str | None = None) -> lis
     """
     system = chat.system if system is None else system
     system = system if dialogue.system is None else dialogue.system
-    pieces = chat.turn("system", (system,))
+    pieces = [] if system is None else chat.turn("system", (system,))
     for index, parts in enumerate(dialogue.messages):
         pieces += chat.turn(chat.assistant if index % 2 else chat.user, parts)
     return pieces + chat.answer_start if len(dialogue.messages) % 2 else pieces

@@ -69,8 +69,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
     Raises ValueError for an image that is more than MAX_ASPECT times as long as it is wide.
     """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"an image may be at most {MAX_ASPECT} times as long as wide, got {width}x{height} pixels")
+    check_aspect(height, width)
     rows, cols = round(height / factor), round(width / factor)  # halves go to the even neighbour, as published
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -79,6 +78,12 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         enlarge = math.sqrt(min_pixels / (height * width))
         rows, cols = (math.ceil(side * enlarge / factor) for side in (height, width))
     return rows * factor, cols * factor
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Raises ValueError for an image that is more than MAX_ASPECT times as long as it is wide."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"an image may be at most {MAX_ASPECT} times as long as wide, got {width}x{height} pixels")
 
 
 def image_grid(width: int, height: int, config: PatchConfig, geometry: PatchGeometry) -> PatchGrid:

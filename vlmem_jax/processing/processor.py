@@ -271,13 +271,21 @@ class Processor:
             if frames is not None:
                 if clip.frames < frames:
                     raise ValueError(f"a video must have the {frames} frames asked for, but it has {clip.frames}")
-                chosen = np.linspace(0, clip.frames - 1, frames).round().astype(int).tolist()
+                chosen = self.spread(clip, frames)
             else:
                 chosen = self.choose_frames(clip) if fps is None else self.frames_at(clip, fps)
             chosen = clip.at(chosen)
         except ValueError as error:
             raise ValueError(f"{error} ({path})") from error
         return clip.video(read_frames(path, chosen, self.open_limit, self.image), chosen), chosen
+
+    def spread(self, clip: Clip, count: int) -> list[int]:
+        """`count` frames of a video, evenly spaced."""
+        return np.linspace(0, clip.frames - 1, count).round().astype(int).tolist()
+
+    def told(self, video: Video) -> str:
+        """What is worth a line of how a video that was read is shown."""
+        return f"{video.seconds:.3f} s apart"
 
     def frames_at(self, clip: Clip, fps: float) -> list[int]:
         """Which frames to take of a video so that there are `fps` of each second."""
@@ -343,8 +351,9 @@ class Processor:
         ids = self._ids(dialogue)
         targets = np.zeros(len(ids), bool)
         starts, ends = np.flatnonzero(ids == self._start_id), np.flatnonzero(ids == self.stop_id)
-        learned = dialogue.learned or (True,) * len(starts[2::2])
-        turns = zip(starts[2::2], ends[2::2], learned, strict=True)  # turns: system, user, assistant, user, ...
+        first = len(starts) - len(dialogue.messages) + 1  # turns: perhaps system, user, assistant, user, ...
+        learned = dialogue.learned or (True,) * len(starts[first::2])
+        turns = zip(starts[first::2], ends[first::2], learned, strict=True)
         for start, end, is_learned in turns:
             answer = start + len(self._answer_start)
             if ids[start:answer].tolist() != self._answer_start:
