@@ -6,7 +6,7 @@ import pytest
 
 from vlmem_jax.config import ConfigError, load, override
 from vlmem_jax.models import VLM
-from vlmem_jax.processing import FrameConfig, PatchConfig
+from vlmem_jax.processing import FrameConfig, PatchConfig, StepConfig
 from vlmem_jax.rl import TASKS
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.stages import Split
@@ -15,6 +15,7 @@ from vlmem_jax.trees import flatten
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECS = [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.rglob("*.py"))]
 SPECS += ["comemo_2b.py:released", "comemo_9b.py:released", "tiny/qwen2_5_vl.py:comemo", "tiny/qwen2_5_vl.py:lora"]
+SPECS += ["tiny/qwen3_vl.py:comemo", "tiny/qwen3_vl.py:lora"]
 SPECS += [f"vlm2_llava_video_7b.py:{profile}" for profile in ("vlm3r", "stream")]
 SPECS += [f"vismem_qwen25vl_7b.py:{profile}" for profile in ("paper_supplement", "released")]
 
@@ -22,7 +23,9 @@ SPECS += [f"vismem_qwen25vl_7b.py:{profile}" for profile in ("paper_supplement",
 @pytest.mark.parametrize("spec", SPECS)
 def test_configs_build(spec):
     built = experiment(load(str(CONFIGS / spec)))
-    if isinstance(built.image, PatchConfig):
+    if isinstance(built.image, StepConfig):
+        assert (built.model.vision.kind, built.template) == ("qwen3_vit", "qwen-vl-steps")
+    elif isinstance(built.image, PatchConfig):
         assert (built.model.vision.kind, built.template) == ("qwen_vit", "qwen2-vl")
     elif isinstance(built.image, FrameConfig):
         assert (built.model.vision.kind, built.template) == ("siglip", "llava-video")
@@ -50,7 +53,7 @@ def test_profiles_of_the_smallest_qwen():
     assert all(path.startswith(("projector/", "memory/")) for path in Split.of(comemo.stages[0], paths).trainable)
 
 
-@pytest.mark.parametrize("spec", ["lora_qwen25vl_7b.py", "tiny/qwen2_5_vl.py:lora"])
+@pytest.mark.parametrize("spec", ["lora_qwen25vl_7b.py", "tiny/qwen2_5_vl.py:lora", "tiny/qwen3_vl.py:lora"])
 def test_a_stage_of_fine_tuning_trains_the_adapter_alone(spec):
     built = experiment(load(str(CONFIGS / spec)))
     stage = built.stages[-1]

@@ -107,6 +107,8 @@ def test_pairs_turn_by_their_axes():
     released = dataclasses.replace(CONFIG, head_dim=128, rope_sections=(24, 20, 20)).rope_axes
     assert released == (0, 1, 2) * 20 + (0,) * 4
     assert dataclasses.replace(CONFIG, rope_sections=(), rope_interleaved=False).rope_axes == ()
+    with pytest.raises(ValueError, match=r"a third of the pairs at most, to take turns; got \(1, 1, 2\)"):
+        dataclasses.replace(CONFIG, rope_sections=(1, 1, 2))
     positions_BT3 = jax.random.randint(jax.random.key(0), (B, T, 3), 0, 50)
     cos, _ = rotation(positions_BT3, frequencies(8, 1e4), CONFIG.rope_axes)
     for pair, axis in enumerate(CONFIG.rope_axes):

@@ -22,6 +22,7 @@ MODELS = {
     "plain": VLM(resolve({"preset": "tiny", "memory": None, **TINY})),
     "comemo": VLM(resolve({"preset": "tiny", **TINY})),
     "vismem": VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem", **TINY, "vision": {"layers": 2}})),
+    "deep": VLM(resolve({"preset": "tiny_qwen3_vl", "memory": "vismem", **TINY, "vision": {"layers": 3}})),
 }
 ROWS, CAPACITY = 16, 64
 """The batch has two rows for each of eight devices; CAPACITY is the room of each."""
@@ -119,5 +120,6 @@ def test_weights_apart_are_all_that_is_gathered(name):
     assert {math.prod(x.shape) for x in found if not is_read(x)} <= weights
 
 
-def test_prompts_are_read_each_where_it_lies():
-    assert Programs("vismem", data=8).prefill() == []
+@pytest.mark.parametrize("name", ["vismem", "deep"])
+def test_prompts_are_read_each_where_it_lies(name):
+    assert Programs(name, data=8).prefill() == []

@@ -23,7 +23,12 @@ from vlmem_jax.models import VLM
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.trees import flatten
 
-FAMILIES = {"internvl_chat": "tiny", "qwen2_5_vl": "tiny_qwen2_5_vl", "llava_qwen": "tiny_llava_video"}
+FAMILIES = {
+    "internvl_chat": "tiny",
+    "qwen2_5_vl": "tiny_qwen2_5_vl",
+    "qwen3_vl": "tiny_qwen3_vl",
+    "llava_qwen": "tiny_llava_video",
+}
 EVERYWHERE = dict(name="first", rank=3, targets=("v", "q", "o", "gate"), vision=("q", "k", "proj", "fc2"))
 OURS = dict(name="second", rank=4, dropout=0.1, targets=("q", "k", "v", "o", "gate", "up", "down"))
 OTHERS = {
@@ -38,6 +43,10 @@ OTHERS = {
         dict(memory=dict(kind="vismem", former="lora_vision", vision_layer=1)),
         dict(memory=dict(kind="vismem", former="tiny_transformer", memory_output="rescaled")),
     ],
+    "qwen3_vl": [
+        dict(memory="comemo", decoder=dict(tied=False), vision=dict(deep_layers=())),
+        dict(memory=dict(kind="vismem", former="lora_vision", vision_layer=1), adapters=[EVERYWHERE]),
+    ],
     "llava_qwen": [
         dict(memory=None, vision=dict(newline="none", pool="average")),
         dict(memory="comemo", vision=dict(newline="frame"), adapters=[EVERYWHERE]),
@@ -45,7 +54,8 @@ OTHERS = {
 }
 """Settings that change which parameters there are."""
 EVERYTHING = [(family, {"memory": memory}) for family in FAMILIES for memory in ("none", *MEMORIES)]
-EVERYTHING.remove(("qwen2_5_vl", {"memory": "vlm2"}))  # whose tower does not see frames apart
+for family in ("qwen2_5_vl", "qwen3_vl"):
+    EVERYTHING.remove((family, {"memory": "vlm2"}))  # their towers do not see frames apart
 EVERYTHING += [(family, settings) for family, others in OTHERS.items() for settings in others]
 
 

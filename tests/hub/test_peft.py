@@ -41,7 +41,7 @@ def test_scores_through_an_adapter_are_those_of_peft():
     assert np.abs(wanted - arrays["logits"][0]).max() > 1
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny_qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["tiny", "tiny_qwen2_5_vl", "tiny_qwen3_vl"])
 def run(request, tmp_path_factory):
     """A checkpoint with two adapters."""
     folder = tmp_path_factory.mktemp("run")

@@ -20,6 +20,7 @@ ALL = ("q", "k", "v", "o", "gate", "up", "down")
 TOWERS = {
     "tiny": ("q", "k", "v", "proj", "fc1", "fc2"),
     "tiny_qwen2_5_vl": ("q", "k", "v", "proj", "gate", "up", "down"),
+    "tiny_qwen3_vl": ("q", "k", "v", "proj", "fc1", "fc2"),
 }
 T, TILES = 24, 4
 
@@ -31,7 +32,7 @@ def world(request):
         {"name": "wide", "rank": 4, "targets": ALL, "vision": TOWERS[request.param]},
         {"name": "few", "rank": 2, "alpha": 6.0, "targets": ("v", "down")},
     ]
-    layers = {"decoder": {"layers": 2}, "vision": {"layers": 2}}
+    layers = {"decoder": {"layers": 2}, "vision": {"layers": 3 if request.param == "tiny_qwen3_vl" else 2}}
     config = resolve({"preset": request.param, "memory": None, **layers, "adapters": adapters})
     vlm, plain = VLM(config), VLM(dataclasses.replace(config, adapters=()))
     params = drawn.random_params(vlm)

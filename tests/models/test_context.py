@@ -23,10 +23,11 @@ from vlmem_jax.processing import Tokenizer, make_processor
 from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
 from vlmem_jax.types import Text
 
-FAMILIES = {"tiny": ("thumbnail", "pooled:3"), "tiny_qwen2_5_vl": ("pooled:2",)}
+FAMILIES = {"tiny": ("thumbnail", "pooled:3"), "tiny_qwen2_5_vl": ("pooled:2",), "tiny_qwen3_vl": ("pooled:2",)}
 CASES = [(preset, context) for preset, contexts in FAMILIES.items() for context in contexts]
-IMAGE = {"tiny": {"max_tiles": 4, "dhr_map": "fine"}, "tiny_qwen2_5_vl": {"min_pixels": 64, "max_pixels": 2048}}
-SAVE = {"tiny": save_char_tokenizer, "tiny_qwen2_5_vl": save_tokenizer}
+SMALL = {"min_pixels": 64, "max_pixels": 2048}
+IMAGE = {"tiny": {"max_tiles": 4, "dhr_map": "fine"}, "tiny_qwen2_5_vl": SMALL, "tiny_qwen3_vl": SMALL}
+SAVE = {"tiny": save_char_tokenizer, "tiny_qwen2_5_vl": save_tokenizer, "tiny_qwen3_vl": save_tokenizer}
 TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Yes."}]
 DATA = DataConfig(pack_tokens=160, pack_tiles=64, loss_weight="token")
 

@@ -29,6 +29,10 @@ MODELS = {
         "preset": "tiny_qwen2_5_vl", "decoder": {"layers": 2}, "vision": {"layers": 2},
         "memory": {"kind": "vismem", "memory_output": "rescaled", "lora": {"dropout": 0.0}},
     },
+    "deep": {
+        "preset": "tiny_qwen3_vl", "memory": None, "decoder": {"layers": 2}, "vision": {"layers": 3},
+        "adapters": [{"name": "one", "targets": ["k"], "vision": ["q", "fc2"]}],
+    },
     "vlm2": {"preset": "tiny_llava_video", "memory": "vlm2", "decoder": {"layers": 2}, "vision": {"layers": 2}},
 }  # fmt: skip
 
@@ -50,7 +54,7 @@ def random_params(vlm: VLM) -> dict:
 def batch(vlm: VLM) -> Batch:
     """Rows of one sample each: visual tokens, latent ones where a memory speaks, then text, most of it one token."""
     rng = np.random.default_rng(5)  # the gradients of gains nearly cancel in others
-    patches = vlm.config.vision.kind == "qwen_vit"
+    patches = vlm.tile.layout
     tile = vlm.tile._replace(pooled=True) if patches else vlm.tile
     b, M = Batch.empty((ROWS,), TOKENS, TILES, tile), TILES * tile.tokens
     T = np.arange(TOKENS, dtype=np.int32)

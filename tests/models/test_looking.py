@@ -240,6 +240,8 @@ def test_geometry_that_is_missing_and_towers_that_do_not_fit_are_named(model):
         made.see(params, dataclasses.replace(views(made, [[1] * 2]), geometry=None))
     with pytest.raises(ValueError, match="keeps frames that the tower sees each on its own"):
         VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vlm2"})).abstract()
+    with pytest.raises(ValueError, match="keeps frames that the tower sees each on its own"):
+        VLM(resolve({"preset": "tiny_qwen3_vl", "memory": "vlm2"})).abstract()
     with pytest.raises(ValueError, match="heads must divide the width of the tower 32, got 5"):
         VLM(resolve({"preset": "tiny_llava_video", "memory": {"kind": "vlm2", "heads": 5}})).abstract()
 

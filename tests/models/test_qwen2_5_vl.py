@@ -24,9 +24,13 @@ SHAPE = dict(pack_tokens=128, pack_tiles=80)
 CLOSE = dict(atol=2e-5, rtol=2e-5)
 
 
-@pytest.fixture(scope="module", params=["none", "comemo"])
+PLAIN = [("tiny_qwen2_5_vl", "none"), ("tiny_qwen3_vl", "none")]
+
+
+@pytest.fixture(scope="module", params=[*PLAIN, ("tiny_qwen2_5_vl", "comemo"), ("tiny_qwen3_vl", "comemo")], ids=str)
 def vlm(request):
-    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": request.param}))
+    preset, memory = request.param
+    return VLM(resolve({"preset": preset, "memory": memory}))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,7 @@ def test_a_mesh_gives_the_same_numbers(vlm, params, logits, samples):
     np.testing.assert_allclose(found, logits(params, batch), **CLOSE)
 
 
-@pytest.mark.parametrize("vlm", ["none"], indirect=True)
+@pytest.mark.parametrize("vlm", PLAIN, indirect=True, ids=str)
 def test_recomputation_changes_no_gradient(vlm, params, samples):
     """Gradients of the tower that sees patches stay as they were; `test_vlm` has the other tower, and a memory."""
     batch = packed(vlm, samples)
@@ -162,7 +166,7 @@ def test_bad_models_name_the_key():
     for changes, message in (
         (
             {"vision": {"kind": "clip"}},
-            "config.model.vision.kind must be one of intern_vit, qwen_vit, siglip; got 'clip'",
+            "config.model.vision.kind must be one of intern_vit, qwen_vit, qwen3_vit, siglip; got 'clip'",
         ),
         ({"vision": {"full_layers": (3,)}}, r"full_layers must name layers 0 to 2, got \(3,\)"),
         ({"vision": {"window": 7}}, "window must be at least patch_size [*] merge 8, got 7"),

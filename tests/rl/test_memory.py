@@ -27,9 +27,9 @@ DATA = DataConfig(pack_tokens=384, pack_tiles=64, loss_weight="sample")
 CALLED = InvocationConfig("delimiter_random", probability=0.4, anywhere=0.1)
 
 
-def model(former):
+def model(former, preset="tiny_qwen2_5_vl"):
     memory = {"kind": "vismem", "former": former, "vision_layer": 1}
-    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": memory, "decoder": {"layers": 2}}))
+    return VLM(resolve({"preset": preset, "memory": memory, "decoder": {"layers": 2}}))
 
 
 def with_calls(vlm):
@@ -78,6 +78,10 @@ def generator(vlm, params):
 
 @pytest.fixture(scope="module")
 def prompts(vlm):
+    return prompts_of(vlm)
+
+
+def prompts_of(vlm):
     grids = [[PatchGrid(1, 3, 4)], [], [PatchGrid(2, 2, 3, 0.5)]]
     return [sample(vlm, grid, (40, 9, 13)[n], seed=n) for n, grid in enumerate(grids)]
 
@@ -107,10 +111,11 @@ def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(vlm, params
     check_log_probabilities(vlm, params, *drawn)
 
 
-def test_they_do_where_the_vision_tower_forms_memories(prompts):
-    vlm = model("lora_vision")
+@pytest.mark.parametrize("preset", ["tiny_qwen2_5_vl", "tiny_qwen3_vl"])
+def test_they_do_where_the_vision_tower_forms_memories(preset):
+    vlm = model("lora_vision", preset)
     params = with_calls(vlm)
-    groups = drawer(sampler(vlm, params), prompts)(CALLED)
+    groups = drawer(sampler(vlm, params), prompts_of(vlm))(CALLED)
     check_log_probabilities(vlm, params, CALLED, [trajectory for group in groups for trajectory in group])
 
 

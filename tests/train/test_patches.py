@@ -40,11 +40,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def config(folder, **data):
+def config(folder, preset="tiny_qwen2_5_vl", **data):
     source = [dict(path=str(folder / "train.jsonl"))]
     return ConfigDict(
         dict(
-            model=dict(preset="tiny_qwen2_5_vl", memory="comemo", decoder=dict(layers=2), vision=dict(layers=2)),
+            model=dict(preset=preset, memory="comemo", decoder=dict(layers=2), vision=dict(layers=3)),
             tokenizer=str(folder / "tokenizer"),
             image=dict(min_pixels=64, max_pixels=1024, min_frame_pixels=64, max_frame_pixels=256),
             data=dict(train=source, eval=source, rows=8, pack_tokens=256, pack_tiles=96, threads=1) | data,
@@ -58,17 +58,17 @@ def config(folder, **data):
     )
 
 
-@pytest.fixture(scope="module")
-def trained(folder):
+@pytest.fixture(scope="module", params=["tiny_qwen2_5_vl", "tiny_qwen3_vl"])
+def trained(folder, request):
     """Workdir of a run."""
-    text = config(folder).to_json()
+    text = config(folder, request.param).to_json()
     (folder / "config.py").write_text(
         f"import json\nfrom ml_collections import ConfigDict\n\n\n"
         f"def get_config():\n    return ConfigDict(json.loads({text!r}))\n"
     )
-    line = ["train", "--config", str(folder / "config.py"), "--workdir", str(folder / "run")]
+    line = ["train", "--config", str(folder / "config.py"), "--workdir", str(folder / request.param)]
     assert main(line) == 0
-    return folder / "run"
+    return folder / request.param
 
 
 def test_the_loss_falls(trained):
@@ -82,11 +82,13 @@ def test_the_loss_falls(trained):
 def test_questions_about_images_and_videos(folder, trained, capsys, flags):
     flags = [str(folder / flag) if "." in flag else flag for flag in flags]
     line = ["generate", "--checkpoint", str(trained), "--prompt", "Say a word.", "--max-new-tokens", "4"]
+    line += ["--temperature", "5"]  # few steps teach little but to stop
     assert main([*line, *flags]) == 0
     captured = capsys.readouterr()
     assert captured.out.strip()
     if "--video" in flags:
         assert "long.mp4: frames 0, 2, 4, 7, 9, 11, 0.500 s apart" in captured.err
+        assert ("visual tokens (image.budget=frame" in captured.err) == trained.name.endswith("qwen3_vl")
 
 
 @pytest.mark.parametrize(

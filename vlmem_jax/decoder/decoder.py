@@ -62,6 +62,12 @@ class DecoderConfig:
                 f"rope_sections must be three numbers that add up to head_dim / 2 = {self.head_dim // 2}, "
                 f"got {self.rope_sections}"
             )
+        last_pairs = [axis + 3 * (pairs - 1) for axis, pairs in enumerate(self.rope_sections)][1:]
+        if self.rope_interleaved and max(last_pairs, default=0) >= self.head_dim // 2:
+            raise ValueError(
+                "rope_sections of rows and columns must be a third of the pairs at most, to take turns; "
+                f"got {self.rope_sections}"
+            )
 
     @property
     def rope_axes(self) -> tuple[int, ...]:

@@ -6,14 +6,29 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlmem_jax.config import ConfigError, build, overlay
-from vlmem_jax.families import internvl, llava_video, qwen2_5_vl
-from vlmem_jax.families.base import PREPROCESSOR_FILE, Family, Released
+from vlmem_jax.families import internvl, llava_video, qwen2_5_vl, qwen3_vl
+from vlmem_jax.families.base import PREPROCESSOR_FILE, VIDEO_FILE, Family, Released
 from vlmem_jax.memory import MEMORIES, MemoryConfig, memory_config
 from vlmem_jax.models import ModelConfig
 
-__all__ = ["FAMILIES", "PREPROCESSOR_FILE", "PRESETS", "Family", "Released", "of_config", "of_model", "resolve"]
+__all__ = [
+    "FAMILIES",
+    "PREPROCESSOR_FILE",
+    "PRESETS",
+    "VIDEO_FILE",
+    "Family",
+    "Released",
+    "of_config",
+    "of_model",
+    "resolve",
+]
 
-FAMILIES = {"internvl_chat": internvl.FAMILY, "qwen2_5_vl": qwen2_5_vl.FAMILY, "llava_qwen": llava_video.FAMILY}
+FAMILIES = {
+    "internvl_chat": internvl.FAMILY,
+    "qwen2_5_vl": qwen2_5_vl.FAMILY,
+    "qwen3_vl": qwen3_vl.FAMILY,
+    "llava_qwen": llava_video.FAMILY,
+}
 PRESETS = {name: keys for family in FAMILIES.values() for name, keys in family.sizes.items()}
 """Keys of `config.model` by the name of a model. A config names one and changes what it must."""
 

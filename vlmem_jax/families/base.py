@@ -13,6 +13,7 @@ from vlmem_jax.records import Rule
 from vlmem_jax.trees import flatten
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+VIDEO_FILE = "video_preprocessor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,20 @@ class Family:
     """The class of the config of images: what the tower sees are tiles or patches."""
     template: str
     """The chat template, a name of `chat.TEMPLATES`."""
-    name_table: Callable[[ModelConfig, bool | None, int | None], list[Rule]]
-    """`name_table(model, layout, vocab)`; see the modules."""
-    layout: Callable[[Iterable[str]], bool]
-    """Which of a family's two ways of naming the names of a checkpoint follow."""
+    name_table: Callable[[ModelConfig, Any, int | None], list[Rule]]
+    """`name_table(model, layout, vocab)`; see the modules. Layout None: as published."""
+    layout: Callable[[Iterable[str]], Any]
+    """Which of a family's ways of naming, `layouts`, the names of a checkpoint follow."""
     read_config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]], Mapping[str, Any]], Released]
-    """`read_config(config.json, shapes of tensors, preprocessor_config.json)`."""
+    """`read_config(config.json, shapes of tensors, preprocessor_config.json)`; in the last, `video_processor` is what
+    VIDEO_FILE holds."""
     write_files: Callable[..., dict[str, dict[str, Any]]]
     """`write_files(model, image, dtype, tokenizer)`: content of the JSON files, by name."""
     sizes: Mapping[str, dict[str, Any]]
     """Keys of `config.model` by the name of a model: `memory` is the kind that it has unless another is asked for, and
     `memories` has the keys of each kind."""
-    adapter_layout: bool | None = None
+    layouts: tuple[Any, ...] = (True, False)
+    adapter_layout: Any = None
     """The way of naming that adapters follow: that of the modules of today's libraries. None: of the checkpoint."""
     added_tokens: tuple[str, ...] = ()
     """What is added to the tokenizer of a language model that knows no images, in the order of ids."""

@@ -158,6 +158,11 @@ def decoder_tensors(decoder: DecoderConfig, prefix: str, vocab: int | None) -> l
             ("attn/k/bias", "self_attn.k_proj.bias", "(K C) -> K C"),
             ("attn/v/bias", "self_attn.v_proj.bias", "(K C) -> K C"),
         ]
+    if decoder.qk_norm:
+        layer += [
+            ("attn/q_norm/scale", "self_attn.q_norm.weight", "C -> C"),
+            ("attn/k_norm/scale", "self_attn.k_norm.weight", "C -> C"),
+        ]
     copies = (HEAD,) if decoder.tied else ()
     rules = [
         *section("decoder/layers/", prefix + "layers.{}.", sizes, layer, range(decoder.layers)),

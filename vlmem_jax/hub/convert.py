@@ -145,7 +145,7 @@ def _notes(source: Path, tensors: Mapping[str, np.ndarray], model: ModelConfig) 
 def _unused(source: Path) -> tuple[str, ...]:
     """Files beside the tensors that hold weights or settings and that nothing reads: an adapter that is not merged, the
     same weights in another format, code."""
-    read = {CONFIG_FILE, families.PREPROCESSOR_FILE, "processor_config.json", *FILES}
+    read = {CONFIG_FILE, families.PREPROCESSOR_FILE, families.VIDEO_FILE, "processor_config.json", *FILES}
     indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
     telling = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".py", ".json")
     names = [path.name for path in source.iterdir() if path.is_file() and path.suffix in telling]
@@ -348,7 +348,9 @@ def _open(folder: Path, vision: Path | None = None) -> tuple[Mapping[str, np.nda
             )
         raise ValueError(f"{folder} has no {CONFIG_FILE}; a folder in the Hugging Face layout must hold it")
     content = read_json(folder / CONFIG_FILE)
-    preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE) or _newer_preprocessor(folder)
+    preprocessor = _optional_json(folder / families.PREPROCESSOR_FILE) or _newer_preprocessor(folder, "image_processor")
+    if videos := _optional_json(folder / families.VIDEO_FILE) or _newer_preprocessor(folder, "video_processor"):
+        preprocessor = {**(preprocessor or {}), "video_processor": videos}
     with _told_of(folder / CONFIG_FILE):
         family = families.of_config(content)
     tensors = _with_tower(folder, Tensors(folder), family, vision)
@@ -368,9 +370,9 @@ def _told_of(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} holds what no such config does: {error}") from error
 
 
-def _newer_preprocessor(folder: Path) -> dict[str, Any] | None:
-    """The image processor of a processor_config.json, which transformers 5 writes: of its limits, `size` counts."""
-    found = (_optional_json(folder / "processor_config.json") or {}).get("image_processor")
+def _newer_preprocessor(folder: Path, part: str) -> dict[str, Any] | None:
+    """A processor in a processor_config.json, which transformers 5 writes: of its limits, `size` counts."""
+    found = (_optional_json(folder / "processor_config.json") or {}).get(part)
     if found and found.get("size"):
         found = {key: value for key, value in found.items() if key not in ("min_pixels", "max_pixels")}
     return found

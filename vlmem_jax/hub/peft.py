@@ -58,7 +58,7 @@ class _Map:
         return given
 
 
-def _maps(model: ModelConfig, layout: bool | None, rank: int) -> list[list[_Map]]:
+def _maps(model: ModelConfig, layout: Any, rank: int) -> list[list[_Map]]:
     """Every linear map that may have an adapter; those of one map of the checkpoint stand together."""
     rules = {rule.ours: rule for rule in families.of_model(model).name_table(model, layout, None)}
     found = []
@@ -219,7 +219,8 @@ def _scale(content: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _fitting(model: ModelConfig, pairs: Mapping[str, Pair], rank: int) -> Iterator[list[_Map]]:
     """The maps that there are pairs for, by whichever way of naming fits. Raises ValueError for other shapes."""
-    named = [_maps(model, layout, rank) for layout in (families.of_model(model).adapter_layout, True, False)]
+    family = families.of_model(model)
+    named = [_maps(model, layout, rank) for layout in (family.adapter_layout, *family.layouts)]
     fits = [[group for group in groups if set(group[0].modules) <= set(pairs)] for groups in named]
     for group in max(fits, key=len):
         a, b = (rule.shape for rule in group[0].rules)

@@ -8,7 +8,7 @@ from vlmem_jax.memory import MemoryConfig
 from vlmem_jax.nn.attention import AttentionConfig
 from vlmem_jax.nn.lora import LinearMap, LoRAConfig
 from vlmem_jax.nn.stack import REMAT_POLICIES
-from vlmem_jax.vision import ProjectorConfig, QwenViTConfig, SigLIPConfig, VisionConfig
+from vlmem_jax.vision import ProjectorConfig, Qwen3ViTConfig, QwenViTConfig, SigLIPConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AdapterConfig:
 class ModelConfig:
     """One model; `families.resolve` fills it from a preset's name and the keys that differ."""
 
-    vision: VisionConfig | QwenViTConfig | SigLIPConfig
+    vision: VisionConfig | QwenViTConfig | Qwen3ViTConfig | SigLIPConfig
     """Its key `kind` says which, see `vision.TOWERS`."""
     decoder: DecoderConfig
     projector: ProjectorConfig = ProjectorConfig()

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -11,6 +12,7 @@ from vlmem_jax.nn.linear import param, spread
 from vlmem_jax.nn.mlp import GeluMLP
 from vlmem_jax.nn.norm import LayerNorm, RMSNorm
 from vlmem_jax.nn.resize import half_pixel, linear_weights
+from vlmem_jax.nn.stack import stack
 from vlmem_jax.runtime.sharding import constrain
 from vlmem_jax.vision.siglip import SigLIPConfig
 
@@ -97,6 +99,36 @@ def pooled(x_BHWD: Float[Array, "B H W D"], pool: str) -> Float[Array, "B h w D"
     if pool == "max":
         return blocks.max((2, 4))
     return blocks.astype(jnp.float32).mean((2, 4)).astype(x_BHWD.dtype)
+
+
+class LevelMerger(nnx.Module):
+    """LayerNorm of the `patches` that become one visual token, of each or of all as one, then an MLP (Qwen3-VL)."""
+
+    def __init__(
+        self, patches: int, vision_width: int, width: int, norm_eps: float, *, each: bool = False, rngs: nnx.Rngs
+    ):
+        inner = patches * vision_width
+        self.norm = LayerNorm(vision_width if each else inner, norm_eps, rngs=rngs)
+        self.mlp = GeluMLP(inner, inner, width, rngs=rngs)
+
+    def __call__(self, features_BND: Float[Array, "B N D"]) -> Float[Array, "B I E"]:
+        B, inner = len(features_BND), self.mlp.fc1.kernel.shape[0]
+        normed = self.norm(features_BND.reshape(B, -1, self.norm.scale.shape[0]))
+        return self.mlp(normed.reshape(B, -1, inner))
+
+
+class DeepMerger(LevelMerger):
+    """Visual tokens from the features of the last layer, and from those of others what is added to them later."""
+
+    def __init__(self, patches: int, vision_width: int, width: int, norm_eps: float, levels: int, *, rngs: nnx.Rngs):
+        sizes = patches, vision_width, width, norm_eps
+        super().__init__(*sizes, each=True, rngs=rngs)
+        self.levels = stack(lambda rngs: LevelMerger(*sizes, rngs=rngs), levels, rngs) if levels else None
+
+    def deep(self, features_VBND: Float[Array, "V B N D"]) -> Float[Array, "V B I E"]:
+        """What the first layers of the decoder add to visual tokens, from features of as many layers."""
+        graph, states = nnx.split(self.levels)
+        return jax.lax.scan(lambda _, xs: (None, nnx.merge(graph, xs[0])(xs[1])), None, (states, features_VBND))[1]
 
 
 class Merger(nnx.Module):
