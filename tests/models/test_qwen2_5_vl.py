@@ -102,6 +102,27 @@ def test_decoding_with_the_cache_equals_reading_all_again(vlm, params, samples):
         assert scores[last : last + len(answer)].argmax(-1).tolist() == answer
 
 
+@pytest.mark.parametrize("vlm", PLAIN, indirect=True, ids=str)
+def test_an_image_that_comes_late_is_seen_as_if_read_at_once(vlm, params):
+    first, second = sample(vlm, [IMAGE, VIDEO], 9, seed=1), sample(vlm, [TALL], 5, seed=4)
+    at, tiles = first.positions_T.max() + 1, len(first.pixels_ISSc)
+    index_T = np.where(second.visual_index_T < 0, -1, second.visual_index_T + tiles)
+    moved = dataclasses.replace(
+        second,
+        positions_T=second.positions_T + at,
+        visual_index_T=index_T.astype(np.int32),
+        visual_positions_M=second.visual_positions_M + at,
+        layout_I4=second.layout_I4 + np.array([tiles, tiles, 0, 0], np.int32),
+    )
+    names = [name for name, x in vars(first).items() if isinstance(x, np.ndarray)]
+    joined = {name: np.concatenate([getattr(one, name) for one in (first, moved)]) for name in names}
+    generator = Generator(vlm, params, stop_ids=[])
+    at_once, session = generator.start([dataclasses.replace(first, **joined)], 8), generator.start([first], 64)
+    session.append(second)
+    np.testing.assert_allclose(session.logits_BV, at_once.logits_BV, **CLOSE)
+    assert session.state.position_B == at_once.state.position_B
+
+
 def test_a_mesh_gives_the_same_numbers(vlm, params, logits, samples):
     config = DataConfig(**SHAPE)
     rows = [pack_row(part, config, vlm.tile) for part in (samples, samples[:2], samples[1:], samples[::2])]
