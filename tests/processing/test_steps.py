@@ -182,6 +182,7 @@ def test_budgets_differ_for_long_videos():
         ("video", Clip(11, 4.0, 64, 48), None, [0, 2, 5, 8, 10]),
         ("frame", Clip(9, 4.0, 64, 48), 3, [0, 3, 5, 8]),
         ("video", Clip(9, 4.0, 64, 48), 3, [0, 4, 8]),
+        ("frame", Clip(9, 4.0, 64, 48), 1, [0, 8]),
     ],
 )
 def test_an_odd_number_of_frames(budget, clip, count, chosen):

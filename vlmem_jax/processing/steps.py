@@ -202,7 +202,7 @@ def choose_frames(
         most = min(config.max_frames // depth * depth, there)
         count = int(min(max(wanted, -(-config.min_frames // depth) * depth), most)) // depth * depth
     else:
-        count = min(round(count / depth) * depth, there)
+        count = min(max(round(count / depth), 1) * depth, there)
     return _single_linspace(first, last, count).round().astype(int).tolist()
 
 
