@@ -1,6 +1,7 @@
 """Images, videos and prompts of Qwen3-VL against numbers of the published processors."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import qwen3_golden
 from PIL import Image
 
-from vlmem_jax.processing import StepConfig, Tokenizer, Video, chat, make_processor
+from vlmem_jax.processing import StepConfig, Tokenizer, Video, chat, make_processor, tools
 from vlmem_jax.processing.patches import image_grid, smart_resize, write_blocks
 from vlmem_jax.processing.steps import choose_frames, video_grid, volume_resize
 from vlmem_jax.processing.video import Clip, VideoSize
@@ -164,8 +165,19 @@ def messages(case, geometry):
                 grid, about = next(videos)
                 times = tuple(index / about["fps"] for index in about["frames_indices"])
                 parts.append(Video([blank(grid, geometry.size)] * len(times), times=times))
-        found.append((message["role"], parts))
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        found.append((message["role"], [tools.called(calls, "".join(parts))] if calls else parts))
     return found
+
+
+def with_tools(said):
+    """The same with the answers of tools, which follow each other, in one turn of the user."""
+    turns = [(role, [parts for _, parts in some]) for role, some in itertools.groupby(said, lambda one: one[0])]
+    return [
+        pair
+        for role, some in turns
+        for pair in ([("user", tools.answered(some))] if role == "tool" else [(role, parts) for parts in some])
+    ]
 
 
 def test_chat_templates(folder, vision, tmp_path):
@@ -175,10 +187,9 @@ def test_chat_templates(folder, vision, tmp_path):
     told = 0
     small = dict(min_pixels=1, min_frame_pixels=1, min_video_pixels=1)
     for case in json.loads((folder / "chat_templates.json").read_text()):
-        if case["tools"]:
-            continue  # conversations with tools are no part of what is read here
-        said = messages(case, vision.geometry)
+        said = with_tools(messages(case, vision.geometry))
         system = "".join(said.pop(0)[1]) if said[0][0] == "system" else None
+        system = tools.told(case["tools"], system) if case["tools"] else system
         dialogue = chat.Dialogue(tuple(tuple(parts) for _, parts in said), system)
         assert "".join(chat.render(dialogue, chat.TEMPLATES["qwen-vl-steps"])) == case["template"], case["name"]
         for wrapper, expanded in (("none", "expanded"), ("outer", "expanded_newer_library")):
