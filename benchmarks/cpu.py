@@ -38,7 +38,7 @@ from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate.invocation import Calls
 from vlmem_jax.generate.loop import Generator, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
-from vlmem_jax.generate.sampling import Choice, SamplingConfig
+from vlmem_jax.generate.sampling import GREEDY, Choice, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.processing import PatchConfig, TileProcessor, Tokenizer, make_processor
@@ -99,7 +99,9 @@ def decode_step(layers=24, slots=2048, calls=50, runs=RUNS) -> list[Row]:
     vlm, params = make(deep(layers))
     generator, state, logits_BV, finished_B, choice = start(vlm, params, packed_batch(vlm, 1, 64, 2), slots)
     with generator.context():
-        program = generator.programs.step.lower(params, state, logits_BV, finished_B, choice, True).compile()
+        program = generator.programs.step.lower(
+            params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
+        ).compile()
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state) if leaf.nbytes > 2**16}
     lines = program.as_text().splitlines()
     copies = sum(" copy" in line and any(f"[{shape}]" in line for shape in shapes) for line in lines)
@@ -111,7 +113,7 @@ def decode_step(layers=24, slots=2048, calls=50, runs=RUNS) -> list[Row]:
         begin = time.perf_counter()
         with generator.context():
             state, logits_BV, finished_B, *_ = generator.programs.step(
-                params, state, logits_BV, finished_B, choice, True
+                params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
             )
         return (time.perf_counter() - begin) * 1e3
 
@@ -148,7 +150,7 @@ def cached_after(prompt: int, layers=8, width=256, new=256, stride=16, runs=7) -
         for _ in range(new):
             with generator.context():
                 state, logits_BV, finished_B, *_ = generator.programs.step(
-                    params, state, logits_BV, finished_B, choice, True
+                    params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
                 )
         return logits_BV
 
@@ -554,7 +556,7 @@ def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> l
         with generator.context():
             for _ in range(longest):
                 state, logits_BV, finished_B, *_ = generator.programs.step(
-                    params, state, logits_BV, finished_B, choice, True
+                    params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
                 )
         return logits_BV
 

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 from tests.patches_world import save_tokenizer
-from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule, delimiters
+from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule, delimiters, is_delimiter
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
 
 SPEECH = Speech(("a", "b"), (10, 12), (11, 13), (3, 5), max_invocations=4, max_states=64, start_id=0)
+DELIMITERS_V = jnp.asarray(is_delimiter([1, 2], 20))
 
 
 def rule(config=InvocationConfig(), forced=(), rows=2):
-    return Rule.make(config, SPEECH, 8, 20, [1, 2], forced, rows)
+    return Rule.make(config, SPEECH, 8, forced, rows)
 
 
 def test_delimiters_end_phrases(tmp_path):
@@ -26,7 +27,7 @@ def test_who_may_call_and_how_often():
     assert set(never.banned_ids(SPEECH)) == {10, 11, 12, 13} and never.budget(SPEECH) == 0
     chance = InvocationConfig("delimiter_random", max_invocations=2, disabled=("a",))
     assert set(chance.banned_ids(SPEECH)) == {10, 11, 12, 13} and chance.budget(SPEECH) == 2
-    assert chance.heeded(SPEECH) == (False, True) and rule(chance).share_K.tolist() == [0, 1]
+    assert chance.heeded(SPEECH) == (False, True) and rule(chance).share_BK.tolist() == [[0, 1]] * 2
     assert InvocationConfig(disabled=("a", "b")).budget(SPEECH) == 0
     with pytest.raises(ValueError, match="disabled must name kinds of the memory, a, b; got 'c'"):
         InvocationConfig(disabled=("a", "c")).budget(SPEECH)
@@ -36,17 +37,17 @@ def test_probabilities_are_those_of_the_mode():
     wanted = {"learned": (0, 0, 0), "always": (0, 1, 0), "delimiter_random": (0.02, 0.25, 0.02), "first": (1, 0, 0)}
     for mode, chances in wanted.items():
         made = rule(InvocationConfig(mode, anywhere=0.02))
-        np.testing.assert_allclose((made.after_prompt, made.after_delimiter, made.anywhere), chances, rtol=1e-6)
-    assert np.flatnonzero(rule().delimiter_V).tolist() == [1, 2]
+        found = made.after_prompt_B, made.after_delimiter_B, made.anywhere_B
+        np.testing.assert_allclose(np.stack(found), np.repeat(np.array(chances)[:, None], 2, axis=1), rtol=1e-6)
 
 
 def test_first_calls_right_after_the_prompt_and_never_again():
     made, keys_B = rule(InvocationConfig("first", disabled=("a",))), jax.random.split(jax.random.key(0), 2)
     calls = Calls.none(2, budget=1)
-    first_B = calls.force(made, SPEECH, keys_B, jnp.zeros(2, jnp.int32))
+    first_B = calls.force(made, DELIMITERS_V, SPEECH, keys_B, jnp.zeros(2, jnp.int32))
     assert first_B.tolist() == [12, 12], "of the kind that is heeded"
     calls = calls.take(made, SPEECH, first_B, jnp.ones(2, jnp.int32))
-    assert calls.force(made, SPEECH, keys_B, jnp.ones(2, jnp.int32)).tolist() == [-1, -1]
+    assert calls.force(made, DELIMITERS_V, SPEECH, keys_B, jnp.ones(2, jnp.int32)).tolist() == [-1, -1]
 
 
 def test_forced_tokens_stand_in_rows_of_few_lengths():
@@ -56,3 +57,5 @@ def test_forced_tokens_stand_in_rows_of_few_lengths():
     assert forced_BS[0, :4].tolist() == [3, -1, 4, -1] and (forced_BS[1] == -1).all()
     with pytest.raises(ValueError, match="forced has tokens for 3 rows, but there are 2"):
         rule(forced=[[1], [2], [3]])
+    with pytest.raises(ValueError, match="forced has 3 tokens for a row, but there are places for 2; raise forced"):
+        Rule.make(InvocationConfig(), None, 8, [[1, 2, 3]], 1, places=2)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose, filter_logits
+from vlmem_jax.generate.sampling import GREEDY, LIMITED, SAMPLED, Choice, SamplingConfig, choose, filter_logits, need
 from vlmem_jax.runtime.shapes import bucket
 
 
@@ -27,10 +27,30 @@ def test_draws_follow_the_distribution():
     rows = 4000
     logits = jnp.log(jnp.tile(jnp.asarray(p), (rows, 1)))
     choice = jax.tree.map(jnp.asarray, Choice.make(SamplingConfig(temperature=1.0), rows, 4, [2], []))
-    drawn, logp = choose(logits.astype(jnp.float32), choice, jnp.zeros(rows, jnp.int32), greedy=False)
+    drawn, logp = choose(logits.astype(jnp.float32), choice, jnp.zeros(rows, jnp.int32), SAMPLED)
     shares = np.bincount(drawn, minlength=4) / rows
     np.testing.assert_allclose(shares, [0.4, 0, 0, 0.6], atol=0.03)
     np.testing.assert_allclose(np.exp(logp), np.array([0.4, 0, 0, 0.6])[drawn], rtol=1e-5)
+
+
+def test_rows_of_a_batch_have_settings_of_their_own():
+    """And draw what they draw alone, whatever their neighbours need."""
+    settings = [
+        SamplingConfig(),
+        SamplingConfig(temperature=0.7, seed=3),
+        SamplingConfig(temperature=2.0, top_k=2, seed=4),
+        SamplingConfig(temperature=1.0, top_p=0.5, seed=5),
+    ]
+    assert [need(one) for one in settings] == [GREEDY, SAMPLED, LIMITED, LIMITED]
+    logits_BV = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32))
+    each = [jax.tree.map(jnp.asarray, Choice.make(one, 1, 50, [row], [])) for row, one in enumerate(settings)]
+    together = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
+    for index in range(20):
+        drawn_B, logp_B = choose(logits_BV, together, jnp.full(4, index), LIMITED)
+        for row, (one, choice) in enumerate(zip(settings, each, strict=True)):
+            [alone], [logp] = choose(logits_BV[row : row + 1], choice, jnp.full(1, index), need(one))
+            assert (alone, logp) == (drawn_B[row], logp_B[row]) and alone != row
+        assert drawn_B[2] in jnp.argsort(logits_BV[2].at[2].set(-jnp.inf))[-2:]
 
 
 @pytest.mark.parametrize(
@@ -50,5 +70,6 @@ def test_buckets_hold_their_size_and_waste_at_most_a_third():
 
 
 def test_seeds_wrap_round():
-    rows = Choice.make(SamplingConfig(seed=2**40 + 5), 2, 4, [], []).keys_B
-    np.testing.assert_array_equal(jax.random.key_data(rows[0]), jax.random.key_data(jax.random.key(5)))
+    key_B2 = Choice.make(SamplingConfig(seed=2**40 + 5), 2, 4, [], []).key_B2
+    for row, seed in enumerate((5, 6)):
+        np.testing.assert_array_equal(key_B2[row], jax.random.key_data(jax.random.key(seed)))

@@ -192,15 +192,13 @@ def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
 def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     """One token for each row of a batch whose prompts have been read."""
     vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    choice = jax.eval_shape(
-        lambda: Choice.make(SamplingConfig(), serving.rows, vlm.config.decoder.vocab, banned_ids=(), stop_ids=())
-    )
-    choice = jax.tree.map(lambda x: _placed(x, everywhere), choice)
+    choice = Choice.make(SamplingConfig(), serving.rows, vlm.config.decoder.vocab, banned_ids=(), stop_ids=())
+    choice = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), choice)
+    needed = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=batch_sharding(mesh))
     logits_BV, state = read_shapes(experiment, serving, mesh)
     with jax.set_mesh(mesh):
-        lowered = compiled(vlm, mesh).step.lower(params, state, logits_BV, finished_B, choice, True)
+        lowered = compiled(vlm, mesh).step.lower(params, state, logits_BV, finished_B, choice, needed)
     return Job(lowered, held(params), held(state), held((logits_BV, choice)), tuple(jax.tree.leaves(state)))
 
 

@@ -79,53 +79,56 @@ class InvocationConfig:
         return wanted if any(self.heeded(speech)) else 0
 
 
-class Rule(NamedTuple):
-    """The settings as arrays, so that changing one compiles nothing."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule(State):
+    """The settings of each row as arrays, so that changing one compiles nothing. Without a speech, K = 0."""
 
-    after_prompt: Float[Array, ""]
-    after_delimiter: Float[Array, ""]
-    anywhere: Float[Array, ""]
-    share_K: Float[Array, "K"]
+    after_prompt_B: Float[Array, "B"] = axes("batch")
+    after_delimiter_B: Float[Array, "B"] = axes("batch")
+    anywhere_B: Float[Array, "B"] = axes("batch")
+    share_BK: Float[Array, "B K"] = axes("batch", None)
     """Of the kinds, in the calls of chance."""
-    heeded_K: Bool[Array, "K"]
-    delimiter_V: Bool[Array, "V"]
-    forced_BS: Int32[Array, "B S"]
+    heeded_BK: Bool[Array, "B K"] = axes("batch", None)
+    forced_BS: Int32[Array, "B S"] = axes("batch", None)
     """The first tokens of each row; -1: free."""
-    limit: Int32[Array, ""]
+    limit_B: Int32[Array, "B"] = axes("batch")
     """Tokens that a row may choose."""
 
     @classmethod
     def make(
         cls,
         config: InvocationConfig,
-        speech: Speech,
+        speech: Speech | None,
         limit: int,
-        vocab: int,
-        delimiter_ids: Sequence[int],
         forced: Sequence[Sequence[int]],
         rows: int,
+        places: int | None = None,
     ) -> "Rule":
-        """On the host. Raises ValueError if more rows are forced than there are."""
+        """On the host, of rows with the same settings but for `forced`, for which there are `places` (default: as many
+        as it takes). Raises ValueError if more rows are forced than there are, or more tokens than places."""
         if len(forced) > rows:
             raise ValueError(f"forced has tokens for {len(forced)} rows, but there are {rows}")
-        delimiter_V = np.zeros(vocab, bool)
-        delimiter_V[list(delimiter_ids)] = True
+        longest = max(map(len, forced), default=0)
+        if places is None:
+            places = bucket(max(1, longest), FORCED_BUCKET) if forced else 0
+        if longest > places:
+            raise ValueError(f"forced has {longest} tokens for a row, but there are places for {places}; raise forced")
         chance = {"delimiter_random": config.probability, "always": 1.0}.get(config.mode, 0.0)
         anywhere = config.anywhere if config.mode == "delimiter_random" else 0.0
-        heeded_K = np.array(config.heeded(speech))
-        longest = bucket(max(1, *map(len, forced)), FORCED_BUCKET) if forced else 0
-        forced_BS = np.full((rows, longest), -1, np.int32)
+        heeded_K = np.array(config.heeded(speech) if speech else (), bool)
+        share_K = (heeded_K / max(heeded_K.sum(), 1)).astype(np.float32)
+        forced_BS = np.full((rows, places), -1, np.int32)
         for row, ids in enumerate(forced):
             forced_BS[row, : len(ids)] = ids
         return cls(
-            np.float32(1.0 if config.mode == "first" else anywhere),
-            np.float32(chance),
-            np.float32(anywhere),
-            (heeded_K / max(heeded_K.sum(), 1)).astype(np.float32),
-            heeded_K,
-            delimiter_V,
+            np.full(rows, 1.0 if config.mode == "first" else anywhere, np.float32),
+            np.full(rows, chance, np.float32),
+            np.full(rows, anywhere, np.float32),
+            np.repeat(share_K[None], rows, axis=0),
+            np.repeat(heeded_K[None], rows, axis=0),
             forced_BS,
-            np.int32(limit),
+            np.full(rows, limit, np.int32),
         )
 
 
@@ -154,21 +157,19 @@ class Calls(State):
         is_call_V = (jnp.arange(vocab)[:, None] == jnp.array(speech.invoke_ids)).any(-1)
         return is_call_V & (self.left_B <= 0)[:, None]
 
-    def force(self, rule: Rule, speech: Speech, keys_B: Array, index_B: Int32[Array, "B"]) -> Int32[Array, "B"]:
+    def force(
+        self,
+        rule: Rule,
+        delimiter_V: Bool[Array, "V"],
+        speech: Speech | None,
+        keys_B: Array,
+        index_B: Int32[Array, "B"],
+    ) -> Int32[Array, "B"]:
         """The token of each row where it is not the model's to choose, else -1; first the caller's, then chance.
 
         Keys and index as in `sampling.choose`.
         """
-
-        def draw(key, index):
-            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, index), 1), 2)
-
-        draws_B2 = jax.vmap(draw)(keys_B, index_B)
-        chance_B = jnp.where(rule.delimiter_V[self.last_B], rule.after_delimiter, rule.anywhere)
-        chance_B = jnp.where(self.last_B >= 0, chance_B, rule.after_prompt)
-        kinds_B = (draws_B2[:, 1, None] >= jnp.cumsum(rule.share_K)[:-1]).sum(-1)
-        called_B = (draws_B2[:, 0] < chance_B) & (self.left_B > 0) & rule.heeded_K.any()
-        tokens_B = jnp.where(called_B, jnp.array(speech.invoke_ids, jnp.int32)[kinds_B], -1)
+        tokens_B = self._by_chance(rule, delimiter_V, speech, keys_B, index_B) if speech else jnp.full_like(index_B, -1)
         S = rule.forced_BS.shape[1]
         if S == 0:
             return tokens_B
@@ -176,10 +177,27 @@ class Calls(State):
         given_B = jnp.where(self.count_B < S, jnp.take_along_axis(rule.forced_BS, place_B1, axis=1)[:, 0], -1)
         return jnp.where(given_B >= 0, given_B, tokens_B)
 
-    def take(self, rule: Rule, speech: Speech, tokens_B: Int32[Array, "B"], counts_B: Int32[Array, "B"]) -> "Calls":
+    def _by_chance(
+        self, rule: Rule, delimiter_V: Array, speech: Speech, keys_B: Array, index_B: Array
+    ) -> Int32[Array, "B"]:
+        def draw(key, index):
+            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, index), 1), 2)
+
+        draws_B2 = jax.vmap(draw)(keys_B, index_B)
+        chance_B = jnp.where(delimiter_V[self.last_B], rule.after_delimiter_B, rule.anywhere_B)
+        chance_B = jnp.where(self.last_B >= 0, chance_B, rule.after_prompt_B)
+        kinds_B = (draws_B2[:, 1, None] >= jnp.cumsum(rule.share_BK, axis=1)[:, :-1]).sum(-1)
+        called_B = (draws_B2[:, 0] < chance_B) & (self.left_B > 0) & rule.heeded_BK.any(-1)
+        return jnp.where(called_B, jnp.array(speech.invoke_ids, jnp.int32)[kinds_B], -1)
+
+    def take(
+        self, rule: Rule, speech: Speech | None, tokens_B: Int32[Array, "B"], counts_B: Int32[Array, "B"]
+    ) -> "Calls":
         """After the token of each row whose count is 1."""
-        is_call_BK = (tokens_B[:, None] == jnp.array(speech.invoke_ids)) & rule.heeded_K
-        called_B = is_call_BK.any(-1) & (counts_B > 0) & (self.left_B > 0)
+        called_B = jnp.zeros_like(self.waiting_B)
+        if speech:
+            is_call_BK = (tokens_B[:, None] == jnp.array(speech.invoke_ids)) & rule.heeded_BK
+            called_B = is_call_BK.any(-1) & (counts_B > 0) & (self.left_B > 0)
         return Calls(
             self.count_B + counts_B,
             self.left_B - called_B,
@@ -192,6 +210,13 @@ class Calls(State):
         return dataclasses.replace(
             self, waiting_B=self.waiting_B & ~answered_B, last_B=jnp.where(answered_B, tokens_B, self.last_B)
         )
+
+
+def is_delimiter(delimiter_ids: Sequence[int], vocab: int) -> Bool[np.ndarray, "V"]:
+    """Which tokens of the vocabulary end a phrase."""
+    delimiter_V = np.zeros(vocab, bool)
+    delimiter_V[list(delimiter_ids)] = True
+    return delimiter_V
 
 
 def delimiters(tokenizer: Tokenizer) -> list[int]:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlmem_jax.generate.invocation import Calls, Invocation, InvocationConfig, Rule
+from vlmem_jax.generate.invocation import Calls, Invocation, InvocationConfig, Rule, is_delimiter
 from vlmem_jax.generate.prompts import like_sized, pad_prompts
-from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
+from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose, need
 from vlmem_jax.memory import Speech
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
@@ -91,18 +91,18 @@ def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
         hidden_BD, state = vlm.extend(params, state, text, visual)
         return laid_out(vlm.score(params, hidden_BD), state)
 
-    def step(params, state, logits_BV, finished_B, choice, greedy, calls=None, rule=None):
+    def step(params, state, logits_BV, finished_B, choice, needed, calls=None, rule=None, delimiter_V=None):
         if calls is not None:
-            finished_B |= (calls.count_B >= rule.limit) & ~calls.waiting_B
+            finished_B |= (calls.count_B >= rule.limit_B) & ~calls.waiting_B
         withheld_BV = None if calls is None else calls.withheld(speech, logits_BV.shape[1])
-        tokens_B, logp_B = choose(logits_BV, choice, state.length_B, greedy, withheld_BV)
+        tokens_B, logp_B = choose(logits_BV, choice, state.length_B, needed, withheld_BV)
         if calls is not None:
-            given_B = calls.force(rule, speech, choice.keys_B, state.length_B)
+            given_B = calls.force(rule, delimiter_V, speech, choice.keys_B, state.length_B)
             tokens_B = jnp.where(given_B >= 0, given_B, tokens_B)
             logp_B = jnp.where(given_B >= 0, jnp.nan, logp_B)
             tokens_B = jnp.where(calls.waiting_B, WAITING, tokens_B)
         tokens_B = jnp.where(finished_B, FINISHED, tokens_B)
-        finished_B |= choice.stop_V[tokens_B] & (tokens_B >= 0)
+        finished_B |= choice.stops(tokens_B)
         counts_B = (~finished_B & (tokens_B >= 0)).astype(jnp.int32)
         logits_BV, state = extend(params, state, Text.first(tokens_B[:, None], counts_B))
         if calls is not None:
@@ -117,7 +117,7 @@ def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
         jax.jit(first, static_argnums=4, compiler_options=options(mesh)),
         jax.jit(chunk, static_argnums=5, donate_argnums=(1, 2), compiler_options=options(mesh)),
         jax.jit(extend, donate_argnums=1, compiler_options=options(mesh)),
-        jax.jit(step, static_argnums=5, donate_argnums=(1, 2, 3, 6), compiler_options=options(mesh)),
+        jax.jit(step, donate_argnums=(1, 2, 3, 6), compiler_options=options(mesh)),
     )
 
 
@@ -326,15 +326,15 @@ class Session:
         """
         generator, speech = self.generator, self.generator.vlm.speech
         (rows, vocab), room = self.logits_BV.shape, sampling.max_new_tokens
-        calls = rule = answer = None
+        calls = rule = answer = delimiter_V = None
         banned_ids = generator.banned_ids
         if speech:
             banned_ids += invocation.banned_ids(speech)
             budget = invocation.budget(speech)
             room += budget * (speech.latents + 1)
             calls = generator.put(Calls.none(rows, budget), rows=True)
-            rule = Rule.make(invocation, speech, sampling.max_new_tokens, vocab, generator.delimiter_ids, forced, rows)
-            rule = generator.put(rule)
+            rule = generator.put(Rule.make(invocation, speech, sampling.max_new_tokens, forced, rows), rows=True)
+            delimiter_V = generator.put(is_delimiter(generator.delimiter_ids, vocab))
             answer = _Answer(self, invocation, budget, record)
         elif forced:
             raise ValueError("tokens can be forced where a memory speaks, but this model has none")
@@ -344,17 +344,24 @@ class Session:
                 + (f" and {room - sampling.max_new_tokens} for memories" if speech else "")
                 + "; give start() more new_tokens"
             )
-        with generator.context():
-            choice = Choice.make(sampling, rows, vocab, banned_ids, generator.stop_ids, keys_B)
-        choice = generator.put(choice._replace(keys_B=None))._replace(keys_B=choice.keys_B)
+        key_B2 = None if keys_B is None else np.asarray(jax.random.key_data(keys_B))
+        choice = Choice.make(sampling, rows, vocab, banned_ids, generator.stop_ids, key_B2)
+        choice, needed = generator.put(choice, rows=True), generator.put(np.int32(need(sampling)))
         finished_B = generator.put(np.arange(rows) >= self.prompts, rows=True)
-        greedy = sampling.temperature == 0
         late = None
         # waiting takes steps, too: how many it will be is not known where a memory speaks
         for _ in itertools.count() if speech else range(sampling.max_new_tokens):
             with generator.context():
                 self.state, self.logits_BV, finished_B, tokens_B, logp_B, calls = generator.programs.step(
-                    generator.params, self.state, self.logits_BV, finished_B, choice, greedy, calls, rule
+                    generator.params,
+                    self.state,
+                    self.logits_BV,
+                    finished_B,
+                    choice,
+                    needed,
+                    calls,
+                    rule,
+                    delimiter_V,
                 )
             if late is not None:
                 tokens, logp = self._read(late)
