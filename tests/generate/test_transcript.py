@@ -53,3 +53,24 @@ class Bytes(Tokenizer):
 def test_a_memory_does_not_split_a_character():
     transcript = Transcript(Bytes(), SPEECH, show_memory=True)
     assert [transcript.push(i) for i in (0xC3, 156, 157, 0xA9)] == ["", "", "[short memory, 3 latent tokens]", "é"]
+
+
+@pytest.mark.parametrize(
+    "parts, until, text",
+    [
+        (("ab", "c", "d", "ef"), ("cde",), "ab"),
+        (("abc", "dx", "cd", "e"), ("cde", "zz"), "abcdx"),
+        (("ab", "cb", "cd"), ("bcd", "bc"), "a"),
+        (("abcd",), ("de", ""), "abcd"),
+    ],
+    ids=["across tokens", "a false start", "the first that comes", "a start alone"],
+)
+def test_a_text_ends_an_answer_wherever_tokens_part_it(tokenizer, parts, until, text):
+    said, transcript = shown(tokenizer, parts, until=until)
+    assert said == transcript.text == text
+    assert transcript.ended == (text != "abcd")
+
+
+def test_what_may_begin_an_end_is_held_back(tokenizer):
+    transcript = Transcript(tokenizer, SPEECH, until=["cde"])
+    assert [transcript.push(i) for i in tokenizer.encode("abcdfcde")] == ["a", "b", "", "", "cdf", "", "", ""]
