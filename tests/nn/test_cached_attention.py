@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlmem_jax.nn import attention
-from vlmem_jax.nn.attention import attend, cached_attention, merged
+from vlmem_jax.nn.attention import attend, cached_attention, filled_attention, merged
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -29,6 +29,22 @@ def test_blocks_give_what_all_scores_at_once_give(monkeypatch, tokens, slots, st
     found = jax.jit(cached_attention)(q_BTHC, k_BSKC, v_BSKC, index_BT)
     inside = np.asarray(index_BT < slots)
     np.testing.assert_allclose(found[inside], expected[inside], atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_blocks_that_nobody_fills_are_not_read_and_change_no_bit(monkeypatch, tokens):
+    """Not even where they hold what is not a number."""
+    slots, layer = 61, jnp.int32(1)
+    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    q_BTHC, k_BSKC, v_BSKC = arrays(tokens, slots)
+    k_LBKSC, v_LBKSC = (jnp.stack([x * 0, x]).swapaxes(2, 3).at[..., 24:, :].set(jnp.nan) for x in (k_BSKC, v_BSKC))
+    index_BT = jnp.array([2, 14])[:, None] + jnp.arange(tokens)
+    expected = attend(q_BTHC, k_BSKC, v_BSKC, jnp.arange(slots) <= index_BT[..., None])
+    read = jax.jit(filled_attention)
+    found = read(q_BTHC, k_LBKSC, v_LBKSC, layer, index_BT, jnp.int32(14 + tokens))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    filled = (jnp.nan_to_num(x) for x in (k_LBKSC, v_LBKSC))
+    np.testing.assert_array_equal(read(q_BTHC, *filled, layer, index_BT, jnp.int32(slots)), found)
 
 
 def test_scores_of_a_long_cache_never_exist_at_once():

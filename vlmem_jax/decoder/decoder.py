@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.nn.attention import cached_attention, causal_attention
+from vlmem_jax.nn.attention import cached_attention, causal_attention, filled_attention
 from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.linear import Linear, param
 from vlmem_jax.nn.lora import Adapters, LayerAdapters, LinearMap, adapted
@@ -213,6 +213,7 @@ class Decoder(nnx.Module):
         taps: Sequence[Tap] = (),
         cache: KVCache | None = None,
         cache_index_BT: Int32[Array, "B T"] | None = None,
+        cache_used: Int32[Array, ""] | None = None,
         lora: Adapters | None = None,
         remat_policy: str = "none",
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -220,7 +221,8 @@ class Decoder(nnx.Module):
 
         Without `cache_index_BT` the tokens attend to each other (training; the first tokens where a cache is given,
         written from slot 0). With it, token t is written to that slot of its row's cache (a slot beyond the capacity:
-        nowhere) and attends to all slots up to it.
+        nowhere) and attends to all slots up to it. `cache_used`: so many slots are filled then, at most; others are not
+        read.
         """
         graph, layers = nnx.split(self.layers)
         layers = layers, lora.weights if lora else {}
@@ -232,6 +234,9 @@ class Decoder(nnx.Module):
                 updated = cache.write(index, k_BTKC, v_BTKC, cache_index_BT)
                 if cache_index_BT is None:
                     return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), updated
+                if cache_used is not None:
+                    kv = updated.k_LBKSC, updated.v_LBKSC
+                    return filled_attention(q_BTHC, *kv, index, cache_index_BT, cache_used), updated
                 return cached_attention(q_BTHC, *updated.layer(index), cache_index_BT), updated
 
             weights, adapters = state

@@ -398,12 +398,15 @@ class VLM:
         visual: VisualTokens | None = None,
         latents_BND: Float[Array, "B N D"] | None = None,
         adapter_B: Int32[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B D"], DecodeState]:
-        """Appends the tokens of `text`, of one segment a row; the state (`hidden`) of the last one of each row.
+        used: Int32[Array, ""] | None = None,
+        every: bool = False,
+    ) -> tuple[Float[Array, "B *T D"], DecodeState]:
+        """Appends the tokens of `text`, of one segment a row; the state (`hidden`) of the last one of each row, or of
+        `every` one.
 
         A row without tokens is left as it was, and what comes out for it means nothing. A prompt may come in chunks,
         with its visual tokens at each; T = 1 is a decoding step. `latents_BND` follow the visual tokens; `adapter_B` as
-        in `see`.
+        in `see`. `used`: no row fills more slots of the cache than so many, others are not read.
         """
         modules = self._merge(params)
         B, T = text.tokens_BT.shape
@@ -426,7 +429,14 @@ class VLM:
         tables = self._tables(positions_BT, state.frequencies_BR[:, None])
         lora = self._adapters(modules, "decoder", adapter_B)
         hidden_BTD, cache = modules.decoder(
-            x_BTD, tables, text.segments_BT, taps=taps, cache=state.cache, cache_index_BT=index_BT, lora=lora
+            x_BTD,
+            tables,
+            text.segments_BT,
+            taps=taps,
+            cache=state.cache,
+            cache_index_BT=index_BT,
+            cache_used=used,
+            lora=lora,
         )
         last_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
         if isinstance(modules.memory, Speak):
@@ -442,7 +452,7 @@ class VLM:
         state = dataclasses.replace(
             state, cache=cache, memory=memory, length_B=state.length_B + counts_B, position_B=position_B, empty=False
         )
-        return last_BD, state
+        return hidden_BTD if every else last_BD, state
 
     def prefill(self, params: Params, batch: Batch, capacity: int) -> tuple[Float[Array, "B V"], DecodeState]:
         """Reads prompts of one segment a row at once; scores of the token after each, and the state to go on from."""

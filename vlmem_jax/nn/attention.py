@@ -281,6 +281,37 @@ def cached_attention(
     return out.swapaxes(0, 1).reshape(q_BTHC.shape[0], -1, *q_BTHC.shape[2:])[:, :T]
 
 
+def filled_attention(
+    q_BTHC: Float[Array, "B T H C"],
+    k_LBKSC: Float[Array, "L B K S C"],
+    v_LBKSC: Float[Array, "L B K S C"],
+    layer: Int32[Array, ""],
+    index_BT: Int32[Array, "B T"],
+    used: Int32[Array, ""],
+) -> Float[Array, "B T H C"]:
+    """`cached_attention` to one layer of a cache of which no row fills more than the first `used` slots.
+
+    Blocks behind these are not read. What a row gets does not depend on how many are: a block of which it may see
+    nothing changes no bit.
+    """
+    S, block = k_LBKSC.shape[3], min(CACHE_BLOCK, k_LBKSC.shape[3])
+
+    def keys(n, so_far):
+        start = jnp.minimum(n * block, S - block)  # the last block begins where a whole one fits
+        at = layer, 0, 0, start, 0
+        k_BPKC, v_BPKC = (
+            jax.lax.dynamic_slice(x, at, (1, *x.shape[1:3], block, x.shape[4]))[0].swapaxes(1, 2)
+            for x in (k_LBKSC, v_LBKSC)
+        )
+        slots_P = start + jnp.arange(block)
+        allowed_BTP = (slots_P >= n * block) & (slots_P <= index_BT[..., None])
+        return merged(so_far, reference.attend(q_BTHC, k_BPKC, v_BPKC, allowed=allowed_BTP))
+
+    out_BTHC = jnp.zeros(q_BTHC.shape, jnp.float32)
+    lse_BHT = jnp.full(out_BTHC.shape[:3], -jnp.inf).swapaxes(1, 2)
+    return jax.lax.fori_loop(0, -(-used // block), keys, (out_BTHC, lse_BHT))[0].astype(q_BTHC.dtype)
+
+
 Part = tuple[Float[Array, "B T H C"], Float[Array, "B H T"]]
 """Attention to some of the keys, and the log-sum-exp of their scores; -inf where there were none."""
 
