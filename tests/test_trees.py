@@ -9,7 +9,20 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from vlmem_jax.runtime.sharding import MeshConfig, lay_out, make_mesh
-from vlmem_jax.trees import State, axes, flatten, from_host, insert_rows, map_axes, repeat_rows, to_host, unflatten
+from vlmem_jax.trees import (
+    State,
+    axes,
+    fitted,
+    flatten,
+    from_host,
+    get_row,
+    insert_rows,
+    map_axes,
+    put_row,
+    repeat_rows,
+    to_host,
+    unflatten,
+)
 
 ROWS = 4
 
@@ -110,3 +123,37 @@ def test_arrays_without_axes_are_named():
 def test_nested_dicts_and_paths():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3} and unflatten(flatten(tree)) == tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seat(State):
+    """Arrays that all have rows."""
+
+    filled: jax.Array = axes("batch")
+    t_w: jax.Array = axes("frames_seen", "batch", None)
+    inner: "Seat | None" = None
+
+
+def seats(rows: int, start: float = 0.0, width: int = 3) -> Seat:
+    def of(start: float) -> Seat:
+        return Seat(start + jnp.arange(rows), start + jnp.arange(2.0 * rows * width).reshape(2, rows, width))
+
+    return dataclasses.replace(of(start), inner=of(start + 50))
+
+
+@pytest.mark.parametrize("n", range(ROWS))
+def test_a_row_is_put_among_others_and_taken_from_them(n):
+    row = seats(1, 1000.0)
+    state = jax.jit(put_row)(seats(ROWS), row, n)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(get_row)(state, n), row)
+    for other in set(range(ROWS)) - {n}:
+        jax.tree.map(np.testing.assert_array_equal, get_row(state, other), get_row(seats(ROWS), other))
+
+
+def test_a_state_is_fitted_to_a_larger_one_with_zeros():
+    small, like = dataclasses.replace(seats(1, 5.0), inner=None), jax.eval_shape(lambda: seats(1, width=6))
+    made = fitted(small, like)
+    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, like)
+    np.testing.assert_array_equal(made.t_w[..., :3], small.t_w)
+    assert made.filled == 5 and not made.t_w[..., 3:].any() and not any(map(np.any, jax.tree.leaves(made.inner)))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 S = TypeVar("S", bound="State")
+T = TypeVar("T")
 Flat = dict[str, Any]
 """Parameters by path, such as decoder/layers/attn/q/kernel."""
 
@@ -102,6 +103,35 @@ def insert_rows(state: S, rows: S, index_R: Int32[Array, "R"]) -> S:
         return jnp.moveaxis(put, 0, axis)
 
     return map_axes(insert, state)
+
+
+def put_row(state: S, row: S, n: Int32[Array, ""] | int) -> S:
+    """`state` with its row n replaced by the only row of another such state: in place, where `state` is donated."""
+    found = iter(jax.tree.leaves(row))
+
+    def put(x: jax.Array, *names: str | None) -> jax.Array:
+        new = next(found)
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.asarray(new, x.dtype), n, names.index("batch"))
+
+    return map_axes(put, state)
+
+
+def get_row(state: S, n: Int32[Array, ""] | int) -> S:
+    """Row n of a state as a state of one row."""
+    return map_axes(lambda x, *names: jax.lax.dynamic_slice_in_dim(x, n, 1, names.index("batch")), state)
+
+
+def fitted(tree: T, like: T) -> T:
+    """The arrays of a tree in the shapes and the structure of `like`, filled up with zeros behind what there is."""
+    found = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+    def leaf(path: tuple, x: Any) -> jax.Array:
+        old = found.get(jax.tree_util.keystr(path))
+        if old is None:
+            return jnp.zeros(x.shape, x.dtype)
+        return jnp.pad(old, [(0, new - size) for size, new in zip(old.shape, x.shape, strict=True)])
+
+    return jax.tree.map_with_path(leaf, like)
 
 
 def to_host(state: State) -> dict[str, np.ndarray]:

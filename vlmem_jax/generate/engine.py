@@ -1,0 +1,375 @@
+"""One engine for all who ask: a pool of rows of fixed shapes, into which requests are put while others are answered.
+
+    submit -> queue -> reading (chunk by chunk) -> a slot: decoding <-> waiting for a memory -> done: the slot is free
+
+What a request gets depends on it alone: not on its neighbours, its slot, or when it came. Nobody has a loop of his own:
+whoever waits for an answer drives the pool by `step`, and with it all others. The host reads tokens one step late; they
+belong to those who had the slots then.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmem_jax.generate.invocation import is_delimiter
+from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.prompts import filled
+from vlmem_jax.generate.requests import Handle, Reason, Request
+from vlmem_jax.generate.rows import BROKEN, Plan, Row, compiled, prompt_text, settings
+from vlmem_jax.generate.sampling import need
+from vlmem_jax.generate.speaking import Speaking
+from vlmem_jax.generate.transcript import Transcript
+from vlmem_jax.generate.warming import programs
+from vlmem_jax.processing import Tokenizer
+from vlmem_jax.runtime.shapes import PoolShape, least
+from vlmem_jax.trees import from_host, to_host
+from vlmem_jax.types import DecodeState, Text, VisualTokens
+
+READS = 8
+"""Chunks of prompts that are read between two steps, at most: so long those wait who are being answered."""
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A prompt that is being read, and those who will go on from it."""
+
+    handles: list[Handle]
+    chunks: collections.deque[Text]
+    length: int
+    """Tokens read so far."""
+    visual: VisualTokens | None = None
+    length_B: np.ndarray | None = None
+    """Tokens of the whole prompt, where it is read from its beginning."""
+    decode: DecodeState | None = None
+    logits_BV: jax.Array | None = None
+    row: Row | None = None
+    """One that was taken out."""
+
+
+class Engine:
+    """A model that answers whoever asks. Threads may call it side by side."""
+
+    def __init__(self, generator: Generator, shape: PoolShape, tokenizer: Tokenizer | None = None):
+        """`tokenizer`: for texts that end answers."""
+        vlm = generator.vlm
+        if vlm.speech:  # such a memory observes prompts whole
+            shape = shape._replace(chunk=shape.capacity)
+        self.generator, self.shape, self.vlm = generator, shape, vlm
+        self._tokenizer, self._lock, self._broken = tokenizer, threading.RLock(), ""
+        self._programs = compiled(vlm, generator.mesh, shape, generator.tile)
+        self._queue: collections.deque[_Reading] = collections.deque()
+        self._owners: list[Handle | None] = [None] * shape.slots
+        self._free = list(range(shape.slots))
+        self._late: collections.deque[tuple[list[Handle | None], Any]] = collections.deque()
+        with generator.context():
+            self._rows: Row = self._programs.empty()
+        self._delimiter_V = generator.put(is_delimiter(generator.delimiter_ids, vlm.config.decoder.vocab))
+        self._speaking = Speaking(generator, shape, self._programs) if vlm.speech else None
+
+    def programs(self) -> list[str]:
+        """The programs that it can need, whatever is asked of it."""
+        return sorted(programs(self))
+
+    def warm_up(self) -> None:
+        """Compiles them all, before the first request: nothing compiles after that."""
+        with self._lock, self._failing():
+            for run in programs(self).values():
+                jax.block_until_ready(run())
+
+    # --- what is asked ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Handle:
+        """Raises ValueError for what the pool has no room for, or the model cannot do, with the knob."""
+        return self.fork([request])[0]
+
+    def fork(self, requests: Sequence[Request]) -> list[Handle]:
+        """Several answers to one prompt, that of the first request, which is read once. Raises as `submit`."""
+        for request in requests:
+            self._check(request)
+        with self._lock:
+            if self._broken:
+                raise RuntimeError(self._broken)
+            handles = [self._handle(request) for request in requests]
+            self._queue.append(self._reading(handles))
+        return handles
+
+    def cancel(self, handle: Handle) -> None:
+        """See `Handle.cancel`."""
+        with self._lock:
+            if not handle.reason:
+                self._end(handle, "cancelled")
+
+    def _handle(self, request: Request) -> Handle:
+        handle, speech = Handle(self, request), self.vlm.speech
+        handle.calls_left = request.invocation.budget(speech) if speech else 0
+        if request.until:
+            handle.transcript = Transcript(self._tokenizer, speech, until=request.until)
+        return handle
+
+    def _check(self, request: Request) -> None:
+        speech, sample, after = self.vlm.speech, request.sample, request.after
+        if request.until and self._tokenizer is None:
+            raise ValueError("texts can end an answer where the engine has a tokenizer; give it one")
+        if after is not None and after.row is None:
+            raise ValueError("a request can come after an answer that is done and kept, once; submit it with keep")
+        if after is not None and len(sample.pixels_ISSc) and not self.vlm.late_views:
+            raise ValueError("images must come before the first token is read, since all tokens read this memory")
+        tiles = len(sample.pixels_ISSc)
+        if request.visual is not None:
+            tiles = request.visual.tokens_BMD.shape[1] // self.generator.tile.tokens
+        if tiles > self.shape.tiles:
+            raise ValueError(f"prompt {sample.name} shows {tiles} tiles, but a row has room for {self.shape.tiles}")
+        begun, new = after.length if after else 0, request.sampling.max_new_tokens
+        memories = request.invocation.budget(speech) * (speech.latents + 1) if speech else 0
+        if begun + len(sample.tokens_T) + new + memories > self.shape.capacity:
+            raise ValueError(
+                f"a row has room for {self.shape.capacity} tokens, got {begun + len(sample.tokens_T)} of the prompt "
+                f"{sample.name}, max_new_tokens {new}" + (f" and {memories} for memories" if speech else "")
+            )
+        settings(self.vlm, self.shape, *self._settings(request))
+
+    def _settings(self, request: Request) -> tuple:
+        speech, generator = self.vlm.speech, self.generator
+        banned_ids = *generator.banned_ids, *request.banned_ids
+        if speech:
+            banned_ids += request.invocation.banned_ids(speech)
+        stop_ids = {*generator.stop_ids, *request.stop_ids}
+        return request.sampling, request.invocation, request.forced, banned_ids, stop_ids, request.key_2
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Goes on with all requests by a token; whether there are any. Raises RuntimeError where the engine fails, and
+        with it all of them."""
+        with self._lock, self._failing():
+            self._fill()
+            stepped = self._dispatch()
+            if len(self._late) > stepped:
+                self._collect()
+            if self._speaking:
+                self._speak()
+            return bool(self._queue or self._late or len(self._free) < self.shape.slots)
+
+    def run(self) -> None:
+        """Until all requests are done. Raises as `step`."""
+        while self.step():
+            pass
+
+    def _fill(self) -> None:
+        """Reads prompts while there are slots for them, and one ahead, and puts rows that were read into free slots."""
+        for _ in range(min(max(len(self._free), 1), READS)):
+            if not self._queue:
+                return
+            reading = self._queue[0]
+            reading.handles = [handle for handle in reading.handles if not handle.reason]
+            if reading.chunks and reading.handles:
+                self._read(reading)
+            if not reading.chunks or not reading.handles:
+                while self._free and reading.handles:
+                    self._put(reading, reading.handles.pop(0), self._free.pop(0))
+                if reading.handles:
+                    return
+                self._queue.popleft()
+
+    def _dispatch(self) -> bool:
+        """A token for each row, if there is any."""
+        running = [handle for handle in self._owners if handle and not handle.waits]
+        if not running:
+            return False
+        needed = max(need(handle.request.sampling) for handle in running)
+        with self.generator.context():
+            self._rows, *tokens = self._programs.step(
+                self.generator.params, self._rows, self._delimiter_V, Plan(np.int32(needed), self._used())
+            )
+        self._late.append((list(self._owners), tokens))
+        return True
+
+    def _used(self, more: int = 2) -> np.int32:
+        """Slots of the cache that the longest row fills, with a token that is not heard of yet, and the next one."""
+        longest = max((handle.length for handle in self._owners if handle), default=0)
+        return np.int32(min(longest + more, self.shape.capacity))
+
+    def _collect(self) -> None:
+        """The tokens of the oldest step, for those who had the slots then."""
+        owners, arrays = self._late.popleft()
+        tokens_B, logp_B = jax.device_get(arrays)
+        for handle, token, logp in zip(owners, tokens_B.tolist(), logp_B.tolist(), strict=True):
+            if handle is None or handle.reason:
+                continue
+            if token == BROKEN:
+                self._fail(handle, f"the scores of {handle.request.sample.name or 'a request'} are not finite")
+            elif token >= 0:
+                self._take(handle, token, logp)
+
+    def _take(self, handle: Handle, token: int, logp: float) -> None:
+        """A token that was chosen or forced."""
+        handle.chosen += 1
+        stops = token in self.generator.stop_ids or token in handle.request.stop_ids
+        if not stops:
+            handle.length += 1
+            handle.observed += 1
+            if self._speaking:
+                self._speaking.hear(handle, token)
+        self._say(handle, token, logp, "stop" if stops else None)
+
+    def _say(self, handle: Handle, token: int, logp: float, reason: Reason | None = None) -> None:
+        """A token that follows, and, by what is there now, whether it is the last one."""
+        handle.tokens.append(token)
+        handle.logp.append(logp)
+        if reason is None and handle.request.on_token:
+            try:
+                handle.request.on_token(token)
+            except Exception as error:
+                self._fail(handle, f"on_token failed: {error!r}")
+        if handle.transcript and reason is None:
+            handle.transcript.push(token)
+            reason = "text" if handle.transcript.ended else None
+        if reason is None and handle.chosen >= handle.request.sampling.max_new_tokens and not handle.waits:
+            reason = "length"
+        if reason and not handle.reason:
+            self._end(handle, reason)
+
+    def _speak(self) -> None:
+        """Forms memories that were called for, and puts them behind their rows."""
+        alone = all(handle is None or handle.waits for handle in self._owners) and not self._late
+        group = self._speaking.group(self._owners, alone)
+        if group:
+            self._rows, said = self._speaking.speak(self._rows, group, self._owners, self._used)
+            for handle, token in said:
+                self._say(handle, token, float("nan"))
+
+    def _end(self, handle: Handle, reason: Reason) -> None:
+        """Frees the slot at once; what the row still does there is nobody's."""
+        if handle.transcript:
+            handle.transcript.flush()
+        if handle in self._owners:
+            slot = self._owners.index(handle)
+            if handle.request.keep and reason in ("stop", "length"):
+                handle.row = self._get(slot)
+            self._owners[slot] = None
+            self._free.append(slot)
+        if self._speaking:
+            self._speaking.keep()
+        handle.reason = reason
+
+    def _fail(self, handle: Handle, error: str) -> None:
+        handle.error = error
+        self._end(handle, "failed")
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What fails here fails all requests, with its words; arrays that were given away are lost."""
+        if self._broken:
+            raise RuntimeError(self._broken)
+        try:
+            yield
+        except Exception as error:
+            self._broken = f"the engine failed: {error}"
+            waiting = [handle for reading in self._queue for handle in reading.handles]
+            for handle in (*filter(None, self._owners), *waiting):
+                handle.error, handle.reason = self._broken, "failed"
+            raise RuntimeError(self._broken) from error
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _reading(self, handles: list[Handle]) -> _Reading:
+        """On the host; what is shown is seen when the turn comes."""
+        request = handles[0].request
+        sample, after, shape = request.sample, request.after, self.shape
+        count = len(sample.tokens_T)
+        sizes = shape.more_sizes if after or count > shape.chunk else shape.text_sizes
+        whole, rest = divmod(count, shape.chunk)
+        padded = whole * shape.chunk + (least(sizes, rest) if rest else 0)
+        shows = len(sample.pixels_ISSc) > 0
+        tiles = least(shape.tile_sizes(self.generator.tile), len(sample.pixels_ISSc)) if shows else 0
+        visual = request.visual
+        if visual is not None or not shows:
+            batch = filled([sample], 1, self.generator.tile, padded, 0)
+        else:
+            batch = filled([sample], 1, self.generator.tile, padded, tiles)
+            visual = batch.views
+        text = prompt_text(batch.text)
+        if after:
+            text, visual = self._moved(after, text, visual)
+        chunks = [
+            jax.tree.map(lambda x, at=at: x[:, at : at + shape.chunk], text) for at in range(0, padded, shape.chunk)
+        ]
+        reading = _Reading(handles, collections.deque(chunks), after.length if after else 0, visual)
+        if after:
+            reading.decode, reading.logits_BV, after.row = after.row.decode, after.row.logits_BV, None
+        else:
+            reading.length_B = np.array([count], np.int32)
+        read, length = (after.read, after.length) if after else (count, 0)
+        for handle in handles:
+            handle.read, handle.length = read, length + count
+        return reading
+
+    def _moved(self, after: Handle, text: Text, visual: Any) -> tuple[Text, Any]:
+        """A text that goes on where a row stands."""
+        if visual is None:
+            return Text(text.tokens_BT, text.segments_BT), None
+        here_B = jax.device_get(after.row.decode.position_B)
+        here = here_B.reshape(-1, *(1,) * (text.positions_BT.ndim - 1))
+        return dataclasses.replace(text, positions_BT=text.positions_BT + here), visual.moved(here)
+
+    def _read(self, reading: _Reading) -> None:
+        """The next chunk of a prompt."""
+        generator, programs = self.generator, self._programs
+        text = reading.chunks.popleft()
+        count = int((text.segments_BT > 0).sum())
+        with generator.context():
+            if reading.visual is not None and not isinstance(reading.visual, VisualTokens):
+                reading.visual = programs.see(generator.params, generator.put(reading.visual))
+            if reading.decode is None:
+                length_B = generator.put(reading.length_B)
+                reading.logits_BV, reading.decode = programs.first(
+                    generator.params, generator.put(text), reading.visual, length_B
+                )
+            else:
+                used = np.int32(min(reading.length + count, self.shape.capacity))
+                reading.logits_BV, reading.decode = programs.more(
+                    generator.params, reading.decode, reading.logits_BV, generator.put(text), reading.visual, used
+                )
+        reading.length += count
+
+    def _put(self, reading: _Reading, handle: Handle, slot: int) -> None:
+        """A row that was read into a slot."""
+        row = reading.row
+        if row is None:
+            own = settings(self.vlm, self.shape, *self._settings(handle.request))
+            row = Row(reading.decode, reading.logits_BV, *self.generator.put((*own, np.ones(1, bool))))
+        with self.generator.context():
+            self._rows = self._programs.put(self._rows, row, np.int32(slot))
+        self._owners[slot] = handle
+
+    def _get(self, slot: int) -> Row:
+        with self.generator.context():
+            return self._programs.get(self._rows, np.int32(slot))
+
+    # --- moving -------------------------------------------------------------------------------------------------------
+
+    def take_out(self, handle: Handle) -> dict[str, np.ndarray]:
+        """The row of a request that is being answered, on the host; its slot is free. Raises ValueError for another."""
+        with self._lock:
+            while self._late:
+                self._collect()
+            if handle not in self._owners:
+                raise ValueError("only a request that is being answered can be taken out")
+            slot = self._owners.index(handle)
+            arrays = to_host(self._get(slot))
+            self._owners[slot] = None
+            self._free.append(slot)
+            return arrays
+
+    def put_back(self, handle: Handle, arrays: dict[str, np.ndarray]) -> None:
+        """Goes on with a request that was taken out, bit by bit as it was, as soon as a slot is free."""
+        with self._lock, self.generator.context():
+            like = jax.eval_shape(self._programs.get, self._rows, np.int32(0))
+            row = self.generator.put(from_host(like, arrays))
+            self._queue.append(_Reading([handle], collections.deque(), handle.length, row=row))

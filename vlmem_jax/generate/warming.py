@@ -1,0 +1,93 @@
+"""The programs that an engine can need, whatever is asked of it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmem_jax.generate.prompts import filled
+from vlmem_jax.generate.rows import Plan, Row, prompt_text, settings
+from vlmem_jax.generate.sampling import GREEDY
+from vlmem_jax.generate.speaking import GROUPS
+from vlmem_jax.types import Batch, Text
+
+if TYPE_CHECKING:
+    from vlmem_jax.generate.engine import Engine
+
+
+def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
+    """By a name each, what runs a program once, to no effect. Of a pool of which no row runs."""
+    run = _Runs(engine)
+    shape, tile = engine.shape, engine.generator.tile
+    found: dict[str, Callable[[], object]] = {"step": run.step, "put": run.put, "get": run.get}
+    shown = {"": 0} | ({" with views": shape.tiles} if shape.tiles else {})
+    for tiles in shape.tile_sizes(tile):
+        found[f"see {tiles}"] = lambda tiles=tiles: run.see(tiles)
+    for how, tiles in shown.items():
+        for tokens in shape.text_sizes:
+            found[f"first {tokens}{how}"] = lambda t=tokens, i=tiles: run.first(t, i)
+        for tokens in shape.more_sizes:
+            found[f"more {tokens}{how}"] = lambda t=tokens, i=tiles: run.more(t, i)
+    for tokens in shape.more_sizes:
+        found[f"on {tokens}"] = lambda t=tokens: run.on(t)
+    if engine.vlm.speech:
+        found["insert"] = run.insert
+        for rows in GROUPS:
+            for size in run.speaking.sizes:
+                found[f"form {rows} x {size}"] = lambda rows=rows, size=size: run.form(rows, size)
+    return found
+
+
+class _Runs:
+    def __init__(self, engine: "Engine"):
+        self.engine, self.generator, self.speaking = engine, engine.generator, engine._speaking
+        self.programs, self.params = engine._programs, engine.generator.params
+
+    def see(self, tiles: int) -> object:
+        views = filled([], 1, self.generator.tile, 1, tiles).views
+        with self.generator.context():
+            return self.programs.see(self.params, self.generator.put(views))
+
+    def _visual(self, tiles: int) -> object:
+        return self.see(tiles) if tiles else None
+
+    def _text(self, tokens: int) -> Text:
+        return prompt_text(Batch.empty((1,), tokens, 0, self.generator.tile).text)
+
+    def first(self, tokens: int, tiles: int) -> tuple:
+        visual, put = self._visual(tiles), self.generator.put
+        with self.generator.context():
+            return self.programs.first(self.params, put(self._text(tokens)), visual, put(np.ones(1, np.int32)))
+
+    def more(self, tokens: int, tiles: int, text: Text | None = None) -> tuple:
+        visual, (logits_BV, decode) = self._visual(tiles), self.first(self.engine.shape.text_sizes[0], 0)
+        text = self.generator.put(self._text(tokens) if text is None else text)
+        with self.generator.context():
+            return self.programs.more(self.params, decode, logits_BV, text, visual, np.int32(1))
+
+    def on(self, tokens: int) -> tuple:
+        text = self._text(tokens)
+        return self.more(tokens, 0, Text(text.tokens_BT, text.segments_BT))
+
+    def put(self) -> None:
+        logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0)
+        own = *settings(self.engine.vlm, self.engine.shape), np.zeros(1, bool)
+        row = Row(decode, logits_BV, *self.generator.put(own))
+        with self.generator.context():
+            self.engine._rows = self.programs.put(self.engine._rows, row, np.int32(0))
+
+    def get(self) -> Row:
+        return self.engine._get(0)
+
+    def step(self) -> None:
+        plan = Plan(np.int32(GREEDY), np.int32(1))
+        with self.generator.context():
+            self.engine._rows, *_ = self.programs.step(self.params, self.engine._rows, self.engine._delimiter_V, plan)
+
+    def form(self, rows: int, size: int) -> None:
+        nobody = np.full(rows, self.engine.shape.slots, np.int32)
+        self.speaking.form(self.engine._rows, nobody, np.full_like(nobody, -1), size)
+
+    def insert(self) -> None:
+        kinds_B = np.full(self.engine.shape.slots, -1, np.int32)
+        self.engine._rows = self.speaking.insert(self.engine._rows, kinds_B, np.int32(1))
