@@ -12,10 +12,11 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from vlmem_jax.generate.invocation import is_delimiter
 from vlmem_jax.generate.loop import Generator
@@ -23,13 +24,14 @@ from vlmem_jax.generate.prompts import filled
 from vlmem_jax.generate.requests import Handle, Reason, Request
 from vlmem_jax.generate.rows import BROKEN, Plan, Row, compiled, prompt_text, settings
 from vlmem_jax.generate.sampling import need
+from vlmem_jax.generate.score import Scores
 from vlmem_jax.generate.speaking import Speaking
 from vlmem_jax.generate.transcript import Transcript
 from vlmem_jax.generate.warming import programs
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.runtime.shapes import PoolShape, least
 from vlmem_jax.trees import from_host, to_host
-from vlmem_jax.types import DecodeState, Text, VisualTokens
+from vlmem_jax.types import DecodeState, Sample, Text, VisualTokens
 
 READS = 8
 """Chunks of prompts that are read between two steps, at most: so long those wait who are being answered."""
@@ -70,6 +72,7 @@ class Engine:
         with generator.context():
             self._rows: Row = self._programs.empty()
         self._delimiter_V = generator.put(is_delimiter(generator.delimiter_ids, vlm.config.decoder.vocab))
+        self._score = Scores(generator, shape, self._programs)
         self._speaking = Speaking(generator, shape, self._programs) if vlm.speech else None
 
     def programs(self) -> list[str]:
@@ -141,6 +144,37 @@ class Engine:
             banned_ids += request.invocation.banned_ids(speech)
         stop_ids = {*generator.stop_ids, *request.stop_ids}
         return request.sampling, request.invocation, request.forced, banned_ids, stop_ids, request.key_2
+
+    # --- what is scored -----------------------------------------------------------------------------------------------
+
+    @overload
+    def score(self, of: Handle, given: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "T"]]: ...
+
+    @overload
+    def score(self, of: Sequence[Sample], given: Sequence[int]) -> Float32[np.ndarray, "N K"]: ...
+
+    def score(self, of, given):
+        """Log-probabilities of what might be said, which changes nothing.
+
+        Of an answer that is being written or was kept: of each token of each continuation `given`, under the softmax of
+        all tokens that are not banned, as if it had been drawn. Of N samples: of each of the K tokens `given` behind
+        them, under the softmax of these alone; they are read as packed rows without a cache, and where banned ids and
+        the rest cancel, both agree. Raises ValueError for what there is no room for.
+        """
+        if isinstance(of, Handle):
+            with self._lock:
+                return self._score.continuations(self._live(of), of.length, given)
+        return self._score.labels(of, given)
+
+    def _live(self, handle: Handle) -> Row:
+        """The row of an answer, as far as its tokens have come."""
+        while self._late:
+            self._collect()
+        if handle.row is not None:
+            return handle.row
+        if handle not in self._owners or handle.waits:
+            raise ValueError("an answer has scores while it is written, or where it was kept")
+        return self._get(self._owners.index(handle))
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

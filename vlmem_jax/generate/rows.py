@@ -115,7 +115,8 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
         counts_B = (running_B & (tokens_B >= 0)).astype(jnp.int32)
         hidden_BD, decode = vlm.extend(params, decode, Text.first(tokens_B[:, None], counts_B), used=plan.used)
         calls = calls.take(rule, speech, tokens_B, counts_B)
-        rows = Row(decode, vlm.score(params, hidden_BD), choice, rule, calls, running_B)
+        logits_BV = jnp.where(counts_B[:, None] > 0, vlm.score(params, hidden_BD), rows.logits_BV)
+        rows = Row(decode, logits_BV, choice, rule, calls, running_B)
         return lay_out(rows), *replicate((tokens_B, logp_B))
 
     def form(params, decode, latents_BND, rows_R, kinds_R, size):

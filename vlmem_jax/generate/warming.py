@@ -8,6 +8,7 @@ import numpy as np
 from vlmem_jax.generate.prompts import filled
 from vlmem_jax.generate.rows import Plan, Row, prompt_text, settings
 from vlmem_jax.generate.sampling import GREEDY
+from vlmem_jax.generate.score import CONTINUATIONS
 from vlmem_jax.generate.speaking import GROUPS
 from vlmem_jax.types import Batch, Text
 
@@ -30,6 +31,9 @@ def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
             found[f"more {tokens}{how}"] = lambda t=tokens, i=tiles: run.more(t, i)
     for tokens in shape.more_sizes:
         found[f"on {tokens}"] = lambda t=tokens: run.on(t)
+    for count in CONTINUATIONS:
+        for tokens in engine._score.sizes:
+            found[f"score {count} x {tokens}"] = lambda k=count, t=tokens: run.score(k, t)
     if engine.vlm.speech:
         found["insert"] = run.insert
         for rows in GROUPS:
@@ -83,6 +87,9 @@ class _Runs:
         plan = Plan(np.int32(GREEDY), np.int32(1))
         with self.generator.context():
             self.engine._rows, *_ = self.programs.step(self.params, self.engine._rows, self.engine._delimiter_V, plan)
+
+    def score(self, count: int, tokens: int) -> object:
+        return self.engine._score.run(self.get(), np.zeros((count, tokens), np.int32), np.int32(1))
 
     def form(self, rows: int, size: int) -> None:
         nobody = np.full(rows, self.engine.shape.slots, np.int32)

@@ -1,0 +1,100 @@
+"""How probable it is what might be said: behind rows with a cache, and behind packed rows without."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vlmem_jax.generate import Generator, SamplingConfig
+from vlmem_jax.generate.engine import Engine
+from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.generate.requests import Request
+from vlmem_jax.runtime.shapes import PoolShape
+
+GREEDY = SamplingConfig(max_new_tokens=5)
+BANNED = [17]
+PER_TOKEN = "tokens_T", "positions_T", "visual_index_T", "labels_T"
+
+
+@pytest.fixture(scope="module")
+def engine(vlm, params):
+    generator = Generator(vlm, params, stop_ids=[], banned_ids=BANNED)
+    return Engine(generator, PoolShape(slots=2, capacity=96, chunk=32, tiles=3, forced=1))
+
+
+@pytest.fixture(scope="module")
+def prompts(make_prompt):
+    return [make_prompt(9, 1, 0), make_prompt(60, 0, 1), make_prompt(14, 2, 2), make_prompt(5, 0, 3)]
+
+
+def followed(prompt, ids):
+    """A prompt with more tokens behind it."""
+    n = len(ids)
+    return dataclasses.replace(
+        prompt,
+        tokens_T=np.append(prompt.tokens_T, np.array(ids, np.int32)),
+        positions_T=np.append(prompt.positions_T, prompt.positions_T[-1] + 1 + np.arange(n, dtype=np.int32)),
+        visual_index_T=np.append(prompt.visual_index_T, np.full(n, -1, np.int32)),
+        labels_T=np.append(prompt.labels_T, np.full(n, -100, np.int32)),
+    )
+
+
+def test_continuations_are_scored_as_if_they_had_been_drawn(vlm, params, engine, prompts):
+    prompt, given = prompts[0], [[7, 8, 9], [20], [30, 31], [7, 8], [7, 8, 10]]
+    handle = engine.submit(Request(prompt, GREEDY, keep=True))
+    handle.result()
+    found = engine.score(handle, given)
+    for ids, logp_T in zip(given, found, strict=True):
+        whole = followed(prompt, handle.tokens + ids)
+        logits_TV = jax.jit(vlm.logits)(params, pad_prompts([whole], 1, vlm.tile))[0]
+        logits_TV = logits_TV.at[:, np.array(BANNED)].set(-np.inf)
+        start = len(whole.tokens_T) - len(ids)
+        expected = [jax.nn.log_softmax(logits_TV[start + n - 1])[token] for n, token in enumerate(ids)]
+        np.testing.assert_allclose(logp_T, expected, atol=1e-5)
+    assert engine.score(handle, given)[0].tolist() == found[0].tolist(), "it changes nothing"
+
+
+def test_continuations_have_the_scores_of_the_sampler(engine, prompts):
+    """While an answer is written, too, which goes on undisturbed."""
+    request = Request(prompts[2], SamplingConfig(max_new_tokens=8, temperature=1.0))
+    drawn = engine.submit(request)
+    drawn.result()
+    begun = engine.submit(request)
+    while len(begun.tokens) < 2:
+        engine.step()
+    came = len(begun.tokens) + len(engine._late)
+    assert came < 8
+    [logp_T] = engine.score(begun, [drawn.tokens[came:]])
+    np.testing.assert_allclose(logp_T, drawn.logp[came:], atol=1e-5)
+    assert begun.result() == drawn.tokens
+
+
+def test_both_forms_agree(engine, prompts):
+    labels = [5, 40, 63]
+    packed_NK = engine.score(prompts, labels)
+    np.testing.assert_allclose(np.exp(packed_NK).sum(-1), 1, atol=1e-6)
+    for prompt, packed_K in zip(prompts, packed_NK, strict=True):
+        np.testing.assert_allclose(engine.score([prompt], labels)[0], packed_K, atol=1e-5)
+        *begin, last = prompt.tokens_T.tolist()
+        cut = {name: getattr(prompt, name)[: len(begin)] for name in PER_TOKEN}
+        request = Request(
+            dataclasses.replace(prompt, **cut), SamplingConfig(max_new_tokens=1), forced=[last], keep=True
+        )
+        handle = engine.submit(request)
+        handle.result()
+        cached_K = np.concatenate(engine.score(handle, [[label] for label in labels]))
+        np.testing.assert_allclose(jax.nn.log_softmax(cached_K), packed_K, atol=1e-5)
+
+
+def test_what_has_no_score_is_refused(engine, prompts, make_prompt):
+    with pytest.raises(ValueError, match="sample prompt 9 has 97 tokens and 0 tiles, but a row of the engine has room"):
+        engine.score([*prompts, make_prompt(97, 0, 9)], [1, 2])
+    with pytest.raises(ValueError, match="labels must be at most 64 ids"):
+        engine.score(prompts, range(65))
+    handle = engine.submit(Request(prompts[0], GREEDY, keep=True))
+    with pytest.raises(ValueError, match="while it is written, or where it was kept"):
+        engine.score(handle, [[1]])
+    handle.result()
+    with pytest.raises(ValueError, match="a continuation must have 1 to"):
+        engine.score(handle, [[1], []])

@@ -1,0 +1,123 @@
+"""What might be said, and how probable it is: continuations of a row that is being answered, and labels behind samples
+that are read without a cache, in rollouts and in updates alike."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from vlmem_jax.data import DataConfig
+from vlmem_jax.data.plan import fill_rows
+from vlmem_jax.data.rows import pack_row
+from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.rows import Programs, Row
+from vlmem_jax.models import VLM
+from vlmem_jax.models.vlm import Params
+from vlmem_jax.runtime.compiler import options
+from vlmem_jax.runtime.shapes import PoolShape, least, powers
+from vlmem_jax.runtime.sharding import replicate
+from vlmem_jax.types import Batch, Sample
+
+CONTINUATIONS = 1, 4
+"""That are scored in one call."""
+
+OPEN_PACKS = 16
+"""As `data.open_packs`."""
+
+LABELS = powers(2, 64)
+"""Ids that are scored in one call."""
+
+
+def label_logp(
+    vlm: VLM,
+    params: Params,
+    batch: Batch,
+    labels_K: Int32[Array, "K"],
+    is_label_K: Bool[Array, "K"],
+    adapter_B: Int32[Array, "B"] | None = None,
+) -> Float[Array, "B T K"]:
+    """Log-probability of each label as the token behind each place of packed rows, under the softmax of the labels, in
+    fp32. Only their columns of the head are read; `adapter_B` as in `VLM.see`."""
+    hidden_BTD = vlm.hidden(params, batch, adapter_B=adapter_B)
+    kernel_DK = vlm.head_kernel(params)[:, labels_K].astype(hidden_BTD.dtype)
+    logits_BTK = jnp.einsum("BTD,DK->BTK", hidden_BTD, kernel_DK, preferred_element_type=jnp.float32)
+    return jax.nn.log_softmax(jnp.where(is_label_K, logits_BTK, -jnp.inf))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(vlm: VLM, mesh: Mesh | None) -> Callable:
+    def labels(params, batch, labels_K, is_label_K):
+        return replicate(label_logp(vlm, params, batch, labels_K, is_label_K))
+
+    return jax.jit(labels, compiler_options=options(mesh))
+
+
+class Scores:
+    """Both forms, for an engine."""
+
+    def __init__(self, generator: Generator, shape: PoolShape, programs: Programs):
+        self._generator, self._shape, self._programs = generator, shape, programs
+        self.sizes = powers(16, shape.capacity)[::2]
+        """Tokens of a continuation."""
+
+    def continuations(self, row: Row, length: int, given: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "T"]]:
+        """Of a row with `length` tokens. Raises ValueError for one that is empty, or that the row has no room for."""
+        longest, shortest = max(map(len, given)), min(map(len, given))
+        room = min(self._shape.capacity - length, self.sizes[-1])
+        if not 0 < shortest <= longest <= room:
+            raise ValueError(
+                f"a continuation must have 1 to {room} tokens, got one of {longest if shortest else 0}; give the "
+                "engine more capacity"
+            )
+        size, found = least(self.sizes, longest), []
+        for first in range(0, len(given), CONTINUATIONS[-1]):
+            some = given[first : first + CONTINUATIONS[-1]]
+            tokens_KT = np.full((least(CONTINUATIONS, len(some)), size), -1, np.int32)
+            for n, ids in enumerate(some):
+                tokens_KT[n, : len(ids)] = ids
+            logp_KT = np.asarray(self.run(row, tokens_KT, np.int32(length)))
+            found += [logp_KT[n, : len(ids)] for n, ids in enumerate(some)]
+        return found
+
+    def run(self, row: Row, tokens_KT: np.ndarray, used: np.int32) -> jax.Array:
+        """The program."""
+        with self._generator.context():
+            return self._programs.score(self._generator.params, row, tokens_KT, used)
+
+    def labels(self, samples: Sequence[Sample], given: Sequence[int]) -> Float32[np.ndarray, "N K"]:
+        """Behind each sample; packs of many are read at once. Raises ValueError for a sample that does not fit a row,
+        or labels that are the memory's own tokens."""
+        generator, vlm = self._generator, self._generator.vlm
+        own = set(vlm.special_tokens.values())
+        if len(given) > LABELS[-1] or own & set(given):
+            raise ValueError(f"labels must be at most {LABELS[-1]} ids, none of the memory's own, got {list(given)}")
+        size = least(LABELS, len(given))
+        labels_K = np.resize(np.array(given, np.int32), size)
+        is_label_K = np.arange(size) < len(given)
+        found = np.zeros((len(samples), len(given)), np.float32)
+        for chosen in self._packs(samples):
+            some = [samples[n] for n in chosen]
+            tiles = self._shape.tiles if any(len(sample.pixels_ISSc) for sample in some) else 0
+            row = pack_row(some, DataConfig(), generator.tile, self._shape.capacity, tiles)
+            batch = generator.put(jax.tree.map(lambda x: x[None], row))
+            with generator.context():
+                logp_BTK = _compiled(vlm, generator.mesh)(generator.params, batch, labels_K, is_label_K)
+            ends = np.cumsum([len(sample.tokens_T) for sample in some]) - 1
+            found[chosen] = np.asarray(logp_BTK)[0, ends, : len(given)]
+        return found
+
+    def _packs(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
+        """Which samples share a row."""
+        capacity, most = self._shape.capacity, self._shape.tiles
+        sized = [(n, len(sample.tokens_T), len(sample.pixels_ISSc)) for n, sample in enumerate(samples)]
+        for n, tokens, tiles in sized:
+            if tokens > capacity or tiles > most:
+                raise ValueError(
+                    f"sample {samples[n].name} has {tokens} tokens and {tiles} tiles, but a row of the engine has room "
+                    f"for {capacity} and {most}"
+                )
+        return fill_rows(sized, capacity, max(most, 1), OPEN_PACKS)
