@@ -100,13 +100,13 @@ def test_an_evaluation_that_was_killed_goes_on(model, config, whole, tmp_path, m
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, config(), tmp_path, stop)
-    assert done == [(0, 5), (2, 5)]
+    assert done == [(0, 5), (1, 5), (2, 5)]
     file = tmp_path / "samples.jsonl"
     kept = file.read_text()
     file.write_text(kept + '{"name": "half a li')
     done.clear()
     evaluate(model, config(), tmp_path, lambda file, now, total: done.append(now))
-    assert done == [2, 4, 5] and file.read_text().startswith(kept)
+    assert done == [2, 3, 4, 5] and file.read_text().startswith(kept)
     assert answers(file) == answers(whole[0] / "samples.jsonl")
 
 

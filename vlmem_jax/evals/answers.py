@@ -1,4 +1,4 @@
-"""Answers to a batch of prompts, with where memories were inserted."""
+"""Answers to many prompts, with where memories were inserted."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, Transcript
-from vlmem_jax.generate.loop import FINISHED
+from vlmem_jax.generate.pools import Pool
+from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.types import Sample
 
@@ -22,30 +23,32 @@ class Answer(NamedTuple):
     """Whether a stop id ended it; if not, it was cut off."""
 
 
-def answer(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    samples: Sequence[Sample],
-    keys_B: Array,
-    sampling: SamplingConfig,
-    invocation: InvocationConfig,
-    rows: int,
-) -> list[Answer]:
-    """The answer to each prompt, drawn with its own random key of `keys_B`. `rows`: size of the batch."""
-    session = generator.start(samples, sampling.max_new_tokens, rows)
-    padding_B = jnp.broadcast_to(keys_B[:1], session.logits_BV.shape[0] - len(samples))
-    drawn = session.draw(sampling, jnp.concatenate([keys_B, padding_B]), invocation)
-    tokens_BT = np.stack([tokens_B for tokens_B, _ in drawn], axis=1)
-    return [_answer(row_T[row_T != FINISHED].tolist(), generator, tokenizer) for row_T in tokens_BT]
+class Answering:
+    """Prompts as they are handed in, each answered with its own random key by one of `rows` rows."""
 
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, rows: int):
+        self._pool, self._generator, self._tokenizer = Pool(generator, rows), generator, tokenizer
 
-def _answer(ids: list[int], generator: Generator, tokenizer: Tokenizer) -> Answer:
-    stopped = ids[-1] in generator.stop_ids
-    transcript = Transcript(tokenizer, generator.vlm.speech)
-    for token in ids[: len(ids) - stopped]:
-        transcript.push(token)
-    transcript.flush()
-    return Answer(transcript, stopped)
+    def submit(
+        self, samples: Sequence[Sample], keys_N: Array, how: Sequence[SamplingConfig], invocation: InvocationConfig
+    ) -> list[Handle]:
+        """On their way to an answer, each with its own settings."""
+        each = zip(samples, how, np.asarray(jax.random.key_data(keys_N)), strict=True)
+        return self._pool.submit([Request(sample, sampling, invocation, key_2) for sample, sampling, key_2 in each])
+
+    def step(self) -> None:
+        """Goes on with all of them by a token."""
+        self._pool.engine.step()
+
+    def answer(self, handle: Handle) -> Answer:
+        """What came of a prompt. Raises ValueError where its scores were not finite."""
+        if handle.reason == "failed":
+            raise ValueError(handle.error)
+        transcript = Transcript(self._tokenizer, self._generator.vlm.speech)
+        for token in handle.answer:
+            transcript.push(token)
+        transcript.flush()
+        return Answer(transcript, handle.reason == "stop")
 
 
 def random_keys(seed: int, places: Sequence[tuple[int, ...]]) -> Array:

@@ -7,8 +7,6 @@ for a blank line, which the harness stops at by default and answers that reason 
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -18,10 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmem_jax.config import build
-from vlmem_jax.evals.answers import answer, random_keys
+from vlmem_jax.evals.answers import Answering, random_keys
 from vlmem_jax.evals.run import WINDOW
 from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
-from vlmem_jax.generate.prompts import like_sized
+from vlmem_jax.generate.requests import Handle
 from vlmem_jax.geometry.pictures import Fit
 from vlmem_jax.geometry.store import geometry_of
 from vlmem_jax.models.placement import asked_mesh
@@ -66,6 +64,7 @@ class LmmsModel(lmms):
             processor = self.loaded.processor
             processor.geometry_of = geometry_of(processor, geometry, geometry_fit)
         self.generator = self.loaded.generator()
+        self.answering = Answering(self.generator, self.loaded.processor.tokenizer, int(batch_size))
         self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
         self.invocation = build(InvocationConfig, settings, "model_args")
         if settings and self.loaded.vlm.speech is None:
@@ -77,21 +76,20 @@ class LmmsModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answer to each request. Raises ValueError, naming task and document, for what cannot be asked."""
         results: dict[int, GenerationResult] = {}
-        alike: dict[str, list[int]] = {}
-        for n, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[2], sort_keys=True), []).append(n)
+        live: dict[int, Handle] = {}
         at_once = WINDOW * self.batch_size
         with tqdm(total=len(requests), desc="answering") as bar:
-            for numbers in alike.values():
-                settings = requests[numbers[0]].args[2]
-                for first in range(0, len(numbers), at_once):
-                    window = numbers[first : first + at_once]
-                    samples = [self._sample(requests[n]) for n in window]
-                    for chosen in like_sized(samples, self.batch_size):
-                        batch = [window[place] for place in chosen]
-                        answers = self._answer([samples[place] for place in chosen], batch, settings)
-                        results |= zip(batch, answers, strict=True)
-                        bar.update(len(batch))
+            for first in range(0, len(requests), at_once):
+                window = range(first, min(first + at_once, len(requests)))
+                samples = [self._sample(requests[n]) for n in window]
+                keys_N, how = random_keys(self.seed, [(n,) for n in window]), [requests[n].args[2] for n in window]
+                asked = self.answering.submit(samples, keys_N, [sampling_of(of) for of in how], self.invocation)
+                live |= zip(window, asked, strict=True)
+                while len(live) > (self.batch_size if window.stop < len(requests) else 0):
+                    self.answering.step()
+                    for n in [n for n, handle in live.items() if handle.reason]:
+                        results[n] = self._result(live.pop(n), requests[n].args[2])
+                        bar.update()
         return [results[n] for n in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
@@ -103,24 +101,11 @@ class LmmsModel(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
         raise NotImplementedError("tasks of several rounds are not supported; take one of output_type generate_until")
 
-    def _answer(
-        self, samples: Sequence[Sample], numbers: Sequence[int], settings: dict[str, Any]
-    ) -> list[GenerationResult]:
-        keys_B = random_keys(self.seed, [(n,) for n in numbers])
-        answers = answer(
-            self.generator,
-            self.loaded.processor.tokenizer,
-            samples,
-            keys_B,
-            sampling_of(settings),
-            self.invocation,
-            self.batch_size,
+    def _result(self, handle: Handle, settings: dict[str, Any]) -> GenerationResult:
+        transcript = self.answering.answer(handle).transcript
+        return GenerationResult(
+            cut(transcript.text, settings.get("until")), TokenCounts(output_tokens=transcript.chosen)
         )
-        until = settings.get("until")
-        return [
-            GenerationResult(cut(found.transcript.text, until), TokenCounts(output_tokens=found.transcript.chosen))
-            for found in answers
-        ]
 
     def _sample(self, request: Instance) -> Sample:
         """The conversation of a request as model input."""

@@ -13,14 +13,14 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig, Prompt, Prompts
 from vlmem_jax.data.benchmarks import BENCHMARKS
 from vlmem_jax.data.samples import Key
-from vlmem_jax.evals.answers import Answer, answer, random_keys
+from vlmem_jax.evals.answers import Answer, Answering, random_keys
 from vlmem_jax.evals.captions import captions
 from vlmem_jax.evals.config import EvalConfig
 from vlmem_jax.evals.folder import PARAMETERS, Lines, check_settings, settings
 from vlmem_jax.evals.measure import compilations, peak_memory, version
 from vlmem_jax.evals.summary import Line, summarise
 from vlmem_jax.generate import InvocationConfig, LoadedModel
-from vlmem_jax.generate.prompts import like_sized
+from vlmem_jax.generate.requests import Handle
 from vlmem_jax.paths import Mirror, write_whole
 from vlmem_jax.processing.video import VideoSize
 from vlmem_jax.scoring.rewards import ERROR_HINT, RewardConfig, RewardError, Rewards
@@ -28,7 +28,7 @@ from vlmem_jax.types import Sample
 
 SETTINGS, SAMPLES, WITHOUT, SUMMARY = "settings.json", "samples.jsonl", "without_memory.jsonl", "summary.json"
 WINDOW = 8
-"""Batches whose prompts are read together, so that those of like length can share one."""
+"""Times as many prompts as are answered side by side are read ahead, so that no row waits for them."""
 
 Report = Callable[[str, int, int], None]
 """`report(file, done, total)`: how many prompts of a pass have a line."""
@@ -87,8 +87,8 @@ class _Evaluation:
     def __init__(self, model: LoadedModel, config: EvalConfig, prompts: Prompts):
         self.model, self.config, self.prompts = model, config, prompts
         self.rewards = Rewards((RewardConfig(config.reward),), "metric")
-        self.generator = model.generator()
         self.rows = min(config.batch_size, sum(prompts.counts))
+        self.answering = Answering(model.generator(), model.processor.tokenizer, self.rows)
 
     def run(self, name: str, invocation: InvocationConfig, mirror: Mirror, report: Report) -> list[Line]:
         """Answers the prompts that have no line in the file `name`, and gives the lines of all."""
@@ -103,6 +103,17 @@ class _Evaluation:
         at_once = WINDOW * self.rows
         windows = (left[first : first + at_once] for first in range(0, len(left), at_once))
         pool = ThreadPoolExecutor(DataConfig().thread_count, thread_name_prefix="prompts")
+        live: dict[Handle, _Asked] = {}
+
+        def answered(most: int) -> None:
+            """Keeps lines until at most so many prompts are left on their way."""
+            nonlocal to_do
+            while len(live) > most:
+                for line in self._answered(live, pool):
+                    lines.keep([line])
+                    to_do -= 1
+                    report(name, total - to_do, total)
+
         try:
             for window in _ahead(pool, self._load, windows):
                 asked = []
@@ -112,11 +123,12 @@ class _Evaluation:
                     except ValueError as error:
                         lines.keep([self._skipped(self.prompts.name(key), str(error))])
                         to_do -= 1
-                for chosen in like_sized([one.sample for one in asked], self.rows):
-                    lines.keep(self._answered([asked[n] for n in chosen], invocation, pool))
-                    to_do -= len(chosen)
-                    report(name, total - to_do, total)
+                if asked:
+                    live |= zip(self._submit(asked, invocation), asked, strict=True)
+                answered(self.rows)
                 mirror.send()
+            answered(0)
+            mirror.send()
         finally:
             pool.shutdown(cancel_futures=True)
         return [lines.by_name[self.prompts.name(key)] for key in keys]
@@ -128,22 +140,25 @@ class _Evaluation:
             self.rewards.check(prompt)
         return _Asked(key, prompt, *self.prompts.shown(key, self.config.rope_dhr))
 
-    def _answered(self, batch: Sequence[_Asked], invocation: InvocationConfig, pool: ThreadPoolExecutor) -> list[Line]:
-        """The lines of a batch."""
-        config, tokenizer = self.config, self.model.processor.tokenizer
-        samples, places = [one.sample for one in batch], [one.key for one in batch]
+    def _submit(self, asked: Sequence[_Asked], invocation: InvocationConfig) -> list[Handle]:
+        keys_N = random_keys(self.config.sampling.seed, [one.key for one in asked])
+        how = [self.config.sampling] * len(asked)
+        return self.answering.submit([one.sample for one in asked], keys_N, how, invocation)
+
+    def _answered(self, live: dict[Handle, _Asked], pool: ThreadPoolExecutor) -> list[Line]:
+        """The lines of those that are answered next, which leave `live`."""
+        start, done = time.perf_counter(), []
         with compilations() as compiled:
-            start = time.perf_counter()
-            keys_B = random_keys(config.sampling.seed, places)
-            answers = answer(self.generator, tokenizer, samples, keys_B, config.sampling, invocation, self.rows)
-            seconds = time.perf_counter() - start
+            while not done:
+                self.answering.step()
+                done = [handle for handle in live if handle.reason]
         cost = {
-            "seconds": seconds / len(batch),
-            "batch_size": len(batch),
+            "seconds": (time.perf_counter() - start) / len(done),
+            "batch_size": self.rows,
             "compiled": bool(compiled),
             "peak_memory_gb": peak_memory() / 1e9,
         }
-        return [self._line(*of, cost) for of in zip(batch, answers, pool.map(self._score, batch, answers), strict=True)]
+        return list(pool.map(lambda handle: self._line(live.pop(handle), handle, cost), done))
 
     def _score(self, asked: _Asked, answer: Answer) -> float | str | None:
         """None where there is nothing to compare with; a text says why it cannot be told."""
@@ -154,9 +169,14 @@ class _Evaluation:
         except RewardError as error:
             return str(error).removesuffix(f"; {ERROR_HINT}")
 
-    def _line(self, asked: _Asked, answer: Answer, score: float | str | None, cost: dict[str, Any]) -> Line:
+    def _line(self, asked: _Asked, handle: Handle, cost: dict[str, Any]) -> Line:
         """What is kept of an answer."""
-        prompt, transcript = asked.prompt, answer.transcript
+        prompt = asked.prompt
+        try:
+            answer = self.answering.answer(handle)
+        except ValueError as error:
+            return self._skipped(prompt.name, str(error))
+        transcript, score = answer.transcript, self._score(asked, answer)
         if isinstance(score, str):
             return self._skipped(prompt.name, score)
         line = {

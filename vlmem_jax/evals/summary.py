@@ -19,9 +19,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Numbers of all prompts and, in `sources`, of each source. `kinds` are those of a memory that speaks.
 
-    `accuracy` is the mean score, `mean_of_sources` that of their accuracies; `seconds` are wall time of a batch over
-    its prompts. `invocation` is there where the memory speaks: the share of answers with at least one memory of a kind,
-    how many there are in an answer, and in which tenths of the chosen tokens they were called for.
+    `accuracy` is the mean score, `mean_of_sources` that of their accuracies; `seconds` are wall time, from one
+    answer to the next. `invocation` is there where the memory speaks: the share of answers with at least one memory of
+    a kind, how many there are in an answer, and in which tenths of the chosen tokens they were called for.
 
     Where videos were shown there are the fewest and the most `frames` taken for a prompt, the `mode`, offline (all are
     shown) or stream (those that a memory keeps are), and, in `lengths`, numbers of each class of videos. `benchmark`

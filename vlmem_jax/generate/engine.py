@@ -123,17 +123,14 @@ class Engine:
             raise ValueError("a request can come after an answer that is done and kept, once; submit it with keep")
         if after is not None and len(sample.pixels_ISSc) and not self.vlm.late_views:
             raise ValueError("images must come before the first token is read, since all tokens read this memory")
-        tiles = len(sample.pixels_ISSc)
-        if request.visual is not None:
-            tiles = request.visual.tokens_BMD.shape[1] // self.generator.tile.tokens
+        tokens, tiles, _ = wanted(self.generator, request)
         if tiles > self.shape.tiles:
             raise ValueError(f"prompt {sample.name} shows {tiles} tiles, but a row has room for {self.shape.tiles}")
-        begun, new = after.length if after else 0, request.sampling.max_new_tokens
-        memories = request.invocation.budget(speech) * (speech.latents + 1) if speech else 0
-        if begun + len(sample.tokens_T) + new + memories > self.shape.capacity:
+        if tokens > self.shape.capacity:
+            begun, new = (after.length if after else 0) + len(sample.tokens_T), request.sampling.max_new_tokens
             raise ValueError(
-                f"a row has room for {self.shape.capacity} tokens, got {begun + len(sample.tokens_T)} of the prompt "
-                f"{sample.name}, max_new_tokens {new}" + (f" and {memories} for memories" if speech else "")
+                f"a row has room for {self.shape.capacity} tokens, got {begun} of the prompt {sample.name}, "
+                f"max_new_tokens {new}" + (f" and {tokens - begun - new} for memories" if speech else "")
             )
         settings(self.vlm, self.shape, *self._settings(request))
 
@@ -407,3 +404,15 @@ class Engine:
             like = jax.eval_shape(self._programs.get, self._rows, np.int32(0))
             row = self.generator.put(from_host(like, arrays))
             self._queue.append(_Reading([handle], collections.deque(), handle.length, row=row))
+
+
+def wanted(generator: Generator, request: Request) -> tuple[int, int, int]:
+    """Tokens, tiles and forced tokens that a row must have room for."""
+    speech, sample, after = generator.vlm.speech, request.sample, request.after
+    tokens = (after.length if after else 0) + len(sample.tokens_T) + request.sampling.max_new_tokens
+    if speech:
+        tokens += request.invocation.budget(speech) * (speech.latents + 1)
+    tiles = len(sample.pixels_ISSc)
+    if request.visual is not None:
+        tiles = request.visual.tokens_BMD.shape[1] // generator.tile.tokens
+    return tokens, tiles, len(request.forced)

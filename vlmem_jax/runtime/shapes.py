@@ -54,6 +54,10 @@ class PoolShape(NamedTuple):
         capacity = bucket(longest, smallest)
         return cls(slots, capacity, min(chunk, capacity), bucket(tiles), bucket(forced, 16))
 
+    def fits(self, other: "PoolShape") -> bool:
+        """Whether rows of another shape have room for what those of this one have."""
+        return self.capacity <= other.capacity and self.tiles <= other.tiles and self.forced <= other.forced
+
     @property
     def text_sizes(self) -> tuple[int, ...]:
         """Of the only, or the first, chunk of a prompt."""
