@@ -1,17 +1,16 @@
-"""Rollouts: several answers to each prompt, drawn by the generation loop, and what training needs to know of them."""
+"""Rollouts: several answers to each prompt, drawn by the engine, and what training needs to know of them."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float32, Int32
 
 from vlmem_jax.generate import Generator, Invocation, InvocationConfig, SamplingConfig, never_sampled
-from vlmem_jax.generate.loop import FINISHED
-from vlmem_jax.generate.prompts import like_sized
+from vlmem_jax.generate.pools import Pool
+from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
@@ -78,40 +77,35 @@ def rollouts(
     forced: Sequence[Sequence[Sequence[int]]] = (),
     record: bool = False,
 ) -> Iterator[tuple[int, list[Trajectory]]]:
-    """(which of `prompts`, its G trajectories), prompts of like size together, about `rows` trajectories at a time.
+    """(which of `prompts`, its G trajectories) as they are done, about `rows` trajectories at a time.
 
     Each prompt is read once for its G trajectories. Trajectory g of prompt p is drawn with the random key `keys_PG[p,
-    g]`, whatever else is in the batch, and begins with the tokens `forced[p][g]`. `record`: with what memories were
+    g]`, whatever else is drawn beside it, and begins with the tokens `forced[p][g]`. `record`: with what memories were
     formed from.
     """
-    G = keys_PG.shape[1]
+    G, key_PG2 = keys_PG.shape[1], np.asarray(jax.random.key_data(keys_PG))
     shards = batch_shards(generator.mesh) if generator.mesh else 1
-    at_once = min(-(-max(rows // G, 1) // shards) * shards, len(prompts))
-    for chosen in like_sized(prompts, at_once):
-        session = generator.start([prompts[n] for n in chosen], sampling.max_new_tokens, at_once, copies=G)
-        size = session.logits_BV.shape[0]
-        keys_B = keys_PG[np.array(chosen)].reshape(-1)
-        keys_B = jnp.concatenate([keys_B, jnp.broadcast_to(keys_B[:1], size - len(keys_B))])
-        begun = [ids for n in chosen for ids in forced[n]] if forced else ()
-        drawn = list(session.draw(sampling, keys_B, invocation, begun, record))
-        tokens_BT, logp_BT = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
-        for place, n in enumerate(chosen):
-            yield (
-                n,
-                [
-                    _trajectory(generator, prompts[n], tokens_BT[row], logp_BT[row], session.invocations[row])
-                    for row in range(place * G, (place + 1) * G)
-                ],
-            )
+    asked = [
+        [
+            Request(prompt, sampling, invocation, key_PG2[p, g], forced[p][g] if forced else (), record=record)
+            for g in range(G)
+        ]
+        for p, prompt in enumerate(prompts)
+    ]
+    pool = Pool(generator, -(-min(rows, len(prompts) * G) // shards) * shards)
+    live = dict(enumerate(pool.fork_all(asked)))
+    while live:
+        pool.engine.step()
+        for p in [p for p, handles in live.items() if all(handle.reason for handle in handles)]:
+            yield p, [_trajectory(prompts[p], handle) for handle in live.pop(p)]
 
 
-def _trajectory(
-    generator: Generator, prompt: Sample, tokens_T: np.ndarray, logp_T: np.ndarray, memories: Sequence[Invocation]
-) -> Trajectory:
-    there_T = tokens_T != FINISHED  # a row that waits has no token
-    tokens_T, logp_T = tokens_T[there_T].astype(np.int32), logp_T[there_T].astype(np.float32)
-    stopped = bool(np.isin(tokens_T[-1], generator.stop_ids))
-    return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, tuple(memories))
+def _trajectory(prompt: Sample, handle: Handle) -> Trajectory:
+    """Raises RuntimeError for an answer that failed."""
+    handle.result()
+    logp_T = np.array(handle.logp, np.float32)
+    tokens_T, stopped = np.array(handle.tokens, np.int32), handle.reason == "stop"
+    return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, tuple(handle.invocations))
 
 
 def rollout_mesh(config: MeshConfig | None, vlm: VLM, mesh: Mesh) -> Mesh:
