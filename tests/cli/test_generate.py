@@ -65,11 +65,11 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_told(checkpoint, capsys)
 def test_parts_stand_as_the_flags_do_and_texts_are_texts(checkpoint, monkeypatch):
     asked = []
 
-    def kept(self, samples, *args, **kwargs):
-        asked.extend(samples)
+    def kept(self, requests, *args):
+        asked.extend(request.sample for request in requests)
         raise ValueError("enough")
 
-    monkeypatch.setattr("vlmem_jax.generate.Generator.start", kept)
+    monkeypatch.setattr("vlmem_jax.generate.Pool.submit", kept)
     one, two = checkpoint / "1.png", checkpoint / "2.png"
     flags = ["--text", "a ", "--image", str(one), "--text", "b ", "--image", str(two)]
     typed = "c <image> <IMG_CONTEXT> <|im_end|>"
@@ -212,10 +212,10 @@ def test_a_continued_chat_keeps_the_cache_and_equals_reading_all_again(model, pi
     generator = model.generator()
     chat = Chat(generator, model.processor, GREEDY)
     first = "".join(chat.ask("a b", [picture]))
-    session = chat._session
-    assert session is not None and chat.history == [((picture, "\n", "a b"), first)]
+    turn = chat._turn
+    assert turn is not None and chat.history == [((picture, "\n", "a b"), first)]
     second = "".join(chat.ask("c d"))
-    assert chat._session is session
+    assert chat._turn.request.after is turn
     prompt = model.processor.prompt("c d", history=[([picture, "\na b"], first)])
     [ids] = generator.generate([prompt], GREEDY)
     assert model.processor.tokenizer.decode(ids) == second
@@ -226,7 +226,7 @@ def test_what_is_typed_in_a_chat_is_text(model, picture):
     typed = "a <image> <IMG_CONTEXT> <|im_end|>"
     first = "".join(chat.ask(typed, [picture]))
     second = "".join(chat.ask(typed))
-    assert chat._session is not None and chat.history[1] == ((typed,), second)
+    assert chat._turn.request.after is not None and chat.history[1] == ((typed,), second)
     sample = model.processor.prompt(typed, history=[([picture, "\n", typed], first)])
     read = model.processor.prompt(typed, [picture]).tokens_T
     went_on = [*model.processor.tokenizer.encode(first), *model.processor.follow_up(typed).tokens_T]
@@ -238,9 +238,9 @@ def test_a_new_image_makes_the_chat_read_all_again(model, picture):
     generator = model.generator()
     chat = Chat(generator, model.processor, GREEDY)
     first = "".join(chat.ask("a b", [picture]))
-    session, turned = chat._session, picture.rotate(90)
+    turned = picture.rotate(90)
     second = "".join(chat.ask("c d", [turned]))
-    assert chat._session is not session
+    assert chat._turn.request.after is None
     prompt = model.processor.prompt("c d", [turned], [([picture, "\na b"], first)])
     [ids] = generator.generate([prompt], GREEDY)
     assert model.processor.tokenizer.decode(ids) == second
@@ -260,9 +260,9 @@ def test_a_chat_that_outgrows_its_rotary_range_is_read_again(model):
     vlm = VLM(dataclasses.replace(model.vlm.config, decoder=decoder))
     generator = dataclasses.replace(model, vlm=vlm).generator()
     chat = Chat(generator, model.processor, GREEDY)
-    first, session = "".join(chat.ask("a b")), chat._session
+    first = "".join(chat.ask("a b"))
     second = "".join(chat.ask("c d e f g h"))
-    assert chat._session is not session
+    assert chat._turn.request.after is None
     [ids] = generator.generate([model.processor.prompt("c d e f g h", [], [("a b", first)])], GREEDY)
     assert model.processor.tokenizer.decode(ids) == second
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from vlmem_jax.cli import answering
+from vlmem_jax.generate import Pool, Request
 from vlmem_jax.processing.images import open_image
 
 EXAMPLE = """vlmem generate --checkpoint RUN --image a.jpg --image b.jpg --prompt "What differs?"
@@ -54,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     answer = answering.transcript(args, model)
-    session = model.generator().start([sample], sampling.max_new_tokens)
-    for tokens_B in session.stream(sampling, invocation):
-        sys.stdout.write(answer.push(int(tokens_B[0])))
+    [handle] = Pool(model.generator(), 1).submit([Request(sample, sampling, invocation)])
+    for token in handle:
+        sys.stdout.write(answer.push(token))
         sys.stdout.flush()
     print(answer.flush())
     return 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmem_jax.demo.dataset import GRIDS, UNTRAINED, Asked, grid_name
 from vlmem_jax.demo.questions import opening
-from vlmem_jax.generate import LoadedModel, SamplingConfig
+from vlmem_jax.generate import LoadedModel, SamplingConfig, answers
 from vlmem_jax.models.flops import prefill_flops
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.types import Batch, Sample
@@ -43,9 +43,7 @@ def prompt(model: LoadedModel, dataset: Path, asked: Asked) -> Sample:
 
 def answer(model: LoadedModel, samples: Sequence[Sample]) -> list[str]:
     """The model's most probable answer to each prompt."""
-    generator, sampling = model.generator(), SamplingConfig(max_new_tokens=LONGEST_ANSWER)
-    batches = (samples[first : first + BATCH] for first in range(0, len(samples), BATCH))
-    ids = [one for batch in batches for one in generator.generate(batch, sampling, BATCH)]
+    ids = answers(model.generator(), samples, SamplingConfig(max_new_tokens=LONGEST_ANSWER), BATCH)
     return [model.processor.tokenizer.decode(one).strip() for one in ids]
 
 
@@ -53,8 +51,8 @@ def ask_all(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> li
     """Answers to held-out questions."""
     order = np.random.default_rng(0).permutation(len(questions))  # batches of one mixture have one shape to compile
     texts = answer(model, [prompt(model, dataset, questions[n]) for n in order])
-    answers = dict(zip(order.tolist(), texts, strict=True))
-    return [Answered(asked, answers[n]) for n, asked in enumerate(questions)]
+    said = dict(zip(order.tolist(), texts, strict=True))
+    return [Answered(asked, said[n]) for n, asked in enumerate(questions)]
 
 
 def cost(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> dict[str, float]:

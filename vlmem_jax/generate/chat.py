@@ -9,8 +9,11 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from vlmem_jax.generate.engine import wanted
 from vlmem_jax.generate.invocation import InvocationConfig
-from vlmem_jax.generate.loop import Generator, Session
+from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.pools import Pool
+from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.generate.sampling import SamplingConfig
 from vlmem_jax.generate.transcript import Transcript
 from vlmem_jax.processing.chat import Message
@@ -40,37 +43,39 @@ class Chat:
         self.invocation = invocation
         self.show_memory = show_memory
         self.history: list[tuple[Message, str]] = []
-        self._session: Session | None = None
+        self._pool = Pool(generator, 1)
+        self._turn: Handle | None = None
+        """The last answer, whose row is kept."""
 
     def ask(self, question: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
         """Pieces of the answer as they come. New images stand before the question."""
         asked = self.processor.message(question, images)
-        session = self._continued(question, images)
-        if session is None:
+        turn = self._continued(question, images)
+        if turn is None:
             sample = self.processor.prompt(asked, history=self.history, rope_dhr=self.rope_dhr, name="chat")
-            session = self.generator.start([sample], self.sampling.max_new_tokens + ROOM)
+            [turn] = self._pool.submit([Request(sample, self.sampling, self.invocation, keep=True)], ROOM)
         # broken off before its end, an answer leaves a cache that does not match the history
-        self._session = None
+        self._turn = None
         answer = Transcript(self.processor.tokenizer, self.generator.vlm.speech, self.show_memory)
         try:
-            for tokens_B in session.stream(self.sampling, self.invocation):
-                yield answer.push(int(tokens_B[0]))
+            for token in turn:
+                yield answer.push(token)
             yield answer.flush()
-            self._session = session
+            self._turn = turn
         finally:
+            turn.cancel()
             self.history.append((asked, answer.text))
 
-    def _continued(self, question: str, images: Sequence[Image.Image]) -> Session | None:
-        """The last turn's session with the question added, if there is one with room for it and an answer, if the
-        memory can see images that come late, and if the rotary frequencies that it was read under still serve."""
-        session, vlm = self._session, self.generator.vlm
-        if session is None or (images and not vlm.late_views):
+    def _continued(self, question: str, images: Sequence[Image.Image]) -> Handle | None:
+        """The answer to a question behind the last one, if that was kept, if there is room for both, if the memory can
+        see images that come late, and if the rotary frequencies that all was read under still serve."""
+        last, vlm = self._turn, self.generator.vlm
+        if last is None or (images and not vlm.late_views):
             return None
         more = self.processor.follow_up(question, images, rope_dhr=self.rope_dhr)
-        count = len(more.tokens_T)
-        if session.free < count + self.generator.room(self.sampling.max_new_tokens):
+        request = Request(more, self.sampling, self.invocation, after=last, keep=True)
+        tokens, tiles, _ = wanted(self.generator, request)
+        shape = self._pool.engine.shape
+        if tokens > shape.capacity or tiles > shape.tiles or vlm.outgrown(last.read, last.length + len(more.tokens_T)):
             return None
-        if vlm.outgrown(session.read, session.length + count):
-            return None
-        session.append(more)
-        return session
+        return self._pool.engine.submit(request)

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 from vlmem_jax.generate.engine import Engine, wanted
+from vlmem_jax.generate.invocation import InvocationConfig
 from vlmem_jax.generate.loop import Generator
 from vlmem_jax.generate.requests import Handle, Request
+from vlmem_jax.generate.sampling import SamplingConfig
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.runtime.shapes import PoolShape
+from vlmem_jax.types import Sample
 
 
 class Pool:
@@ -39,3 +42,17 @@ class Pool:
             self.engine.run()  # those who are being answered, before their rows go
         self._most = most
         self.engine = Engine(self._generator, shape, self._tokenizer)
+
+
+def answers(
+    generator: Generator,
+    samples: Sequence[Sample],
+    sampling: SamplingConfig = SamplingConfig(),
+    rows: int = 16,
+    invocation: InvocationConfig = InvocationConfig(),
+) -> list[list[int]]:
+    """The answer's ids for each prompt, stop id left out; `rows` prompts are answered side by side. Raises
+    RuntimeError where one fails."""
+    pool = Pool(generator, min(rows, len(samples)))
+    handles = pool.submit([Request(sample, sampling, invocation) for sample in samples])
+    return [handle.result() for handle in handles]
