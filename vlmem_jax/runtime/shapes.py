@@ -45,14 +45,19 @@ class PoolShape(NamedTuple):
     """Tiles that a prompt shows, at most."""
     forced: int = 0
     """Tokens that an answer can be made to begin with, at most."""
+    smallest: int = 64
+    """Tokens of the shortest chunk that there is a program for."""
 
     @classmethod
-    def of(
-        cls, slots: int, longest: int, tiles: int = 0, forced: int = 0, chunk: int = 512, smallest: int = 64
-    ) -> "PoolShape":
+    def of(cls, slots: int, longest: int, tiles: int = 0, forced: int = 0, chunk: int = 512) -> "PoolShape":
         """Of rows of up to `longest` tokens, latent ones among them."""
-        capacity = bucket(longest, smallest)
+        capacity = bucket(longest, 64)
         return cls(slots, capacity, min(chunk, capacity), bucket(tiles), bucket(forced, 16))
+
+    @property
+    def in_a_piece(self) -> "PoolShape":
+        """The same, which reads all prompts by one program."""
+        return self._replace(chunk=self.capacity, smallest=self.capacity)
 
     def fits(self, other: "PoolShape") -> bool:
         """Whether rows of another shape have room for what those of this one have."""
@@ -61,12 +66,12 @@ class PoolShape(NamedTuple):
     @property
     def text_sizes(self) -> tuple[int, ...]:
         """Of the only, or the first, chunk of a prompt."""
-        return powers(64, self.chunk)
+        return powers(min(self.smallest, self.chunk), self.chunk)
 
     @property
     def more_sizes(self) -> tuple[int, ...]:
         """Of a chunk that follows on others."""
-        return tuple(sorted({min(64, self.chunk), self.chunk}))
+        return tuple(sorted({min(self.smallest, self.chunk), self.chunk}))
 
     def tile_sizes(self, tile: TileShape) -> tuple[int, ...]:
         """Tile slots of a prompt that shows something."""

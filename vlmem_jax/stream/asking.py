@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from vlmem_jax.generate import SamplingConfig, Transcript
+from vlmem_jax.generate import Engine, Request, SamplingConfig, Transcript
 from vlmem_jax.processing.video import VideoSize
+from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.stream.watching import Snapshot, Watcher
 from vlmem_jax.types import Sample
 
@@ -12,7 +13,7 @@ LATEST = 99_999.99
 
 
 class Asker:
-    """Answers questions about snapshots of a watcher's streams, each on its own, by the generation loop."""
+    """Answers questions about snapshots of a watcher's streams, each on its own, by an engine."""
 
     def __init__(self, watcher: Watcher, sampling: SamplingConfig, rope_dhr: bool | None = None):
         """`rope_dhr` as in `Processor.prompt`. Raises ValueError where not all visual tokens stand in the sequence."""
@@ -23,6 +24,7 @@ class Asker:
             )
         self.watcher, self.sampling, self._rope_dhr = watcher, sampling, rope_dhr
         self.processor = watcher.model.processor
+        self._engine: Engine | None = None
 
     def prompt(self, question: str, snapshot: Snapshot, length: float) -> Sample:
         """The prompt of offline mode, were the frames of the snapshot those of a video of `length` seconds.
@@ -43,13 +45,23 @@ class Asker:
     def answer(self, question: str, snapshot: Snapshot, length: float) -> Iterator[str]:
         """Pieces of the answer as they come. Raises what `prompt` raises."""
         sample = self.prompt(question, snapshot, length)
-        full = self._prompt(question, (LATEST,) * self.watcher.slots, LATEST)
-        spare = max(len(full.tokens_T) - len(sample.tokens_T), 0)
-        session = self.watcher.generator.recall(sample, snapshot.visual, self.sampling.max_new_tokens, spare)
+        handle = self._holding(question).submit(Request(sample, self.sampling, visual=snapshot.visual))
         said = Transcript(self.processor.tokenizer)
-        for tokens_B in session.stream(self.sampling):
-            yield said.push(int(tokens_B[0]))
-        yield said.flush()
+        try:
+            for token in handle:
+                yield said.push(token)
+            yield said.flush()
+        finally:
+            handle.cancel()
+
+    def _holding(self, question: str) -> Engine:
+        """An engine with room for the question about a full memory: so all that are no longer have its programs."""
+        full = self._prompt(question, (LATEST,) * self.watcher.slots, LATEST)
+        longest = len(full.tokens_T) + self.sampling.max_new_tokens
+        shape = PoolShape.of(1, longest, self.watcher.slots).in_a_piece
+        if self._engine is None or not shape.fits(self._engine.shape):
+            self._engine = Engine(self.watcher.generator, shape)
+        return self._engine
 
     def warm(self) -> None:
         """Compiles what looking and a question of a few words take, so that neither waits for it."""

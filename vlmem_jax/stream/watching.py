@@ -16,7 +16,7 @@ from vlmem_jax.generate import LoadedModel
 from vlmem_jax.models import VLM
 from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.sharding import batch_shards, even_spec, lay_out, replicate
-from vlmem_jax.trees import State, axes, from_host, map_axes, repeated, to_host
+from vlmem_jax.trees import State, axes, from_host, map_axes, to_host
 from vlmem_jax.types import Batch, Geometry, VisualTokens
 
 
@@ -44,7 +44,7 @@ class Snapshot(NamedTuple):
     """What was kept of one stream at some moment; looking goes on without it."""
 
     visual: VisualTokens
-    """Equal rows, as many as a prompt takes on this mesh."""
+    """Of one row."""
     times: tuple[float, ...]
     """When each frame in it was seen, seconds."""
     frames: int
@@ -59,7 +59,7 @@ class Programs(NamedTuple):
     look: Callable
     """`look(params, watched, views, fresh_B)`: one frame of each stream; `watched` is donated."""
     recollect: Callable
-    """`recollect(params, watched, row, copies)`: the visual tokens of what is kept of one stream."""
+    """`recollect(params, watched, row)`: the visual tokens of what is kept of one stream."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -80,17 +80,16 @@ def compiled(vlm: VLM, mesh: Mesh | None) -> Programs:
         seen = Look(taken_B, similarity_B, vlm.kept(params, memory))
         return lay_out(Watched(memory, newest_BD)), replicate(seen)
 
-    def recollect(params, watched, row, copies):
+    def recollect(params, watched, row):
         def one(x, *names):
             return jax.lax.dynamic_slice_in_dim(x, row, 1, names.index("batch")) if "batch" in names else x
 
-        visual = vlm.recollect(params, map_axes(one, watched.memory))
-        return jax.tree.map(lambda x: repeated(x, 0, copies), visual)
+        return replicate(vlm.recollect(params, map_axes(one, watched.memory)))
 
     return Programs(
         jax.jit(begin, static_argnums=1, compiler_options=options(mesh)),
         jax.jit(look, donate_argnums=1, compiler_options=options(mesh)),
-        jax.jit(recollect, static_argnums=3, compiler_options=options(mesh)),
+        jax.jit(recollect, compiler_options=options(mesh)),
     )
 
 
@@ -173,10 +172,8 @@ class Watcher:
             return self._recollect(0)
 
     def _recollect(self, row: int) -> VisualTokens:
-        mesh = self.generator.mesh
         with self.generator.context():
-            place, copies = self.generator.put(np.int32(row)), batch_shards(mesh) if mesh else 1
-            return self._programs.recollect(self.model.params, self._watched, place, copies)
+            return self._programs.recollect(self.model.params, self._watched, self.generator.put(np.int32(row)))
 
     def save(self) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """All that is kept, on the host: arrays by their paths, and, of each stream, what JSON can hold."""
