@@ -31,8 +31,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from benchmarks.engine import cache_use, engine, engine_host
 from benchmarks.measure import RUNS, Row, compilations, in_turns, packed_batch, report, unrolled
-from vlmem_jax import families
+from benchmarks.models import deep, make, wide
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.generate.invocation import Calls
@@ -47,33 +48,13 @@ from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
 from vlmem_jax.runtime.shapes import tile_bucket
-from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import NextToken
 from vlmem_jax.train.run import run as train
 from vlmem_jax.trees import State
 from vlmem_jax.types import Batch, Sample, Views
 from vlmem_jax.vision import VisionConfig
-
-
-def deep(layers: int) -> dict:
-    """Many layers of tiny width: all that is left to measure is what does not depend on width."""
-    return {"preset": "tiny", "decoder": {"layers": layers}, "memory": {"kind": "comemo", "every": 4}}
-
-
-def wide(layers: int, width: int = 256, **changes) -> dict:
-    """A model whose time goes into matrix products."""
-    heads, mlp_width = width // 64, 4 * width
-    decoder = dict(layers=layers, width=width, heads=heads, kv_heads=heads // 2, head_dim=64, mlp_width=mlp_width)
-    comemo = dict(kind="comemo", every=4, heads=heads, head_dim=64, mlp_width=mlp_width)
-    return {"preset": "tiny", "decoder": decoder, "memory": comemo, **changes}
-
-
-def make(config: dict) -> tuple[VLM, dict]:
-    """A model and its parameters, sharded as the command line would have them."""
-    vlm = VLM(families.resolve(config))
-    shardings = param_shardings(make_mesh(MeshConfig()), vlm.abstract(), vlm.axes())
-    return vlm, jax.jit(vlm.init, out_shardings=shardings)(jax.random.key(0))
 
 
 def train_step(vlm: VLM):
@@ -585,6 +566,9 @@ ITEMS = {
     "image_sizes": image_sizes,
     "shared_prefill": shared_prefill,
     "forming": forming,
+    "engine": engine,
+    "engine_host": engine_host,
+    "cache_use": cache_use,
 }
 
 
@@ -601,6 +585,9 @@ TOY = {
     "image_sizes": dict(shortest=32, longest=64, count=2),
     "shared_prefill": dict(group=2, tokens=64, new=2, layers=2, width=128, runs=2),
     "forming": dict(rows=2, states=16, tokens=32, layers=2, width=128, runs=2),
+    "engine": dict(requests=4, answers=6, slots=2, median=4, mixed=6, width=128, runs=2),
+    "engine_host": dict(layers=4, slots=2, calls=2, runs=2),
+    "cache_use": dict(long=256, short=64, filled=60, rows=2, layers=2, width=128, calls=2, runs=2),
 }
 """Sizes at which each item runs in seconds."""
 

@@ -6,14 +6,17 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vlmem_jax.families import resolve
 from vlmem_jax.flight.program import HloProgram
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.loop import Session, laid_out
+from vlmem_jax.generate.rows import Plan, compiled
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import serving_mesh
-from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from vlmem_jax.runtime.shapes import PoolShape
+from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, even_spec, lay_out, make_mesh, param_shardings
 from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch
 
@@ -69,6 +72,24 @@ class Programs:
             next(Session(self.generator, state, logits_BV, ROWS, 0, CAPACITY).draw(SamplingConfig(max_new_tokens=4)))
         return self._exchanges(lowered[0])
 
+    def engine_step(self) -> list:
+        """The exchanges of a token of an engine's rows."""
+        generator, everywhere = self.generator, NamedSharding(self.mesh, PartitionSpec())
+        vocab = generator.vlm.config.decoder.vocab
+        shape = PoolShape(ROWS, CAPACITY, 16, tiles=16 if generator.tile.layout else 2)
+        programs = compiled(generator.vlm, self.mesh, shape, generator.tile)
+
+        def place(x, *axes):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, even_spec(x.shape, *axes)))
+
+        def whole(dtype, *sizes):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)
+
+        with generator.context():
+            rows = lay_out(jax.eval_shape(programs.empty), place)
+            plan = Plan(whole(jnp.int32), whole(jnp.int32))
+            return self._exchanges(programs.step.lower(generator.params, rows, whole(bool, vocab), plan))
+
     def _exchanges(self, lowered: jax.stages.Lowered) -> list:
         fast = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
         return HloProgram(lowered.compile(compiler_options=fast).as_text()).collectives(dict(self.mesh.shape))
@@ -90,17 +111,19 @@ def is_read(exchange) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_are_decoded_each_where_it_lies(name):
-    found = Programs(name, data=8).step()
+@pytest.mark.parametrize("how", ["step", "engine_step"])
+def test_rows_are_decoded_each_where_it_lies(name, how):
+    found = getattr(Programs(name, data=8), how)()
     assert [c for c in found if not is_read(c)] == [] and sum(c.times for c in found) == 2
 
 
+@pytest.mark.parametrize("how", ["step", "engine_step"])
 @pytest.mark.parametrize("name", ["comemo", "vismem"])
-def test_heads_apart_are_summed_twice_a_layer(name):
+def test_heads_apart_are_summed_twice_a_layer(name, how):
     programs = Programs(name, data=4, tensor=2)
     assert programs.mesh == make_mesh(serving_mesh(MODELS[name], jax.devices())), "what answering takes by default"
     c = programs.generator.vlm.config
-    found = [x for x in programs.step() if not (is_read(x) and x.axes == ("data",))]
+    found = [x for x in getattr(programs, how)() if not (is_read(x) and x.axes == ("data",))]
     assert {x.axes for x in found} == {("tensor",)}
     whole = [x for x in found if x.kind == "all-reduce" and math.prod(x.shape) == ROWS // 4 * c.decoder.width]
     layers = c.decoder.layers + (c.decoder.layers // c.memory.every if c.memory_kind == "comemo" else 0)
@@ -109,10 +132,11 @@ def test_heads_apart_are_summed_twice_a_layer(name):
     assert sum(x.times for x in whole) == 2 * layers + 1, "after attention and MLP, and of the token's row"
 
 
+@pytest.mark.parametrize("how", ["step", "engine_step"])
 @pytest.mark.parametrize("name", ["comemo", "vismem"])
-def test_weights_apart_are_all_that_is_gathered(name):
+def test_weights_apart_are_all_that_is_gathered(name, how):
     programs = Programs(name, fsdp=8)
-    found = programs.step()
+    found = getattr(programs, how)()
     assert {x.kind for x in found} == {"all-gather"} and {x.axes for x in found} == {("fsdp",)}
     shapes, places = (flatten(tree) for tree in (programs.generator.vlm.abstract(), programs.generator.params))
     split = [path for path, x in places.items() if "fsdp" in x.sharding.spec]

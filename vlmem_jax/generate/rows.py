@@ -20,7 +20,7 @@ from vlmem_jax.generate.sampling import Choice, SamplingConfig, choose
 from vlmem_jax.models import VLM
 from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import PoolShape
-from vlmem_jax.runtime.sharding import lay_out, replicate
+from vlmem_jax.runtime.sharding import constrain, lay_out, replicate
 from vlmem_jax.trees import State, axes, fitted, get_row, map_axes, put_row
 from vlmem_jax.types import Batch, DecodeState, Text, TileShape
 
@@ -116,8 +116,9 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
         hidden_BD, decode = vlm.extend(params, decode, Text.first(tokens_B[:, None], counts_B), used=plan.used)
         calls = calls.take(rule, speech, tokens_B, counts_B)
         logits_BV = jnp.where(counts_B[:, None] > 0, vlm.score(params, hidden_BD), rows.logits_BV)
-        rows = Row(decode, logits_BV, choice, rule, calls, running_B)
-        return lay_out(rows), *replicate((tokens_B, logp_B))
+        rows = lay_out(Row(decode, logits_BV, choice, rule, calls, running_B))
+        tokens_B, logp_B = (constrain(x, "batch") for x in (tokens_B, logp_B))
+        return rows, *replicate((tokens_B, logp_B))  # every host reads them
 
     def form(params, decode, latents_BND, rows_R, kinds_R, size):
         latents_RND, inputs = vlm.form(params, decode, rows_R, kinds_R, size)
