@@ -18,7 +18,6 @@ from vlmem_jax.flight.compile import (
     compile_job,
     decode_job,
     prefill_job,
-    read_shapes,
     train_job,
 )
 from vlmem_jax.flight.program import KINDS, HloProgram
@@ -76,11 +75,14 @@ def test_serving_is_compiled_as_generation_compiles_it(settings, monkeypatch):
     compiled.cache_clear()
 
 
-def test_decoding_starts_from_where_prefill_leaves_its_state(settings):
+def test_a_step_leaves_rows_where_it_finds_them(settings):
+    """All caches are full in what is counted, and none of them is copied."""
     mesh = sharding.make_mesh(settings.mesh)
-    left = prefill_job(settings, SERVING, mesh).lowered.compile().output_shardings
-    for x, place in zip(jax.tree.leaves(read_shapes(settings, SERVING, mesh)), jax.tree.leaves(left), strict=True):
-        assert x.sharding.is_equivalent_to(place, x.ndim)
+    job = decode_job(settings, SERVING, mesh)
+    program = job.lowered.compile()
+    for x, place in zip(job.carried, jax.tree.leaves(program.output_shardings[0]), strict=True):
+        assert x.size == 0 or x.sharding.is_equivalent_to(place, x.ndim)
+    assert program.memory_analysis().alias_size_in_bytes == job.state
 
 
 def test_collectives_do_not_grow_with_depth(settings, four_layers):

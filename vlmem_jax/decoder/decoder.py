@@ -213,7 +213,7 @@ class Decoder(nnx.Module):
         taps: Sequence[Tap] = (),
         cache: KVCache | None = None,
         cache_index_BT: Int32[Array, "B T"] | None = None,
-        cache_used: Int32[Array, ""] | None = None,
+        cache_used: Int32[Array, ""] | int | None = None,
         lora: Adapters | None = None,
         remat_policy: str = "none",
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:

@@ -7,6 +7,7 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
 from vlmem_jax.flight.program import HloProgram
 from vlmem_jax.generate.loop import TEXT_BUCKET, compiled, laid_out
-from vlmem_jax.generate.sampling import Choice, SamplingConfig
+from vlmem_jax.generate.rows import Plan
+from vlmem_jax.generate.rows import compiled as engine_programs
+from vlmem_jax.generate.sampling import GREEDY
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
 from vlmem_jax.rl.rows import Rows, memory_sizes, row_sizes
 from vlmem_jax.runtime.compiler import options
-from vlmem_jax.runtime.shapes import bucket
+from vlmem_jax.runtime.shapes import PoolShape, bucket
 from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
@@ -190,16 +193,22 @@ def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
 
 
 def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
-    """One token for each row of a batch whose prompts have been read."""
-    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-    choice = Choice.make(SamplingConfig(), serving.rows, vlm.config.decoder.vocab, banned_ids=(), stop_ids=())
-    choice = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), choice)
-    needed = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    finished_B = jax.ShapeDtypeStruct((serving.rows,), bool, sharding=batch_sharding(mesh))
-    logits_BV, state = read_shapes(experiment, serving, mesh)
+    """A greedy token for each row of an engine, all of whose caches are full."""
+    vlm, params, tile = VLM(experiment.model), _serving_params(experiment, mesh), experiment.tile
+    if serving.rows % batch_shards(mesh):
+        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
+    capacity = serving.tokens + serving.new_tokens
+    programs = engine_programs(vlm, mesh, PoolShape(serving.rows, capacity, serving.tokens, serving.tiles), tile)
+
+    def step(params, rows, delimiter_V):
+        return programs.step.__wrapped__(params, rows, delimiter_V, Plan(jnp.int32(GREEDY), capacity))
+
     with jax.set_mesh(mesh):
-        lowered = compiled(vlm, mesh).step.lower(params, state, logits_BV, finished_B, choice, needed)
-    return Job(lowered, held(params), held(state), held((logits_BV, choice)), tuple(jax.tree.leaves(state)))
+        rows = lay_out(jax.eval_shape(programs.empty), _place(mesh))
+        delimiter_V = _place(mesh)(jax.ShapeDtypeStruct((vlm.config.decoder.vocab,), bool), None)
+        program = jax.jit(step, donate_argnums=1, compiler_options=options(mesh))
+        lowered = program.lower(params, rows, delimiter_V)
+    return Job(lowered, held(params), held(rows), held(delimiter_V), tuple(jax.tree.leaves(rows)))
 
 
 def look_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
@@ -251,18 +260,9 @@ def _watched(vlm: VLM, params: Any, streams: int, mesh: Mesh) -> Any:
     return lay_out(state, lambda x, *axes: _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes))))
 
 
-def read_shapes(experiment: Experiment, serving: Serving, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, Any]:
-    """Scores of the next token, and the decoding state, as prefill leaves them."""
-    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
-
-    def place(x: jax.ShapeDtypeStruct, *axes: str | None) -> jax.ShapeDtypeStruct:
-        return _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes)))
-
-    with jax.set_mesh(mesh):
-        batch = _prompts(experiment.tile, serving, mesh)
-        capacity = serving.tokens + serving.new_tokens
-        logits_BV, state = compiled(vlm, mesh).prefill.eval_shape(params, batch, capacity)
-        return place(logits_BV, "batch", "vocab"), lay_out(state, place)
+def _place(mesh: Mesh) -> Callable[..., jax.ShapeDtypeStruct]:
+    """Of an array, as its axes say."""
+    return lambda x, *axes: _placed(x, NamedSharding(mesh, even_spec(x.shape, *axes)))
 
 
 def _serving_params(experiment: Experiment, mesh: Mesh) -> dict:

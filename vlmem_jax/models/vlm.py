@@ -398,7 +398,7 @@ class VLM:
         visual: VisualTokens | None = None,
         latents_BND: Float[Array, "B N D"] | None = None,
         adapter_B: Int32[Array, "B"] | None = None,
-        used: Int32[Array, ""] | None = None,
+        used: Int32[Array, ""] | int | None = None,
         every: bool = False,
     ) -> tuple[Float[Array, "B *T D"], DecodeState]:
         """Appends the tokens of `text`, of one segment a row; the state (`hidden`) of the last one of each row, or of

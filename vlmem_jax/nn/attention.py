@@ -287,7 +287,7 @@ def filled_attention(
     v_LBKSC: Float[Array, "L B K S C"],
     layer: Int32[Array, ""],
     index_BT: Int32[Array, "B T"],
-    used: Int32[Array, ""],
+    used: Int32[Array, ""] | int,
 ) -> Float[Array, "B T H C"]:
     """`cached_attention` to one layer of a cache of which no row fills more than the first `used` slots.
 
