@@ -1,12 +1,13 @@
 """The data that crosses package borders: one sample on the host, one packed batch on the device."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from vlmem_jax.trees import State, axes
 
@@ -313,13 +314,20 @@ class KVCache(State):
     round for every layer of every token, and pads few heads to its tiles.
     """
 
-    k_LBKSC: Float[Array, "L B K S C"] = axes("layers", "batch", "kv_heads", "slots", "head_dim")
-    v_LBKSC: Float[Array, "L B K S C"] = axes("layers", "batch", "kv_heads", "slots", "head_dim")
+    k_LBKSC: Shaped[Array, "L B K S C"] = axes("layers", "batch", "kv_heads", "slots", "head_dim")
+    v_LBKSC: Shaped[Array, "L B K S C"] = axes("layers", "batch", "kv_heads", "slots", "head_dim")
+    k_scale_LBKS1: Float[Array, "L B K S 1"] | None = axes("layers", "batch", "kv_heads", "slots", None)
+    v_scale_LBKS1: Float[Array, "L B K S 1"] | None = axes("layers", "batch", "kv_heads", "slots", None)
+    """What the numbers of a head are multiples of, where they are kept in 8 bits. None: they are kept as they are."""
 
     @classmethod
-    def empty(cls, layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype) -> "KVCache":
-        shape = (layers, rows, kv_heads, capacity, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    def empty(
+        cls, layers: int, rows: int, capacity: int, kv_heads: int, head_dim: int, dtype, int8: bool = False
+    ) -> "KVCache":
+        """`int8`: keys and values are kept in 8 bits, and as `dtype` come out again."""
+        shape = (layers, rows, kv_heads, capacity)
+        numbers = [jnp.zeros((*shape, head_dim), jnp.int8 if int8 else dtype) for _ in "kv"]
+        return cls(*numbers, *(jnp.zeros((*shape, 1), dtype) if int8 else None for _ in "kv"))
 
     def write(self, layer, k_BTKC, v_BTKC, index_BT=None) -> "KVCache":
         """Puts T tokens into one layer: at slots `index_BT` (those beyond the capacity are dropped), or from slot 0."""
@@ -341,11 +349,46 @@ class KVCache(State):
             place_BT2 = jnp.stack([jnp.full_like(index_BT, layer), index_BT], axis=-1)
             return jax.lax.scatter(cache_LBKSC, place_BT2, new_BKTC, by_row, unique_indices=True, mode="drop")
 
-        return KVCache(put(self.k_LBKSC, k_BTKC), put(self.v_LBKSC, v_BTKC))
+        if self.k_scale_LBKS1 is None:
+            return KVCache(put(self.k_LBKSC, k_BTKC), put(self.v_LBKSC, v_BTKC), None, None)
+        dtype = self.k_scale_LBKS1.dtype
+        (k_BTKC, k_scale_BTK1), (v_BTKC, v_scale_BTK1) = (_in_8_bits(x, dtype) for x in (k_BTKC, v_BTKC))
+        return KVCache(
+            put(self.k_LBKSC, k_BTKC),
+            put(self.v_LBKSC, v_BTKC),
+            put(self.k_scale_LBKS1, k_scale_BTK1),
+            put(self.v_scale_LBKS1, v_scale_BTK1),
+        )
 
     def layer(self, layer) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, K, C] of one layer."""
-        return self.k_LBKSC[layer].swapaxes(1, 2), self.v_LBKSC[layer].swapaxes(1, 2)
+        return self._read(lambda x_LBKSC: x_LBKSC[layer])
+
+    def block(self, layer, start, size: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, P, K, C] of P = `size` slots of one layer."""
+
+        def cut(x_LBKSC):
+            sizes = 1, *x_LBKSC.shape[1:3], size, x_LBKSC.shape[4]
+            return jax.lax.dynamic_slice(x_LBKSC, (layer, 0, 0, start, 0), sizes)[0]
+
+        return self._read(cut)
+
+    def _read(self, cut: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def read(x_LBKSC, scale_LBKS1):
+            x_BKPC = cut(x_LBKSC)
+            if scale_LBKS1 is not None:
+                x_BKPC = x_BKPC.astype(scale_LBKS1.dtype) * cut(scale_LBKS1)
+            return x_BKPC.swapaxes(1, 2)
+
+        return read(self.k_LBKSC, self.k_scale_LBKS1), read(self.v_LBKSC, self.v_scale_LBKS1)
+
+
+def _in_8_bits(x_BTKC: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Whole numbers up to 127, and what they are multiples of."""
+    most_BTK1 = jnp.abs(x_BTKC.astype(jnp.float32)).max(axis=-1, keepdims=True)
+    scale_BTK1 = (jnp.maximum(most_BTK1, 1e-30) / 127).astype(dtype)
+    whole_BTKC = jnp.round(x_BTKC.astype(jnp.float32) / scale_BTK1.astype(jnp.float32))
+    return jnp.clip(whole_BTKC, -127, 127).astype(jnp.int8), scale_BTK1
 
 
 @jax.tree_util.register_dataclass

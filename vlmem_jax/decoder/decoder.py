@@ -235,8 +235,7 @@ class Decoder(nnx.Module):
                 if cache_index_BT is None:
                     return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), updated
                 if cache_used is not None:
-                    kv = updated.k_LBKSC, updated.v_LBKSC
-                    return filled_attention(q_BTHC, *kv, index, cache_index_BT, cache_used), updated
+                    return filled_attention(q_BTHC, updated, index, cache_index_BT, cache_used), updated
                 return cached_attention(q_BTHC, *updated.layer(index), cache_index_BT), updated
 
             weights, adapters = state

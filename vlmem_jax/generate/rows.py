@@ -90,7 +90,7 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
         return replicate(fitted(vlm.see(params, views), seen))
 
     def first(params, text, visual, length_B):
-        hidden_BD, decode = vlm.extend(params, vlm.begin(length_B, shape.capacity), text, visual)
+        hidden_BD, decode = vlm.extend(params, vlm.begin(length_B, shape.capacity, shape.int8), text, visual)
         decode = fitted(decode, read) if read else decode
         return vlm.score(params, hidden_BD), lay_out(decode)
 

@@ -374,15 +374,16 @@ class VLM:
 
     # --- extend -------------------------------------------------------------------------------------------------------
 
-    def begin(self, lengths_B: Int32[Array, "B"], capacity: int) -> DecodeState:
-        """The state of rows in which nothing has been read yet, and each of which can hold `capacity` tokens.
+    def begin(self, lengths_B: Int32[Array, "B"], capacity: int, int8: bool = False) -> DecodeState:
+        """The state of rows in which nothing has been read yet, and each of which can hold `capacity` tokens; `int8` as
+        in `KVCache`.
 
         `lengths_B`: tokens of the prompts, all chunks of them, by which rotary frequencies are chosen.
         """
         c, B = self.config.decoder, lengths_B.shape[0]
         zeros_B = jnp.zeros(B, jnp.int32)
         state = DecodeState(
-            cache=KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype),
+            cache=KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype, int8),
             length_B=zeros_B,
             position_B=zeros_B,
             frequencies_BR=self._frequencies_of(lengths_B[:, None], capacity)[:, 0],

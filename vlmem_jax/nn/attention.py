@@ -20,6 +20,7 @@ from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.blocks import LANES, MAX_SLOTS, up
 from kernels_pallas.memory_attention.problem import Inputs
 from vlmem_jax.runtime.sharding import constrain, even_spec, shards
+from vlmem_jax.types import KVCache
 
 KERNEL_KEYS = 512
 """Keys that a kernel reads for a run of queries in windows: those of the run and of a window on either side."""
@@ -283,8 +284,7 @@ def cached_attention(
 
 def filled_attention(
     q_BTHC: Float[Array, "B T H C"],
-    k_LBKSC: Float[Array, "L B K S C"],
-    v_LBKSC: Float[Array, "L B K S C"],
+    cache: KVCache,
     layer: Int32[Array, ""],
     index_BT: Int32[Array, "B T"],
     used: Int32[Array, ""] | int,
@@ -294,15 +294,12 @@ def filled_attention(
     Blocks behind these are not read. What a row gets does not depend on how many are: a block of which it may see
     nothing changes no bit.
     """
-    S, block = k_LBKSC.shape[3], min(CACHE_BLOCK, k_LBKSC.shape[3])
+    S = cache.k_LBKSC.shape[3]
+    block = min(CACHE_BLOCK, S)
 
     def keys(n, so_far):
         start = jnp.minimum(n * block, S - block)  # the last block begins where a whole one fits
-        at = layer, 0, 0, start, 0
-        k_BPKC, v_BPKC = (
-            jax.lax.dynamic_slice(x, at, (1, *x.shape[1:3], block, x.shape[4]))[0].swapaxes(1, 2)
-            for x in (k_LBKSC, v_LBKSC)
-        )
+        k_BPKC, v_BPKC = cache.block(layer, start, block)
         slots_P = start + jnp.arange(block)
         allowed_BTP = (slots_P >= n * block) & (slots_P <= index_BT[..., None])
         return merged(so_far, reference.attend(q_BTHC, k_BPKC, v_BPKC, allowed=allowed_BTP))

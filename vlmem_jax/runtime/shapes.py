@@ -47,6 +47,8 @@ class PoolShape(NamedTuple):
     """Tokens that an answer can be made to begin with, at most."""
     smallest: int = 64
     """Tokens of the shortest chunk that there is a program for."""
+    int8: bool = False
+    """Whether keys and values are kept in 8 bits."""
 
     @classmethod
     def of(cls, slots: int, longest: int, tiles: int = 0, forced: int = 0, chunk: int = 512) -> "PoolShape":
