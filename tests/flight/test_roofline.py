@@ -58,3 +58,19 @@ def test_slices_updates_and_fast_memory_cost_what_goes_through_the_large_one():
     layer = 8 * 4 * 4
     # the slice is read and written, read and the sum written, read and put into its place; `near` costs nothing
     assert seconds(HloProgram(HLO), MEMORY_ALONE) == (1 + 1) * layer + (1 + 1) * layer + (1 + 1) * layer
+
+
+def test_a_slice_within_a_fusion_within_a_fusion_costs_no_more():
+    within = """%doubled (stack: f32[6,8,4], n: s32[]) -> f32[8,4] {
+  %stack = f32[6,8,4] parameter(0)
+  %n = s32[] parameter(1)
+  %inner = f32[8,4] fusion(%stack, %n), kind=kLoop, calls=%part
+  ROOT %twice = f32[8,4] add(%inner, %inner)
+}
+
+ENTRY"""
+    nested = HLO.replace("ENTRY", within).replace(
+        "kind=kLoop, calls=%part\n  %sum", "kind=kLoop, calls=%doubled\n  %sum"
+    )
+    assert nested.count("calls=%doubled") == 1
+    assert seconds(HloProgram(nested), MEMORY_ALONE) == seconds(HloProgram(HLO), MEMORY_ALONE)

@@ -66,8 +66,8 @@ class _Roofline:
         for x in inside.values():
             if x.opcode != "parameter":
                 continue
-            whole = _large(self.program.made[i.operands[int(re.match(r"\((\d+)\)", x.rest)[1])]].type)
-            uses = list(_uses(x.name, inside))
+            whole = _large(self.program.made[i.operands[_number(x)]].type)
+            uses = list(self._uses(x.name, inside))
             if whole and uses and all(place == 0 and user.opcode in _PARTS for user, place in uses):
                 parts = (_all(user.type) for user, _ in uses if user.opcode != "dynamic-update-slice")
                 whole = min(whole, sum(parts))
@@ -80,6 +80,26 @@ class _Roofline:
                 size = _all(inside[out.operands[1]].type)
             total += size * large
         return total
+
+    def _uses(self, name: str, inside: dict[str, Instruction]) -> Iterator[tuple[Instruction, int]]:
+        """(user, place among its operands) of a value in a fusion, through changes of shape and fusions within it."""
+        for user in inside.values():
+            for place, operand in enumerate(user.operands):
+                if operand != name:
+                    continue
+                if user.opcode == "bitcast":
+                    yield from self._uses(user.name, inside)
+                elif user.opcode == "fusion":
+                    within = {x.name: x for x in self.program.inside(user)}
+                    (given,) = (x for x in within.values() if x.opcode == "parameter" and _number(x) == place)
+                    yield from self._uses(given.name, within)
+                else:
+                    yield user, place
+
+
+def _number(parameter: Instruction) -> int:
+    """Of a parameter of a fusion, its place among the operands."""
+    return int(re.match(r"\((\d+)\)", parameter.rest)[1])
 
 
 _PRODUCTS = ("dot", "convolution")
@@ -99,14 +119,6 @@ def _large(kind: str) -> int:
 
 def _all(kind: str) -> int:
     return sum(size for size, _ in _arrays(kind))
-
-
-def _uses(name: str, inside: dict[str, Instruction]) -> Iterator[tuple[Instruction, int]]:
-    """(user, place among its operands) of a value in a fusion, through changes of shape."""
-    for user in inside.values():
-        for place, operand in enumerate(user.operands):
-            if operand == name:
-                yield from _uses(user.name, inside) if user.opcode == "bitcast" else [(user, place)]
 
 
 def _product_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> int:
