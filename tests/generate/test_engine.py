@@ -12,6 +12,7 @@ from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.engine import Engine
 from vlmem_jax.generate.requests import Request
 from vlmem_jax.runtime.shapes import PoolShape
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 SHAPE = PoolShape(slots=3, capacity=96, chunk=32, tiles=2, forced=4)
 GREEDY = SamplingConfig(max_new_tokens=8)
@@ -91,6 +92,18 @@ def test_samples_of_one_prompt_are_read_once(engine, make_prompt, monkeypatch):
     monkeypatch.undo()
     assert answers == [engine.submit(Request(prompt, one)).result() for one in own]
     assert len({tuple(answer) for answer in answers}) > 1
+
+
+def test_devices_that_split_rows_read_a_prompt_each(vlm, params, requests, alone, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
+    engine = Engine(Generator(vlm, sharded, stop_ids=[1], mesh=mesh), SHAPE._replace(slots=4))
+    lanes, read = [], engine._read
+    monkeypatch.setattr(engine, "_read", lambda reading: (lanes.append(len(reading.lanes)), read(reading)))
+    handles = [engine.submit(request) for request in requests]
+    assert [handle.result() for handle in handles] == alone
+    # each prompt three times, the second in three chunks; the third time has nothing beside it
+    assert lanes == [2, 1] + [2, 2, 2, 1, 1, 1] + [2, 1] + [2, 1]
 
 
 def test_tokens_come_one_by_one(engine, requests, alone):

@@ -10,6 +10,7 @@ belong to those who had the slots then.
 import collections
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -30,8 +31,9 @@ from vlmem_jax.generate.transcript import Transcript
 from vlmem_jax.generate.warming import programs
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.runtime.shapes import PoolShape, least
+from vlmem_jax.runtime.sharding import batch_shards
 from vlmem_jax.trees import from_host, to_host
-from vlmem_jax.types import DecodeState, Sample, Text, VisualTokens
+from vlmem_jax.types import DecodeState, Sample, Text, Views, VisualTokens
 
 READS = 8
 """Chunks of prompts that are read between two steps, at most: so long those wait who are being answered."""
@@ -39,19 +41,44 @@ READS = 8
 
 @dataclasses.dataclass
 class _Reading:
-    """A prompt that is being read, and those who will go on from it."""
+    """Prompts of one shape that are being read side by side, each in a lane, and those who will go on from them."""
 
-    handles: list[Handle]
-    chunks: collections.deque[Text]
-    length: int
-    """Tokens read so far."""
-    visual: VisualTokens | None = None
+    lanes: list[list[Handle]]
+    chunks: list[Text]
+    length: int = 0
+    """Tokens of the longest that are read."""
+    visual: Views | VisualTokens | None = None
     length_B: np.ndarray | None = None
-    """Tokens of the whole prompt, where it is read from its beginning."""
+    """Tokens of the whole prompts, where they are read from their beginning."""
     decode: DecodeState | None = None
     logits_BV: jax.Array | None = None
     row: Row | None = None
     """One that was taken out."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether others can be read beside it: nothing of it is on the devices yet."""
+        return self.length_B is not None and self.decode is None and not isinstance(self.visual, VisualTokens)
+
+    def is_like(self, other: "_Reading") -> bool:
+        """Whether both are read by the same programs."""
+        return _shapes(self.chunks, self.visual) == _shapes(other.chunks, other.visual)
+
+    def beside(self, others: Sequence["_Reading"], lanes: int) -> "_Reading":
+        """All of them, and empty lanes up to so many."""
+
+        def joined(*each: np.ndarray) -> np.ndarray:
+            empty = np.zeros((lanes - len(each), *each[0].shape[1:]), each[0].dtype)
+            return np.concatenate([*each, empty])
+
+        each = [(one.chunks, one.visual, one.length_B) for one in (self, *others)]
+        chunks, visual, length_B = jax.tree.map(joined, *each)
+        handles = [one for reading in (self, *others) for one in reading.lanes]
+        return _Reading(handles, chunks, 0, visual, np.maximum(length_B, 1))
+
+
+def _shapes(*trees: Any) -> list[tuple[int, ...]]:
+    return [x.shape for x in jax.tree.leaves(trees)]
 
 
 class Engine:
@@ -65,6 +92,8 @@ class Engine:
         self.generator, self.shape, self.vlm = generator, shape, vlm
         self._tokenizer, self._lock, self._broken = tokenizer, threading.RLock(), ""
         self._programs = compiled(vlm, generator.mesh, shape, generator.tile)
+        self.lanes = batch_shards(generator.mesh) if generator.mesh else 1
+        """Prompts that are read side by side."""
         self._queue: collections.deque[_Reading] = collections.deque()
         self._owners: list[Handle | None] = [None] * shape.slots
         self._free = list(range(shape.slots))
@@ -193,20 +222,32 @@ class Engine:
             pass
 
     def _fill(self) -> None:
-        """Reads prompts while there are slots for them, and one ahead, and puts rows that were read into free slots."""
+        """Reads prompts while there are slots for them, and ahead, and puts rows that were read into free slots."""
         for _ in range(min(max(len(self._free), 1), READS)):
             if not self._queue:
                 return
             reading = self._queue[0]
-            reading.handles = [handle for handle in reading.handles if not handle.reason]
-            if reading.chunks and reading.handles:
+            reading.lanes = [[one for one in lane if not one.reason] for lane in reading.lanes]
+            if reading.chunks and any(reading.lanes):
+                reading = self._queue[0] = self._joined(reading)
                 self._read(reading)
-            if not reading.chunks or not reading.handles:
-                while self._free and reading.handles:
-                    self._put(reading, reading.handles.pop(0), self._free.pop(0))
-                if reading.handles:
-                    return
+            if not reading.chunks:
+                for number, lane in enumerate(reading.lanes):
+                    while self._free and lane:
+                        self._put(reading, number, lane.pop(0), self._free.pop(0))
+            if not any(reading.lanes):
                 self._queue.popleft()
+            elif not reading.chunks:
+                return
+
+    def _joined(self, reading: _Reading) -> _Reading:
+        """With those that wait and can be read beside it, each on devices of its own."""
+        if not reading.joins or len(reading.lanes) == self.lanes:
+            return reading
+        alike = [one for one in list(self._queue)[1:] if one.joins and one.is_like(reading)][: self.lanes - 1]
+        for one in alike:
+            self._queue.remove(one)
+        return reading.beside(alike, self.lanes)
 
     def _dispatch(self) -> bool:
         """A token for each row, if there is any."""
@@ -302,7 +343,7 @@ class Engine:
             yield
         except Exception as error:
             self._broken = f"the engine failed: {error}"
-            waiting = [handle for reading in self._queue for handle in reading.handles]
+            waiting = [handle for reading in self._queue for lane in reading.lanes for handle in lane]
             for handle in (*filter(None, self._owners), *waiting):
                 handle.error, handle.reason = self._broken, "failed"
             raise RuntimeError(self._broken) from error
@@ -331,7 +372,7 @@ class Engine:
         chunks = [
             jax.tree.map(lambda x, at=at: x[:, at : at + shape.chunk], text) for at in range(0, padded, shape.chunk)
         ]
-        reading = _Reading(handles, collections.deque(chunks), after.length if after else 0, visual)
+        reading = _Reading([handles], chunks, after.length if after else 0, visual)
         if after:
             reading.decode, reading.logits_BV, after.row = after.row.decode, after.row.logits_BV, None
         else:
@@ -350,33 +391,30 @@ class Engine:
         return dataclasses.replace(text, positions_BT=text.positions_BT + here), visual.moved(here)
 
     def _read(self, reading: _Reading) -> None:
-        """The next chunk of a prompt."""
-        generator, programs = self.generator, self._programs
-        text = reading.chunks.popleft()
-        count = int((text.segments_BT > 0).sum())
+        """The next chunk of prompts."""
+        generator, programs, params = self.generator, self._programs, self.generator.params
+        text = reading.chunks.pop(0)
+        reading.length += int((text.segments_BT > 0).sum(-1).max())
+        place = functools.partial(generator.put, rows=len(text.tokens_BT) == self.lanes)
         with generator.context():
-            if reading.visual is not None and not isinstance(reading.visual, VisualTokens):
-                reading.visual = programs.see(generator.params, generator.put(reading.visual))
+            if isinstance(reading.visual, Views):
+                reading.visual = programs.see(params, place(reading.visual))
             if reading.decode is None:
-                length_B = generator.put(reading.length_B)
-                reading.logits_BV, reading.decode = programs.first(
-                    generator.params, generator.put(text), reading.visual, length_B
-                )
+                read = programs.first(params, place(text), reading.visual, place(reading.length_B))
             else:
-                used = np.int32(min(reading.length + count, self.shape.capacity))
-                reading.logits_BV, reading.decode = programs.more(
-                    generator.params, reading.decode, reading.logits_BV, generator.put(text), reading.visual, used
-                )
-        reading.length += count
+                used = np.int32(min(reading.length, self.shape.capacity))
+                read = programs.more(params, reading.decode, reading.logits_BV, place(text), reading.visual, used)
+            reading.logits_BV, reading.decode = read
 
-    def _put(self, reading: _Reading, handle: Handle, slot: int) -> None:
+    def _put(self, reading: _Reading, lane: int, handle: Handle, slot: int) -> None:
         """A row that was read into a slot."""
-        row = reading.row
-        if row is None:
-            own = settings(self.vlm, self.shape, *self._settings(handle.request))
-            row = Row(reading.decode, reading.logits_BV, *self.generator.put((*own, np.ones(1, bool))))
         with self.generator.context():
-            self._rows = self._programs.put(self._rows, row, np.int32(slot))
+            if reading.row is not None:
+                self._rows = self._programs.back(self._rows, reading.row, np.int32(slot))
+            else:
+                own = settings(self.vlm, self.shape, *self._settings(handle.request))
+                read = reading.decode, reading.logits_BV, self.generator.put(own)
+                self._rows = self._programs.put(self._rows, *read, np.int32(lane), np.int32(slot))
         self._owners[slot] = handle
 
     def _get(self, slot: int) -> Row:
@@ -403,7 +441,7 @@ class Engine:
         with self._lock, self.generator.context():
             like = jax.eval_shape(self._programs.get, self._rows, np.int32(0))
             row = self.generator.put(from_host(like, arrays))
-            self._queue.append(_Reading([handle], collections.deque(), handle.length, row=row))
+            self._queue.append(_Reading([[handle]], [], row=row))
 
 
 def wanted(generator: Generator, request: Request) -> tuple[int, int, int]:

@@ -94,15 +94,19 @@ class Handle:
                 place += 1
             if self.reason:
                 break
-            self._engine.step()
+            self._step()
         self._raise()
 
     def result(self) -> list[int]:
         """The whole answer. Raises RuntimeError, with its words, where it fails."""
         while not self.reason:
-            self._engine.step()
+            self._step()
         self._raise()
         return self.answer
+
+    def _step(self) -> None:
+        if not self._engine.step() and not self.reason:
+            raise RuntimeError("this request was taken out of the engine, which has nothing else to do; put it back")
 
     def cancel(self) -> None:
         """Frees what it takes; what has come stays. Nothing to one that is done."""

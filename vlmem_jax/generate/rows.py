@@ -61,13 +61,16 @@ class Programs(NamedTuple):
     empty: Callable
     """`empty()`: rows of which none runs."""
     see: Callable
-    """`see(params, views)`: what a prompt shows."""
+    """`see(params, views)`: what prompts show."""
     first: Callable
-    """`first(params, text, visual, length_B)`: the first chunk of a prompt of so many tokens."""
+    """`first(params, text, visual, length_B)`: the first chunk of prompts of so many tokens, each in a lane."""
     more: Callable
     """`more(params, decode, logits_BV, text, visual, used)`: what follows on what was read."""
     put: Callable
-    """`put(rows, row, n)`: row n is another; `rows` are donated here and below."""
+    """`put(rows, decode, logits_BV, own, lane, n)`: row n goes on from what a lane has read, by settings of its own;
+    `rows` are donated here and below."""
+    back: Callable
+    """`back(rows, row, n)`: row n is one that was got."""
     get: Callable
     """`get(rows, n)`: row n by itself."""
     step: Callable
@@ -87,17 +90,23 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
     seen = read = None
 
     def see(params, views):
-        return replicate(fitted(vlm.see(params, views), seen))
+        visual = fitted(vlm.see(params, views), _lanes(seen, len(views.segments_BM)))
+        return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), visual)
 
     def first(params, text, visual, length_B):
         hidden_BD, decode = vlm.extend(params, vlm.begin(length_B, shape.capacity, shape.int8), text, visual)
-        decode = fitted(decode, read) if read else decode
+        if read:
+            decode = fitted(decode, map_axes(functools.partial(_rows, len(length_B)), read))
         return vlm.score(params, hidden_BD), lay_out(decode)
 
     def more(params, decode, logits_BV, text, visual, used):
         hidden_BD, decode = vlm.extend(params, decode, text, visual, used=used)
         some_B1 = (text.segments_BT > 0).any(-1)[:, None]
         return jnp.where(some_B1, vlm.score(params, hidden_BD), logits_BV), lay_out(decode)
+
+    def put(rows, decode, logits_BV, own, lane, n):
+        logits_1V = jax.lax.dynamic_slice_in_dim(logits_BV, lane, 1)
+        return lay_out(put_row(rows, Row(get_row(decode, lane), logits_1V, *own, jnp.ones(1, bool)), n))
 
     def step(params, rows, delimiter_V, plan):
         choice, rule, calls, decode = rows.choice, rows.rule, rows.calls, rows.decode
@@ -168,6 +177,7 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
         jit(see),
         jit(first),
         jit(more, donate_argnums=(1, 2)),
+        jit(put, donate_argnums=0),
         jit(lambda rows, row, n: lay_out(put_row(rows, row, n)), donate_argnums=0),
         jit(lambda rows, n: lay_out(get_row(rows, n))),
         jit(step, donate_argnums=1),
@@ -175,6 +185,11 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
         jit(insert, donate_argnums=1),
         jit(score),
     )
+
+
+def _lanes(visual: Any, count: int) -> Any:
+    """The shapes of what one prompt shows, of so many."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), visual)
 
 
 def _rows(count: int, x: Any, *names: str | None) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,7 @@
 """The programs that an engine can need, whatever is asked of it."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
     """By a name each, what runs a program once, to no effect. Of a pool of which no row runs."""
     run = _Runs(engine)
     shape, tile = engine.shape, engine.generator.tile
-    found: dict[str, Callable[[], object]] = {"step": run.step, "put": run.put, "get": run.get}
+    found: dict[str, Callable[[], object]] = {"step": run.step, "put": run.put, "get": run.get, "back": run.back}
     shown = {"": 0} | ({" with views": shape.tiles} if shape.tiles else {})
     for tiles in shape.tile_sizes(tile):
         found[f"see {tiles}"] = lambda tiles=tiles: run.see(tiles)
@@ -45,40 +45,48 @@ def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
 class _Runs:
     def __init__(self, engine: "Engine"):
         self.engine, self.generator, self.speaking = engine, engine.generator, engine._speaking
-        self.programs, self.params = engine._programs, engine.generator.params
+        self.programs, self.params, self.lanes = engine._programs, engine.generator.params, engine.lanes
 
-    def see(self, tiles: int) -> object:
-        views = filled([], 1, self.generator.tile, 1, tiles).views
+    def see(self, tiles: int, lanes: int = 0) -> object:
+        views = filled([], lanes or self.lanes, self.generator.tile, 1, tiles).views
         with self.generator.context():
-            return self.programs.see(self.params, self.generator.put(views))
+            return self.programs.see(self.params, self._placed(views, lanes))
 
-    def _visual(self, tiles: int) -> object:
-        return self.see(tiles) if tiles else None
+    def _placed(self, tree: Any, lanes: int) -> Any:
+        return self.generator.put(tree, rows=lanes in (0, self.lanes))
 
-    def _text(self, tokens: int) -> Text:
-        return prompt_text(Batch.empty((1,), tokens, 0, self.generator.tile).text)
+    def _text(self, tokens: int, lanes: int) -> Text:
+        return prompt_text(Batch.empty((lanes or self.lanes,), tokens, 0, self.generator.tile).text)
 
-    def first(self, tokens: int, tiles: int) -> tuple:
-        visual, put = self._visual(tiles), self.generator.put
+    def first(self, tokens: int, tiles: int, lanes: int = 0) -> tuple:
+        visual = self.see(tiles, lanes) if tiles else None
+        length_B = np.ones(lanes or self.lanes, np.int32)
         with self.generator.context():
-            return self.programs.first(self.params, put(self._text(tokens)), visual, put(np.ones(1, np.int32)))
+            given = self._placed((self._text(tokens, lanes), length_B), lanes)
+            return self.programs.first(self.params, given[0], visual, given[1])
 
-    def more(self, tokens: int, tiles: int, text: Text | None = None) -> tuple:
-        visual, (logits_BV, decode) = self._visual(tiles), self.first(self.engine.shape.text_sizes[0], 0)
-        text = self.generator.put(self._text(tokens) if text is None else text)
+    def more(self, tokens: int, tiles: int, lanes: int = 0, text: Text | None = None) -> tuple:
+        visual = self.see(tiles, lanes) if tiles else None
+        logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0, lanes)
+        text = self._placed(self._text(tokens, lanes) if text is None else text, lanes)
         with self.generator.context():
             return self.programs.more(self.params, decode, logits_BV, text, visual, np.int32(1))
 
     def on(self, tokens: int) -> tuple:
-        text = self._text(tokens)
-        return self.more(tokens, 0, Text(text.tokens_BT, text.segments_BT))
+        text = self._text(tokens, 1)
+        return self.more(tokens, 0, 1, Text(text.tokens_BT, text.segments_BT))
 
     def put(self) -> None:
         logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0)
-        own = *settings(self.engine.vlm, self.engine.shape), np.zeros(1, bool)
-        row = Row(decode, logits_BV, *self.generator.put(own))
+        own = self.generator.put(settings(self.engine.vlm, self.engine.shape))
         with self.generator.context():
-            self.engine._rows = self.programs.put(self.engine._rows, row, np.int32(0))
+            rows = self.programs.put(self.engine._rows, decode, logits_BV, own, np.int32(0), np.int32(0))
+            self.engine._rows = rows
+
+    def back(self) -> None:
+        row = self.get()
+        with self.generator.context():
+            self.engine._rows = self.programs.back(self.engine._rows, row, np.int32(0))
 
     def get(self) -> Row:
         return self.engine._get(0)
