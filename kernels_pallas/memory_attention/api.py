@@ -1,21 +1,18 @@
 """memory_attention: queries read a memory, without causality, with the rotation of both sides inside."""
 
 import functools
-import importlib
-import importlib.util
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas import device, rotary
+from kernels_pallas import backends, rotary
+from kernels_pallas.backends import Implementation
 from kernels_pallas.dhr import TileGrid
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.problem import Inputs, Positions, Problem
 
-Implementation = Literal["tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret"]
-_BACKENDS = {"tpu": "tpu", "gpu": "gpu", "tpu_interpret": "tpu", "gpu_interpret": "gpu"}
+_backend = functools.partial(backends.module, __package__)
 
 
 def memory_attention(
@@ -59,7 +56,7 @@ def memory_attention(
     if name == "xla":
         o, lse = _plain(inputs, theta)
     else:
-        o, lse = _fused(name, Problem(float(theta), chip or _chip(), name.endswith("_interpret")), inputs)
+        o, lse = _fused(name, Problem(float(theta), chip or backends.chip(), name.endswith("_interpret")), inputs)
     if gate is not None:
         o = (jnp.tanh(gate.astype(jnp.float32)).reshape(()) * o).astype(o.dtype)
     return (o, lse) if return_lse else o
@@ -70,33 +67,7 @@ def choose(inputs: Inputs, implementation: Implementation | None = None) -> tupl
 
     The name is None when the one asked for cannot serve.
     """
-    if implementation == "xla":
-        return "xla", "asked for"
-    if implementation is not None:
-        reason = _unsupported(implementation, inputs)
-        return (implementation, "asked for") if reason is None else (None, reason)
-    platform = device.platform()
-    if platform not in ("tpu", "gpu"):
-        return "xla", f"no kernel for platform {platform}"
-    reason = _unsupported(platform, inputs)
-    return (platform, f"platform is {platform}") if reason is None else ("xla", f"{platform} kernel: {reason}")
-
-
-def _unsupported(name: str, inputs: Inputs) -> str | None:
-    if name not in _BACKENDS:
-        return f"implementation must be one of {sorted([*_BACKENDS, 'xla'])} or None"
-    module = f"{__package__}.{_BACKENDS[name]}"
-    if importlib.util.find_spec(module) is None:
-        return f"there is no {name} kernel"
-    return _backend(name).unsupported(Problem(), inputs)
-
-
-def _backend(name: str):
-    return importlib.import_module(f"{__package__}.{_BACKENDS[name]}")
-
-
-def _chip() -> str:
-    return device.CHIPS.get(device.kind(), "v5e")
+    return backends.choose(__package__, Problem(), inputs, implementation)
 
 
 def _plain(inputs: Inputs, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -132,12 +103,8 @@ def _fused_backward(name: str, problem: Problem, kept, cotangents):
     do, dlse = cotangents
     dlse = jnp.where(jnp.isfinite(lse), dlse, 0.0)
     dq, dk, dv = _backend(name).backward(problem, inputs, o, lse, do.astype(o.dtype), dlse)
-    nothing = jax.tree.map(_no_gradient, inputs)
+    nothing = jax.tree.map(backends.no_gradient, inputs)
     return (nothing._replace(q=dq, k=dk, v=dv),)
-
-
-def _no_gradient(x: jax.Array):
-    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros(x.shape, jax.dtypes.float0)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-LANES = 128
-VMEM_LIMIT = {"v5e": 110 * 2**20, "v5p": 88 * 2**20, "v6e": 110 * 2**20}
+from kernels_pallas.lanes import LANES, up
+
 MAX_SLOTS = 12288
 """Slots that one call keeps in VMEM; more are attended in parts that are merged by their log-sum-exp."""
 SMALL_SLOTS = 512
@@ -68,11 +68,6 @@ TUNED: dict[str, dict[str, Forward | Small | Backward]] = {
 }
 """For 2048 queries, 16 heads, head dim 128, bf16: fewest corrected cycles of the compiler's code at 4096 slots (long:
 12288, few: 256) among candidates of `python -m benchmarks.tpu_static --search`; README.md lists those compared."""
-
-
-def up(count: int, unit: int) -> int:
-    """count, rounded up to a multiple of unit."""
-    return -(-count // unit) * unit
 
 
 def heads_together(heads: int, width: int) -> int:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import rotary
+from kernels_pallas.lanes import LANES, NEVER, halves, pad_heads, pad_row, unpad_heads, up
 from kernels_pallas.memory_attention import blocks as block_sizes
 from kernels_pallas.memory_attention import tpu_backward, tpu_forward, tpu_small
-from kernels_pallas.memory_attention.blocks import LANES, heads_together, up
+from kernels_pallas.memory_attention.blocks import heads_together
 from kernels_pallas.memory_attention.problem import Inputs, Problem, reach, spans
-from kernels_pallas.memory_attention.tpu_forward import NEVER, Spec
+from kernels_pallas.memory_attention.tpu_forward import Spec
 
 _LN2 = math.log(2)
 
@@ -147,33 +148,18 @@ def _unfold(o: jax.Array, lse: jax.Array, group: int) -> tuple[jax.Array, jax.Ar
     return o.reshape(batch, rows // group, kv_heads * group, width), lse.reshape(batch, kv_heads * group, -1)
 
 
-def _halves(x: jax.Array) -> jax.Array:
-    """Lanes to 128, each half padded by itself so that pairs stay 64 lanes apart."""
-    width = x.shape[-1]
-    if width == LANES:
-        return x
-    x = x.reshape(*x.shape[:-1], 2, width // 2)
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, (LANES - width) // 2)])
-    return x.reshape(*x.shape[:-2], LANES)
-
-
 def _pad(x: jax.Array, rows: int, together: int) -> jax.Array:
     """[B, N, H, C] to [B, rows, H*128], or to [B, rows, H*C] where heads share lanes."""
-    x = _halves(x) if together == 1 else x
-    x = x.reshape(*x.shape[:2], -1)
-    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))
+    if together == 1:
+        return pad_heads(x, rows)
+    return jnp.pad(x.reshape(*x.shape[:2], -1), ((0, 0), (0, rows - x.shape[1]), (0, 0)))
 
 
 def _unpad(x: jax.Array, rows: int, width: int, together: int) -> jax.Array:
     """The other way."""
-    if together > 1 or width == LANES:
-        return x[:, :rows].reshape(x.shape[0], rows, -1, width)
-    x = x[:, :rows].reshape(x.shape[0], rows, -1, 2, LANES // 2)[..., : width // 2]
-    return x.reshape(*x.shape[:-2], width)
-
-
-def _row(x: jax.Array, count: int, fill: int) -> jax.Array:
-    return jnp.pad(x.astype(jnp.int32), ((0, 0), (0, count - x.shape[1])), constant_values=fill)[:, None]
+    if together == 1:
+        return unpad_heads(x, rows, width)
+    return x[:, :rows].reshape(x.shape[0], rows, -1, width)
 
 
 def _prepare(
@@ -190,11 +176,11 @@ def _prepare(
     arrays |= {name: _pad(x, num_slots, together) for name, x in (("k", k), ("v", v))}
     limit, some = inputs.limit, inputs.has_memory() if inputs.masked else None
     if inputs.k_segments is not None:
-        arrays["q_segments"] = _row(jnp.where(some, inputs.q_segments, -1), num_queries, -1)
-        arrays["k_segments"] = _row(jnp.where(inputs.k_segments > 0, inputs.k_segments, -2), num_slots, -2)
+        arrays["q_segments"] = pad_row(jnp.where(some, inputs.q_segments, -1), num_queries, -1)
+        arrays["k_segments"] = pad_row(jnp.where(inputs.k_segments > 0, inputs.k_segments, -2), num_slots, -2)
     if limit is not None:
         limit = limit if some is None else jnp.where(some, limit, 0)
-        arrays["q_limit"] = _row(limit, num_queries, 0)
+        arrays["q_limit"] = pad_row(limit, num_queries, 0)
     if inputs.num_valid is not None:
         arrays["valid"] = inputs.num_valid.astype(jnp.int32)
     rotation = "none"
@@ -204,10 +190,10 @@ def _prepare(
             if pos is None:
                 continue
             if rotation == "tables":
-                tables = [jnp.pad(_halves(t), ((0, 0), (0, rows - t.shape[1]), (0, 0))) for t in pos]
+                tables = [jnp.pad(halves(t), ((0, 0), (0, rows - t.shape[1]), (0, 0))) for t in pos]
                 arrays[f"{side}_cos"], arrays[f"{side}_sin"] = tables
             else:
-                arrays[f"{side}_pos"] = _row(pos, rows, 0)
+                arrays[f"{side}_pos"] = pad_row(pos, rows, 0)
         if rotation == "positions":
             arrays["angles"] = jnp.asarray(rotary.angle_row(width, LANES, problem.theta))
     spec = Spec(

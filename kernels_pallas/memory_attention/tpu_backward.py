@@ -13,16 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
+from kernels_pallas.lanes import LANES, VMEM_LIMIT, column, dots
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention.tpu_forward import (
-    LANES,
-    Spec,
-    column,
-    own,
-    precision,
-    side_by_side,
-    transposed_mask,
-)
+from kernels_pallas.memory_attention.tpu_forward import Spec, own, side_by_side, transposed_mask
 
 _NT = (((1,), (1,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
@@ -32,7 +25,7 @@ _TN = (((0,), (0,)), ((), ()))
 def _kernel(*refs, spec: Spec, blocks: block_sizes.Backward, names: tuple[str, ...], grid: tuple[int, ...]):
     ref = dict(zip(names, refs, strict=True))
     dtype = ref["q"].dtype
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(dtype))
+    dot = dots(dtype)
     batch, head, kv, member, step = (pl.program_id(i) for i in (0, 2, 3, 4, 5))
     num_kv, group, num_steps = grid[3:]
     q_rows, slots = ref["q"].shape[0], ref["k"].shape[0]
@@ -247,7 +240,7 @@ def backward(
         out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", *("arbitrary",) * 4),
-            vmem_limit_bytes=block_sizes.VMEM_LIMIT[spec.chip],
+            vmem_limit_bytes=VMEM_LIMIT[spec.chip],
         ),
         interpret=spec.interpret,
         name="memory_attention_backward",

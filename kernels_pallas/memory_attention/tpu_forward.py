@@ -16,11 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
+from kernels_pallas.lanes import LANES, LOG2_E, NEVER, VMEM_LIMIT, column, dots, lane_sums
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention.blocks import LANES
 
-LOG2_E = math.log2(math.e)
-NEVER = -1e30
 _SAFE = 2.0**80
 _NT = (((1,), (1,)), ((), ()))
 
@@ -67,15 +65,6 @@ def side_by_side(spec: Spec, parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [own(spec, part, head) for head, part in enumerate(parts)])
 
 
-def column(row: jax.Array) -> jax.Array:
-    """[1, N] along the lanes to [N, 128], alike in each lane."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
-def precision(dtype) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def mask(
     spec: Spec, q_columns: dict[str, jax.Array], k_segments: jax.Array | None, first_slot, width: int
 ) -> jax.Array:
@@ -110,17 +99,13 @@ def transposed_mask(spec: Spec, k_segments, q_rows: dict[str, jax.Array], first_
     return jnp.concatenate(allowed, axis=1)
 
 
-def lane_sums(p: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)])
-
-
 def _kernel(
     *refs, spec: Spec, blocks: block_sizes.Forward, names: tuple[str, ...], num_slots: int, once: bool, apart: int
 ):
     ref = dict(zip(names, refs, strict=True))
     q_ref, v_ref = ref["q"], ref["v"]
     dtype = q_ref.dtype
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(dtype))
+    dot = dots(dtype)
     batch, step = pl.program_id(0), pl.program_id(1) * apart + pl.program_id(4)
     valid = ref["valid"][batch] if spec.valid else num_slots
     first_of_head = (pl.program_id(3) == 0) & (pl.program_id(4) == 0)
@@ -384,7 +369,7 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks:
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=block_sizes.VMEM_LIMIT[spec.chip],
+            vmem_limit_bytes=VMEM_LIMIT[spec.chip],
         ),
         interpret=spec.interpret,
         name="memory_attention_forward",

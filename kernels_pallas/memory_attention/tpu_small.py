@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
+from kernels_pallas.lanes import LANES, NEVER, VMEM_LIMIT, column, dots
 from kernels_pallas.memory_attention import blocks as block_sizes
-from kernels_pallas.memory_attention.blocks import LANES
-from kernels_pallas.memory_attention.tpu_forward import NEVER, Spec, column, precision, transposed_mask
+from kernels_pallas.memory_attention.tpu_forward import Spec, transposed_mask
 
 AHEAD = 1
 _NT = (((1,), (1,)), ((), ()))
@@ -24,7 +24,7 @@ _TN = (((0,), (0,)), ((), ()))
 def _kernel(*refs, spec: Spec, blocks: block_sizes.Small, names: tuple[str, ...], group: int):
     ref = dict(zip(names, refs, strict=True))
     dtype = ref["q"].dtype
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(dtype))
+    dot = dots(dtype)
     q_rows, num_slots = ref["q"].shape[0], ref["k"].shape[0]
 
     def tables(side, rows):
@@ -114,7 +114,7 @@ def forward(spec: Spec, arrays: dict[str, jax.Array], *, num_units: int, blocks:
             jax.ShapeDtypeStruct((batch, num_units, 1, num_queries), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=block_sizes.VMEM_LIMIT[spec.chip]
+            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM_LIMIT[spec.chip]
         ),
         interpret=spec.interpret,
         name="memory_attention_forward",
