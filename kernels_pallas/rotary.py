@@ -90,3 +90,17 @@ def tables_in_kernel(positions: jax.Array, angle_row: jax.Array) -> tuple[jax.Ar
     value = value * rest  # cos | sin
     swapped = pltpu.roll(value, width // 2, 1)
     return jnp.where(first, value, swapped), jnp.where(first, -swapped, value)
+
+
+def packed(tables: Tables) -> jax.Array:
+    """[.., C] of tables [.., C]: cos of each pair, then its sine; half the bytes."""
+    half = tables.cos.shape[-1] // 2
+    return jnp.concatenate([tables.cos[..., :half], tables.sin[..., half:]], axis=-1)
+
+
+def unpacked(table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos, sin tables [N, C] of a packed one, inside a TPU kernel."""
+    width = table.shape[1]
+    first = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) < width // 2
+    swapped = pltpu.roll(table, width // 2, 1)
+    return jnp.where(first, table, swapped), jnp.where(first, -swapped, table)
