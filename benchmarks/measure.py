@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turns, a count of compilations, and the table."""
+"""What the benchmarks share: calls timed in turns, and the table."""
 
 import contextlib
 import dataclasses
@@ -72,21 +72,6 @@ def unrolled() -> Iterator[None]:
         yield
     finally:
         jax.lax.scan = scan
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The list grows by an entry for each program that jax compiles meanwhile."""
-    seen: list[str] = []
-    active = True
-
-    def listen(event: str, seconds: float, **_) -> None:
-        if active and event == "/jax/core/compile/backend_compile_duration":
-            seen.append(f"{seconds:.2f} s")
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    active = False
 
 
 def packed_batch(vlm: VLM, rows: int, tokens: int, tiles: int) -> Batch:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from benchmarks.measure import RUNS, Row, compilations, in_turns
+from benchmarks.measure import RUNS, Row, in_turns
 from benchmarks.models import deep, make, wide
+from vlmem_jax.evals.measure import compilations
 from vlmem_jax.generate import Engine, Generator, Handle, Request, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.runtime.shapes import PoolShape
