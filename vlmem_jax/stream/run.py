@@ -2,7 +2,8 @@
 
     decode --(4 frames)--> look --(8 snapshots with their questions)--> answer
 
-A question is asked about a snapshot, so looking goes on while its answer is written.
+A question is asked about a snapshot, so looking goes on while its answer is written; and where frames wait behind one
+another, an answer gives way to them, see `turns`.
 """
 
 import collections
@@ -21,6 +22,7 @@ from vlmem_jax.stream.frames import FrameGeometry, Pace, Reading, Source
 from vlmem_jax.stream.inbox import ASKED, Ended, Frame, Inbox, Last
 from vlmem_jax.stream.notes import Log, Rates
 from vlmem_jax.stream.questions import END, Question
+from vlmem_jax.stream.turns import Turns
 from vlmem_jax.stream.watching import Snapshot
 from vlmem_jax.types import Geometry
 
@@ -99,6 +101,7 @@ class Stream:
         self._waiting: collections.deque[Frame] = collections.deque()
         self._ended = self._dense = False
         self._looking = threading.RLock()
+        self._turns = Turns(self._crowded)
         self._answers: queue.Queue[Asked] = queue.Queue(ASKED)
         self._all_asked = threading.Event()
         self._failure: BaseException | None = None
@@ -209,6 +212,10 @@ class Stream:
         finally:
             self._all_asked.set()
 
+    def _crowded(self) -> bool:
+        """Whether a frame is looked at as soon as the one before is done; not where answers must come first."""
+        return self.inbox.waiting[0] > 0 and not self._answers.full() and not self._stopped
+
     def _take_all(self, ready: Sequence[Known]) -> None:
         """Looks at the frames that have waited longest, whose geometry is there."""
         for known in ready:
@@ -226,7 +233,7 @@ class Stream:
                 "late", f"{frame.time:.2f} s: the frame waited for {began - frame.came:.1f} s; it is left out"
             )
             return
-        with self._looking:
+        with self._looking, self._turns.frame():
             seen = self.watcher.look([frame.tile_SSc], [frame.time], geometry=None if geometry is None else [geometry])
             if geometry is None:
                 self.place = self.place._replace(time=frame.time, ends=frame.ends)
@@ -296,7 +303,7 @@ class Stream:
         try:
             if asked.snapshot is None:
                 raise ValueError("nothing seen yet: a question can be answered once a frame has been looked at")
-            for piece in self.asker.answer(asked.question.text, asked.snapshot, asked.length):
+            for piece in self._turns.pieces(self.asker.answer(asked.question.text, asked.snapshot, asked.length)):
                 text += piece
                 self._show.piece(piece)
                 if self._stopped:
