@@ -63,6 +63,7 @@ def test_an_answer_depends_on_its_request_alone(engine, requests, alone):
         handles |= {n: engine.submit(requests[n]) for n in order[7:]}
         engine.put_back(moved, arrays)
         engine.run()
+        engine.score([request.sample for request in requests[::3]], [5, 6, 7])
     assert [handles[n].result() for n in range(len(requests))] == alone
     assert left.reason == "cancelled" and left.answer == alone[0][: len(left.tokens)]
     assert compiled == [], "nothing, after the pool was warm"

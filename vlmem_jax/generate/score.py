@@ -28,7 +28,7 @@ CONTINUATIONS = 1, 4
 OPEN_PACKS = 16
 """As `data.open_packs`."""
 
-LABELS = powers(2, 64)
+LABELS = 2, 8, 64
 """Ids that are scored in one call."""
 
 
@@ -91,24 +91,27 @@ class Scores:
     def labels(self, samples: Sequence[Sample], given: Sequence[int]) -> Float32[np.ndarray, "N K"]:
         """Behind each sample; packs of many are read at once. Raises ValueError for a sample that does not fit a row,
         or labels that are the memory's own tokens."""
-        generator, vlm = self._generator, self._generator.vlm
-        own = set(vlm.special_tokens.values())
+        own = set(self._generator.vlm.special_tokens.values())
         if len(given) > LABELS[-1] or own & set(given):
             raise ValueError(f"labels must be at most {LABELS[-1]} ids, none of the memory's own, got {list(given)}")
-        size = least(LABELS, len(given))
-        labels_K = np.resize(np.array(given, np.int32), size)
-        is_label_K = np.arange(size) < len(given)
+        labels_K = np.resize(np.array(given, np.int32), least(LABELS, len(given)))
         found = np.zeros((len(samples), len(given)), np.float32)
         for chosen in self._packs(samples):
             some = [samples[n] for n in chosen]
-            tiles = self._shape.tiles if any(len(sample.pixels_ISSc) for sample in some) else 0
-            row = pack_row(some, DataConfig(), generator.tile, self._shape.capacity, tiles)
-            batch = generator.put(jax.tree.map(lambda x: x[None], row))
-            with generator.context():
-                logp_BTK = _compiled(vlm, generator.mesh)(generator.params, batch, labels_K, is_label_K)
+            shows = any(len(sample.pixels_ISSc) for sample in some)
+            logp_BTK = np.asarray(self.read(some, labels_K, len(given), self._shape.tiles if shows else 0))
             ends = np.cumsum([len(sample.tokens_T) for sample in some]) - 1
-            found[chosen] = np.asarray(logp_BTK)[0, ends, : len(given)]
+            found[chosen] = logp_BTK[0, ends, : len(given)]
         return found
+
+    def read(self, samples: Sequence[Sample], labels_K: np.ndarray, count: int, tiles: int) -> jax.Array:
+        """The program, on samples in one row with so many tile slots; the first `count` of the labels are asked for."""
+        generator = self._generator
+        row = pack_row(samples, DataConfig(), generator.tile, self._shape.capacity, tiles)
+        batch = generator.put(jax.tree.map(lambda x: x[None], row))
+        with generator.context():
+            program = _compiled(generator.vlm, generator.mesh)
+            return program(generator.params, batch, labels_K, np.arange(len(labels_K)) < count)
 
     def _packs(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
         """Which samples share a row."""

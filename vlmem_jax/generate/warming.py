@@ -1,5 +1,6 @@
 """The programs that an engine can need, whatever is asked of it."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from vlmem_jax.generate.prompts import filled
 from vlmem_jax.generate.rows import Plan, Row, prompt_text, settings
 from vlmem_jax.generate.sampling import GREEDY
-from vlmem_jax.generate.score import CONTINUATIONS
+from vlmem_jax.generate.score import CONTINUATIONS, LABELS
 from vlmem_jax.generate.speaking import GROUPS
 from vlmem_jax.types import Batch, Text
 
@@ -22,50 +23,55 @@ def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
     shape, tile = engine.shape, engine.generator.tile
     found: dict[str, Callable[[], object]] = {"step": run.step, "put": run.put, "get": run.get, "back": run.back}
     shown = {"": 0} | ({" with views": shape.tiles} if shape.tiles else {})
-    for tiles in shape.tile_sizes(tile):
-        found[f"see {tiles}"] = lambda tiles=tiles: run.see(tiles)
-    for how, tiles in shown.items():
-        for tokens in shape.text_sizes:
-            found[f"first {tokens}{how}"] = lambda t=tokens, i=tiles: run.first(t, i)
-        for tokens in shape.more_sizes:
-            found[f"more {tokens}{how}"] = lambda t=tokens, i=tiles: run.more(t, i)
+    for lanes in {engine.lanes, 1}:
+        alone = "" if lanes == engine.lanes else " alone"
+        for tiles in shape.tile_sizes(tile):
+            found[f"see {tiles}{alone}"] = functools.partial(run.see, tiles, lanes)
+        for how, tiles in shown.items():
+            for tokens in shape.text_sizes:
+                found[f"first {tokens}{how}{alone}"] = functools.partial(run.first, tokens, tiles, lanes)
+            for tokens in shape.more_sizes:
+                found[f"more {tokens}{how}{alone}"] = functools.partial(run.more, tokens, tiles, lanes)
     for tokens in shape.more_sizes:
-        found[f"on {tokens}"] = lambda t=tokens: run.on(t)
+        found[f"on {tokens}"] = functools.partial(run.on, tokens)
     for count in CONTINUATIONS:
         for tokens in engine._score.sizes:
-            found[f"score {count} x {tokens}"] = lambda k=count, t=tokens: run.score(k, t)
+            found[f"score {count} x {tokens}"] = functools.partial(run.score, count, tokens)
+    for how, tiles in shown.items():
+        for labels in LABELS:
+            found[f"labels {labels}{how}"] = functools.partial(run.labels, labels, tiles)
     if engine.vlm.speech:
         found["insert"] = run.insert
         for rows in GROUPS:
             for size in run.speaking.sizes:
-                found[f"form {rows} x {size}"] = lambda rows=rows, size=size: run.form(rows, size)
+                found[f"form {rows} x {size}"] = functools.partial(run.form, rows, size)
     return found
 
 
 class _Runs:
     def __init__(self, engine: "Engine"):
         self.engine, self.generator, self.speaking = engine, engine.generator, engine._speaking
-        self.programs, self.params, self.lanes = engine._programs, engine.generator.params, engine.lanes
+        self.programs, self.params = engine._programs, engine.generator.params
 
-    def see(self, tiles: int, lanes: int = 0) -> object:
-        views = filled([], lanes or self.lanes, self.generator.tile, 1, tiles).views
+    def see(self, tiles: int, lanes: int) -> object:
+        views = filled([], lanes, self.generator.tile, 1, tiles).views
         with self.generator.context():
             return self.programs.see(self.params, self._placed(views, lanes))
 
     def _placed(self, tree: Any, lanes: int) -> Any:
-        return self.generator.put(tree, rows=lanes in (0, self.lanes))
+        return self.generator.put(tree, rows=lanes == self.engine.lanes)
 
     def _text(self, tokens: int, lanes: int) -> Text:
-        return prompt_text(Batch.empty((lanes or self.lanes,), tokens, 0, self.generator.tile).text)
+        return prompt_text(Batch.empty((lanes,), tokens, 0, self.generator.tile).text)
 
-    def first(self, tokens: int, tiles: int, lanes: int = 0) -> tuple:
+    def first(self, tokens: int, tiles: int, lanes: int) -> tuple:
         visual = self.see(tiles, lanes) if tiles else None
-        length_B = np.ones(lanes or self.lanes, np.int32)
+        length_B = np.ones(lanes, np.int32)
         with self.generator.context():
             given = self._placed((self._text(tokens, lanes), length_B), lanes)
             return self.programs.first(self.params, given[0], visual, given[1])
 
-    def more(self, tokens: int, tiles: int, lanes: int = 0, text: Text | None = None) -> tuple:
+    def more(self, tokens: int, tiles: int, lanes: int, text: Text | None = None) -> tuple:
         visual = self.see(tiles, lanes) if tiles else None
         logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0, lanes)
         text = self._placed(self._text(tokens, lanes) if text is None else text, lanes)
@@ -77,7 +83,7 @@ class _Runs:
         return self.more(tokens, 0, 1, Text(text.tokens_BT, text.segments_BT))
 
     def put(self) -> None:
-        logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0)
+        logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0, self.engine.lanes)
         own = self.generator.put(settings(self.engine.vlm, self.engine.shape))
         with self.generator.context():
             rows = self.programs.put(self.engine._rows, decode, logits_BV, own, np.int32(0), np.int32(0))
@@ -98,6 +104,9 @@ class _Runs:
 
     def score(self, count: int, tokens: int) -> object:
         return self.engine._score.run(self.get(), np.zeros((count, tokens), np.int32), np.int32(1))
+
+    def labels(self, count: int, tiles: int) -> object:
+        return self.engine._score.read([], np.zeros(count, np.int32), count, tiles)
 
     def form(self, rows: int, size: int) -> None:
         nobody = np.full(rows, self.engine.shape.slots, np.int32)
