@@ -49,7 +49,9 @@ def layer_by_layer(decoder, x_BTD, tables, segments_BT, taps):
                     own = jax.tree.map(lambda leaf, tap=tap, n=n: leaf[tap.layers.index(n)], tap.xs)
                     x_BTD = tap.apply(own, x_BTD)
             if not after:
-                x_BTD, _ = layer(x_BTD, tables, lambda q, k, v: (causal_attention(q, k, v, segments_BT), None))
+                x_BTD, _ = layer(
+                    x_BTD, tables, lambda q, k, v, turn: (causal_attention(q, k, v, segments_BT, turn), None)
+                )
     return decoder.norm(x_BTD)
 
 
@@ -121,7 +123,7 @@ def test_queries_and_keys_are_normed_by_head_before_they_turn(decoder, inputs):
     graph, layers = nnx.split(decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))
     seen = []
-    layer.attn(x_BTD, tables, lambda q, k, v: (seen.extend([q, k]) or q, None))
+    layer.attn(x_BTD, tables, lambda q, k, v, tables: (seen.extend([q, k]) or q, None))
     for x, linear, norm in zip(seen, (layer.attn.q, layer.attn.k), (layer.attn.q_norm, layer.attn.k_norm), strict=True):
         raw = linear(x_BTD)
         normed = raw / jnp.sqrt((raw**2).mean(-1, keepdims=True) + CONFIG.norm_eps) * norm.scale[...]

@@ -12,7 +12,7 @@ from vlmem_jax.flight.chips import CHIPS, Topology
 from vlmem_jax.flight.memory import buffers, temporary_bytes
 from vlmem_jax.flight.program import Collective, HloProgram
 from vlmem_jax.flight.remedies import remedies
-from vlmem_jax.flight.report import activation_gathers, kernel_seconds
+from vlmem_jax.flight.report import CAUSAL_KEYS, KERNEL_UTILISATION, activation_gathers, kernel_seconds
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.train.config import experiment
 
@@ -103,6 +103,7 @@ ENTRY %main (x: bf16[2,256,256]) -> f32[] {
   %m = (bf16[2,256,256], f32[2,2,1,256]) custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}}, metadata={op_name="jit(step)/memory_attention_forward/pallas_call"}
   %b = bf16[2,256,256] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}, f32[2,2,2,256]{3,2,1,0}}, metadata={op_name="jit(step)/memory_attention_backward/pallas_call"}
   %s = bf16[4,256,128] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2]{1,0}, bf16[4,256,128]{2,1,0}, bf16[2,256,128]{2,1,0}}, metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}
+  %c = bf16[2,4096,256] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[2,256]{1,0}, s32[2,16]{1,0}, bf16[2,4096,256]{2,1,0}, bf16[2,4096,128]{2,1,0}}, metadata={op_name="jit(step)/causal_attention_forward/pallas_call"}
   %place = s32[8,256] custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(step)/splash_mha_fwd/squeeze"}
   ROOT %y = f32[] custom-call(%m), custom_call_target="Sharding"
 }
@@ -115,6 +116,13 @@ def test_kernels_count_their_products():
     expected = 0.0
     for products, share, count in ((2, 0.95, pairs), (5, 0.97, 2 * pairs), (2, 0.88, causal)):
         expected += 2 * 128 * products * count / (PEAKS["v5p"].flops * share)
+    packed = 2 * 2 * 4096  # rows, heads, tokens
+    share = KERNEL_UTILISATION["causal_attention", "forward"]["v5p"] * PEAKS["v5p"].flops
+
+    def of_pack(samples):
+        return 2 * 2 * 128 * packed * (4096 // (2 * samples) + CAUSAL_KEYS["forward"]) / share
+
+    expected += of_pack(1)
 
     def reading(bytes_a_second):
         return dataclasses.replace(CHIPS["v5p"], peak=dataclasses.replace(PEAKS["v5p"], hbm=bytes_a_second))
@@ -122,6 +130,8 @@ def test_kernels_count_their_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CHIPS, "v5p", reading(1e18))  # in no time
         assert kernel_seconds(HloProgram(KERNELS), Topology("v5p:2x2x1")) == pytest.approx(expected)
+        four = kernel_seconds(HloProgram(KERNELS), Topology("v5p:2x2x1"), samples=4)
+        assert four == pytest.approx(expected - of_pack(1) + of_pack(4))
         patch.setitem(CHIPS, "v5p", reading(1e6))
         assert kernel_seconds(HloProgram(KERNELS), Topology("v5p:2x2x1")) > 100 * expected
 

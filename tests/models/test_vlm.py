@@ -163,8 +163,8 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
         tables = rotation(batch.text.positions_BT, vlm._frequencies(batch.text.segments_BT))
         graph, states = nnx.split(modules.decoder.layers)
 
-        def core(q, k, v):
-            return causal_attention(q, k, v, batch.text.segments_BT), None
+        def core(q, k, v, tables):
+            return causal_attention(q, k, v, batch.text.segments_BT, tables), None
 
         for number in range(layers):
             if (number + 1) % every == 0:

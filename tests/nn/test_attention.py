@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.causal_attention import blocks as causal_blocks
 from vlmem_jax.nn import attention
 from vlmem_jax.nn.attention import (
     AttentionConfig,
@@ -17,7 +18,9 @@ from vlmem_jax.nn.attention import (
     segment_attention,
     window_attention,
 )
+from vlmem_jax.nn.rope import frequencies, rotation
 from vlmem_jax.nn.stack import remat
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 
 
 def inputs(B=1, T=256, H=4, K=2, C=128, seed=0):
@@ -100,6 +103,58 @@ def test_the_tpu_kernel_computes_the_same(monkeypatch):
     out, plain = (np.asarray(jax.jit(f)(q, k, v, segments)) for f in (attention._splash_attention, causal_attention))
     real = np.asarray(segments[0]) > 0
     np.testing.assert_allclose(out[0, real], plain[0, real], atol=1e-4)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Our kernel for packed rows in place of plain JAX, with blocks that fit short rows."""
+    monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(causal_blocks, name, (causal_blocks.Blocks(128, 2, keys=128, part=128, together=2),))
+
+
+def turned_inputs(B, T):
+    """q, k, v and segments, and tables of positions that differ from row to row."""
+    positions = jnp.asarray(np.random.default_rng(1).integers(0, 99, (B, T)))
+    return *inputs(B=B, T=T, C=64), rotation(positions, frequencies(64, 1e4))
+
+
+def value_and_gradients(q, k, v, segments, tables):
+    """Of a new function each time, so that what was patched is seen."""
+
+    def scalar(*qkv):
+        out = causal_attention(*qkv, segments, tables)
+        return (out**2).sum(), out
+
+    gradients, out = jax.jit(jax.grad(scalar, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, gradients
+
+
+def test_the_kernel_for_packed_rows_turns_and_reads_as_plain_jax_does(request):
+    given = turned_inputs(1, 300)
+    plain = value_and_gradients(*given)
+    request.getfixturevalue("packed")
+    ours = value_and_gradients(*given)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), ours, plain)
+
+
+def test_the_kernel_for_packed_rows_gets_whole_rows_of_some_heads(request):
+    given = turned_inputs(2, 128)
+    plain = value_and_gradients(*given)
+    request.getfixturevalue("packed")
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))):
+        ours = jax.device_get(value_and_gradients(*given))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), ours, plain)
+
+
+def test_rows_on_a_tpu_go_to_the_kernel_for_packed_ones_while_its_memory_holds_them(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+
+    found = []
+    for T in (64, 1000, 16384, 2**20):
+        q, k = (jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16) for heads in (8, 2))
+        jax.eval_shape(lambda *qk: found.append(attention.packed_backend(*qk)), q, k)
+    assert found == [None, "tpu", "tpu", None]
 
 
 @pytest.mark.parametrize("T", [128, 384, 1280, 2560, 6144])

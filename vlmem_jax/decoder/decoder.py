@@ -140,7 +140,8 @@ def _runs(layers: int, taps: Sequence[Tap]) -> Iterator[_Run]:
 
 
 class SelfAttention(nnx.Module):
-    """Projections around `core(q, k, v) -> (out, extra)`, which decides what attends to what."""
+    """Projections around `core(q, k, v, tables) -> (out, extra)`, which turns q and k by the tables and decides what
+    attends to what."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         embed, C = {"embed": config.width}, {"head_dim": config.head_dim}
@@ -157,8 +158,7 @@ class SelfAttention(nnx.Module):
         q_BTHC, k_BTKC = adapted(self.q, "q", x_BTD, lora), adapted(self.k, "k", x_BTD, lora)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
-        core_of = rotate(q_BTHC, tables), rotate(k_BTKC, tables), adapted(self.v, "v", x_BTD, lora)
-        out_BTHC, extra = core(*core_of)
+        out_BTHC, extra = core(q_BTHC, k_BTKC, adapted(self.v, "v", x_BTD, lora), tables)
         return adapted(self.o, "o", out_BTHC, lora), extra
 
 
@@ -228,9 +228,10 @@ class Decoder(nnx.Module):
         layers = layers, lora.weights if lora else {}
 
         def layer(x_BTD, cache, state, index):
-            def core(q_BTHC, k_BTKC, v_BTKC):
+            def core(q_BTHC, k_BTKC, v_BTKC, tables):
                 if cache is None:
-                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), None
+                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT, tables), None
+                q_BTHC, k_BTKC = rotate(q_BTHC, tables), rotate(k_BTKC, tables)
                 updated = cache.write(index, k_BTKC, v_BTKC, cache_index_BT)
                 if cache_index_BT is None:
                     return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), updated

@@ -50,10 +50,15 @@ LARGE = 10
 KERNEL_UTILISATION = {
     ("memory_attention", "forward"): {"v5e": 0.96, "v5p": 0.95, "v6e": 0.45},
     ("memory_attention", "backward"): {"v5e": 0.97, "v5p": 0.97, "v6e": 0.45},
+    ("causal_attention", "forward"): {"v5e": 1.01, "v5p": 1.01, "v6e": 0.45},
+    ("causal_attention", "backward"): {"v5e": 1.02, "v5p": 1.02, "v6e": 0.45},
     ("splash", "forward"): {"v5e": 0.88, "v5p": 0.88, "v6e": 0.45},
     ("splash", "backward"): {"v5e": 0.93, "v5p": 0.93, "v6e": 0.45},
 }
 """Of the matrix units, by the machine code of the kernels: `python -m benchmarks.tpu_static`, long memories."""
+CAUSAL_KEYS = {"forward": 850, "backward": 830}
+"""Of causal_attention: beside the keys that a token sees, so many more cost as much as what it does once a row does,
+and as the edges of blocks: by the cases `one` and `four`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +177,8 @@ def _report(
     """`flops` are of the shapes; the part `useful` of them are of packs of so many `samples`."""
     (done, code), chip = compile_job(job), topology.chip
     collectives = sorted(done.program.collectives(dict(mesh.shape)), key=lambda c: -c.bytes * c.times)
-    kernels = kernel_seconds(done.program, topology)
+    kernels = kernel_seconds(done.program, topology, samples=samples)
+    longer = kernel_seconds(done.program, topology) - kernels
     exchange = sum(c.times * topology.seconds(c.kind, c.bytes, c.devices, c.axes) for c in collectives)
     kept = sum(buffer.bytes for buffer in done.buffers if buffer.for_backward)
     inside = roofline.seconds(done.program, chip.peak)
@@ -204,7 +210,7 @@ def _report(
         shape_flops=flops,
         collectives=collectives,
         activation_gathers=activation_gathers(collectives, _shapes(VLM(model)), mesh.shape),
-        **_times(inside + kernels, exchange, round(useful * flops), flops, topology),
+        **_times(inside + kernels, exchange, round(useful * flops), flops, topology, longer),
     )
     return report, functools.partial(_timed, report, code, topology)
 
@@ -217,7 +223,9 @@ def _timed(report: Report, code: Future[HloProgram | None], topology: Topology) 
     cycles = program.cycles() / topology.chip.clock
     remembering = functools.partial(_of_memory, program)
     in_memory = program.cycles(remembering) / topology.chip.clock + kernel_seconds(program, topology, remembering)
-    times = _times(cycles + report.kernel_seconds, report.exchange_seconds, report.flops, report.shape_flops, topology)
+    longer = kernel_seconds(program, topology) - kernel_seconds(program, topology, samples=report.samples)
+    inside, exchange = cycles + report.kernel_seconds, report.exchange_seconds
+    times = _times(inside, exchange, report.flops, report.shape_flops, topology, longer)
     return dataclasses.replace(report, cycles_seconds=cycles, memory_seconds=in_memory, **times)
 
 
@@ -225,8 +233,11 @@ def _of_memory(program: HloProgram, instruction: Instruction) -> bool:
     return any("vlmem_jax/memory/" in source for source in program.sources(instruction))
 
 
-def _times(inside: float, exchange: float, flops: int, shape_flops: int, topology: Topology) -> dict[str, float]:
-    """The times of a step that computes for `inside` seconds and exchanges for `exchange`."""
+def _times(
+    inside: float, exchange: float, flops: int, shape_flops: int, topology: Topology, longer: float
+) -> dict[str, float]:
+    """The times of a step that computes for `inside` seconds and exchanges for `exchange`; with packs of one sample it
+    would compute for `longer` more."""
     hidden, exposed = max(inside, exchange), inside + exchange
     peak_flops = topology.chips * topology.chip.peak.flops
     return dict(
@@ -234,7 +245,7 @@ def _times(inside: float, exchange: float, flops: int, shape_flops: int, topolog
         exposed_step_seconds=exposed,
         predicted_mfu=flops / (peak_flops * hidden),
         exposed_mfu=flops / (peak_flops * exposed),
-        predicted_utilisation=shape_flops / (peak_flops * hidden),
+        predicted_utilisation=shape_flops / (peak_flops * max(inside + longer, exchange)),
     )
 
 
@@ -267,28 +278,33 @@ def activation_gathers(
 
 
 def kernel_seconds(
-    program: HloProgram, topology: Topology, counts: Callable[[Instruction], bool] = lambda instruction: True
+    program: HloProgram,
+    topology: Topology,
+    counts: Callable[[Instruction], bool] = lambda instruction: True,
+    samples: int = 1,
 ) -> float:
-    """Of the attention kernels that count, on one chip: matmuls, causal ones at half, or reading the operands, if
-    that is longer."""
+    """Of the attention kernels that count, on one chip: matmuls, causal ones of packs of so many samples, or reading
+    the operands, if that is longer."""
     total, name, peak = 0.0, topology.name.partition(":")[0], topology.chip.peak
     for instruction, times in program:
-        found = re.search(r"(memory_attention|splash)\w*", instruction.rest)
+        found = re.search(r"(memory_attention|causal_attention|splash)\w*", instruction.rest)
         if 'custom_call_target="tpu_custom_call"' not in instruction.rest or found is None or not counts(instruction):
             continue
         arrays = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest + instruction.type)
         shapes = [tuple(int(size) for size in sizes.split(",")) for sizes in arrays]
         direction = "backward" if "backward" in instruction.rest or "dkv" in instruction.rest else "forward"
-        flops = _attention_flops(found[1], shapes, direction)
+        flops = _attention_flops(found[1], shapes, direction, samples)
         total += times * _attention_seconds(peak, flops, shapes, KERNEL_UTILISATION[found[1], direction][name])
     return total
 
 
-def _attention_flops(name: str, shapes: list[tuple[int, ...]], direction: str) -> int:
+def _attention_flops(name: str, shapes: list[tuple[int, ...]], direction: str, samples: int) -> int:
     products = 5 if direction == "backward" else 2
     q, k = shapes[0], shapes[1]
     if name == "splash":  # q [H, T, C] and k [K, S, C], perhaps with a batch axis in front
         return products * math.prod(q) * k[-2]
+    if name == "causal_attention":  # q [B, T, heads of 128 lanes]
+        return 2 * products * math.prod(q) * (q[1] // (2 * samples) + CAUSAL_KEYS[direction])
     # q [B, T, units of 128 lanes], k [B, M, units], lse [B, units, heads of one, T]; each head takes all 128 lanes
     lse = next(shape for shape in shapes if len(shape) == 4)
     return 2 * products * math.prod(lse) * k[1] * LANES

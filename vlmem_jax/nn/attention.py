@@ -14,11 +14,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Bool, Float, Int32
 
 import kernels_pallas
-from kernels_pallas import Tables
+from kernels_pallas import Tables, backends
+from kernels_pallas.causal_attention import problem as packed
+from kernels_pallas.causal_attention import tpu as packed_on_tpu
 from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.blocks import LANES, MAX_SLOTS, up
 from kernels_pallas.memory_attention.problem import Inputs
+from vlmem_jax.nn.rope import Rotation, rotate
 from vlmem_jax.runtime.sharding import constrain, even_spec, shards
 from vlmem_jax.types import KVCache
 
@@ -228,19 +231,35 @@ def causal_attention(
     k_BTKC: Float[Array, "B T K C"],
     v_BTKC: Float[Array, "B T K C"],
     segments_BT: Int32[Array, "B T"],
+    tables: Rotation | None = None,
 ) -> Float[Array, "B T H C"]:
     """Self-attention to earlier tokens of the same sample; order is by index, since rotary positions may repeat.
 
-    On a TPU and a GPU, JAX's own kernels do it where the shapes allow (T a multiple of 128, C of 128 or 64): the
-    T x T scores never exist. Elsewhere XLA does it.
+    q and k are turned by `tables`, if there are any. On a TPU the kernel of kernels_pallas turns them and skips other
+    samples; of rows that its memory cannot hold, and on a GPU, JAX's own kernels see the whole triangle where the
+    shapes allow (T a multiple of 128, C of 128 or 64). They keep no T x T scores. Elsewhere XLA does it.
     """
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
+    own = packed_backend(q_BTHC, k_BTKC)
+    if own is not None:
+        kernel = functools.partial(_packed_attention, own)
+        return _on_each_device(kernel, q_BTHC, k_BTKC, v_BTKC, segments_BT, *(tables or ()))
+    if tables is not None:
+        q_BTHC, k_BTKC = rotate(q_BTHC, tables), rotate(k_BTKC, tables)
     kernel = _plain_attention
     if platform() == "tpu" and T % 128 == 0 and C % 128 == 0:
         kernel = _splash_attention
     if platform() == "gpu" and T % 128 == 0 and C in (64, 128):
         kernel = _triton_attention
     return _on_each_device(kernel, q_BTHC, k_BTKC, v_BTKC, segments_BT)
+
+
+def packed_backend(q_BTHC: Float[Array, "B T H C"], k_BTKC: Float[Array, "B T K C"]) -> str | None:
+    """The backend of the causal kernel that serves, or None."""
+    inputs = packed.Inputs(q_BTHC, k_BTKC, k_BTKC)
+    if platform() != "tpu" or q_BTHC.shape[1] < LANES:
+        return None
+    return "tpu" if packed_on_tpu.unsupported(packed.Problem(chip=backends.chip()), inputs) is None else None
 
 
 def cached_attention(
@@ -321,20 +340,35 @@ def merged(one: Part, other: Part) -> Part:
     return sum(out.astype(jnp.float32) * weight for out, weight in each), lse_BHT
 
 
-def _on_each_device(kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
+def _on_each_device(
+    kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *tables_BTR: Array
+) -> Array:
     """Rows and heads are split over the ambient mesh, if there is one; each device runs the kernel on its own.
 
     Where tokens are split, they are exchanged for heads: a device gets whole rows of some heads (DeepSpeed-Ulysses,
     arXiv 2309.14509), so that causal work is even and any kernel serves.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+        return kernel(q_BTHC, k_BTKC, v_BTKC, segments_BT, *tables_BTR)
     parts, heads, kv_heads = shards("sequence_heads"), q_BTHC.shape[2], k_BTKC.shape[2]
     if heads % parts == 0 and kv_heads % parts:  # too few to go round: some are given to several devices
         k_BTKC, v_BTKC = (jnp.repeat(x, parts // math.gcd(kv_heads, parts), axis=2) for x in (k_BTKC, v_BTKC))
     q_spec, kv_spec = (even_spec(x.shape, "batch", None, "sequence_heads", None) for x in (q_BTHC, k_BTKC))
-    specs = q_spec, kv_spec, kv_spec, even_spec(segments_BT.shape, "batch", None)
-    return jax.shard_map(kernel, in_specs=specs, out_specs=q_spec, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+    rows = (even_spec(x.shape, "batch", *(None,) * (x.ndim - 1)) for x in (segments_BT, *tables_BTR))
+    each = jax.shard_map(kernel, in_specs=(q_spec, kv_spec, kv_spec, *rows), out_specs=q_spec, check_vma=False)
+    return each(q_BTHC, k_BTKC, v_BTKC, segments_BT, *tables_BTR)
+
+
+def _packed_attention(
+    backend: str, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *tables_BTR: Array
+) -> Array:
+    tables = None
+    if tables_BTR:
+        cos, sin = tables_BTR
+        tables = Tables(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
+    return kernels_pallas.causal_attention(
+        q_BTHC, k_BTKC, v_BTKC, positions=tables, segments=segments_BT, implementation=backend
+    )
 
 
 def _plain_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
