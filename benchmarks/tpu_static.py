@@ -3,6 +3,7 @@
     python -m benchmarks.tpu_static                        # side by side with splash and flash attention
     python -m benchmarks.tpu_static --chips v5e --slots 4096 --directions forward backward --json rows.json
     python -m benchmarks.tpu_static --search --chips v5e --slots 4096  # block sizes, best first
+    python -m benchmarks.tpu_static --kernel causal_attention --case one four  # packed rows, see `tpu_causal`
 
 Figures are a model: stalls on memory and instruction fetch are not in them. Two are given: as scheduled (raw) and with
 each matmul holding its unit for its full time (corr); see `tpu_dump`.
@@ -284,7 +285,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rotation", default="tables", choices=["tables", "positions", "none"])
     parser.add_argument("--segments", action="store_true")
     parser.add_argument("--valid", action="store_true", help="the slots in use are counted, as in a bank that fills")
-    parser.add_argument("--kernel", default="memory_attention", choices=["memory_attention", "splash", "flash"])
+    parser.add_argument(
+        "--kernel", default="memory_attention", choices=["memory_attention", "causal_attention", "splash", "flash"]
+    )
+    parser.add_argument("--case", nargs="+", help="rows of causal_attention: one, four, lognormal, group, heads64")
     parser.add_argument("--blocks", type=int, nargs=3, default=())
     parser.add_argument("--alone", action="store_true", help="leave the comparison out")
     parser.add_argument("--search", action="store_true", help="try all block sizes, best first")
@@ -294,6 +298,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.worker:
         case = json.loads(args.worker)
         return _worker(Case(**case | {"blocks": tuple(case["blocks"])}))
+    if args.kernel == "causal_attention":
+        from benchmarks import tpu_causal
+
+        rows = tpu_causal.rows_of(args.chips, args.directions, args.case)
+        print(tpu_causal.table(rows))
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
     rows, shown = [], []
     for chip in args.chips:
         for direction in args.directions:

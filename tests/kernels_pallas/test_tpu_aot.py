@@ -16,7 +16,7 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from benchmarks.tpu_static import compile_for
-from kernels_pallas import memory_attention, rope_dhr, rotary_tables
+from kernels_pallas import causal_attention, memory_attention, rope_dhr, rotary_tables
 
 QUERIES, SLOTS = 8192, 2048  # of the case whose scores would be large
 shape = jax.ShapeDtypeStruct
@@ -47,12 +47,25 @@ def turn(x, positions):
     return y, back(y)
 
 
+def packed(length, heads, width=128, kind=jnp.bfloat16):
+    q, k = (shape((1, length, n, width), kind) for n in heads)
+    ids = shape((1, length), jnp.int32)
+
+    def run(q, k, v, positions, segments, prefix):
+        how = dict(positions=positions, segments=segments, prefix=prefix, implementation="tpu", chip=chip)
+        y, back = jax.vjp(lambda *qkv: causal_attention(*qkv, **how), q, k, v)
+        return y, back(y)
+
+    return run, (q, k, k, ids, ids, ids)
+
+
 said = {chip: {} for chip in sys.argv[1:]}
 for chip in said:
     cases = {
         "long, segments": attend(QUERIES, SLOTS, segments=True),
         "few slots, head dim 64, segments": attend(512, 256, (4, 2), width=64, segments=True),
         "decode": attend(1, 1024, (4, 2), tables=True, decode=True, backward=False),
+        "packed row with a prefix": packed(2048, (4, 2)),
         "rope_dhr": (turn, (shape((1, 512, 4, 128), jnp.bfloat16), shape((1, 512), jnp.int32))),
     }
     if chip == "v5e":  # what no block size of a chip changes
@@ -60,6 +73,7 @@ for chip in said:
             "tables": attend(100, 640, (2, 2), tables=True),
             "odd sizes, fp32, head dim 80, segments": attend(100, 520, width=80, kind=jnp.float32, segments=True),
             "narrow heads side by side": attend(100, 520, (4, 4), width=64, plain=True),
+            "packed row of odd length, fp32, head dim 80": packed(1000, (3, 1), 80, jnp.float32),
             "decode of many heads": attend(16, 1024, (4, 2), tables=True, decode=True, backward=False),
         }
     for name, (run, arguments) in cases.items():
