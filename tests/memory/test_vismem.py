@@ -1,114 +1,30 @@
 """What holds for VisMem whatever its sizes: rows apart, tokens in their place, bounds, a base that stays as it is."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import drawn
-from tests.patches_world import sample
+from tests.memory.vismem_world import GREEDY, NEW, ROWS, RULE, SAMPLED, calls
 from tests.verbs import embeddings, extended
 from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.families import resolve
-from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
-from vlmem_jax.generate.loop import FINISHED, compiled, compiled_speech
+from vlmem_jax.generate import Generator, InvocationConfig
+from vlmem_jax.generate.loop import compiled, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory.vismem.latent import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.encoder import EncoderConfig
-from vlmem_jax.positions import PatchGrid
-from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 from vlmem_jax.train.config import StageConfig
 from vlmem_jax.train.next_token import next_token_loss
 from vlmem_jax.train.stages import Split
 from vlmem_jax.trees import flatten
 from vlmem_jax.types import Batch, FormationInputs
-from vlmem_jax.vision import normalise
-
-ROWS = 4
-"""Of every batch, so that all tests run the same programs."""
-NEW = 10
-SAMPLED = SamplingConfig(max_new_tokens=NEW, temperature=1.0, seed=3)
-GREEDY = SamplingConfig(max_new_tokens=NEW)
-RULE = InvocationConfig("delimiter_random", probability=0.0)
-"""Only the caller calls."""
-
-
-@pytest.fixture(scope="module")
-def vlm():
-    return VLM(resolve({"preset": "tiny_qwen2_5_vl", "memory": "vismem"}))
-
-
-@pytest.fixture(scope="module")
-def speech(vlm):
-    return vlm.speech
-
-
-@pytest.fixture(scope="module")
-def params(vlm):
-    """Adapters, which start without effect, have one; embeddings and latent tokens are of one size."""
-    params = drawn.params(vlm, 1)
-    params["decoder"]["embed"] *= 30
-    memory = params["memory"]
-    for n, kind in enumerate(("short", "long")):
-        for m, adapter in enumerate(memory[kind]["lora"].values()):
-            adapter["b"] = normal(10 * n + m, adapter["b"].shape)
-    memory["special_in"] = normal(7, memory["special_in"].shape)
-    return params
-
-
-def normal(seed, shape):
-    """Drawn on the host."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
-
-
-@pytest.fixture(scope="module")
-def generator(vlm, params):
-    return Generator(vlm, params, stop_ids=[], delimiter_ids=range(0, 160, 2))
-
-
-@pytest.fixture(scope="module")
-def prompts(vlm):
-    """Two images; text alone; one image; a video."""
-    grids = [[PatchGrid(1, 3, 4), PatchGrid(1, 2, 2)], [], [PatchGrid(1, 4, 3)], [PatchGrid(2, 2, 3, 0.5)]]
-    return [sample(vlm, grid, 5 + 2 * n, seed=n) for n, grid in enumerate(grids)]
-
-
-@pytest.fixture(scope="module")
-def answers(generator):
-    """Ids and log-probabilities of each prompt's answer, FINISHED left out, and the session; in batches of ROWS."""
-
-    def run(prompts, sampling=GREEDY, config=RULE, forced=(), keys=None, generator=generator, record=False):
-        session = generator.start(prompts, NEW, ROWS)
-        keys_B = None if keys is None else jax.vmap(jax.random.key)(jnp.resize(jnp.array(keys), ROWS))
-        drawn = list(session.draw(sampling, keys_B, config, forced, record))
-        tokens, logp = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
-        has = tokens != FINISHED
-        return [t[h].tolist() for t, h in zip(tokens, has, strict=True)], [
-            x[h] for x, h in zip(logp, has, strict=True)
-        ], session  # fmt: skip
-
-    return run
-
-
-def calls(speech, *at: tuple[int, int]) -> list[int]:
-    """A row's forced tokens: calls for kinds at places."""
-    forced = [-1] * (max((place for place, _ in at), default=-1) + 1)
-    for place, kind in at:
-        forced[place] = speech.invoke_ids[kind]
-    return forced
-
-
-@pytest.fixture(scope="module")
-def forced(speech):
-    """Short; long, then short; nothing; both kinds at the ends."""
-    return [calls(speech, (2, 0)), calls(speech, (0, 1), (3, 0)), [], calls(speech, (2, 1), (NEW - 1, 0))]
-
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -231,13 +147,6 @@ def test_chance_calls_as_often_as_it_should(generator, prompts, speech):
 
 
 # --- what stays as it is ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def plain(vlm, params):
-    """The same model without the memory."""
-    without = VLM(dataclasses.replace(vlm.config, memory=None))
-    return without, {name: part for name, part in params.items() if name != "memory"}
 
 
 def test_without_a_call_the_model_is_the_plain_one(answers, vlm, params, plain, prompts, speech):
@@ -455,190 +364,6 @@ def test_it_learns_on_another_family():
     assert step(jax.tree.map(lambda x, g: x - np.float32(0.01) * g, memory, gradient))[0] < loss
     for path, leaf in flatten(gradient).items():
         assert np.abs(leaf).max() > 0, path
-
-
-# --- short memories by the vision tower -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def seeing(vlm, params):
-    """The model with that former, from the second of three layers on, where frames are more than a window."""
-    config = dataclasses.replace(vlm.config.memory, former="lora_vision", vision_layer=1)
-    model = VLM(dataclasses.replace(vlm.config, memory=config))
-    short = drawn.params(model, 4)["memory"]["short"]
-    short["m_init"] *= 50
-    for n, target in enumerate("qv"):
-        short["lora"][target]["b"] = normal(n, short["lora"][target]["b"].shape)
-    return model, params | {"memory": params["memory"] | {"short": short}}
-
-
-def patches(model, params, batch):
-    """The patches that short memories are formed from, and their rotations."""
-    c, vision = model.config.vision, model._merge(params).vision
-    pixels = normalise(batch.views.pixels_BISSc, c.channels(c.pixel_mean), c.channels(c.pixel_std), jnp.float32)
-    kept_BND = vision.keeping(pixels, batch.views.layout_BI4, model.config.memory.vision_layer, "none")[1]
-    return kept_BND, vision.rotation(batch.views.layout_BI4[..., 2:])
-
-
-def spelt_out(model, params, layout_I4, kept_ND, tables, rows_ED):
-    """What rows behind the patches of a prompt become, in numpy: all scores, all masks."""
-    c, first, memory = model.config.vision, model.config.memory.vision_layer, model.config.memory
-    cos, sin = (table[:, None] for table in tables)
-    windows, frames = (np.repeat(layout_I4[:, n], c.merge**2) for n in range(2))
-    layers, lora = jax.device_get((params["vision"]["layers"], params["memory"]["short"]["lora"]))
-    x, N = np.concatenate([kept_ND, rows_ED]), len(frames)
-
-    def rms(x, scale):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
-
-    def turned(x):
-        left, right = np.split(x[:N], 2, axis=-1)
-        return np.concatenate([np.concatenate([left * cos - right * sin, right * cos + left * sin], -1), x[N:]])
-
-    for n in range(first, c.layers):
-        layer = jax.tree.map(lambda leaf, n=n: leaf[n], layers)
-        ids = frames if n in c.full_layers else windows
-        allowed = np.zeros((len(x), len(x)), bool)
-        allowed[:N, :N] = ids[:, None] == ids
-        allowed[N:, :N], allowed[N:, N:] = frames > 0, True
-        y = rms(x, layer["norm1"]["scale"])
-        kernel, bias = layer["attn"]["qkv"]["kernel"], layer["attn"]["qkv"]["bias"]
-        q, k, v = (np.einsum("nd,dhc->nhc", y, kernel[:, m]) + bias[m] for m in range(3))
-        low = {t: y @ lora[t]["a"][n - first] @ lora[t]["b"][n - first] * memory.lora.scale for t in "qv"}
-        q, k, v = turned(q + low["q"].reshape(q.shape)), turned(k), v + low["v"].reshape(v.shape)
-        scores = np.where(allowed, np.einsum("nhc,mhc->hnm", q, k) / q.shape[-1] ** 0.5, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out = np.einsum("hnm,mhc->nhc", weights / weights.sum(-1, keepdims=True), v)
-        x = x + np.einsum("nhc,hcd->nd", out, layer["attn"]["proj"]["kernel"]) + layer["attn"]["proj"]["bias"]
-        y, mlp = rms(x, layer["norm2"]["scale"]), layer["mlp"]
-        gate, up = (y @ mlp[name]["kernel"] + mlp[name]["bias"] for name in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ mlp["down"]["kernel"] + mlp["down"]["bias"]
-    return x[N:]
-
-
-@pytest.fixture(scope="module")
-def formed(seeing, prompts):
-    """Short and long memories of all prompts after prefill, and from what they were formed."""
-    model, params = seeing
-    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, model.tile))
-    _, state = jax.jit(model.prefill, static_argnums=2)(params, batch, 96)
-    form, rows = jax.jit(model.form, static_argnums=4), jnp.arange(ROWS)
-    (short, heard), (long, _) = (form(params, state, rows, jnp.full(ROWS, kind), 64) for kind in range(2))
-    return short[:, : model.config.memory.short_len], long, heard
-
-
-def test_the_vision_tower_forms_short_memories(seeing, prompts, formed):
-    """For each row whatever stands beside it, as spelt out; zeros without images."""
-    (model, params), (short, _, heard) = seeing, formed
-    memory, out = params["memory"]["short"], model.config.memory.short_len * model.config.vision.merge**2
-
-    @jax.jit
-    def queried(params, heard):
-        own = model._merge(params).memory
-        return own.short.query(own.query_builder(heard.states_BJLD[:, 0], heard.lengths_BJ[:, 0]))
-
-    project = jax.jit(lambda params, x: model._merge(params).projector(x))
-    batch = pad_prompts(prompts, ROWS, model.tile)
-    kept_BND, tables, queries = jax.device_get(
-        (*jax.jit(functools.partial(patches, model))(params, batch), queried(params, heard))
-    )
-    wanted = []
-    for row, prompt in enumerate(prompts):
-        if not len(prompt.pixels_ISSc):
-            assert not short[row].any()
-            continue
-        extra, own = np.concatenate([queries[row], memory["m_init"]]), [table[row] for table in tables]
-        rows = spelt_out(model, params, batch.views.layout_BI4[row], kept_BND[row], own, extra)
-        wanted.append(project(params, rows[None, -out:])[0])
-        np.testing.assert_allclose(short[row], wanted[-1], atol=2e-4)
-        assert np.abs(wanted[-1] - wanted[0]).max() > 0.01 or row == 0
-
-
-def test_in_a_packed_row_it_sees_the_images_of_its_own_sample(seeing, prompts, formed):
-    """In training, where one row holds several samples and several calls of both kinds."""
-    (model, params), (short, long, heard) = seeing, formed
-    slots, calls = model.speech.latents, [(0, 0), (0, 1), (2, 0), (1, 0), (2, 0)]  # of a prompt, a kind
-    samples = [
-        dataclasses.replace(
-            prompts[n],
-            tokens_T=np.append(prompts[n].tokens_T, np.zeros(4 * slots, np.int32)),
-            labels_T=np.append(prompts[n].labels_T, np.full(4 * slots, -100, np.int32)),
-            positions_T=np.concatenate([prompts[n].positions_T, np.zeros((4 * slots, 3), np.int32)]),
-            visual_index_T=np.append(prompts[n].visual_index_T, np.full(4 * slots, -1, np.int32)),
-        )
-        for n in range(3)
-    ]
-    row = pack_row(samples, DataConfig(), model.tile, 160, 48)
-    M, J, ends = row.views.segments_BM.shape[0], 8, np.cumsum([len(s.tokens_T) for s in samples])
-    states, lengths, kinds = np.zeros((J, *heard.states_BJLD.shape[2:]), np.float32), np.zeros(J), np.full(J, -1)
-    places = []
-    for j, (n, kind) in enumerate(calls):
-        states[j], lengths[j], kinds[j] = heard.states_BJLD[n, 0], heard.lengths_BJ[n, 0], kind
-        before = sum(m == n for m, _ in calls[:j])
-        places.append(ends[n] - (before + 1) * slots + np.arange(model.speech.lengths[kind]))
-        row.text.visual_index_BT[places[-1]] = M + j * slots + np.arange(len(places[-1]))
-    batch = row.replace(formation=FormationInputs(states, lengths.astype(np.int32), kinds.astype(np.int32)))
-
-    [x_TD] = jax.jit(functools.partial(embeddings, model))(params, jax.tree.map(lambda x: x[None], batch))
-    for place, (n, kind) in zip(places, calls, strict=True):
-        np.testing.assert_allclose(x_TD[place], (short, long)[kind][n, : len(place)], atol=2e-4)
-
-
-def test_seeing_again_costs_a_model_that_never_calls_nothing_but_room(answers, seeing, vlm, params, plain, prompts):
-    """Its scores are the plain model's, bit by bit; other formers keep no patches."""
-    model, own = seeing
-    batch = jax.tree.map(jnp.asarray, pad_prompts(prompts, ROWS, vlm.tile))
-    ordinary = np.setdiff1d(np.arange(vlm.config.decoder.vocab), vlm.config.memory.token_ids)
-    scores, plain_scores = jax.jit(model.logits)(own, batch), jax.jit(plain[0].logits)(plain[1], batch)
-    np.testing.assert_array_equal(scores[..., ordinary], plain_scores[..., ordinary])
-    kept = [
-        jax.eval_shape(lambda params, m=m: m.prefill(params, batch, 96)[1], p).memory.patches
-        for m, p in ((vlm, params), (model, own))
-    ]
-    assert kept[0] is None and kept[1].x_BNE.shape[1] == batch.views.pixels_BISSc.shape[1] * vlm.config.vision.merge**2
-
-
-def test_rows_that_see_again_are_apart(answers, seeing, prompts, forced):
-    """In a batch, and as one of two answers to a prompt that was read once."""
-    generator = Generator(*seeing, stop_ids=[])
-    tokens, logp, _ = answers(prompts, SAMPLED, RULE, forced, keys := list(range(ROWS)), generator=generator)
-    for row in (0, 3):
-        key, given = keys[row : row + 1], forced[row : row + 1]
-        [alone], [alone_logp], _ = answers([prompts[row]], SAMPLED, RULE, given, key, generator=generator)
-        assert alone == tokens[row]
-        np.testing.assert_allclose(alone_logp, logp[row], atol=1e-5)
-    session = generator.start(prompts[:2], NEW, ROWS // 2, copies=2)
-    keys_B = jax.vmap(jax.random.key)(jnp.array([0, 0, 1, 1]))
-    drawn = [t for t, _ in session.draw(SAMPLED, keys_B, RULE, [forced[n] for n in (0, 0, 1, 1)])]
-    for row, ids in enumerate(np.stack(drawn, axis=1)):
-        assert ids[ids != FINISHED].tolist() == tokens[row // 2]
-
-
-@pytest.mark.slow
-def test_eight_devices_see_again_what_one_sees(seeing, prompts, formed):
-    """Memories of both kinds in a training forward, and their gradients."""
-    (model, params), (_, _, heard) = seeing, formed
-    batch, kinds = pad_prompts(prompts, ROWS, model.tile), np.array([[0], [1], [0], [0]], np.int32)
-    for row, prompt in enumerate(prompts):
-        N, length = model.speech.lengths[kinds[row, 0]], len(prompt.tokens_T)
-        batch.text.visual_index_BT[row, length - N : length] = batch.views.segments_BM.shape[1] + np.arange(N)
-    batch = batch.replace(formation=dataclasses.replace(heard, kinds_BJ=kinds))
-
-    def loss(memory, params, batch):
-        x_BTD = embeddings(model, params | {"memory": memory}, batch)
-        return ((x_BTD * (batch.text.segments_BT > 0)[..., None]) ** 2).mean(), x_BTD
-
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, one), gradient = step(params["memory"], params, jax.tree.map(jnp.asarray, batch))
-    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, model.abstract(), model.axes()))
-        (_, many), other = step(sharded["memory"], sharded, jax.device_put(batch, batch_sharding(mesh)))
-    real = batch.text.segments_BT > 0
-    np.testing.assert_allclose(np.asarray(many)[real], np.asarray(one)[real], atol=1e-4)
-    assert np.abs(gradient["short"]["query"]["kernel"]).max() > 1e-6
-    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient["short"]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * scale), gradient, other)
 
 
 # --- how it starts ----------------------------------------------------------------------------------------------------
