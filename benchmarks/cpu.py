@@ -26,7 +26,7 @@ from benchmarks.cpu_models import (
     scanned_layers,
     shared_prefill,
 )
-from benchmarks.cpu_streams import several_streams, streaming
+from benchmarks.cpu_streams import beside_answers, first_token, long_stream, several_streams, streaming
 from benchmarks.measure import report
 
 ITEMS = {
@@ -37,6 +37,9 @@ ITEMS = {
     "kept_frames": kept_frames,
     "streaming": streaming,
     "several_streams": several_streams,
+    "first_token": first_token,
+    "long_stream": long_stream,
+    "beside_answers": beside_answers,
     "pipeline": pipeline,
     "recompilations": recompilations,
     "image_sizes": image_sizes,
@@ -56,6 +59,9 @@ TOY = {
     "kept_frames": dict(layers=1, width=128, tower=32, tokens=64, frames=4, runs=2),
     "streaming": dict(patches=4, width=32, near=2, far=40, calls=2, runs=2),
     "several_streams": dict(patches=4, width=32, layers=1, count=2, calls=2, runs=2),
+    "first_token": dict(patches=4, width=32, near=40, far=80, new=2, runs=2),
+    "long_stream": dict(patches=4, width=32, warm=20, count=40),
+    "beside_answers": dict(patches=4, width=32, layers=1, deep=1, new=16, alone=20, runs=1),
     "pipeline": dict(count=2, steps=2, runs=2),
     "recompilations": dict(count=2, longest=64, training=2, generations=2, lengths=2),
     "image_sizes": dict(shortest=32, longest=64, count=2),
