@@ -11,7 +11,7 @@ from vlmem_jax.cli.main import main
 from vlmem_jax.data.samples import Samples
 from vlmem_jax.geometry import load_geometry, pictures
 from vlmem_jax.geometry.coordinates import clip_geometry
-from vlmem_jax.geometry.store import geometry_of
+from vlmem_jax.geometry.store import Seer, geometry_of
 from vlmem_jax.hub.tokenizer_files import TokenizerFiles
 from vlmem_jax.models import VLM
 from vlmem_jax.processing import ImageConfig
@@ -86,17 +86,23 @@ def test_a_memory_of_other_widths_and_one_that_reads_none_are_refused(keys, tmp_
     assert "geometry is for a memory that reads it; model.memory is vlm2" in capsys.readouterr().err
 
 
-def test_a_model_answers_with_what_is_stored_and_with_what_is_made_on_the_way(keys, tmp_path, pi3_checkpoint, capsys):
+def test_a_model_answers_with_what_is_stored_and_with_what_is_made_on_the_way(
+    keys, tmp_path, pi3_checkpoint, capsys, monkeypatch
+):
     assert command(keys, tmp_path, pi3_checkpoint.folder) == 0
     run, asked = tmp_path / "run", tmp_path / "asked.jsonl"
     assert main(["train", "--config", str(tmp_path / "experiment.py"), "--workdir", str(run)]) == 0
-    asked.write_text(json.dumps({"prompt": "What?", "video": "a.mp4", "answer": "Yes."}) + "\n")
+    questions = [{"prompt": prompt, "video": "a.mp4", "answer": "Yes."} for prompt in ("What?", "And what else?")]
+    asked.write_text("".join(json.dumps(one) + "\n" for one in questions))
+    see, seen = Seer.__call__, []
+    monkeypatch.setattr(Seer, "__call__", lambda seer, pixels: seen.append(len(pixels)) or see(seer, pixels))
     line = ["--checkpoint", str(run), "--max-new-tokens", "4", "--geometry-fit", "resize"]
     answers = []
     for name, geometry in (("stored", keys["data"]["train"][0]["geometry"]), ("made", str(pi3_checkpoint.folder))):
         more = ["--data", str(asked), "--output", str(tmp_path / name), "--geometry", geometry]
         assert main(["evaluate", *line, *more]) == 0
         answers.append(json.loads((tmp_path / name / "samples.jsonl").read_text().splitlines()[0])["output"])
+    assert len(seen) == 1, "of one video, whatever is asked about it"
     capsys.readouterr()
     shown = ["--prompt", "What?", "--video", str(tmp_path / "a.mp4"), "--geometry", str(pi3_checkpoint.folder)]
     assert main(["generate", *line, *shown]) == 0

@@ -16,6 +16,7 @@ from vlmem_jax.data.benchmarks import BENCHMARKS, NEW_TOKENS
 from vlmem_jax.data.records import SUFFIX
 from vlmem_jax.evals import EvalConfig, evaluate, table
 from vlmem_jax.generate import LoadedModel
+from vlmem_jax.geometry.newest import Newest
 
 EXAMPLE = """vlmem evaluate --checkpoint RUN --data my/mmstar.jsonl --data my/blink.jsonl --output runs/scores
   vlmem evaluate --checkpoint RUN --data my/mmvet.jsonl --output RUN/eval --without-memory
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         on_bad_sample=args.on_bad_sample,
     )
     model = _shown(answering.load(args), args)
+    if (made_by := model.processor.geometry_of) is not None:
+        model.processor.geometry_of = Newest(made_by)
     with progress_bar() as bar:
         tasks = {}
 

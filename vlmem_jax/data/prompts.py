@@ -134,9 +134,8 @@ class Prompts:
         def opened(source: ImageSource | VideoSource) -> Image.Image | Video:
             path = media.resolve(file.folder, source.path, file.follow_links)
             if isinstance(source, ImageSource):
-                shown, clip = images.open_image(path, processor.open_limit, processor.image), None
-                if store:
-                    clip = image_clip(source.path, images.image_size(path, processor.open_limit, processor.image))
+                shown = images.open_image(path, processor.open_limit, processor.image)
+                clip = store and image_clip(source.path, shown.size)
             else:
                 shown, chosen = processor.open_video(path, fps=source.fps, frames=source.frames)
                 clip = store and video_clip(source.path, video.probe(path), chosen)

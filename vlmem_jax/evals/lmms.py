@@ -20,6 +20,7 @@ from vlmem_jax.evals.answers import Answering, random_keys
 from vlmem_jax.evals.run import WINDOW
 from vlmem_jax.generate import InvocationConfig, SamplingConfig, load_model
 from vlmem_jax.generate.requests import Handle
+from vlmem_jax.geometry.newest import Newest
 from vlmem_jax.geometry.pictures import Fit
 from vlmem_jax.geometry.store import geometry_of
 from vlmem_jax.models.placement import asked_mesh
@@ -62,7 +63,7 @@ class LmmsModel(lmms):
         self.loaded = loaded.showing({key: settings.pop(key) for key in keys}, "model_args")
         if geometry:
             processor = self.loaded.processor
-            processor.geometry_of = geometry_of(processor, geometry, geometry_fit)
+            processor.geometry_of = Newest(geometry_of(processor, geometry, geometry_fit))
         self.generator = self.loaded.generator()
         self.answering = Answering(self.generator, self.loaded.processor.tokenizer, int(batch_size))
         self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
