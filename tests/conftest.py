@@ -155,3 +155,14 @@ def one_device():
         patch.setattr(jax, "devices", lambda *_: first)
         patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1")
         yield
+
+
+@pytest.fixture
+def packed_kernel(monkeypatch):
+    """Causal attention by our own kernel, interpreted, with blocks that fit short rows; of programs not traced yet."""
+    from kernels_pallas.causal_attention import blocks
+    from vlmem_jax.nn import attention
+
+    monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(blocks, name, (blocks.Blocks(128, 2, keys=128, part=128, together=2),))

@@ -142,6 +142,13 @@ def test_gradients_in_bf16_are_those_in_fp32(world):
     assert not said, "\n".join(said)
 
 
+@pytest.mark.slow
+def test_gradients_in_bf16_through_the_kernel_for_packed_rows_are_those_in_fp32(world, packed_kernel):
+    vlm, params, rows, exact = world
+    said, _ = differences(gradients(vlm, params, rows), exact)
+    assert not said, "\n".join(said)
+
+
 def test_gradients_in_bf16_on_eight_devices_are_those_in_fp32(world):
     vlm, params, rows, exact = world
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

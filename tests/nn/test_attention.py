@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.causal_attention import blocks as causal_blocks
 from vlmem_jax.nn import attention
 from vlmem_jax.nn.attention import (
     AttentionConfig,
@@ -105,14 +104,6 @@ def test_the_tpu_kernel_computes_the_same(monkeypatch):
     np.testing.assert_allclose(out[0, real], plain[0, real], atol=1e-4)
 
 
-@pytest.fixture
-def packed(monkeypatch):
-    """Our kernel for packed rows in place of plain JAX, with blocks that fit short rows."""
-    monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(causal_blocks, name, (causal_blocks.Blocks(128, 2, keys=128, part=128, together=2),))
-
-
 def turned_inputs(B, T):
     """q, k, v and segments, and tables of positions that differ from row to row."""
     positions = jnp.asarray(np.random.default_rng(1).integers(0, 99, (B, T)))
@@ -133,7 +124,7 @@ def value_and_gradients(q, k, v, segments, tables):
 def test_the_kernel_for_packed_rows_turns_and_reads_as_plain_jax_does(request):
     given = turned_inputs(1, 300)
     plain = value_and_gradients(*given)
-    request.getfixturevalue("packed")
+    request.getfixturevalue("packed_kernel")
     ours = value_and_gradients(*given)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), ours, plain)
 
@@ -141,7 +132,7 @@ def test_the_kernel_for_packed_rows_turns_and_reads_as_plain_jax_does(request):
 def test_the_kernel_for_packed_rows_gets_whole_rows_of_some_heads(request):
     given = turned_inputs(2, 128)
     plain = value_and_gradients(*given)
-    request.getfixturevalue("packed")
+    request.getfixturevalue("packed_kernel")
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))):
         ours = jax.device_get(value_and_gradients(*given))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), ours, plain)

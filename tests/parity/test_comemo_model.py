@@ -83,6 +83,12 @@ def test_prefill_logits(model, programs, mode, implementation):
     np.testing.assert_allclose(hidden[0], model.arrays[f"{mode}/hidden_states"][-1], **LOGITS)
 
 
+def test_prefill_logits_through_the_kernel_for_packed_rows(model, packed_kernel):
+    batch = comemo_golden.prompt_batch(model.arrays, "dhr")
+    logits = jax.jit(lambda *given: model.vlm.logits(*given))(model.params, batch)
+    np.testing.assert_allclose(logits, model.arrays["dhr/prefill_logits"], **LOGITS)
+
+
 @pytest.mark.parametrize("mode", ["dhr", "plain"])
 @pytest.mark.parametrize("decode_position, prefix", [("length", "gen"), ("continue", "consistent_gen")])
 @pytest.mark.parametrize("implementation", comemo_golden.IMPLEMENTATIONS)

@@ -210,6 +210,13 @@ def test_logits_and_hidden_states(of_file, model, outputs, name):
             np.testing.assert_allclose(hidden[b, :t], arrays[last][n, row.mask], **LOGITS)
 
 
+def test_logits_through_the_kernel_for_packed_rows(of_file, model, everything, packed_kernel):
+    logits = jax.jit(lambda *given: model.vlm.logits(*given))(model.params, everything)
+    for name in FILES:
+        for b, n, arrays, row in of_file(name):
+            np.testing.assert_allclose(logits[b, : len(row.tokens_T)], arrays["logits"][n, row.mask], **LOGITS)
+
+
 def test_embeddings_and_each_layer(of_file, model, everything):
     vlm, c = model.vlm, model.vlm.config.decoder
     named = [row for name in PROMPTS for row in of_file(name)]
