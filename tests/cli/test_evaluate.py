@@ -26,7 +26,14 @@ def test_a_table_is_printed_and_the_same_command_goes_on(checkpoint, tmp_path, c
     assert run(checkpoint, tmp_path, *flags, "--without-memory") == 0
     table = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in table.splitlines()}
-    assert list(rows) == ["source", "letters", "prompts", "all", "*", f"{tmp_path}/summary.json:"]
+    of_compiling = "*"  # a line that is there where all answers had to wait for it
+    assert [name for name in rows if name != of_compiling] == [
+        "source",
+        "letters",
+        "prompts",
+        "all",
+        f"{tmp_path}/summary.json:",
+    ]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert rows["all"][2] == f"{100 * summary['accuracy']:.1f}"
     assert 0 < summary["invocation"]["ratio"]["short"] == summary["invocation"]["per_sample"]

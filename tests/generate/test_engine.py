@@ -40,8 +40,19 @@ def requests(make_prompt):
 
 
 @pytest.fixture(scope="module")
-def alone(engine, requests):
-    return [engine.submit(request).result() for request in requests]
+def by_itself(engine, requests):
+    """What became of each request with nothing beside it."""
+    handles = []
+    for request in requests:
+        handles.append(engine.submit(request))
+        engine.run()
+    return handles
+
+
+@pytest.fixture(scope="module")
+def alone(by_itself):
+    """The answers."""
+    return [handle.result() for handle in by_itself]
 
 
 def test_answers_are_those_of_the_loop(generator, requests, alone):
@@ -49,7 +60,7 @@ def test_answers_are_those_of_the_loop(generator, requests, alone):
         assert generator.generate([request.sample], request.sampling) == [answer]
 
 
-def test_an_answer_depends_on_its_request_alone(engine, requests, alone):
+def test_an_answer_depends_on_its_request_alone(engine, requests, by_itself, alone):
     """Neither on neighbours, nor on when it came, nor on its slot; some leave early, one is moved in between."""
     order = np.random.default_rng(0).permutation(len(requests))
     with compilations() as compiled:
@@ -65,6 +76,8 @@ def test_an_answer_depends_on_its_request_alone(engine, requests, alone):
         engine.run()
         engine.score([request.sample for request in requests[::3]], [5, 6, 7])
     assert [handles[n].result() for n in range(len(requests))] == alone
+    for n, handle in enumerate(by_itself):
+        np.testing.assert_array_equal(handles[n].logp, handle.logp)
     assert left.reason == "cancelled" and left.answer == alone[0][: len(left.tokens)]
     assert compiled == [], "nothing, after the pool was warm"
 

@@ -9,8 +9,8 @@ belong to those who had the slots then.
 
 import collections
 import contextlib
-import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
@@ -21,64 +21,22 @@ from jaxtyping import Float32
 
 from vlmem_jax.generate.invocation import is_delimiter
 from vlmem_jax.generate.loop import Generator
-from vlmem_jax.generate.prompts import filled
+from vlmem_jax.generate.reading import Reading
 from vlmem_jax.generate.requests import Handle, Reason, Request
-from vlmem_jax.generate.rows import BROKEN, Plan, Row, compiled, prompt_text, settings
+from vlmem_jax.generate.rows import BROKEN, Plan, Row, compiled, settings
 from vlmem_jax.generate.sampling import need
 from vlmem_jax.generate.score import Scores
 from vlmem_jax.generate.speaking import Speaking
 from vlmem_jax.generate.transcript import Transcript
 from vlmem_jax.generate.warming import programs
 from vlmem_jax.processing import Tokenizer
-from vlmem_jax.runtime.shapes import PoolShape, least
+from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import batch_shards
 from vlmem_jax.trees import from_host, to_host
-from vlmem_jax.types import DecodeState, Sample, Text, Views, VisualTokens
+from vlmem_jax.types import Sample, Views
 
 READS = 8
 """Chunks of prompts that are read between two steps, at most: so long those wait who are being answered."""
-
-
-@dataclasses.dataclass
-class _Reading:
-    """Prompts of one shape that are being read side by side, each in a lane, and those who will go on from them."""
-
-    lanes: list[list[Handle]]
-    chunks: list[Text]
-    length: int = 0
-    """Tokens of the longest that are read."""
-    visual: Views | VisualTokens | None = None
-    length_B: np.ndarray | None = None
-    """Tokens of the whole prompts, where they are read from their beginning."""
-    decode: DecodeState | None = None
-    logits_BV: jax.Array | None = None
-    row: Row | None = None
-    """One that was taken out."""
-
-    @property
-    def joins(self) -> bool:
-        """Whether others can be read beside it: nothing of it is on the devices yet."""
-        return self.length_B is not None and self.decode is None and not isinstance(self.visual, VisualTokens)
-
-    def is_like(self, other: "_Reading") -> bool:
-        """Whether both are read by the same programs."""
-        return _shapes(self.chunks, self.visual) == _shapes(other.chunks, other.visual)
-
-    def beside(self, others: Sequence["_Reading"], lanes: int) -> "_Reading":
-        """All of them, and empty lanes up to so many."""
-
-        def joined(*each: np.ndarray) -> np.ndarray:
-            empty = np.zeros((lanes - len(each), *each[0].shape[1:]), each[0].dtype)
-            return np.concatenate([*each, empty])
-
-        each = [(one.chunks, one.visual, one.length_B) for one in (self, *others)]
-        chunks, visual, length_B = jax.tree.map(joined, *each)
-        handles = [one for reading in (self, *others) for one in reading.lanes]
-        return _Reading(handles, chunks, 0, visual, np.maximum(length_B, 1))
-
-
-def _shapes(*trees: Any) -> list[tuple[int, ...]]:
-    return [x.shape for x in jax.tree.leaves(trees)]
 
 
 class Engine:
@@ -94,7 +52,7 @@ class Engine:
         self._programs = compiled(vlm, generator.mesh, shape, generator.tile)
         self.lanes = batch_shards(generator.mesh) if generator.mesh else 1
         """Prompts that are read side by side."""
-        self._queue: collections.deque[_Reading] = collections.deque()
+        self._queue: collections.deque[Reading] = collections.deque()
         self._owners: list[Handle | None] = [None] * shape.slots
         self._free = list(range(shape.slots))
         self._late: collections.deque[tuple[list[Handle | None], Any]] = collections.deque()
@@ -111,7 +69,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles them all, before the first request: nothing compiles after that."""
         with self._lock, self._failing():
-            for run in programs(self).values():
+            for run in 2 * list(programs(self).values()):  # what one has given may lie elsewhere than what was empty
                 jax.block_until_ready(run())
 
     # --- what is asked ------------------------------------------------------------------------------------------------
@@ -128,7 +86,7 @@ class Engine:
             if self._broken:
                 raise RuntimeError(self._broken)
             handles = [self._handle(request) for request in requests]
-            self._queue.append(self._reading(handles))
+            self._queue.append(Reading.of(handles, self.shape, self.generator.tile))
         return handles
 
     def cancel(self, handle: Handle) -> None:
@@ -240,11 +198,12 @@ class Engine:
             elif not reading.chunks:
                 return
 
-    def _joined(self, reading: _Reading) -> _Reading:
+    def _joined(self, reading: Reading) -> Reading:
         """With those that wait and can be read beside it, each on devices of its own."""
         if not reading.joins or len(reading.lanes) == self.lanes:
             return reading
-        alike = [one for one in list(self._queue)[1:] if one.joins and one.is_like(reading)][: self.lanes - 1]
+        others = (one for one in list(self._queue)[1:] if one.joins and one.is_like(reading))
+        alike = list(itertools.islice(others, self.lanes - 1))
         for one in alike:
             self._queue.remove(one)
         return reading.beside(alike, self.lanes)
@@ -259,8 +218,18 @@ class Engine:
             self._rows, *tokens = self._programs.step(
                 self.generator.params, self._rows, self._delimiter_V, Plan(np.int32(needed), self._used())
             )
-        self._late.append((list(self._owners), tokens))
+        self._late.append(([handle if handle and not handle.waits else None for handle in self._owners], tokens))
+        for handle in running:
+            handle.ahead += 1
+            if handle.is_last and not handle.request.keep:
+                self._release(handle)
         return True
+
+    def _release(self, handle: Handle) -> None:
+        """Frees the slot; what the row still does there is nobody's."""
+        slot = self._owners.index(handle)
+        self._owners[slot] = None
+        self._free.append(slot)
 
     def _used(self, more: int = 2) -> np.int32:
         """Slots of the cache that the longest row fills, with a token that is not heard of yet, and the next one."""
@@ -274,6 +243,7 @@ class Engine:
         for handle, token, logp in zip(owners, tokens_B.tolist(), logp_B.tolist(), strict=True):
             if handle is None or handle.reason:
                 continue
+            handle.ahead -= 1
             if token == BROKEN:
                 self._fail(handle, f"the scores of {handle.request.sample.name or 'a request'} are not finite")
             elif token >= 0:
@@ -317,15 +287,13 @@ class Engine:
                 self._say(handle, token, float("nan"))
 
     def _end(self, handle: Handle, reason: Reason) -> None:
-        """Frees the slot at once; what the row still does there is nobody's."""
+        """Frees the slot at once, if it has one."""
         if handle.transcript:
             handle.transcript.flush()
         if handle in self._owners:
-            slot = self._owners.index(handle)
             if handle.request.keep and reason in ("stop", "length"):
-                handle.row = self._get(slot)
-            self._owners[slot] = None
-            self._free.append(slot)
+                handle.row = self._get(self._owners.index(handle))
+            self._release(handle)
         if self._speaking:
             self._speaking.keep()
         handle.reason = reason
@@ -350,47 +318,7 @@ class Engine:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _reading(self, handles: list[Handle]) -> _Reading:
-        """On the host; what is shown is seen when the turn comes."""
-        request = handles[0].request
-        sample, after, shape = request.sample, request.after, self.shape
-        count = len(sample.tokens_T)
-        sizes = shape.more_sizes if after or count > shape.chunk else shape.text_sizes
-        whole, rest = divmod(count, shape.chunk)
-        padded = whole * shape.chunk + (least(sizes, rest) if rest else 0)
-        shows = len(sample.pixels_ISSc) > 0
-        tiles = least(shape.tile_sizes(self.generator.tile), len(sample.pixels_ISSc)) if shows else 0
-        visual = request.visual
-        if visual is not None or not shows:
-            batch = filled([sample], 1, self.generator.tile, padded, 0)
-        else:
-            batch = filled([sample], 1, self.generator.tile, padded, tiles)
-            visual = batch.views
-        text = prompt_text(batch.text)
-        if after:
-            text, visual = self._moved(after, text, visual)
-        chunks = [
-            jax.tree.map(lambda x, at=at: x[:, at : at + shape.chunk], text) for at in range(0, padded, shape.chunk)
-        ]
-        reading = _Reading([handles], chunks, after.length if after else 0, visual)
-        if after:
-            reading.decode, reading.logits_BV, after.row = after.row.decode, after.row.logits_BV, None
-        else:
-            reading.length_B = np.array([count], np.int32)
-        read, length = (after.read, after.length) if after else (count, 0)
-        for handle in handles:
-            handle.read, handle.length = read, length + count
-        return reading
-
-    def _moved(self, after: Handle, text: Text, visual: Any) -> tuple[Text, Any]:
-        """A text that goes on where a row stands."""
-        if visual is None:
-            return Text(text.tokens_BT, text.segments_BT), None
-        here_B = jax.device_get(after.row.decode.position_B)
-        here = here_B.reshape(-1, *(1,) * (text.positions_BT.ndim - 1))
-        return dataclasses.replace(text, positions_BT=text.positions_BT + here), visual.moved(here)
-
-    def _read(self, reading: _Reading) -> None:
+    def _read(self, reading: Reading) -> None:
         """The next chunk of prompts."""
         generator, programs, params = self.generator, self._programs, self.generator.params
         text = reading.chunks.pop(0)
@@ -406,7 +334,7 @@ class Engine:
                 read = programs.more(params, reading.decode, reading.logits_BV, place(text), reading.visual, used)
             reading.logits_BV, reading.decode = read
 
-    def _put(self, reading: _Reading, lane: int, handle: Handle, slot: int) -> None:
+    def _put(self, reading: Reading, lane: int, handle: Handle, slot: int) -> None:
         """A row that was read into a slot."""
         with self.generator.context():
             if reading.row is not None:
@@ -430,10 +358,8 @@ class Engine:
                 self._collect()
             if handle not in self._owners:
                 raise ValueError("only a request that is being answered can be taken out")
-            slot = self._owners.index(handle)
-            arrays = to_host(self._get(slot))
-            self._owners[slot] = None
-            self._free.append(slot)
+            arrays = to_host(self._get(self._owners.index(handle)))
+            self._release(handle)
             return arrays
 
     def put_back(self, handle: Handle, arrays: dict[str, np.ndarray]) -> None:
@@ -441,7 +367,7 @@ class Engine:
         with self._lock, self.generator.context():
             like = jax.eval_shape(self._programs.get, self._rows, np.int32(0))
             row = self.generator.put(from_host(like, arrays))
-            self._queue.append(_Reading([[handle]], [], row=row))
+            self._queue.append(Reading([[handle]], [], row=row))
 
 
 def wanted(generator: Generator, request: Request) -> tuple[int, int, int]:

@@ -71,6 +71,8 @@ class Handle:
         """Tokens in the cache."""
         self.chosen = 0
         """Tokens so far that the model chose, or others for it; those that end memories left out."""
+        self.ahead = 0
+        """Tokens that are on their way to the host."""
         self.observed = 0
         """Tokens since the prompt or the last memory, which the next one is formed from."""
         self.calls_left = 0
@@ -79,6 +81,11 @@ class Handle:
         self.transcript: Transcript | None = None
         """What it says, where texts can end it."""
         self._engine = engine
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last token that it may have is on its way, whatever it is."""
+        return self.chosen + self.ahead >= self.request.sampling.max_new_tokens and not self.calls_left
 
     @property
     def answer(self) -> list[int]:
