@@ -280,6 +280,33 @@ def test_banks_stay_on_the_devices_of_their_rows():
     assert moved and max(moved) < bank, "parameters and frames are exchanged, banks are not"
 
 
+def test_a_clip_gathers_the_memory_once_whatever_the_number_of_its_frames():
+    """In training; and the numbers are those of one device."""
+    made = VLM(resolve({"preset": "tiny_llava_video", "memory": "vlm2", "vision": {"layers": 1}}))
+    mesh, params = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), drawn.params(made, 1)
+
+    def loss(memory, params, shown):
+        return (made.see(params | {"memory": memory}, shown).tokens_BMD ** 2).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    split = jax.device_put(params, param_shardings(mesh, made.abstract(), made.axes()))
+
+    def sharded(frames):
+        """The compiled step on all devices, and how often it gathers what."""
+        shown = views(made, [[1] * frames] * 4)
+        with jax.set_mesh(mesh):
+            program = step.lower(split["memory"], split, shown).compile()
+        found = HloProgram(program.as_text()).collectives(dict(mesh.shape))
+        return program, sorted((c.shape, c.times) for c in found if c.kind == "all-gather" and "fsdp" in c.axes)
+
+    program, gathers = sharded(4)
+    assert len(gathers) > 4 and gathers == sharded(9)[1]
+    shown = views(made, [[1] * 4] * 4)
+    one, many = step(params["memory"], params, shown), jax.device_get(program(split["memory"], split, shown))
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(one[1]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale), one, many)
+
+
 def test_a_frame_that_is_no_number_is_not_kept(model):
     made, params = model
     memory = made._merge(params).memory

@@ -33,7 +33,7 @@ from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.lora import Adapters
 from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
 from vlmem_jax.runtime.compiler import once
-from vlmem_jax.runtime.sharding import constrain, lay_out
+from vlmem_jax.runtime.sharding import constrain, gathered, lay_out
 from vlmem_jax.trees import State, flatten, unflatten
 from vlmem_jax.types import Batch, DecodeState, FormationInputs, KVCache, Patches, Text, TileShape, Views, VisualTokens
 from vlmem_jax.vision import TOWERS, Levels, normalise
@@ -95,6 +95,11 @@ class VLM:
             return leaf.astype(self.dtype) if path[-1].key == "kernel" else leaf
 
         return nnx.merge(self._graph[0], jax.tree.map_with_path(cast, params))
+
+    def _for_frames(self, memory: See) -> See:
+        """The memory for a loop over frames, each of which takes all of it."""
+        graph, state = nnx.split(memory)
+        return nnx.merge(graph, gathered(nnx.to_pure_dict(state), self.axes()["memory"]))
 
     @property
     def dtype(self):
@@ -235,7 +240,7 @@ class VLM:
                 how = {"geometry": views.geometry, "kept_first": views.kept_first}
                 if key is not None:
                     how["key"] = jax.random.fold_in(key, 1)  # of the tower's draws it is itself
-                frames_BIND = in_turn(modules.memory, frames_BIND, segments_BI, **how)
+                frames_BIND = in_turn(self._for_frames(modules.memory), frames_BIND, segments_BI, **how)
                 features = frames_BIND.reshape(features.shape)
         deep_NBMD = None
         if isinstance(features, Levels):

@@ -183,3 +183,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, even_spec(x.shape, *axes))
+
+
+def gathered(params: Any, axes: Any) -> Any:
+    """Parameters, the axes of which mean `axes`, whole but for what is split to be worked at side by side: gathered
+    here, before a loop that would gather them each time round. Gradients are split as the parameters are."""
+    if shards("embed") == 1:
+        return params
+
+    def whole(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        split = *(None,) * (x.ndim - len(names)), *names
+
+        @jax.custom_vjp
+        def pinned(x: jax.Array) -> jax.Array:
+            return constrain(x, *(None if name == "embed" else name for name in split))
+
+        pinned.defvjp(lambda x: (pinned(x), None), lambda _, y: (constrain(y, *split),))
+        return pinned(x)
+
+    return jax.tree.map(whole, params, axes)
