@@ -49,7 +49,8 @@ class Reading:
         read, length = (after.read, after.length) if after else (count, 0)
         for handle in handles:
             handle.read, handle.length = read, length + count
-        reading = cls([handles], chunks, length, visual)
+        # a list of its own: those who are read leave it
+        reading = cls([list(handles)], chunks, length, visual)
         if after:
             reading.decode, reading.logits_BV, after.row = after.row.decode, after.row.logits_BV, None
         else:

@@ -22,7 +22,7 @@ from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import constrain, lay_out, replicate
 from vlmem_jax.trees import State, axes, fitted, get_row, map_axes, put_row
-from vlmem_jax.types import Batch, DecodeState, Text, TileShape
+from vlmem_jax.types import Batch, DecodeState, Text, TileShape, VisualTokens
 
 NOTHING, WAITING, BROKEN = -1, -2, -3
 """In place of the token of a row that has ended, that waits for its memory, or whose scores are not finite."""
@@ -87,11 +87,15 @@ class Programs(NamedTuple):
 def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> Programs:
     """The programs of a model on a mesh."""
     speech, vocab = vlm.speech, vlm.config.decoder.vocab
-    seen = read = None
+    abstract, read = vlm.abstract(), None
+    known = tile._replace(geometry=vlm.tile.geometry)  # what was seen elsewhere may have had geometry that prompts lack
+
+    def widest(lanes):
+        return Batch.empty((lanes,), shape.text_sizes[-1], shape.tiles, known)
 
     def see(params, views):
-        visual = fitted(vlm.see(params, views), _lanes(seen, len(views.segments_BM)))
-        return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), visual)
+        like = jax.eval_shape(vlm.see, abstract, widest(len(views.segments_BM)).views)
+        return _split(fitted(vlm.see(params, views), like))
 
     def first(params, text, visual, length_B):
         hidden_BD, decode = vlm.extend(params, vlm.begin(length_B, shape.capacity, shape.int8), text, visual)
@@ -166,10 +170,9 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
     def jit(function, **how):
         return jax.jit(function, compiler_options=options(mesh), **how)
 
-    abstract, widest = vlm.abstract(), Batch.empty((1,), shape.text_sizes[-1], shape.tiles, tile)
-    length_B = np.ones(1, np.int32)
-    seen = jax.eval_shape(vlm.see, abstract, widest.views)
-    read = jax.eval_shape(first, abstract, prompt_text(widest.text), seen, length_B)[1]
+    batch, length_B = widest(1), np.ones(1, np.int32)
+    seen = jax.eval_shape(vlm.see, abstract, batch.views)
+    read = jax.eval_shape(first, abstract, prompt_text(batch.text), seen, length_B)[1]
     logits_BV = jax.ShapeDtypeStruct((1, vocab), jnp.float32)
     rows = map_axes(functools.partial(_rows, shape.slots), Row(read, logits_BV, *settings(vlm, shape), length_B > 0))
     return Programs(
@@ -187,9 +190,13 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
     )
 
 
-def _lanes(visual: Any, count: int) -> Any:
-    """The shapes of what one prompt shows, of so many."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), visual)
+def _split(visual: VisualTokens) -> VisualTokens:
+    """Rows on the devices that split them."""
+    deep_NBMD, rest = visual.deep_NBMD, dataclasses.replace(visual, deep_NBMD=None)
+    rest = jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rest)
+    if deep_NBMD is None:
+        return rest
+    return dataclasses.replace(rest, deep_NBMD=constrain(deep_NBMD, None, "batch", None, None))
 
 
 def _rows(count: int, x: Any, *names: str | None) -> jax.ShapeDtypeStruct:
