@@ -109,8 +109,12 @@ def _own(case: CausalCase):
     q, kv, tables, ids = _shapes(case)
     problem = Problem(chip=case.chip)
     lse = jax.ShapeDtypeStruct((1, case.heads, case.length), jnp.float32)
-    apart = lambda x: x.reshape(*x.shape[:2], -1, case.head_dim)  # noqa: E731
-    flat = lambda x: x.reshape(*x.shape[:2], -1) if x.dtype == jnp.bfloat16 else x  # noqa: E731
+
+    def apart(x):
+        return x.reshape(*x.shape[:2], -1, case.head_dim)
+
+    def flat(x):
+        return x.reshape(*x.shape[:2], -1) if x.dtype == jnp.bfloat16 else x
 
     def inputs(q, k, v, tables, segments, prefix):
         return Inputs(apart(q), apart(k), apart(v), tables, segments, prefix if case.name == "group" else None)
@@ -141,8 +145,13 @@ def _splash(case: CausalCase):
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     q, kv = (array((n, case.length, LANES)) for n in (case.heads, case.kv_heads))
     ids = jax.ShapeDtypeStruct((case.length,), jnp.int32)
-    forward = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))  # noqa: E731
-    backward = lambda q, k, v, ids, do: jax.vjp(lambda *qkv: forward(*qkv, ids), q, k, v)[1](do)  # noqa: E731
+
+    def forward(q, k, v, ids):
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))
+
+    def backward(q, k, v, ids, do):
+        return jax.vjp(lambda *qkv: forward(*qkv, ids), q, k, v)[1](do)
+
     return (forward, (q, kv, kv, ids)) if case.direction == "forward" else (backward, (q, kv, kv, ids, q))
 
 
@@ -151,8 +160,13 @@ def _rotation(case: CausalCase):
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     q, k = (array((1, case.length, n, case.head_dim)) for n in (case.heads, case.kv_heads))
     table = jax.ShapeDtypeStruct((1, case.length, case.head_dim // 2), jnp.float32)
-    turn = lambda q, k, cos, sin: [rope.rotate(x, (cos, sin)) for x in (q, k)]  # noqa: E731
-    back = lambda q, k, *tables: jax.vjp(lambda *qk: turn(*qk, *tables), q, k)[1]([q, k])  # noqa: E731
+
+    def turn(q, k, cos, sin):
+        return [rope.rotate(x, (cos, sin)) for x in (q, k)]
+
+    def back(q, k, *tables):
+        return jax.vjp(lambda *qk: turn(*qk, *tables), q, k)[1]([q, k])
+
     return (turn if case.direction == "forward" else back), (q, k, table, table)
 
 

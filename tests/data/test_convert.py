@@ -33,7 +33,7 @@ def lines(path):
         (json.dumps([{"conversations": TURNS}]), "is one JSON array; `vlmem data convert "),
         (json.dumps({"conversations": TURNS}, indent=2), "is pretty-printed JSON"),
         ("[\n  {", "is one JSON array"),
-        (gzip.compress(b"{}"), "is compressed by gzip; `gunzip "),
+        (gzip.compress(b"{}", mtime=0), "is compressed by gzip; `gunzip "),
         (b"PK\x03\x04....", "is a zip archive"),
         (b"PAR1....", "is a parquet file; `vlmem data convert "),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "`git lfs pull` fetches it"),
