@@ -63,7 +63,7 @@ def pad_heads(x: jax.Array, rows: int) -> jax.Array:
 
 
 def unpad_heads(x: jax.Array, rows: int, width: int) -> jax.Array:
-    """The other way."""
+    """[B, rows, H*128] to [B, N, H, C]."""
     if width == LANES:
         return x[:, :rows].reshape(x.shape[0], rows, -1, width)
     x = x[:, :rows].reshape(x.shape[0], rows, -1, 2, LANES // 2)[..., : width // 2]

@@ -44,7 +44,7 @@ def forward(length: int, heads: int, kv_heads: int, itemsize: int, chip: str) ->
 
 
 def backward(length: int, heads: int, kv_heads: int, itemsize: int, chip: str) -> Blocks | None:
-    """As `forward`; dk and dv gather in fp32 beside keys and values."""
+    """The blocks of the backward kernel; dk and dv gather in fp32 beside keys and values."""
     return _first(BACKWARD, length, heads, kv_heads, itemsize, chip, 2 * itemsize + 8, 9 * itemsize + 4)
 
 

@@ -98,7 +98,7 @@ class _Roofline:
 
 
 def _number(parameter: Instruction) -> int:
-    """Of a parameter of a fusion, its place among the operands."""
+    """The place of a fusion's parameter among the operands."""
     return int(re.match(r"\((\d+)\)", parameter.rest)[1])
 
 

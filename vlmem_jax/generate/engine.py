@@ -175,7 +175,7 @@ class Engine:
             return bool(self._queue or self._late or len(self._free) < self.shape.slots)
 
     def run(self) -> None:
-        """Until all requests are done. Raises as `step`."""
+        """Steps until all requests are done. Raises as `step`."""
         while self.step():
             pass
 
@@ -199,7 +199,7 @@ class Engine:
                 return
 
     def _joined(self, reading: Reading) -> Reading:
-        """With those that wait and can be read beside it, each on devices of its own."""
+        """The reading with those that wait and can be read beside it, each on devices of its own."""
         if not reading.joins or len(reading.lanes) == self.lanes:
             return reading
         others = (one for one in list(self._queue)[1:] if one.joins and one.is_like(reading))

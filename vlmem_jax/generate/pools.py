@@ -28,7 +28,7 @@ class Pool:
         return [self.engine.submit(request) for request in requests]
 
     def fork_all(self, groups: Sequence[Sequence[Request]]) -> list[list[Handle]]:
-        """As `Engine.fork`, of each group."""
+        """Forks each group, see `Engine.fork`."""
         self._hold([request for group in groups for request in group], 0)
         return [self.engine.fork(group) for group in groups]
 

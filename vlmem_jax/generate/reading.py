@@ -28,7 +28,7 @@ class Reading:
     decode: DecodeState | None = None
     logits_BV: jax.Array | None = None
     row: Row | None = None
-    """One that was taken out."""
+    """A row that was taken out, which goes on."""
 
     @classmethod
     def of(cls, handles: list[Handle], shape: PoolShape, tile: TileShape) -> "Reading":

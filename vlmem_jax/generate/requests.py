@@ -26,15 +26,15 @@ class Request:
     sample: Sample
     sampling: SamplingConfig = SamplingConfig()
     invocation: InvocationConfig = InvocationConfig()
-    """Of a model whose memory speaks."""
+    """The rules of a memory that speaks."""
     key_2: np.ndarray | None = None
     """The numbers of a random key, in place of the seed."""
     forced: Sequence[int] = ()
     """What the answer begins with; -1 leaves a token to the model."""
     banned_ids: Sequence[int] = ()
-    """Never chosen, beside those of the model."""
+    """Ids that are never chosen, beside those of the model."""
     stop_ids: Sequence[int] = ()
-    """They end the answer, beside those of the model."""
+    """Ids that end the answer, beside those of the model."""
     until: Sequence[str] = ()
     """Texts that end the answer, as in `Transcript`."""
     visual: VisualTokens | None = None
@@ -46,7 +46,7 @@ class Request:
     record: bool = False
     """Whether to record from what memories were formed."""
     on_token: Callable[[int], None] | None = None
-    """Called with each token of the answer as it comes."""
+    """A function that is called with each token of the answer as it comes."""
 
 
 class Handle:

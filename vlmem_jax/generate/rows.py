@@ -215,7 +215,8 @@ def settings(
     stop_ids: Collection[int] = (),
     key_2: np.ndarray | None = None,
 ) -> tuple[Choice, Rule, Calls]:
-    """Those of a row, on the host. Raises ValueError for more stop ids, or forced tokens, than there is room for."""
+    """The settings of a row, on the host. Raises ValueError for more stop ids, or forced tokens, than there is room
+    for."""
     if len(stop_ids) > STOPS:
         raise ValueError(f"an answer can be ended by {STOPS} ids, got {len(stop_ids)}")
     speech, vocab = vlm.speech, vlm.config.decoder.vocab
@@ -228,5 +229,5 @@ def settings(
 
 
 def prompt_text(text: Text) -> Text:
-    """Of the arrays of a padded prompt those that are read."""
+    """The arrays of a padded prompt that are read."""
     return dataclasses.replace(text, targets_BT=None, weights_BT=None)

@@ -57,7 +57,7 @@ def _compiled(vlm: VLM, mesh: Mesh | None) -> Callable:
 
 
 class Scores:
-    """Both forms, for an engine."""
+    """Both forms of scores, for an engine."""
 
     def __init__(self, generator: Generator, shape: PoolShape, programs: Programs):
         self._generator, self._shape, self._programs = generator, shape, programs
@@ -65,7 +65,8 @@ class Scores:
         """Tokens of a continuation."""
 
     def continuations(self, row: Row, length: int, given: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "T"]]:
-        """Of a row with `length` tokens. Raises ValueError for one that is empty, or that the row has no room for."""
+        """Scores behind a row with `length` tokens. Raises ValueError for one that is empty, or that the row has no
+        room for."""
         longest, shortest = max(map(len, given)), min(map(len, given))
         room = min(self._shape.capacity - length, self.sizes[-1])
         if not 0 < shortest <= longest <= room:
@@ -89,8 +90,8 @@ class Scores:
             return self._programs.score(self._generator.params, row, tokens_KT, used)
 
     def labels(self, samples: Sequence[Sample], given: Sequence[int]) -> Float32[np.ndarray, "N K"]:
-        """Behind each sample; packs of many are read at once. Raises ValueError for a sample that does not fit a row,
-        or labels that are the memory's own tokens."""
+        """Scores behind each sample; packs of many are read at once. Raises ValueError for a sample that does not fit
+        a row, or labels that are the memory's own tokens."""
         own = set(self._generator.vlm.special_tokens.values())
         if len(given) > LABELS[-1] or own & set(given):
             raise ValueError(f"labels must be at most {LABELS[-1]} ids, none of the memory's own, got {list(given)}")

@@ -53,7 +53,7 @@ class Speaking:
             self.latents_BND = generator.put(empty)
         self._calls: list[Call] = []
         self._formed: list[tuple[list[tuple[Handle, int]], FormationInputs]] = []
-        """Where states are to be recorded: handles and the numbers of their memories, and what was heard."""
+        """Calls whose states are to be recorded: handles and the numbers of their memories, and what was heard."""
         self._steps = 0
 
     def hear(self, handle: Handle, token: int) -> None:

@@ -54,7 +54,7 @@ class Transcript:
         return self._said(self._stream.flush(), last=True)
 
     def _said(self, piece: str, last: bool = False) -> str:
-        """Of what has come, what can be no beginning of an end."""
+        """The part of what has come that can be no beginning of an end."""
         if self.ended:
             return ""
         held = self._held + piece

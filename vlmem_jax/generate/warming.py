@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
-    """By a name each, what runs a program once, to no effect. Of a pool of which no row runs."""
+    """What runs each program once, to no effect, by its name; no row of the pool may be running."""
     run = _Runs(engine)
     shape, tile = engine.shape, engine.generator.tile
     found: dict[str, Callable[[], object]] = {"step": run.step, "put": run.put, "get": run.get, "back": run.back}

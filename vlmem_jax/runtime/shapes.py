@@ -52,7 +52,7 @@ class PoolShape(NamedTuple):
 
     @classmethod
     def of(cls, slots: int, longest: int, tiles: int = 0, forced: int = 0, chunk: int = 512) -> "PoolShape":
-        """Of rows of up to `longest` tokens, latent ones among them."""
+        """A pool for rows of up to `longest` tokens, latent ones among them."""
         capacity = bucket(longest, 64)
         return cls(slots, capacity, min(chunk, capacity), bucket(tiles), bucket(forced, 16))
 
@@ -67,12 +67,12 @@ class PoolShape(NamedTuple):
 
     @property
     def text_sizes(self) -> tuple[int, ...]:
-        """Of the only, or the first, chunk of a prompt."""
+        """Sizes of the only, or the first, chunk of a prompt."""
         return powers(min(self.smallest, self.chunk), self.chunk)
 
     @property
     def more_sizes(self) -> tuple[int, ...]:
-        """Of a chunk that follows on others."""
+        """Sizes of a chunk that follows on others."""
         return tuple(sorted({min(self.smallest, self.chunk), self.chunk}))
 
     def tile_sizes(self, tile: TileShape) -> tuple[int, ...]:

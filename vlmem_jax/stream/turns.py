@@ -32,7 +32,7 @@ class Turns:
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
-        """Around looking at a frame."""
+        """A context for looking at a frame, which it times."""
         began, self._looking, beside = time.monotonic(), True, self._answering
         try:
             yield
