@@ -171,7 +171,7 @@ def first_token(patches=16, width=64, near=100, far=100_000, new=16, runs=RUNS) 
         next(asker.answer(QUESTION, asker.watcher.snapshot(), length))
 
     def look(asker: Asker) -> None:
-        """So that nothing of the answer before is of use."""
+        """Makes a state of its own, so that nothing of the answer before is of use."""
         asker.watcher.look([frame_SSc], [asker.watcher.frames_B[0] / RATE])
 
     askers = [aged(age) for age in (near, far)]

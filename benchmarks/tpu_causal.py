@@ -51,7 +51,7 @@ class CausalCase:
     kernel: str = "causal_attention"
     """Or "splash", "rotation" (XLA's)."""
     blocks: tuple[int, ...] = ()
-    """Of splash."""
+    """Block sizes of splash."""
 
     @property
     def head_dim(self) -> int:
@@ -318,7 +318,7 @@ CASES = {
 
 
 def rows_of(chips: list[str], directions: list[str], names: list[str] | None) -> list[dict]:
-    """Of --json; of each case that is named, or of all. Raises ValueError for one that there is not."""
+    """The rows of --json, of each case that is named, or of all. Raises ValueError for one that there is not."""
     names = names or list(CASES)
     for name in names:
         if name not in CASES:

@@ -31,7 +31,7 @@ def small_blocks():
 def draw(seed, batch, length, heads, kv_heads, width, dtype="float32", prefixed=False, size=1.0):
     """A call's arrays and bool [B, T, T] of who sees whom; segments of any length, out of order, padding between."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * size, dtype)  # noqa: E731
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) * size, dtype)  # noqa: E731 - short, and used here alone
     arrays = {name: normal(batch, length, n, width) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
     arrays["positions"] = jnp.asarray(rng.integers(0, 32768, (batch, length)))  # they may repeat and fall
     cuts = np.sort(rng.integers(0, length + 1, (batch, 4)), axis=1)
@@ -138,7 +138,7 @@ def test_a_block_of_rows_lists_the_blocks_in_its_reach():
     """Rows of 256 in blocks of 64 keys: of the second sample, its own alone; of an answer, those of the prompt, too."""
     prompt, one, two = [1] * 200, [2] * 120, [3] * 192
     segments = jnp.array([prompt + one + two + [0] * 256])
-    listed = lambda met, n: np.asarray(met.tiles[0]).reshape(3, -1)[n, : met.counts[0, n]].tolist()  # noqa: E731
+    listed = lambda met, n: np.asarray(met.tiles[0]).reshape(3, -1)[n, : met.counts[0, n]].tolist()  # noqa: E731 - short, and used here alone
     packed = meeting(segments, None, 256, 64)
     assert packed.counts.tolist() == [[0, 1, -1]]
     assert listed(packed, 1) == [3]  # tokens 192 to 255 are of samples 1 and 2
@@ -169,7 +169,7 @@ def test_tables_give_what_positions_give(backend):
 def test_nothing_is_turned_without_positions(backend):
     arrays, allowed, *_ = draw(4, 1, 100, 2, 2, 64)
     del arrays["positions"]
-    read = lambda name: jax.jit(functools.partial(causal_attention, implementation=name))(**arrays)  # noqa: E731
+    read = lambda name: jax.jit(functools.partial(causal_attention, implementation=name))(**arrays)  # noqa: E731 - short, and used here alone
     np.testing.assert_allclose(read(backend), read("xla"), atol=3e-6)
 
 
