@@ -10,7 +10,7 @@ from tests import drawn
 from tests.patches_world import sample
 from vlmem_jax.evals.measure import compilations
 from vlmem_jax.families import resolve
-from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
+from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, speaking
 from vlmem_jax.generate.engine import Engine
 from vlmem_jax.generate.loop import FINISHED
 from vlmem_jax.generate.requests import Request
@@ -119,6 +119,19 @@ def test_others_go_on_while_a_row_waits(engine, requests):
         engine.step()
     assert len(other.tokens) > before and caller.invocations
     assert len(other.result()) == NEW and len(caller.result()) == NEW + 2
+
+
+def test_a_memory_formed_at_once_two_tokens_before_the_last(engine, requests, monkeypatch):
+    """Two rows make up a group, so that their memories are there before the step after the call has been heard."""
+    monkeypatch.setattr(speaking, "GROUPS", (1, 2))
+    long = engine.vlm.speech.invoke_ids[1]
+    last_call = dataclasses.replace(RULE, max_invocations=1)
+    forced = (*(-1,) * (NEW - 3), long)
+    request = dataclasses.replace(requests[4], invocation=last_call, forced=forced, record=False)
+    handles = [engine.submit(request) for _ in range(2)]
+    engine.run()
+    for handle in handles:
+        assert handle.reason == "length" and len(handle.tokens) == NEW + 1 and len(handle.invocations) == 1
 
 
 def test_each_row_has_rules_of_its_own(engine, requests, generator):

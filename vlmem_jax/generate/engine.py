@@ -258,7 +258,16 @@ class Engine:
             handle.observed += 1
             if self._speaking:
                 self._speaking.hear(handle, token)
+                if handle.waits:
+                    self._expect_nothing(handle)
         self._say(handle, token, logp, "stop" if stops else None)
+
+    def _expect_nothing(self, handle: Handle) -> None:
+        """The row waits on the device since it called, so steps that are on their way have no token for it, even if its
+        memory is there before they come."""
+        handle.ahead = 0
+        for owners, _ in self._late:
+            owners[:] = [None if owner is handle else owner for owner in owners]
 
     def _say(self, handle: Handle, token: int, logp: float, reason: Reason | None = None) -> None:
         """A token that follows, and, by what is there now, whether it is the last one."""
