@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from vlmem_jax.generate import LoadedModel
+from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.runtime.shapes import bucket
+from vlmem_jax.runtime.sharding import batch_shards
 from vlmem_jax.types import Sample, Text
 
 
@@ -31,13 +34,14 @@ def last_token(model: LoadedModel, sample: Sample) -> Attention:
     """Attention of the last token of a prompt, whose answer it begins."""
     length = len(sample.tokens_T) - 1
     before = {key: getattr(sample, key)[:length] for key in ("tokens_T", "labels_T", "positions_T", "visual_index_T")}
-    generator = model.generator()
-    state = generator.start([dataclasses.replace(sample, **before)], new_tokens=1).state
-    rows = state.length_B.shape[0]
+    generator, rows = model.generator(), batch_shards(model.mesh)
+    batch = pad_prompts([dataclasses.replace(sample, **before)], rows, generator.tile)
     token_BT = jnp.full((rows, 1), sample.tokens_T[length])
 
     @jax.jit
-    def weights(params, state):
+    def weights(params, batch):
+        _, state = model.vlm.prefill(params, batch, bucket(length + 1, 64))
+
         def score(context_v, memory_v):
             changed = dataclasses.replace(state, cache=dataclasses.replace(state.cache, v_LBKSC=context_v))
             if memory_v is not None:
@@ -50,7 +54,7 @@ def last_token(model: LoadedModel, sample: Sample) -> Attention:
         return _shares(context.swapaxes(2, 3)), None if memory is None else _shares(memory)
 
     with generator.context():
-        context_LHS, memory_LHM = jax.device_get(weights(model.params, state))
+        context_LHS, memory_LHM = jax.device_get(weights(model.params, generator.put(batch, rows=True)))
     index_S, slots = before["visual_index_T"], len(sample.visual_positions_M)
     stands_S = np.flatnonzero(index_S >= 0)
     context_LHM = np.zeros((*context_LHS.shape[:2], slots), context_LHS.dtype)
