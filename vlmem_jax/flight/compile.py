@@ -20,9 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
 from vlmem_jax.flight.program import HloProgram
-from vlmem_jax.generate.loop import TEXT_BUCKET, compiled, laid_out
-from vlmem_jax.generate.rows import Plan
-from vlmem_jax.generate.rows import compiled as engine_programs
+from vlmem_jax.generate.rows import Plan, Programs, compiled, prompt_text
 from vlmem_jax.generate.sampling import GREEDY
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
@@ -30,7 +28,15 @@ from vlmem_jax.rl.config import rl_config
 from vlmem_jax.rl.rows import Rows, memory_sizes, row_sizes
 from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import PoolShape, bucket
-from vlmem_jax.runtime.sharding import batch_sharding, batch_shards, even_spec, lay_out, param_shardings, shards
+from vlmem_jax.runtime.sharding import (
+    batch_sharding,
+    batch_shards,
+    constrain,
+    even_spec,
+    lay_out,
+    param_shardings,
+    shards,
+)
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import Program
 from vlmem_jax.train.next_token import NextTokenLoss
@@ -48,6 +54,9 @@ LAST_WRITTEN = "after_buffer_assignment.txt"
 """End of the name of the file that describes a program whose memory is laid out; machine code comes after it."""
 
 POLL_SECONDS = 0.05
+
+TEXT_BUCKET = 64
+"""Smallest number of tokens of a question with what it is about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,21 +193,25 @@ def rl_job(experiment: Experiment, stage: StageConfig, learning: Learning, mesh:
 
 
 def prefill_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
-    """Reading a batch of prompts, as `vlmem generate` does."""
-    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+    """Reading prompts side by side, each in a piece, as an engine does: what they show is seen, then all is read."""
+    vlm, params, tile = VLM(experiment.model), _serving_params(experiment, mesh), experiment.tile
+    programs = _engine(vlm, serving, mesh, tile)
+
+    def read(params, views, text, length_B):
+        return programs.first.__wrapped__(params, text, programs.see.__wrapped__(params, views), length_B)
+
     with jax.set_mesh(mesh):
-        batch = _prompts(experiment.tile, serving, mesh)
-        lowered = compiled(vlm, mesh).prefill.lower(params, batch, serving.tokens + serving.new_tokens)
-    return Job(lowered, held(params), 0, held(batch))
+        batch = _batch(tile, (serving.rows,), serving.tokens, serving.tiles, batch_sharding(mesh))
+        length_B = _place(mesh)(jax.ShapeDtypeStruct((serving.rows,), jnp.int32), "batch")
+        given = batch.views, prompt_text(batch.text), length_B
+        lowered = jax.jit(read, compiler_options=options(mesh)).lower(params, *given)
+    return Job(lowered, held(params), 0, held(given))
 
 
 def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     """A greedy token for each row of an engine, all of whose caches are full."""
     vlm, params, tile = VLM(experiment.model), _serving_params(experiment, mesh), experiment.tile
-    if serving.rows % batch_shards(mesh):
-        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
-    capacity = serving.tokens + serving.new_tokens
-    programs = engine_programs(vlm, mesh, PoolShape(serving.rows, capacity, serving.tokens, serving.tiles), tile)
+    programs, capacity = _engine(vlm, serving, mesh, tile), serving.tokens + serving.new_tokens
 
     def step(params, rows, delimiter_V):
         return programs.step.__wrapped__(params, rows, delimiter_V, Plan(jnp.int32(GREEDY), capacity))
@@ -209,6 +222,14 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
         program = jax.jit(step, donate_argnums=1, compiler_options=options(mesh))
         lowered = program.lower(params, rows, delimiter_V)
     return Job(lowered, held(params), held(rows), held(delimiter_V), tuple(jax.tree.leaves(rows)))
+
+
+def _engine(vlm: VLM, serving: Serving, mesh: Mesh, tile: TileShape) -> Programs:
+    """The programs of an engine of such rows. Raises ValueError for rows that the mesh does not split evenly."""
+    if serving.rows % batch_shards(mesh):
+        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
+    shape = PoolShape(serving.rows, serving.tokens + serving.new_tokens, serving.tokens, serving.tiles)
+    return compiled(vlm, mesh, shape, tile)
 
 
 def look_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
@@ -232,7 +253,7 @@ def ask_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
     def ask(params, state, text, capacity):
         visual = vlm.recollect(params, state)
         hidden_BD, read = vlm.extend(params, vlm.begin(_lengths(text), capacity), text, visual)
-        return laid_out(vlm.score(params, hidden_BD), read)
+        return constrain(vlm.score(params, hidden_BD), "batch", "vocab"), lay_out(read)
 
     with jax.set_mesh(mesh):
         state = _watched(vlm, params, serving.rows, mesh)
@@ -334,12 +355,6 @@ def batch_shapes(experiment: Experiment, stage: StageConfig, mesh: Mesh) -> Batc
         data.pack_tiles,
         batch_sharding(mesh, leading=1),
     )
-
-
-def _prompts(tile: TileShape, serving: Serving, mesh: Mesh) -> Batch:
-    if serving.rows % batch_shards(mesh):
-        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
-    return _batch(tile, (serving.rows,), serving.tokens, serving.tiles, batch_sharding(mesh))
 
 
 def _batch(tile: TileShape, rows: tuple[int, ...], T: int, I: int, sharding: NamedSharding) -> Batch:  # noqa: E741
