@@ -15,9 +15,8 @@ from vlmem_jax import families
 from vlmem_jax.data import DataConfig, Plan, SourceConfig, TrainData
 from vlmem_jax.demo.tokenizer import write_tokenizer
 from vlmem_jax.evals.measure import compilations
-from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate import Generator, Pool, Request, SamplingConfig
 from vlmem_jax.generate.prompts import pad_prompts
-from vlmem_jax.generate.sampling import SamplingConfig
 from vlmem_jax.processing import PatchConfig, TileProcessor, Tokenizer, make_processor
 from vlmem_jax.processing.images import ImageConfig, open_image, tile_grid
 from vlmem_jax.runtime.shapes import tile_bucket
@@ -123,17 +122,16 @@ def recompilations(count=64, longest=400, training=200, generations=50, lengths=
         generator = Generator(vlm, params, stop_ids=[processor.stop_id], mesh=make_mesh(MeshConfig()))
         pictures = [open_image(folder / f"{n}.jpg") for n in range(len(sizes))]
 
-        def answer(n: int) -> None:
-            question = "row 1 " * (n % lengths + 1)
-            prompt = processor.prompt(question, [pictures[n % len(pictures)]])
-            generator.generate([prompt], SamplingConfig(max_new_tokens=8, temperature=float(n % 2), seed=n))
+        def asked(n: int) -> Request:
+            prompt = processor.prompt("row 1 " * (n % lengths + 1), [pictures[n % len(pictures)]])
+            return Request(prompt, SamplingConfig(max_new_tokens=8, temperature=float(n % 2), seed=n))
 
-        warm = max(len(pictures), 2 * lengths)  # each length, drawn and not
-        for n in range(warm):
-            answer(n)
+        warm, pool = max(len(pictures), 2 * lengths), Pool(generator, 1)  # each length, drawn and not
+        for handle in pool.submit([asked(n) for n in range(warm)], spare=8 * lengths):
+            handle.result()
         warmed = len(seen)
         for n in range(generations):
-            answer(warm + 3 * n)
+            pool.submit([asked(warm + 3 * n)])[0].result()
         while_generating = len(seen) - warmed
     spread = f"{np.min(sizes)} to {np.max(sizes)} px a side"
     trained = f"compilations in {training} training steps on images of many sizes, after {warm}"

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks.measure import RUNS, Row, in_turns, packed_batch, unrolled
 from benchmarks.models import deep, make, wide
 from vlmem_jax.data import DataConfig
-from vlmem_jax.generate.invocation import Calls
-from vlmem_jax.generate.loop import Generator, compiled_speech
-from vlmem_jax.generate.sampling import GREEDY, Choice, SamplingConfig
+from vlmem_jax.generate import Generator, SamplingConfig
+from vlmem_jax.generate.rows import Plan, Programs, compiled, prompt_text, settings
+from vlmem_jax.generate.rows import Row as Rows
+from vlmem_jax.generate.sampling import GREEDY
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.types import Batch, Sample
 
@@ -35,37 +37,50 @@ def train_step(vlm: VLM):
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-def start(vlm: VLM, params: dict, batch, capacity: int):
-    """A generator, and the arguments of its step after reading `batch`."""
+def start(vlm: VLM, params: dict, batch: Batch, capacity: int) -> tuple[Generator, Programs, Row]:
+    """A generator, the programs of an engine, and its rows after each has read one of `batch`."""
     generator = Generator(vlm, params, stop_ids=[], mesh=make_mesh(MeshConfig()))
-    rows, vocab = batch.text.tokens_BT.shape[0], vlm.config.decoder.vocab
+    rows, tokens = batch.text.tokens_BT.shape
+    shape = PoolShape(rows, capacity, tokens, batch.views.pixels_BISSc.shape[1])
+    programs = compiled(vlm, generator.mesh, shape, vlm.tile)
+    own = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), settings(vlm, shape))
     with generator.context():
-        logits_BV, state = generator.programs.prefill(params, jax.device_put(batch), capacity)
-    choice = generator.put(Choice.make(SamplingConfig(), rows, vocab, [], []))
-    return generator, state, logits_BV, jnp.zeros(rows, bool), choice
+        batch = jax.device_put(batch)
+        visual = programs.see(params, batch.views) if shape.tiles else None
+        logits_BV, decode = programs.first(params, prompt_text(batch.text), visual, np.full(rows, tokens, np.int32))
+    return generator, programs, Rows(decode, logits_BV, *generator.put((*own, np.ones(rows, bool)), rows=True))
+
+
+def stepping(generator: Generator, programs: Programs, used: int) -> Callable[[Rows], Rows]:
+    """A greedy token for each row; they are donated, and fill so many slots of their caches."""
+    nothing_V, plan = np.zeros(generator.vlm.config.decoder.vocab, bool), Plan(np.int32(GREEDY), np.int32(used))
+    given = generator.put((nothing_V, plan))
+
+    def step(rows: Rows) -> Rows:
+        with generator.context():
+            return programs.step(generator.params, rows, *given)[0]
+
+    return step
 
 
 def decode_step(layers=24, slots=2048, calls=50, runs=RUNS) -> list[Row]:
     """What the host spends on a token, and whether the program copies its cache."""
     vlm, params = make(deep(layers))
-    generator, state, logits_BV, finished_B, choice = start(vlm, params, packed_batch(vlm, 1, 64, 2), slots)
+    generator, programs, rows = start(vlm, params, packed_batch(vlm, 1, 64, 2), slots)
+    nothing_V = np.zeros(vlm.config.decoder.vocab, bool)
     with generator.context():
-        program = generator.programs.step.lower(
-            params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
-        ).compile()
-    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state) if leaf.nbytes > 2**16}
+        program = programs.step.lower(params, rows, nothing_V, Plan(np.int32(GREEDY), np.int32(slots))).compile()
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(rows.decode) if leaf.nbytes > 2**16}
     lines = program.as_text().splitlines()
     copies = sum(" copy" in line and any(f"[{shape}]" in line for shape in shapes) for line in lines)
-    temporary = program.memory_analysis().temp_size_in_bytes / sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(rows.decode))
+    temporary, step = program.memory_analysis().temp_size_in_bytes / state, stepping(generator, programs, slots)
 
     def dispatch() -> float:
-        nonlocal state, logits_BV, finished_B
-        jax.block_until_ready((state, logits_BV, finished_B))
+        nonlocal rows
+        jax.block_until_ready(rows)
         begin = time.perf_counter()
-        with generator.context():
-            state, logits_BV, finished_B, *_ = generator.programs.step(
-                params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
-            )
+        rows = step(rows)
         return (time.perf_counter() - begin) * 1e3
 
     dispatch()
@@ -97,13 +112,11 @@ def cached_after(prompt: int, layers=8, width=256, new=256, stride=16, runs=7) -
     begin = cut(prompt)
 
     def cached():
-        generator, state, logits_BV, finished_B, choice = start(vlm, params, begin, prompt + new)
+        generator, programs, rows = start(vlm, params, begin, prompt + new)
+        step = stepping(generator, programs, prompt + new)
         for _ in range(new):
-            with generator.context():
-                state, logits_BV, finished_B, *_ = generator.programs.step(
-                    params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
-                )
-        return logits_BV
+            rows = step(rows)
+        return rows.logits_BV
 
     def again():
         return [jax.block_until_ready(head(params, batches[length])) for length in lengths]
@@ -251,28 +264,24 @@ def forming(rows=8, states=192, tokens=256, layers=8, width=256, runs=RUNS) -> l
     empty = Batch.empty((rows,), tokens, 0, vlm.tile)
     index = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], (rows, tokens, 3))
     batch = empty.replace(segments_BT=np.ones_like(empty.text.segments_BT), positions_BT=np.array(index))
-    generator, state, logits_BV, finished_B, choice = start(vlm, params, batch, 1024)
-    form, insert = compiled_speech(vlm, generator.mesh)
-    longest = speech.latents + 1
+    generator, programs, state = start(vlm, params, batch, 1024)
+    longest, used = speech.latents + 1, np.int32(1024)
+    step = stepping(generator, programs, 1024)
     latents_BND = jnp.zeros((rows, speech.latents, width), vlm.dtype)
-    kinds_B = np.ones(rows, np.int32)
-    calls = Calls.none(rows, 8)
+    rows_R, kinds_B = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
 
     def spoken() -> jax.Array:
-        nonlocal state, logits_BV, latents_BND, calls
+        nonlocal state, latents_BND
         with generator.context():
-            latents_BND, _ = form(params, state, latents_BND, np.arange(rows, dtype=np.int32), kinds_B, states)
-            state, logits_BV, calls = insert(params, state, logits_BV, calls, latents_BND, kinds_B)
-        return logits_BV
+            latents_BND, _ = programs.form(params, state.decode, latents_BND, rows_R, kinds_B, states)
+            state = programs.insert(params, state, latents_BND, kinds_B, used)
+        return state.logits_BV
 
     def plain() -> jax.Array:
-        nonlocal state, logits_BV, finished_B
-        with generator.context():
-            for _ in range(longest):
-                state, logits_BV, finished_B, *_ = generator.programs.step(
-                    params, state, logits_BV, finished_B, choice, np.int32(GREEDY)
-                )
-        return logits_BV
+        nonlocal state
+        for _ in range(longest):
+            state = step(state)
+        return state.logits_BV
 
     jax.block_until_ready(spoken())  # each takes the arrays that the other gave
     jax.block_until_ready(plain())
