@@ -208,7 +208,7 @@ class Views:
     kept_first: bool = dataclasses.field(default=False, metadata=dict(static=True))
     """Whether tiles that the memory keeps at the end of a sample change places with others, so that they come first."""
 
-    def moved(self, by: Int32[Array, "B #M"] | Int32[Array, "B #M 1"]) -> "Views":
+    def moved(self, by: Int32[Any, "B #M"] | Int32[Any, "B #M 1"]) -> "Views":
         """The same, so many rotary positions later."""
         by = by * self.places if self.places > 1 else by
         return dataclasses.replace(self, positions_BM=self.positions_BM + by)
