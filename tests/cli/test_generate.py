@@ -16,7 +16,7 @@ from vlmem_jax.checkpoint import save_params
 from vlmem_jax.cli.main import main
 from vlmem_jax.config import to_dict
 from vlmem_jax.families import resolve
-from vlmem_jax.generate import Chat, SamplingConfig, load_model
+from vlmem_jax.generate import Chat, Request, SamplingConfig, answers, load_model
 from vlmem_jax.models import VLM
 from vlmem_jax.processing.images import open_image
 
@@ -41,12 +41,12 @@ def ask(checkpoint, *arguments):
 
 
 def test_an_answer_depends_on_the_images(checkpoint, capsys):
-    answers = []
+    shown = []
     for images in ([], ["1.png"], ["1.png", "2.png"]):
         flags = [part for name in images for part in ("--image", str(checkpoint / name))]
         assert ask(checkpoint, "--prompt", "Say a word.", *flags, "--temperature", "1") == 0
-        answers.append(capsys.readouterr().out)
-    assert len(set(answers)) == 3
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 3
 
 
 def test_a_prompt_longer_than_the_model_was_made_for_is_told(checkpoint, capsys):
@@ -93,7 +93,7 @@ def test_control_tokens_are_never_answered(checkpoint):
     generator = model.generator()
     prompt = model.processor.prompt("a", [])
     hot = SamplingConfig(max_new_tokens=50, temperature=50.0)
-    [answer] = generator.generate([prompt], hot)
+    [answer] = answers(generator, [prompt], hot)
     assert not set(answer) & {*model.processor.control_ids, model.processor.stop_id}
     assert max(answer) < model.processor.tokenizer.vocab_size < model.vlm.config.decoder.vocab
 
@@ -103,17 +103,17 @@ def test_eight_devices_answer_as_one_and_hold_weights_where_they_are_read(checkp
     assert dict(many.mesh.shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2} and one.mesh.size == 1
     prompts = [one.processor.prompt("word " * n, []) for n in (1, 2, 3)]  # a row of the batch is padding
     greedy = SamplingConfig(max_new_tokens=6)
-    assert many.generator().generate(prompts, greedy) == one.generator().generate(prompts, greedy)
+    assert answers(many.generator(), prompts, greedy) == answers(one.generator(), prompts, greedy)
 
 
 def test_a_mesh_can_be_asked_for_and_says_what_its_heads_cost(checkpoint, capsys):
-    answers = []
+    shown = []
     for flags in ([], ["--mesh.tensor=4", "--mesh.fsdp=2"]):
         assert ask(checkpoint, "--prompt", "Say a word.", *flags) == 0
-        answers.append(capsys.readouterr())
-    assert answers[0].out == answers[1].out
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out
     line = "mesh.tensor=4 does not divide the 2 kv_heads of model.decoder"
-    assert line in answers[1].err and "does not divide" not in answers[0].err
+    assert line in shown[1].err and "does not divide" not in shown[0].err
 
 
 @pytest.mark.parametrize(
@@ -208,17 +208,21 @@ def picture(checkpoint):
     return Image.open(checkpoint / "1.png").convert("RGB")
 
 
+def read_again(chat, prompt):
+    """The answer to a prompt from which the chat's engine has read nothing."""
+    [handle] = chat._pool.submit([Request(prompt, GREEDY)])
+    return chat.processor.tokenizer.decode(handle.result())
+
+
 def test_a_continued_chat_keeps_the_cache_and_equals_reading_all_again(model, picture):
-    generator = model.generator()
-    chat = Chat(generator, model.processor, GREEDY)
+    chat = Chat(model.generator(), model.processor, GREEDY)
     first = "".join(chat.ask("a b", [picture]))
     turn = chat._turn
     assert turn is not None and chat.history == [((picture, "\n", "a b"), first)]
     second = "".join(chat.ask("c d"))
     assert chat._turn.request.after is turn
     prompt = model.processor.prompt("c d", history=[([picture, "\na b"], first)])
-    [ids] = generator.generate([prompt], GREEDY)
-    assert model.processor.tokenizer.decode(ids) == second
+    assert read_again(chat, prompt) == second
 
 
 def test_what_is_typed_in_a_chat_is_text(model, picture):
@@ -235,15 +239,13 @@ def test_what_is_typed_in_a_chat_is_text(model, picture):
 
 
 def test_a_new_image_makes_the_chat_read_all_again(model, picture):
-    generator = model.generator()
-    chat = Chat(generator, model.processor, GREEDY)
+    chat = Chat(model.generator(), model.processor, GREEDY)
     first = "".join(chat.ask("a b", [picture]))
     turned = picture.rotate(90)
     second = "".join(chat.ask("c d", [turned]))
     assert chat._turn.request.after is None
     prompt = model.processor.prompt("c d", [turned], [([picture, "\na b"], first)])
-    [ids] = generator.generate([prompt], GREEDY)
-    assert model.processor.tokenizer.decode(ids) == second
+    assert read_again(chat, prompt) == second
 
 
 def test_a_chat_that_outgrows_its_cache_goes_on(model):
@@ -258,13 +260,11 @@ def test_a_chat_that_outgrows_its_rotary_range_is_read_again(model):
     longest = len(model.processor.prompt("a b", []).tokens_T) + GREEDY.max_new_tokens + 4
     decoder = dataclasses.replace(model.vlm.config.decoder, ntk_factor=2.0, max_positions=longest)
     vlm = VLM(dataclasses.replace(model.vlm.config, decoder=decoder))
-    generator = dataclasses.replace(model, vlm=vlm).generator()
-    chat = Chat(generator, model.processor, GREEDY)
+    chat = Chat(dataclasses.replace(model, vlm=vlm).generator(), model.processor, GREEDY)
     first = "".join(chat.ask("a b"))
     second = "".join(chat.ask("c d e f g h"))
     assert chat._turn.request.after is None
-    [ids] = generator.generate([model.processor.prompt("c d e f g h", [], [("a b", first)])], GREEDY)
-    assert model.processor.tokenizer.decode(ids) == second
+    assert read_again(chat, model.processor.prompt("c d e f g h", [], [("a b", first)])) == second
 
 
 def test_an_answer_broken_off_stays_in_the_history(model):

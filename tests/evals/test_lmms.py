@@ -6,11 +6,13 @@ import json
 import textwrap
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.evals import world
-from vlmem_jax.generate import InvocationConfig, SamplingConfig, Transcript
+from vlmem_jax.generate import InvocationConfig, Pool, Request, SamplingConfig, Transcript
 
 pytest.importorskip("lmms_eval", exc_type=ImportError)
 evaluator = pytest.importorskip("lmms_eval.evaluator", exc_type=ImportError)
@@ -75,7 +77,7 @@ def task(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["learned", "never"])
-def test_a_task_gets_the_answers_of_our_own_loop(checkpoint, task, mode, tmp_path, monkeypatch):
+def test_a_task_gets_the_answers_of_each_prompt_alone(checkpoint, task, mode, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     folder, docs = task
     MODEL_REGISTRY_V2.register_manifest(MANIFEST, overwrite=True)
@@ -88,13 +90,14 @@ def test_a_task_gets_the_answers_of_our_own_loop(checkpoint, task, mode, tmp_pat
     )
     model = LmmsModel(str(checkpoint), mode=mode)
     outputs = {sample["doc_id"]: sample["filtered_resps"][0] for sample in found["samples"]["vlmem_tiny"]}
-    sampling, processor = SamplingConfig(NEW, 1.0), model.loaded.processor
+    sampling, processor, pool = SamplingConfig(NEW, 1.0), model.loaded.processor, Pool(model.generator, 1)
     for n, doc in enumerate(docs):
         images = [Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB") for text in doc["shown"]]
-        session = model.generator.start([processor.prompt(doc["question"], images)], NEW, 8)
+        [key_2] = np.asarray(jax.random.key_data(random_keys(2, [(n,)])))
+        asked = Request(processor.prompt(doc["question"], images), sampling, InvocationConfig(mode), key_2)
         transcript = Transcript(processor.tokenizer, model.loaded.vlm.speech)
-        for [token], _ in session.draw(sampling, random_keys(2, [(n,)] * 8), InvocationConfig(mode)):
-            transcript.push(int(token))
+        for token in pool.submit([asked])[0].result():
+            transcript.push(token)
         transcript.flush()
         assert outputs[n] == transcript.text.partition("g")[0]
     says_a = [float("a" in outputs[n].lower()) for n in range(3)]

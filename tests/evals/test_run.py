@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from tests.evals import world
@@ -10,7 +12,7 @@ from vlmem_jax.config import ConfigError
 from vlmem_jax.data import Prompts, SourceConfig
 from vlmem_jax.evals import EvalConfig, evaluate
 from vlmem_jax.evals.answers import random_keys
-from vlmem_jax.generate import InvocationConfig, SamplingConfig, Transcript
+from vlmem_jax.generate import InvocationConfig, Pool, Request, SamplingConfig, Transcript
 
 NEW = 12
 DRAWN = SamplingConfig(max_new_tokens=NEW, temperature=1.0, seed=3)
@@ -53,17 +55,17 @@ def answers(file):
 
 
 def test_each_answer_is_that_of_the_prompt_alone(model, config, whole):
-    prompts, generator = Prompts(config().data, model.processor), model.generator()
-    memories = 0
+    prompts, pool, memories = Prompts(config().data, model.processor), Pool(model.generator(), 2), 0
+    pool.submit([Request(prompts.sample((0, n)), DRAWN) for n in range(1, 5)])  # room for all, as in the evaluation
+    pool.engine.run()
     for name, invocation in ("samples", InvocationConfig()), ("without_memory", InvocationConfig("never")):
         found = answers(whole[0] / f"{name}.jsonl")
         assert len(found) == 5
         for n in range(1, 5):
-            session = generator.start([prompts.sample((0, n))], NEW, 2)
-            keys_B = random_keys(DRAWN.seed, [(0, n)] * 2)
-            ids = [int(tokens) for [tokens], _ in session.draw(DRAWN, keys_B, invocation)]
+            [key_2] = np.asarray(jax.random.key_data(random_keys(DRAWN.seed, [(0, n)])))
+            [handle] = pool.submit([Request(prompts.sample((0, n)), DRAWN, invocation, key_2)])
             transcript = Transcript(model.processor.tokenizer, model.vlm.speech)
-            for token in ids:
+            for token in handle.result():
                 transcript.push(token)
             line = found[prompts.name((0, n))]
             assert line["output"] == transcript.text + transcript.flush()

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.verbs import written
 from vlmem_jax.evals.measure import compilations
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.engine import Engine
+from vlmem_jax.generate.prompts import filled
 from vlmem_jax.generate.requests import Request
+from vlmem_jax.generate.rows import settings
+from vlmem_jax.generate.sampling import LIMITED, choose
 from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
@@ -35,7 +39,7 @@ def engine(generator):
 @pytest.fixture(scope="module")
 def requests(make_prompt):
     """Prompts that take one chunk or three, with and without tiles, each with settings of its own."""
-    prompts = [make_prompt(9, 1, 0), make_prompt(70, 0, 1), make_prompt(14, 2, 2), make_prompt(5, 0, 3)]
+    prompts = [make_prompt(9, 1, 0), make_prompt(62, 2, 1), make_prompt(14, 2, 2), make_prompt(5, 0, 3)]
     return [Request(prompt, how) for prompt in prompts for how in (GREEDY, SAMPLED, DRAWN)]
 
 
@@ -55,9 +59,23 @@ def alone(by_itself):
     return [handle.result() for handle in by_itself]
 
 
-def test_answers_are_those_of_the_loop(generator, requests, alone):
-    for request, answer in zip(requests, alone, strict=True):
-        assert generator.generate([request.sample], request.sampling) == [answer]
+@pytest.fixture(scope="module")
+def scores(vlm, params):
+    """Scores [T, V] of whole samples, read at once without a cache; all through one program."""
+    logits = jax.jit(vlm.logits)
+    return lambda samples: logits(params, filled(samples, 12, vlm.tile, 128, 2))
+
+
+def test_answers_are_those_of_reading_everything_again_for_each_token(vlm, requests, by_itself, scores):
+    """Greedy and drawn, after prompts that were read in a piece and in chunks, with their log-probabilities."""
+    found = scores([written(handle.request.sample, handle.answer) for handle in by_itself])
+    for row, (request, handle) in enumerate(zip(requests, by_itself, strict=True)):
+        begun, count = len(request.sample.tokens_T), len(handle.tokens)
+        choice, _, _ = settings(vlm, SHAPE, request.sampling)
+        alike = jax.tree.map(lambda x, count=count: jnp.repeat(x, count, axis=0), choice)
+        drawn = choose(found[row, begun - 1 : begun - 1 + count], alike, begun + jnp.arange(count), LIMITED)
+        assert drawn[0].tolist() == handle.tokens
+        np.testing.assert_allclose(handle.logp, drawn[1], atol=1e-5)
 
 
 def test_an_answer_depends_on_its_request_alone(engine, requests, by_itself, alone):
@@ -104,20 +122,26 @@ def test_samples_of_one_prompt_are_read_once(engine, make_prompt, monkeypatch):
     answers = [handle.result() for handle in handles]
     assert len(reads) == 3, "chunks of 32 tokens"
     monkeypatch.undo()
-    assert answers == [engine.submit(Request(prompt, one)).result() for one in own]
+    each = [engine.submit(Request(prompt, one)) for one in own]
+    assert answers == [handle.result() for handle in each]
+    for once, again in zip(handles, each, strict=True):
+        np.testing.assert_allclose(once.logp, again.logp, atol=1e-5)
     assert len({tuple(answer) for answer in answers}) > 1
 
 
-def test_devices_that_split_rows_read_a_prompt_each(vlm, params, requests, alone, monkeypatch):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+@pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, tensor=2)])
+def test_devices_that_split_rows_read_a_prompt_each(vlm, params, requests, by_itself, sizes, monkeypatch):
+    mesh = make_mesh(MeshConfig(**({"fsdp": 1} | sizes)))
     sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
-    engine = Engine(Generator(vlm, sharded, stop_ids=[1], mesh=mesh), SHAPE._replace(slots=4))
+    engine = Engine(Generator(vlm, sharded, stop_ids=[1], mesh=mesh), SHAPE._replace(slots=8))
     lanes, read = [], engine._read
     monkeypatch.setattr(engine, "_read", lambda reading: (lanes.append(len(reading.lanes)), read(reading)))
     handles = [engine.submit(request) for request in requests]
-    assert [handle.result() for handle in handles] == alone
-    # each prompt three times, the second in three chunks; the third time has nothing beside it
-    assert lanes == [2, 1] + [2, 2, 2, 1, 1, 1] + [2, 1] + [2, 1]
+    assert [handle.result() for handle in handles] == [handle.answer for handle in by_itself]
+    for one, many in zip(by_itself, handles, strict=True):
+        np.testing.assert_allclose(many.logp, one.logp, atol=1e-5)
+    # each prompt three times, at once, the second in three chunks
+    assert lanes == [3] + [3, 3, 3] + [3] + [3]
 
 
 def test_tokens_come_one_by_one(engine, requests, alone):
@@ -132,28 +156,41 @@ def test_each_row_stops_where_its_own_settings_say(engine, requests, alone):
     stop = alone[0][3]
     handles = [
         engine.submit(requests[0]),
-        engine.submit(dataclasses.replace(requests[0], stop_ids=[stop])),
-        engine.submit(dataclasses.replace(requests[0], banned_ids=[alone[0][0]])),
+        engine.submit(dataclasses.replace(requests[0], stop_ids=[alone[0][5], stop], keep=True)),
         engine.submit(dataclasses.replace(requests[0], forced=[7, -1, 8])),
     ]
-    free, stopped, banned, forced = (handle.result() for handle in handles)
+    free, stopped, forced = (handle.result() for handle in handles)
     assert free == alone[0] and stopped == alone[0][: alone[0].index(stop)]
     assert handles[1].reason == "stop" and handles[1].tokens[-1] == stop
-    assert alone[0][0] not in banned and (forced[0], forced[2]) == (7, 8)
-    assert np.isnan(handles[3].logp).tolist() == [True, False, True] + [False] * 5
+    # it is not read
+    assert handles[1].row.decode.length_B == handles[1].length == len(requests[0].sample.tokens_T) + len(stopped)
+    assert (forced[0], forced[2]) == (7, 8)
+    assert np.isnan(handles[2].logp).tolist() == [True, False, True] + [False] * 5
 
 
-def test_what_is_appended_to_an_answer_is_read_as_by_a_session(generator, engine, make_prompt):
+@pytest.mark.parametrize("n", range(3), ids=["greedy", "limited", "drawn"])
+def test_banned_ids_are_never_chosen(engine, requests, alone, n):
+    banned = engine.submit(dataclasses.replace(requests[n], banned_ids=alone[n])).result()
+    assert len(banned) == len(alone[n]) and not set(banned) & set(alone[n])
+
+
+def test_what_is_appended_to_an_answer_is_read_behind_it(engine, make_prompt, scores):
     first, more = make_prompt(9, 1), make_prompt(6, 0, 4)
-    session = generator.start([first], 40)
-    said = [int(token) for [token] in session.stream(GREEDY)]
-    session.append(dataclasses.replace(more, positions_T=np.arange(6, dtype=np.int32)))
-    expected = [int(token) for [token] in session.stream(GREEDY)]
     turn = engine.submit(Request(first, GREEDY, keep=True))
-    assert turn.result() == said
-    assert engine.submit(Request(more, GREEDY, after=turn)).result() == expected
+    said = turn.result()
+    answer = engine.submit(Request(more, GREEDY, after=turn)).result()
+    begun = len(first.tokens_T) + len(said) + 6
+    logits_TV = scores([written(first, [*said, *more.tokens_T, *answer])])[0]
+    assert logits_TV[begun - 1 : begun - 1 + len(answer)].argmax(-1).tolist() == answer
     with pytest.raises(ValueError, match="done and kept, once"):
         engine.submit(Request(more, GREEDY, after=turn))
+
+
+def test_a_memory_that_all_tokens_read_cannot_see_what_comes_late(engine, make_prompt):
+    turn = engine.submit(Request(make_prompt(12, 1), GREEDY, keep=True))
+    turn.result()
+    with pytest.raises(ValueError, match="images must come before the first token is read"):
+        engine.submit(Request(make_prompt(9, 1), GREEDY, after=turn))
 
 
 def test_what_there_is_no_room_for_is_refused_with_the_knob(engine, make_prompt):

@@ -12,7 +12,6 @@ from vlmem_jax.evals.measure import compilations
 from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, speaking
 from vlmem_jax.generate.engine import Engine
-from vlmem_jax.generate.loop import FINISHED
 from vlmem_jax.generate.requests import Request
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
@@ -52,31 +51,6 @@ def requests(generator):
     return [*asked, Request(prompts[0], GREEDY), Request(prompts[1], SAMPLED, InvocationConfig("never"))]
 
 
-def by_the_loop(generator, request):
-    """Tokens, their log-probabilities, and memories."""
-    forced = [request.forced] if request.forced else ()
-    session = generator.start([request.sample], NEW)
-    drawn = [
-        (int(token), float(logp))
-        for [token], [logp] in session.draw(request.sampling, None, request.invocation, forced, record=True)
-        if token != FINISHED
-    ]
-    return *zip(*drawn, strict=True), session.invocations[0]
-
-
-def test_answers_and_memories_are_those_of_the_loop(generator, engine, requests):
-    for request in requests[::3]:
-        handle = engine.submit(request)
-        handle.result()
-        tokens, logp, memories = by_the_loop(generator, request)
-        assert tuple(handle.tokens) == tokens
-        np.testing.assert_allclose(handle.logp, logp, atol=2e-5)
-        for mine, other in zip(handle.invocations, memories, strict=True):
-            assert mine[:3] == other[:3]
-            if request.record:
-                np.testing.assert_allclose(mine.states_LD, other.states_LD, atol=2e-5)
-
-
 def test_an_answer_depends_on_its_request_alone(engine, requests):
     """Memories are formed in groups while others go on; some rows are moved while they wait."""
     alone = [engine.submit(request) for request in requests]
@@ -89,7 +63,9 @@ def test_an_answer_depends_on_its_request_alone(engine, requests):
         form(rows, rows_R, kinds_R, size),
     )[1]
     order = np.random.default_rng(0).permutation(len(requests))
+    always, turned = InvocationConfig("always"), dataclasses.replace(RULE, reverse_types=True)
     with compilations() as compiled:
+        others = [engine.submit(dataclasses.replace(requests[1], invocation=how)) for how in (always, turned)]
         handles = {n: engine.submit(requests[n]) for n in order}
         moved, arrays = None, None
         while engine.step():
@@ -106,6 +82,7 @@ def test_an_answer_depends_on_its_request_alone(engine, requests):
         assert handles[n].tokens == handle.tokens
         np.testing.assert_allclose(handles[n].logp, handle.logp, atol=1e-5)
         assert [m[:3] for m in handles[n].invocations] == [m[:3] for m in handle.invocations]
+    assert all(handle.result() for handle in others)
     ids = {token for handle in alone for token in handle.tokens}
     assert ids >= set(engine.vlm.speech.end_ids)
 

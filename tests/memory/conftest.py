@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,8 +10,7 @@ from tests import drawn
 from tests.memory import vismem_world as world
 from tests.patches_world import sample
 from vlmem_jax.families import resolve
-from vlmem_jax.generate import Generator
-from vlmem_jax.generate.loop import FINISHED
+from vlmem_jax.generate import Engine, Generator, Request
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
 
@@ -54,17 +52,23 @@ def prompts(vlm):
 
 @pytest.fixture(scope="module")
 def answers(generator):
-    """Ids and log-probabilities of each prompt's answer, FINISHED left out, and the session; in batches of ROWS."""
+    """What became of each prompt, ROWS side by side, row n with the seed after that of row n - 1 or the key of
+    `keys[n]`; one engine for each generator."""
+    engines = {}
 
     def run(prompts, sampling=world.GREEDY, config=world.RULE, forced=(), keys=None, generator=generator, record=False):
-        session = generator.start(prompts, world.NEW, world.ROWS)
-        keys_B = None if keys is None else jax.vmap(jax.random.key)(jnp.resize(jnp.array(keys), world.ROWS))
-        drawn = list(session.draw(sampling, keys_B, config, forced, record))
-        tokens, logp = (np.stack(part, axis=1) for part in zip(*drawn, strict=True))
-        has = tokens != FINISHED
-        return [t[h].tolist() for t, h in zip(tokens, has, strict=True)], [
-            x[h] for x, h in zip(logp, has, strict=True)
-        ], session  # fmt: skip
+        if generator not in engines:
+            engines[generator] = Engine(generator, world.SHAPE)
+        engine, requests = engines[generator], []
+        for n, prompt in enumerate(prompts):
+            own = dataclasses.replace(sampling, seed=sampling.seed + n)
+            key_2 = None if keys is None else np.asarray(jax.random.key_data(jax.random.key(keys[n])))
+            given = forced[n] if forced else ()
+            requests.append(Request(prompt, own, config, key_2, given, keep=True, record=record))
+        handles = [engine.submit(request) for request in requests]
+        engine.run()
+        assert all(handle.reason == "length" for handle in handles)
+        return handles
 
     return run
 

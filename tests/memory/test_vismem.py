@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from tests.memory.vismem_world import GREEDY, NEW, ROWS, RULE, SAMPLED, calls
-from tests.verbs import embeddings, extended
+from tests.verbs import embeddings, extended, read, written
 from vlmem_jax.checkpoint import load_params, save_params
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, InvocationConfig
-from vlmem_jax.generate.loop import compiled, compiled_speech
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.memory.vismem.latent import ROWS_NOISE, kept
 from vlmem_jax.models import VLM
@@ -30,44 +29,43 @@ from vlmem_jax.types import Batch, FormationInputs
 
 
 @pytest.mark.parametrize("config", [RULE, InvocationConfig("delimiter_random", 0.4, 0.1)], ids=["forced", "chance"])
-def test_a_row_of_a_batch_equals_that_row_alone(answers, prompts, forced, config):
+def test_a_row_beside_others_equals_that_row_alone(answers, prompts, speech, forced, config):
     given = forced if config is RULE else [[]] * len(prompts)
     keys = list(range(len(prompts)))
-    tokens, logp, session = answers(prompts, SAMPLED, config, given, keys)
+    together = answers(prompts, SAMPLED, config, given, keys)
     for row, prompt in enumerate(prompts):
-        [alone], [alone_logp], _ = answers([prompt], SAMPLED, config, given[row : row + 1], keys[row : row + 1])
-        assert alone == tokens[row]
-        np.testing.assert_allclose(alone_logp, logp[row], atol=1e-5)
-    ids = {token for row in tokens for token in row}
-    assert ids >= set(session.generator.vlm.speech.end_ids)
+        [alone] = answers([prompt], SAMPLED, config, given[row : row + 1], keys[row : row + 1])
+        assert alone.tokens == together[row].tokens
+        np.testing.assert_allclose(alone.logp, together[row].logp, atol=1e-5)
+    ids = {token for row in together for token in row.tokens}
+    assert ids >= set(speech.end_ids)
 
 
-def test_every_call_is_followed_by_the_end_of_its_kind(answers, prompts, forced, speech, params, vlm):
-    tokens, logp, session = answers(prompts, GREEDY, RULE, forced, record=True)
-    for row, (ids, x) in enumerate(zip(tokens, logp, strict=True)):
-        given = {place: token for place, token in enumerate(forced[row]) if token >= 0}
+def test_every_call_is_followed_by_the_end_of_its_kind(answers, prompts, forced, speech):
+    found = answers(prompts, GREEDY, RULE, forced, record=True)
+    for row, handle in enumerate(found):
+        ids, given = handle.tokens, {place: token for place, token in enumerate(forced[row]) if token >= 0}
         assert len(ids) == NEW + len(given)
         for n, token in enumerate(ids):
             if token in speech.invoke_ids:
                 assert ids[n + 1] == speech.end_ids[speech.invoke_ids.index(token)]
             # neither what was forced nor an end was drawn
-            assert np.isnan(x[n]) == (token in (*speech.invoke_ids, *speech.end_ids))
-    assert [[each.kind for each in row] for row in session.invocations] == [[0], [1, 0], [], [1, 0]]
-    for ids, row in zip(tokens, session.invocations, strict=True):
-        assert [ids[each.place] for each in row] == [speech.end_ids[each.kind] for each in row]
-    # the cache holds prompts, tokens and latent tokens, and no more
-    latents = [sum(each.latents for each in row) for row in session.invocations]
-    taken = [len(p.tokens_T) + len(ids) + n for p, ids, n in zip(prompts, tokens, latents, strict=True)]
-    np.testing.assert_array_equal(session.state.length_B, taken)
-    grown = np.array(taken) - [len(p.tokens_T) for p in prompts]
-    np.testing.assert_array_equal(session.state.position_B, [p.positions_T.max() + 1 for p in prompts] + grown)
+            assert np.isnan(handle.logp[n]) == (token in (*speech.invoke_ids, *speech.end_ids))
+    assert [[each.kind for each in handle.invocations] for handle in found] == [[0], [1, 0], [], [1, 0]]
+    for prompt, handle in zip(prompts, found, strict=True):
+        ids, memories, decode = handle.tokens, handle.invocations, handle.row.decode
+        assert [ids[each.place] for each in memories] == [speech.end_ids[each.kind] for each in memories]
+        # the cache holds prompts, tokens and latent tokens, and no more
+        grown = len(ids) + sum(each.latents for each in memories)
+        assert decode.length_B == handle.length == len(prompt.tokens_T) + grown
+        assert decode.position_B == prompt.positions_T.max() + 1 + grown
 
 
 def test_kinds_can_be_reversed_and_switched_off(answers, prompts, forced, speech):
     def ends(**changes):
-        tokens, _, session = answers(prompts, GREEDY, dataclasses.replace(RULE, **changes), forced, record=True)
-        found = [[t for t in row if t in speech.end_ids] for row in tokens]
-        return found, [[each.kind for each in row] for row in session.invocations]
+        found = answers(prompts, GREEDY, dataclasses.replace(RULE, **changes), forced)
+        ended = [[t for t in handle.tokens if t in speech.end_ids] for handle in found]
+        return ended, [[each.kind for each in handle.invocations] for handle in found]
 
     short, long = speech.end_ids
     assert ends() == ([[short], [long, short], [], [long, short]], [[0], [1, 0], [], [1, 0]])
@@ -80,7 +78,8 @@ def test_kinds_can_be_reversed_and_switched_off(answers, prompts, forced, speech
 def test_memories_change_what_follows(answers, prompts, speech):
     """Of both kinds; else the tests above would show nothing."""
     one = [prompts[0]] * 3
-    [plain, short, long], _, _ = answers(one, GREEDY, RULE, [[], calls(speech, (0, 0)), calls(speech, (0, 1))])
+    found = answers(one, GREEDY, RULE, [[], calls(speech, (0, 0)), calls(speech, (0, 1))])
+    plain, short, long = (handle.tokens for handle in found)
     assert plain[1:] != short[2:][: len(plain) - 1] != long[2:][: len(plain) - 1] != plain[1:]
 
 
@@ -100,16 +99,16 @@ def eager(vlm, params):
 @pytest.mark.parametrize("limit", [None, 2, 0])
 def test_ends_are_never_chosen_and_calls_have_a_limit(answers, eager, prompts, speech, limit):
     most = speech.max_invocations if limit is None else limit
-    assert set(eager.start(prompts, NEW, ROWS).logits_BV.argmax(-1).tolist()) <= set(speech.end_ids)
+    assert set(read(eager.vlm, eager.params, prompts)[0].argmax(-1).tolist()) <= set(speech.end_ids)
     for sampling in (GREEDY, SAMPLED):
         config = InvocationConfig(max_invocations=limit)
-        tokens, logp, session = answers(prompts, sampling, config, generator=eager)
-        for ids, x in zip(tokens, logp, strict=True):
+        for handle in answers(prompts, sampling, config, generator=eager):
+            ids, decode = handle.tokens, handle.row.decode
             ends = [n for n, token in enumerate(ids) if token in speech.end_ids]
             assert len(ends) == most == sum(token in speech.invoke_ids for token in ids)
             assert len(ids) == NEW + most and all(ids[n - 1] in speech.invoke_ids for n in ends)
-            assert np.isnan(x).sum() == most  # the calls themselves were drawn
-        assert int(session.state.length_B.max()) <= session.state.cache.k_LBKSC.shape[3]
+            assert np.isnan(handle.logp).sum() == most  # the calls themselves were drawn
+            assert decode.length_B.max() <= decode.cache.k_LBKSC.shape[3]
 
 
 def test_more_calls_than_there_is_room_for_name_the_key(answers, prompts, speech):
@@ -120,9 +119,9 @@ def test_more_calls_than_there_is_room_for_name_the_key(answers, prompts, speech
 
 
 def test_always_calls_after_every_delimiter_and_nowhere_else(answers, generator, prompts, speech):
-    tokens, logp, _ = answers(prompts, SAMPLED, InvocationConfig("always"))
     seen = 0
-    for ids, x in zip(tokens, logp, strict=True):
+    for handle in answers(prompts, SAMPLED, InvocationConfig("always")):
+        ids, x = handle.tokens, handle.logp
         left, special = speech.max_invocations, (*speech.invoke_ids, *speech.end_ids)
         for n in range(1, len(ids)):
             due = ids[n - 1] in generator.delimiter_ids and ids[n - 1] not in special and left > 0
@@ -133,14 +132,14 @@ def test_always_calls_after_every_delimiter_and_nowhere_else(answers, generator,
     assert seen > ROWS
 
 
-def test_chance_calls_as_often_as_it_should(generator, prompts, speech):
+def test_chance_calls_as_often_as_it_should(answers, prompts, speech):
     """Of both kinds, unless one is off."""
     kinds = []
     for seed in range(12):
         config = InvocationConfig("delimiter_random", 0.5, 0.5, max_invocations=1, disabled=("long",) * (seed % 2))
-        drawn = generator.start(prompts, NEW, ROWS).draw(dataclasses.replace(SAMPLED, seed=100 * seed), None, config)
-        first, _ = next(drawn)
-        kinds += [(seed % 2, t) for t in first.tolist() if t in speech.invoke_ids]
+        how = dataclasses.replace(SAMPLED, seed=100 * seed, max_new_tokens=1)
+        first = [handle.tokens[0] for handle in answers(prompts, how, config)]
+        kinds += [(seed % 2, t) for t in first if t in speech.invoke_ids]
     assert 14 <= len(kinds) <= 34  # of 48 first tokens, half
     both = [token for off, token in kinds if not off]
     assert set(both) == set(speech.invoke_ids) and {t for off, t in kinds if off} == {speech.invoke_ids[0]}
@@ -157,22 +156,11 @@ def test_without_a_call_the_model_is_the_plain_one(answers, vlm, params, plain, 
     np.testing.assert_array_equal(scores[..., ordinary], plain_scores[..., ordinary])
     assert not np.array_equal(scores, plain_scores)
     banned = (*speech.invoke_ids, *speech.end_ids)
-    base = Generator(*plain, stop_ids=[], banned_ids=banned).generate(prompts, GREEDY, batch_size=ROWS)
+    base = answers(prompts, GREEDY, generator=Generator(*plain, stop_ids=[], banned_ids=banned))
     for config in (InvocationConfig("never"), RULE):
-        assert answers(prompts, GREEDY, config)[0] == base
+        for handle, wanted in zip(answers(prompts, GREEDY, config), base, strict=True):
+            assert handle.tokens == wanted.tokens
     assert jax.eval_shape(lambda params: plain[0].prefill(params, batch, 64)[1], plain[1]).memory is None
-
-
-def test_nothing_compiles_as_calls_come(answers, vlm, prompts, speech, forced):
-    answers(prompts, GREEDY, RULE, forced)
-    answers(prompts, GREEDY, InvocationConfig("always"))
-    programs = [*compiled(vlm, None), *compiled_speech(vlm, None)]
-    before = [program._cache_size() for program in programs]
-    for n in range(3):
-        again = [calls(speech, (n, n % 2), (n + 2, 1)), [], calls(speech, (n + 1, 0)), calls(speech, (3, 1))]
-        answers(prompts[n:] + prompts[:n], GREEDY, dataclasses.replace(RULE, reverse_types=n == 1), again)
-        answers(prompts, GREEDY, InvocationConfig("always", max_invocations=n))
-    assert [program._cache_size() for program in programs] == before
 
 
 def test_stages_train_the_memory_in_two_disjoint_parts(vlm):
@@ -230,24 +218,15 @@ def test_whatever_the_former_bfloat16_goes_in_and_comes_out(vlm, prompts, former
 # --- what it hears ----------------------------------------------------------------------------------------------------
 
 
-def test_it_hears_the_newest_states_of_a_long_text(vlm, params, prompts):
+def test_it_hears_the_newest_states_of_a_long_text(answers, vlm, params, prompts):
     """Once more than there is room for have been said, beside those of both images, of which there are too many."""
     small = dataclasses.replace(vlm.config.memory, max_prompt_hidden=5, max_visual_hidden=8)
     short = VLM(dataclasses.replace(vlm.config, memory=small))
     generator, prompt = Generator(short, params, stop_ids=[]), prompts[0]
-    session = generator.start([prompt], NEW)
     forced = [calls(short.speech, (8, 1))]
-    tokens = [int(t) for [t], _ in session.draw(GREEDY, None, RULE, forced, record=True)]
-    [[formed]] = session.invocations
-    said = tokens[: tokens.index(short.speech.invoke_ids[1]) + 1]
-    positions = prompt.positions_T.max() + 1 + np.arange(len(said))
-    longer = dataclasses.replace(
-        prompt,
-        tokens_T=np.append(prompt.tokens_T, np.array(said, np.int32)),
-        labels_T=np.append(prompt.labels_T, np.array(said, np.int32)),
-        positions_T=np.concatenate([prompt.positions_T, np.repeat(positions[:, None], 3, axis=1)]).astype(np.int32),
-        visual_index_T=np.append(prompt.visual_index_T, np.full(len(said), -1, np.int32)),
-    )
+    [handle] = answers([prompt], GREEDY, RULE, forced, generator=generator, record=True)
+    [formed] = handle.invocations
+    longer = written(prompt, handle.tokens[: handle.tokens.index(short.speech.invoke_ids[1]) + 1])
     batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, short.tile))
     hidden = jax.jit(short.hidden)(params, batch)[0]
     seen = jax.jit(lambda *given: short.see(*given).tokens_BMD)(params, batch.views)[0]
@@ -303,13 +282,12 @@ def test_eight_devices_give_the_answers_of_one(answers, vlm, params, prompts, fo
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **kwargs: programs.append(kwargs.get("fun_name")) if "backend_compile" in event else None
     )
-    tokens, logp, _ = answers(prompts, GREEDY, RULE, forced, generator=many)
+    found = answers(prompts, GREEDY, RULE, forced, generator=many)
     answers(prompts[::-1], GREEDY, RULE, forced, generator=many)
     assert [programs.count(f"jit({name})") for name in ("step", "insert")] == [1, 1]
-    one, one_logp, _ = answers(prompts, GREEDY, RULE, forced)
-    assert tokens == one
-    for x, y in zip(logp, one_logp, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+    for handle, one in zip(found, answers(prompts, GREEDY, RULE, forced), strict=True):
+        assert handle.tokens == one.tokens
+        np.testing.assert_allclose(handle.logp, one.logp, atol=1e-5)
 
 
 def test_the_loss_of_next_tokens_scores_the_tokens_of_the_memory(vlm, params, prompts):

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from tests import drawn
-from tests.memory.vismem_world import NEW, ROWS, RULE, SAMPLED, normal
+from tests.memory.vismem_world import ROWS, RULE, SAMPLED, normal
 from tests.verbs import embeddings
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import Generator
-from vlmem_jax.generate.loop import FINISHED
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
@@ -162,18 +161,17 @@ def test_seeing_again_costs_a_model_that_never_calls_nothing_but_room(answers, s
 
 def test_rows_that_see_again_are_apart(answers, seeing, prompts, forced):
     """In a batch, and as one of two answers to a prompt that was read once."""
-    generator = Generator(*seeing, stop_ids=[])
-    tokens, logp, _ = answers(prompts, SAMPLED, RULE, forced, keys := list(range(ROWS)), generator=generator)
+    generator, keys = Generator(*seeing, stop_ids=[]), list(range(ROWS))
+    together = answers(prompts, SAMPLED, RULE, forced, keys, generator=generator)
     for row in (0, 3):
         key, given = keys[row : row + 1], forced[row : row + 1]
-        [alone], [alone_logp], _ = answers([prompts[row]], SAMPLED, RULE, given, key, generator=generator)
-        assert alone == tokens[row]
-        np.testing.assert_allclose(alone_logp, logp[row], atol=1e-5)
-    session = generator.start(prompts[:2], NEW, ROWS // 2, copies=2)
-    keys_B = jax.vmap(jax.random.key)(jnp.array([0, 0, 1, 1]))
-    drawn = [t for t, _ in session.draw(SAMPLED, keys_B, RULE, [forced[n] for n in (0, 0, 1, 1)])]
-    for row, ids in enumerate(np.stack(drawn, axis=1)):
-        assert ids[ids != FINISHED].tolist() == tokens[row // 2]
+        [alone] = answers([prompts[row]], SAMPLED, RULE, given, key, generator=generator)
+        assert alone.tokens == together[row].tokens
+        np.testing.assert_allclose(alone.logp, together[row].logp, atol=1e-5)
+    for n in range(2):
+        for handle in alone._engine.fork([together[n].request] * 2):
+            handle.result()
+            assert handle.tokens == together[n].tokens
 
 
 @pytest.mark.slow

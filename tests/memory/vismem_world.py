@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
+from vlmem_jax.runtime.shapes import PoolShape
 
 ROWS = 4
-"""Of every batch, so that all tests run the same programs."""
+"""Of every batch and engine, so that all tests run the same programs."""
 NEW = 10
+SHAPE = PoolShape(ROWS, capacity=128, chunk=128, tiles=16, forced=16).in_a_piece
 SAMPLED = SamplingConfig(max_new_tokens=NEW, temperature=1.0, seed=3)
 GREEDY = SamplingConfig(max_new_tokens=NEW)
 RULE = InvocationConfig("delimiter_random", probability=0.0)

@@ -9,14 +9,16 @@ import pytest
 
 from tests import drawn
 from tests.patches_world import one_row, sample
+from tests.verbs import written
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row
 from vlmem_jax.families import resolve
-from vlmem_jax.generate import Generator, SamplingConfig
+from vlmem_jax.generate import Engine, Generator, Request, SamplingConfig
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
+from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 IMAGE, TALL, VIDEO = PatchGrid(1, 3, 5), PatchGrid(1, 7, 2), PatchGrid(3, 2, 3, 0.7)
@@ -84,27 +86,26 @@ def test_positions_of_each_axis_matter(vlm, params, logits, samples):
         assert np.abs(logits(params, moved) - logits(params, batch)).max() > 1e-3
 
 
-def test_decoding_with_the_cache_equals_reading_all_again(vlm, params, samples):
-    generator = Generator(vlm, params, stop_ids=[])
-    answers = generator.generate(samples, SamplingConfig(max_new_tokens=4))
-    for one, answer in zip(samples, answers, strict=True):
-        after = one.positions_T.max() + 1 + np.arange(len(answer), dtype=np.int32)
-        longer = dataclasses.replace(
-            one,
-            tokens_T=np.append(one.tokens_T, np.int32(answer)),
-            labels_T=np.append(one.labels_T, np.int32(answer)),
-            positions_T=np.append(one.positions_T, np.stack([after] * 3, axis=1), axis=0),
-            visual_index_T=np.append(one.visual_index_T, np.full(len(answer), -1, np.int32)),
-        )
-        batch = jax.tree.map(jnp.asarray, pad_prompts([longer], 1, vlm.tile))
-        scores = jax.jit(vlm.logits)(params, batch)[0]
-        last = len(one.tokens_T) - 1
-        assert scores[last : last + len(answer)].argmax(-1).tolist() == answer
+@pytest.fixture(scope="module")
+def engine(vlm, params):
+    return Engine(Generator(vlm, params, stop_ids=[]), PoolShape(3, capacity=128, chunk=128, tiles=64).in_a_piece)
+
+
+def test_decoding_with_the_cache_equals_reading_all_again(vlm, params, engine, logits, samples):
+    handles = [engine.submit(Request(one, SamplingConfig(max_new_tokens=4))) for one in samples]
+    for one, handle in zip(samples, handles, strict=True):
+        answer, last = handle.result(), len(one.tokens_T) - 1
+        scores = logits(params, packed(vlm, [written(one, answer)]))[0]
+        assert len(answer) == 4 and scores[last : last + 4].argmax(-1).tolist() == answer
 
 
 @pytest.mark.parametrize("vlm", PLAIN, indirect=True, ids=str)
-def test_an_image_that_comes_late_is_seen_as_if_read_at_once(vlm, params):
-    first, second = sample(vlm, [IMAGE, VIDEO], 9, seed=1), sample(vlm, [TALL], 5, seed=4)
+def test_an_image_that_comes_late_is_seen_as_if_read_at_once(vlm, engine):
+    """Behind an answer of one token."""
+    how = SamplingConfig(max_new_tokens=1)
+    before, second = sample(vlm, [IMAGE, VIDEO], 9, seed=1), sample(vlm, [TALL], 5, seed=4)
+    begun = engine.submit(Request(before, how, keep=True))
+    first = written(before, begun.result())
     at, tiles = first.positions_T.max() + 1, len(first.pixels_ISSc)
     index_T = np.where(second.visual_index_T < 0, -1, second.visual_index_T + tiles)
     moved = dataclasses.replace(
@@ -116,11 +117,12 @@ def test_an_image_that_comes_late_is_seen_as_if_read_at_once(vlm, params):
     )
     names = [name for name, x in vars(first).items() if isinstance(x, np.ndarray)]
     joined = {name: np.concatenate([getattr(one, name) for one in (first, moved)]) for name in names}
-    generator = Generator(vlm, params, stop_ids=[])
-    at_once, session = generator.start([dataclasses.replace(first, **joined)], 8), generator.start([first], 64)
-    session.append(second)
-    np.testing.assert_allclose(session.logits_BV, at_once.logits_BV, **CLOSE)
-    assert session.state.position_B == at_once.state.position_B
+    late = engine.submit(Request(second, how, after=begun, keep=True))
+    at_once = engine.submit(Request(dataclasses.replace(first, **joined), how, keep=True))
+    assert late.result() == at_once.result() and late.length == at_once.length
+    np.testing.assert_allclose(late.logp, at_once.logp, **CLOSE)
+    np.testing.assert_allclose(late.row.logits_BV, at_once.row.logits_BV, **CLOSE)
+    assert late.row.decode.position_B == at_once.row.decode.position_B
 
 
 def test_a_mesh_gives_the_same_numbers(vlm, params, logits, samples):
@@ -157,9 +159,9 @@ def test_a_tied_head_is_the_token_table(vlm, params, logits, samples):
 
 
 def test_a_cache_must_hold_the_prompts(vlm, params, samples):
-    batch = jax.tree.map(jnp.asarray, pad_prompts(samples, 4, vlm.tile))
+    batch = pad_prompts(samples, 4, vlm.tile)
     with pytest.raises(ValueError, match=r"must hold the prompts of \d+ token slots, got a capacity of 7"):
-        vlm.prefill(params, batch, 7)
+        jax.eval_shape(lambda params, batch: vlm.prefill(params, batch, 7), params, batch)
 
 
 def test_tiles_of_another_kind_are_refused(vlm, samples):

@@ -125,6 +125,21 @@ def test_a_plain_model_has_no_memory_parameters_and_no_metrics(vlm, params):
     np.testing.assert_allclose(list(gates.values()), np.tanh(0.7), rtol=1e-6)
 
 
+def test_without_images_the_program_is_that_of_a_plain_model(vlm, params):
+    """As costly, and it gives the same numbers."""
+    plain, batch = VLM(dataclasses.replace(vlm.config, memory=None)), row(vlm, [TEXT], 48, 0)
+    without_memory = {name: part for name, part in params.items() if name != "memory"}
+
+    def program(vlm, params):
+        compiled = jax.jit(vlm.logits).lower(params, batch).compile()
+        cost = compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+        return cost, compiled(params, batch)
+
+    (cost, scores), (plain_cost, plain_scores) = program(vlm, params), program(plain, without_memory)
+    assert cost == plain_cost
+    np.testing.assert_array_equal(scores, plain_scores)
+
+
 def test_a_sample_without_memory_skips_the_whole_block(vlm, params):
     """Also its MLP: a text-only sample in a mixed row equals the plain model's answer to it."""
     plain = VLM(dataclasses.replace(vlm.config, memory=None))

@@ -13,8 +13,6 @@ from flax import nnx
 from vismem_golden import TRACES, part
 
 from tests.verbs import extended
-from vlmem_jax.generate import SamplingConfig
-from vlmem_jax.generate.loop import TEXT_BUCKET
 from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.types import Batch, FormationInputs
 
@@ -126,30 +124,24 @@ def scored(vlm):
 
 
 @pytest.mark.parametrize("name", TRACES)
-def test_the_loop_gives_the_recorded_tokens(traced, name):
-    """All rows of a file at once, and each alone; with the log-probabilities that the recorded scores have."""
+def test_the_engine_gives_the_recorded_tokens(traced, name):
+    """All prompts of a file side by side, and each alone; with the log-probabilities that the recorded scores have."""
     found, prompts, traces = traced(name)
+    longest, forced = max(trace.sampled for trace in traces), max(len(trace.forced) for trace in traces)
+    engine = vismem_golden.engine(found, prompts, longest, forced)
+    asked = vismem_golden.requests(found, prompts, traces)
     groups = [list(range(len(traces)))] + [[n] for n in range(len(traces))] * (len(traces) > 1)
-    longest = max(trace.sampled for trace in traces)
     for group in groups:
-        session = vismem_golden.session(found, [prompts[n] for n in group], longest)
-        sampling = SamplingConfig(max_new_tokens=longest)
-        answers = [[] for _ in group]
-        forced = [traces[n].forced for n in group]
-        for tokens_B, logp_B in session.draw(sampling, None, traces[group[0]].calls, forced, record=True):
-            for answer, token, logp in zip(answers, tokens_B.tolist(), logp_B, strict=True):
-                answer += [(token, logp)] * (token >= 0)
-        for row, n in enumerate(group):
-            # rows of a batch go on for as long as the longest
-            trace, answer = traces[n], answers[row][: len(traces[n].emitted)]
-            assert [token for token, _ in answer] == trace.emitted
+        handles = [engine.submit(asked[n]) for n in group]
+        for n, handle in zip(group, handles, strict=True):
+            trace = traces[n]
+            assert handle.result() == trace.emitted
             scores = jax.nn.log_softmax(jnp.asarray(trace.logits).at[:, jnp.array(found.ids)].set(-jnp.inf))
             calls = np.flatnonzero(np.isin(trace.kinds, (1, 3)))
-            for call, (token, logp) in zip(calls, answer, strict=True):
+            for call, token, logp in zip(calls, handle.tokens, handle.logp, strict=True):
                 drawn = trace.kinds[call] == 1 and token not in found.ids
                 np.testing.assert_allclose(logp, scores[call - 1, token] if drawn else np.nan, atol=2e-4)
-            formed = session.invocations[row]
-            for each, wanted in zip(formed, trace.invocations, strict=True):
+            for each, wanted in zip(handle.invocations, trace.invocations, strict=True):
                 assert each.kind == wanted["kind"]
                 assert len(each.states_LD) == wanted["num_visual"] + wanted["num_text"]
                 np.testing.assert_allclose(each.states_LD, wanted["H"][0], **STATES)
@@ -161,8 +153,7 @@ def test_scores_positions_and_memories_step_by_step(traced, name):
     speech, longest = found.vlm.speech, max(trace.sampled for trace in traces)
     extend, form, builder = compiled(found.vlm)
     for prompt, trace in zip(prompts, traces, strict=True):
-        session = vismem_golden.session(found, [prompt], longest)
-        logits, state = session.logits_BV, session.state
+        logits, state = vismem_golden.read(found, prompt, longest)
         np.testing.assert_allclose(logits[0], trace.logits[0], **LOGITS)
         ids, memories, n = iter(trace.emitted), iter(trace.invocations), 1
         while n < len(trace.kinds):
@@ -177,7 +168,7 @@ def test_scores_positions_and_memories_step_by_step(traced, name):
             kind = speech.invoke_ids.index(token)
             kind = 1 - kind if trace.calls.reverse_types else kind
             assert kind == wanted["kind"]
-            size = bucket(int(wanted["num_text"]), TEXT_BUCKET)
+            size = bucket(int(wanted["num_text"]), vismem_golden.TEXT)
             latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.full(1, kind), size)
             length = heard.lengths_BJ[0]
             queries = builder(found.params, heard.states_BJLD[0], length)
@@ -266,10 +257,10 @@ def test_supervised_step_of_stage_one(model):
     found = model("lora_llm", "vision_encoder")
     file, vlm, (invoke, end) = found.files["stage1_supervised"], found.vlm, found.ids[:2]
     [prompt] = vismem_golden.rows(found, file)
-    session, length = vismem_golden.session(found, [prompt], 1), len(prompt.tokens_T)
+    (_, state), length = vismem_golden.read(found, prompt, 1), len(prompt.tokens_T)
     extend, form, _ = compiled(vlm)
-    _, state = extend(found.params, session.state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
-    latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), TEXT_BUCKET)
+    _, state = extend(found.params, state, jnp.full((1, 1), invoke), jnp.ones(1, jnp.int32))
+    latents, heard = form(found.params, state, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), vismem_golden.TEXT)
     count = int(heard.lengths_BJ[0, 0])
     np.testing.assert_allclose(heard.states_BJLD[:, 0, :count], file["X"], **STATES)
     slots = file["M"].shape[1]

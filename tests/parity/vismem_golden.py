@@ -1,7 +1,9 @@
 """The golden VisMem: sizes, weights and traces from its files, on the golden Qwen2.5-VL."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import qwen_golden
 
-from vlmem_jax.generate import Generator, InvocationConfig
-from vlmem_jax.generate.loop import Session
+from vlmem_jax.generate import Engine, Generator, InvocationConfig, Request, SamplingConfig
 from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.memory import VisMemConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.encoder import EncoderConfig
 from vlmem_jax.nn.lora import LoRAConfig
-from vlmem_jax.runtime.shapes import bucket, tile_bucket
+from vlmem_jax.runtime.shapes import PoolShape, bucket, tile_bucket
+from vlmem_jax.types import IGNORED, Batch, DecodeState, Sample
 
 TRACES = {
     "trace_tiny_llm_hidden": ("tiny_transformer", "llm_hidden_first_span"),
@@ -140,16 +142,55 @@ def rows(model, arrays: dict) -> list[SimpleNamespace]:
     return qwen_golden.rows(arrays, model.content, model.vlm.config.vision.geometry)
 
 
-def session(model, found: list[SimpleNamespace], new_tokens: int, **options) -> Session:
-    """Their decoding; `options` of the Generator. Sizes are in buckets, so that prompts share compiled programs."""
-    generator = Generator(model.vlm, model.params, stop_ids=(), **options)
+@functools.cache
+def programs(vlm: VLM) -> tuple[Callable, Callable]:
+    """What prompts show, and reading them."""
+    return jax.jit(vlm.see), jax.jit(vlm.prefill, static_argnums=2)
+
+
+def padded(model, found: list[SimpleNamespace]) -> Batch:
+    """Their rows; sizes are in buckets, so that prompts share compiled programs."""
     longest = max(len(row.tokens_T) for row in found)
     tiles = max(len(row.placed.slot_C) for row in found)
-    T, I = bucket(longest, TEXT), tile_bucket(tiles, model.vlm.tile)
-    batch = qwen_golden.batch(model.vlm, found, T, I)
-    capacity = T + bucket(generator.room(new_tokens), TEXT)
-    logits_BV, state = generator.programs.prefill(model.params, batch, capacity)
-    return Session(generator, state, logits_BV, len(found), longest, capacity)
+    return qwen_golden.batch(model.vlm, found, bucket(longest, TEXT), tile_bucket(tiles, model.vlm.tile))
+
+
+def read(model, prompt: SimpleNamespace, new_tokens: int) -> tuple[jax.Array, DecodeState]:
+    """Scores after a prompt, and the state, with room for so many tokens and all memories between them."""
+    batch = padded(model, [prompt])
+    capacity = batch.text.tokens_BT.shape[1] + bucket(new_tokens + model.vlm.speech.room, TEXT)
+    return programs(model.vlm)[1](model.params, batch, capacity)
+
+
+def engine(model, found: list[SimpleNamespace], new_tokens: int, forced: int) -> Engine:
+    """One that has room for each of the prompts, and for all of them side by side."""
+    batch = padded(model, found)
+    tokens, tiles = batch.text.tokens_BT.shape[1], batch.views.pixels_BISSc.shape[1]
+    shape = PoolShape.of(len(found), tokens + new_tokens + model.vlm.speech.room, tiles, forced)
+    return Engine(Generator(model.vlm, model.params, stop_ids=()), shape.in_a_piece)
+
+
+def requests(model, found: list[SimpleNamespace], traces: list["Trace"]) -> list[Request]:
+    """Their prompts, whose patches are numbers that no picture has, to be answered as the traces were."""
+    asked = []
+    seen = programs(model.vlm)[0](model.params, padded(model, found).views)
+    for n, (row, trace) in enumerate(zip(found, traces, strict=True)):
+        T, axes, side = len(row.tokens_T), model.vlm.tile.axes, model.vlm.tile.side
+        visual_index_T = np.full(T, -1, np.int32)
+        visual_index_T[row.is_visual] = row.placed.slot_C
+        text = Sample(
+            tokens_T=row.tokens_T,
+            labels_T=np.full(T, IGNORED, np.int32),
+            positions_T=row.placed.positions_T,
+            visual_index_T=visual_index_T,
+            pixels_ISSc=np.zeros((0, side, side, model.vlm.tile.channels), np.uint8),
+            visual_positions_M=np.zeros((0, axes), np.int32),
+            layout_I4=np.zeros((0, 4), np.int32),
+        )
+        visual = jax.tree.map(lambda x, n=n: x[n : n + 1], seen)
+        sampling = SamplingConfig(max_new_tokens=trace.sampled)
+        asked.append(Request(text, sampling, trace.calls, forced=trace.forced, visual=visual, record=True))
+    return asked
 
 
 @dataclasses.dataclass

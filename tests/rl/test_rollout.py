@@ -1,4 +1,4 @@
-"""What was drawn is what is trained on: log-probabilities, positions, one prefill for a group."""
+"""What was drawn is what is trained on: log-probabilities and positions."""
 
 import dataclasses
 
@@ -80,19 +80,6 @@ def test_the_sampler_and_the_trainer_give_the_same_log_probabilities(drawn):
     np.testing.assert_allclose(logp_BT[counts_BT], rows.old_logp_BT[counts_BT], atol=1e-5)
     np.testing.assert_allclose(rows.batch.text.weights_BT.sum(), len(trajectories), rtol=1e-6)
     assert not np.isin(np.concatenate([t.tokens_T for t in trajectories]), BANNED).any()
-
-
-def test_one_prefill_serves_a_group(drawn):
-    _, _, generator, prompts, keys_PG, _ = drawn
-    once = generator.start(prompts, 12, copies=G)
-    each = generator.start([prompt for prompt in prompts for _ in range(G)], 12)
-    np.testing.assert_allclose(once.logits_BV, each.logits_BV, atol=1e-5)
-    keys_B = keys_PG.reshape(-1)
-    for (tokens, logp), (own_tokens, own_logp) in zip(
-        once.draw(SAMPLING, keys_B), each.draw(SAMPLING, keys_B), strict=True
-    ):
-        np.testing.assert_array_equal(tokens, own_tokens)
-        np.testing.assert_allclose(logp[tokens >= 0], own_logp[tokens >= 0], atol=1e-5)
 
 
 def test_a_trajectory_does_not_depend_on_its_batch(drawn):

@@ -13,7 +13,7 @@ from tests.drawn import random_params
 from tests.rl import memory_world
 from tests.rl.memory_world import FORMATION
 from tests.train import world
-from tests.verbs import extended
+from tests.verbs import extended, read
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
 from vlmem_jax.config import ConfigError, override
@@ -76,7 +76,7 @@ def losses_by_decoding(generator, samples, answers, kind):
     """Mean negative log-probability of the tokens of each answer after a memory, one after the other from the cache."""
     vlm, params, B = generator.vlm, generator.params, len(samples)
     slots, speech, ones_B = vlm.speech.lengths[kind], vlm.speech, jnp.ones(B, jnp.int32)
-    state, extend = generator.start(samples, 1).state, jax.jit(functools.partial(extended, vlm))
+    (_, state), extend = read(vlm, params, samples), jax.jit(functools.partial(extended, vlm))
     _, state = extend(params, state, ones_B[:, None] * speech.invoke_ids[kind], ones_B)
     latents_BND, _ = jax.jit(vlm.form, static_argnums=4)(params, state, jnp.arange(B), ones_B * kind, 64)
     memory_BT = jnp.zeros((B, speech.latents + 1), jnp.int32).at[:, slots].set(speech.end_ids[kind])

@@ -11,6 +11,7 @@ import pytest
 from tests.patches_world import save_video
 from tests.stream import world
 from vlmem_jax.evals.measure import compilations
+from vlmem_jax.generate import Pool, Request
 from vlmem_jax.stream import Asker, Log, Question, Watcher, inbox
 from vlmem_jax.stream.questions import END
 
@@ -47,11 +48,12 @@ def test_a_stream_of_few_frames_is_offline_mode(model, monkeypatch, tmp_path, ti
     online = asker.prompt("And now?", snapshot, 0.4)
     for name in ("tokens_T", "positions_T", "visual_index_T"):
         np.testing.assert_array_equal(getattr(online, name), getattr(offline, name))
-    wanted = asker.watcher.generator.start([offline], 5)
-    found = asker.watcher.generator.recall(online, snapshot.visual, 5)
-    np.testing.assert_allclose(found.logits_BV, wanted.logits_BV, atol=2e-4)
-    [ids] = asker.watcher.generator.generate([offline], world.GREEDY)
-    assert shown[1][2] == processor.tokenizer.decode(ids) != ""
+    pool = Pool(asker.watcher.generator, 1)
+    requests = Request(offline, world.GREEDY), Request(online, world.GREEDY, visual=snapshot.visual)
+    wanted, found = pool.submit(requests)
+    assert found.result() == wanted.result()
+    np.testing.assert_allclose(found.logp, wanted.logp, atol=2e-4)
+    assert shown[1][2] == processor.tokenizer.decode(wanted.answer) != ""
 
 
 def test_a_question_is_asked_about_the_frames_up_to_its_time(asker):

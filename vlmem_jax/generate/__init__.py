@@ -2,9 +2,9 @@
 
 from vlmem_jax.generate.chat import Chat
 from vlmem_jax.generate.engine import Engine
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import Invocation, InvocationConfig
 from vlmem_jax.generate.load import LoadedModel, load_model, never_sampled
-from vlmem_jax.generate.loop import Generator, Session
 from vlmem_jax.generate.pools import Pool, answers
 from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.generate.sampling import SamplingConfig
@@ -21,7 +21,6 @@ __all__ = [
     "Pool",
     "Request",
     "SamplingConfig",
-    "Session",
     "Transcript",
     "answers",
     "load_model",

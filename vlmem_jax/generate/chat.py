@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from vlmem_jax.generate.engine import wanted
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import InvocationConfig
-from vlmem_jax.generate.loop import Generator
 from vlmem_jax.generate.pools import Pool
 from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.generate.sampling import SamplingConfig

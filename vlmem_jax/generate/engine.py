@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import is_delimiter
-from vlmem_jax.generate.loop import Generator
 from vlmem_jax.generate.reading import Reading
 from vlmem_jax.generate.requests import Handle, Reason, Request
 from vlmem_jax.generate.rows import BROKEN, Plan, Row, compiled, settings

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from vlmem_jax.checkpoint import folder, store
 from vlmem_jax.config import build, to_dict
 from vlmem_jax.families import of_model, resolve
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import delimiters
-from vlmem_jax.generate.loop import Generator
 from vlmem_jax.hub import repos
 from vlmem_jax.hub.convert import is_released, load_onto, released
 from vlmem_jax.hub.tokenizer_files import TokenizerFiles

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from vlmem_jax.generate.engine import Engine, wanted
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import InvocationConfig
-from vlmem_jax.generate.loop import Generator
 from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.generate.sampling import SamplingConfig
 from vlmem_jax.processing import Tokenizer

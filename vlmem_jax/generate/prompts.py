@@ -6,21 +6,14 @@ from vlmem_jax.runtime.shapes import bucket, tile_bucket
 from vlmem_jax.types import Batch, Sample, TileShape
 
 
-def like_sized(samples: Sequence[Sample], size: int) -> list[list[int]]:
-    """Which prompts to answer together, at most `size` at a time: those of like length, so that little is padding."""
-    order = sorted(range(len(samples)), key=lambda n: (len(samples[n].pixels_ISSc), len(samples[n].tokens_T)))
-    return [order[first : first + size] for first in range(0, len(order), size)]
-
-
-def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape, smallest: int = 64, spare: int = 0) -> Batch:
+def pad_prompts(samples: Sequence[Sample], rows: int, tile: TileShape) -> Batch:
     """A batch with a row for each prompt, padded on the right to bucketed lengths; rows beyond the prompts are empty.
 
-    `spare`: tokens that there is to be room for behind the longest prompt.
     Raises ValueError if there are more prompts than rows, or a prompt's tiles do not fit the model.
     """
     if len(samples) > rows:
         raise ValueError(f"{len(samples)} prompts do not fit a batch of {rows} rows")
-    T = bucket(max(len(sample.tokens_T) for sample in samples) + spare, smallest)
+    T = bucket(max(len(sample.tokens_T) for sample in samples), 64)
     return filled(samples, rows, tile, T, tile_bucket(max(len(sample.pixels_ISSc) for sample in samples), tile))
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.plan import fill_rows
 from vlmem_jax.data.rows import pack_row
-from vlmem_jax.generate.loop import Generator
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.rows import Programs, Row
 from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import Invocation
-from vlmem_jax.generate.loop import Generator
 from vlmem_jax.generate.requests import Handle
 from vlmem_jax.generate.rows import Programs, Row
 from vlmem_jax.memory import Speech
