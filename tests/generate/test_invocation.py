@@ -12,8 +12,8 @@ SPEECH = Speech(("a", "b"), (10, 12), (11, 13), (3, 5), max_invocations=4, max_s
 DELIMITERS_V = jnp.asarray(is_delimiter([1, 2], 20))
 
 
-def rule(config=InvocationConfig(), forced=(), rows=2):
-    return Rule.make(config, SPEECH, 8, forced, rows)
+def rule(config=InvocationConfig(), forced=(), rows=2, places=0):
+    return Rule.make(config, SPEECH, 8, forced, rows, places)
 
 
 def test_delimiters_end_phrases(tmp_path):
@@ -50,10 +50,10 @@ def test_first_calls_right_after_the_prompt_and_never_again():
     assert calls.force(made, DELIMITERS_V, SPEECH, keys_B, jnp.ones(2, jnp.int32)).tolist() == [-1, -1]
 
 
-def test_forced_tokens_stand_in_rows_of_few_lengths():
+def test_forced_tokens_stand_in_places_of_their_own():
     assert rule().forced_BS.shape == (2, 0)
-    forced_BS = rule(forced=[[3, -1, 4]]).forced_BS
-    assert forced_BS.shape == rule(forced=[[], [5] * 40]).forced_BS.shape
+    forced_BS = rule(forced=[[3, -1, 4]], places=40).forced_BS
+    assert forced_BS.shape == rule(forced=[[], [5] * 40], places=40).forced_BS.shape == (2, 40)
     assert forced_BS[0, :4].tolist() == [3, -1, 4, -1] and (forced_BS[1] == -1).all()
     with pytest.raises(ValueError, match="forced has tokens for 3 rows, but there are 2"):
         rule(forced=[[1], [2], [3]])

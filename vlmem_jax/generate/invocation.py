@@ -11,11 +11,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
-from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.trees import State, axes
 
 DELIMITERS = (".", ",", ";", ":", "!", "?")
-FORCED_BUCKET = 64
 
 
 class Invocation(NamedTuple):
@@ -103,15 +101,13 @@ class Rule(State):
         limit: int,
         forced: Sequence[Sequence[int]],
         rows: int,
-        places: int | None = None,
+        places: int,
     ) -> "Rule":
-        """On the host, of rows with the same settings but for `forced`, for which there are `places` (default: as many
-        as it takes). Raises ValueError if more rows are forced than there are, or more tokens than places."""
+        """On the host, of rows with the same settings but for `forced`, for which there are `places`. Raises ValueError
+        if more rows are forced than there are, or more tokens than places."""
         if len(forced) > rows:
             raise ValueError(f"forced has tokens for {len(forced)} rows, but there are {rows}")
         longest = max(map(len, forced), default=0)
-        if places is None:
-            places = bucket(max(1, longest), FORCED_BUCKET) if forced else 0
         if longest > places:
             raise ValueError(f"forced has {longest} tokens for a row, but there are places for {places}; raise forced")
         chance = {"delimiter_random": config.probability, "always": 1.0}.get(config.mode, 0.0)
