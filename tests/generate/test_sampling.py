@@ -44,11 +44,11 @@ def test_rows_of_a_batch_have_settings_of_their_own():
     assert [need(one) for one in settings] == [GREEDY, SAMPLED, LIMITED, LIMITED]
     logits_BV = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32))
     each = [jax.tree.map(jnp.asarray, Choice.make(one, 1, 50, [row], [])) for row, one in enumerate(settings)]
-    together = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
+    together, chosen = jax.tree.map(lambda *x: jnp.concatenate(x), *each), jax.jit(choose)
     for index in range(20):
-        drawn_B, logp_B = choose(logits_BV, together, jnp.full(4, index), LIMITED)
+        drawn_B, logp_B = chosen(logits_BV, together, jnp.full(4, index), LIMITED)
         for row, (one, choice) in enumerate(zip(settings, each, strict=True)):
-            [alone], [logp] = choose(logits_BV[row : row + 1], choice, jnp.full(1, index), need(one))
+            [alone], [logp] = chosen(logits_BV[row : row + 1], choice, jnp.full(1, index), need(one))
             assert (alone, logp) == (drawn_B[row], logp_B[row]) and alone != row
         assert drawn_B[2] in jnp.argsort(logits_BV[2].at[2].set(-jnp.inf))[-2:]
 
