@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.verbs import written
 from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.generate.engine import Engine
 from vlmem_jax.generate.prompts import pad_prompts
@@ -28,29 +29,17 @@ def prompts(make_prompt):
     return [make_prompt(9, 1, 0), make_prompt(60, 0, 1), make_prompt(14, 2, 2), make_prompt(5, 0, 3)]
 
 
-def followed(prompt, ids):
-    """A prompt with more tokens behind it."""
-    n = len(ids)
-    return dataclasses.replace(
-        prompt,
-        tokens_T=np.append(prompt.tokens_T, np.array(ids, np.int32)),
-        positions_T=np.append(prompt.positions_T, prompt.positions_T[-1] + 1 + np.arange(n, dtype=np.int32)),
-        visual_index_T=np.append(prompt.visual_index_T, np.full(n, -1, np.int32)),
-        labels_T=np.append(prompt.labels_T, np.full(n, -100, np.int32)),
-    )
-
-
 def test_continuations_are_scored_as_if_they_had_been_drawn(vlm, params, engine, prompts):
     prompt, given = prompts[0], [[7, 8, 9], [20], [30, 31], [7, 8], [7, 8, 10]]
     handle = engine.submit(Request(prompt, GREEDY, keep=True))
     handle.result()
     found = engine.score(handle, given)
-    for ids, logp_T in zip(given, found, strict=True):
-        whole = followed(prompt, handle.tokens + ids)
-        logits_TV = jax.jit(vlm.logits)(params, pad_prompts([whole], 1, vlm.tile))[0]
-        logits_TV = logits_TV.at[:, np.array(BANNED)].set(-np.inf)
-        start = len(whole.tokens_T) - len(ids)
-        expected = [jax.nn.log_softmax(logits_TV[start + n - 1])[token] for n, token in enumerate(ids)]
+    wholes = [written(prompt, handle.tokens + ids) for ids in given]
+    logits_BTV = jax.jit(vlm.logits)(params, pad_prompts(wholes, len(wholes), vlm.tile))
+    logp_BTV = np.asarray(jax.nn.log_softmax(logits_BTV.at[:, :, np.array(BANNED)].set(-np.inf)))
+    for row, (ids, logp_T) in enumerate(zip(given, found, strict=True)):
+        start = len(wholes[row].tokens_T) - len(ids)
+        expected = [logp_BTV[row, start + n - 1, token] for n, token in enumerate(ids)]
         np.testing.assert_allclose(logp_T, expected, atol=1e-5)
     assert engine.score(handle, given)[0].tolist() == found[0].tolist(), "it changes nothing"
 
