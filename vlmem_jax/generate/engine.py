@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from vlmem_jax.generate.features import Features
 from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import is_delimiter
 from vlmem_jax.generate.reading import Reading
@@ -59,7 +60,9 @@ class Engine:
         with generator.context():
             self._rows: Row = self._programs.empty()
         self._delimiter_V = generator.put(is_delimiter(generator.delimiter_ids, vlm.config.decoder.vocab))
-        self._score = Scores(generator, shape, self._programs)
+        self.features = Features(generator, shape) if shape.features else None
+        """What was seen, for those who show it again."""
+        self._score = Scores(generator, shape, self._programs, self.features)
         self._speaking = Speaking(generator, shape, self._programs) if vlm.speech else None
 
     def programs(self) -> list[str]:
@@ -334,7 +337,9 @@ class Engine:
         reading.length += int((text.segments_BT > 0).sum(-1).max())
         place = functools.partial(generator.put, rows=len(text.tokens_BT) == self.lanes)
         with generator.context():
-            if isinstance(reading.visual, Views):
+            if isinstance(reading.visual, Views) and self.features:
+                reading.visual = self.features.of(reading.visual)
+            elif isinstance(reading.visual, Views):
                 reading.visual = programs.see(params, place(reading.visual))
             if reading.decode is None:
                 read = programs.first(params, place(text), reading.visual, place(reading.length_B))

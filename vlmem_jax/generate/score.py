@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.plan import fill_rows
 from vlmem_jax.data.rows import pack_row
+from vlmem_jax.generate.features import Features
 from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.rows import Programs, Row
 from vlmem_jax.models import VLM
@@ -20,7 +21,7 @@ from vlmem_jax.models.vlm import Params
 from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import PoolShape, least, powers
 from vlmem_jax.runtime.sharding import replicate
-from vlmem_jax.types import Batch, Sample
+from vlmem_jax.types import Batch, Sample, VisualTokens
 
 CONTINUATIONS = 1, 4
 """That are scored in one call."""
@@ -39,10 +40,14 @@ def label_logp(
     labels_K: Int32[Array, "K"],
     is_label_K: Bool[Array, "K"],
     adapter_B: Int32[Array, "B"] | None = None,
+    visual: VisualTokens | None = None,
 ) -> Float[Array, "B T K"]:
     """Log-probability of each label as the token behind each place of packed rows, under the softmax of the labels, in
-    fp32. Only their columns of the head are read; `adapter_B` as in `VLM.see`."""
-    hidden_BTD = vlm.hidden(params, batch, adapter_B=adapter_B)
+    fp32. Only their columns of the head are read; `adapter_B` as in `VLM.see`; `visual`: what the rows show, where it
+    was seen before."""
+    if visual is None:
+        visual = vlm.see(params, batch.views, adapter_B=adapter_B)
+    hidden_BTD = vlm.read(params, batch.text, visual, adapter_B=adapter_B)
     kernel_DK = vlm.head_kernel(params)[:, labels_K].astype(hidden_BTD.dtype)
     logits_BTK = jnp.einsum("BTD,DK->BTK", hidden_BTD, kernel_DK, preferred_element_type=jnp.float32)
     return jax.nn.log_softmax(jnp.where(is_label_K, logits_BTK, -jnp.inf))
@@ -50,8 +55,8 @@ def label_logp(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(vlm: VLM, mesh: Mesh | None) -> Callable:
-    def labels(params, batch, labels_K, is_label_K):
-        return replicate(label_logp(vlm, params, batch, labels_K, is_label_K))
+    def labels(params, batch, visual, labels_K, is_label_K):
+        return replicate(label_logp(vlm, params, batch, labels_K, is_label_K, visual=visual))
 
     return jax.jit(labels, compiler_options=options(mesh))
 
@@ -59,8 +64,8 @@ def _compiled(vlm: VLM, mesh: Mesh | None) -> Callable:
 class Scores:
     """Both forms of scores, for an engine."""
 
-    def __init__(self, generator: Generator, shape: PoolShape, programs: Programs):
-        self._generator, self._shape, self._programs = generator, shape, programs
+    def __init__(self, generator: Generator, shape: PoolShape, programs: Programs, features: Features | None = None):
+        self._generator, self._shape, self._programs, self._features = generator, shape, programs, features
         self.sizes = powers(16, shape.capacity)[::2]
         """Tokens of a continuation."""
 
@@ -109,10 +114,14 @@ class Scores:
         """The program, on samples in one row with so many tile slots; the first `count` of the labels are asked for."""
         generator = self._generator
         row = pack_row(samples, DataConfig(), generator.tile, self._shape.capacity, tiles)
-        batch = generator.put(jax.tree.map(lambda x: x[None], row))
+        batch, visual = jax.tree.map(lambda x: x[None], row), None
+        if tiles and self._features:
+            visual = self._features.of(batch.views)
+            batch = batch.replace(pixels_BISSc=batch.views.pixels_BISSc[:, :0])
+        batch = generator.put(batch)
         with generator.context():
             program = _compiled(generator.vlm, generator.mesh)
-            return program(generator.params, batch, labels_K, np.arange(len(labels_K)) < count)
+            return program(generator.params, batch, visual, labels_K, np.arange(len(labels_K)) < count)
 
     def _packs(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
         """Which samples share a row."""

@@ -32,6 +32,10 @@ def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
                 found[f"first {tokens}{how}{alone}"] = functools.partial(run.first, tokens, tiles, lanes)
             for tokens in shape.more_sizes:
                 found[f"more {tokens}{how}{alone}"] = functools.partial(run.more, tokens, tiles, lanes)
+    if engine.features:
+        found["keep"] = run.keep
+        for tiles in shape.tile_sizes(tile):
+            found[f"show {tiles}"] = functools.partial(run.show, tiles)
     for tokens in shape.more_sizes:
         found[f"on {tokens}"] = functools.partial(run.on, tokens)
     for count in CONTINUATIONS:
@@ -57,6 +61,13 @@ class _Runs:
         views = filled([], lanes, self.generator.tile, 1, tiles).views
         with self.generator.context():
             return self.programs.see(self.params, self._placed(views, lanes))
+
+    def keep(self) -> None:
+        nowhere_I = np.full(self.engine.shape.tiles, self.engine.shape.features, np.int32)
+        self.engine.features.keep(self.see(self.engine.shape.tiles, 1), nowhere_I)
+
+    def show(self, tiles: int) -> object:
+        return self.engine.features.of(filled([], 1, self.generator.tile, 1, tiles).views)
 
     def _placed(self, tree: Any, lanes: int) -> Any:
         return self.generator.put(tree, rows=lanes == self.engine.lanes)

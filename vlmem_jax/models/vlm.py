@@ -28,6 +28,7 @@ from vlmem_jax.memory import Attend, Decode, Frame, Memory, See, Speak, Speech, 
 from vlmem_jax.models.adapters import chosen_adapters, make_adapters
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.models.looking import in_turn
+from vlmem_jax.models.visual import deep_tap, visual_tokens
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.lora import Adapters
@@ -249,13 +250,7 @@ class VLM:
         tokens = self._from_door(modules, features) if is_seen else modules.projector(features)
         tokens_BMD = tokens.reshape(B, I * self.tokens_per_tile, -1)
         tokens_BMD = constrain(tokens_BMD, "batch", "tokens", None)
-        means_BMD = None
-        if views.pool_BM is not None:
-            means_BMD = means(tokens_BMD, views.pool_BM)
-            deep_NBMD = None if deep_NBMD is None else jax.vmap(means, (0, None))(deep_NBMD, views.pool_BM)
-        return VisualTokens(
-            tokens_BMD, views.positions_BM, views.segments_BM, deep_NBMD, kept, means_BMD, places=views.places
-        )
+        return visual_tokens(tokens_BMD, views, deep_NBMD, kept)
 
     def _normalised(self, pixels: Array) -> Float[Array, "..."]:
         """Pixels as the tower takes them: uint8 is normalised, floats already are."""
@@ -599,24 +594,3 @@ class VLM:
     def _stretches(self, length: int) -> bool:
         """Whether frequencies change with the length of samples of up to `length` tokens."""
         return self.config.decoder.ntk_factor > 0 and length > self.config.decoder.max_positions
-
-
-@jax.vmap  # a scatter whose indices name rows would gather the tokens of all devices
-def means(tokens_MD: Float[Array, "M D"], pool_M: Int32[Array, "M"]) -> Float[Array, "M D"]:
-    """Means of the tokens of equal `pool`, each at that place; tokens below 0 are left out."""
-    place_M = jnp.where(pool_M < 0, len(pool_M), pool_M)
-    sums_MD = jnp.zeros(tokens_MD.shape, jnp.float32).at[place_M].add(tokens_MD.astype(jnp.float32), mode="drop")
-    counts_M = jnp.zeros(len(pool_M), jnp.float32).at[place_M].add(1.0, mode="drop")
-    return (sums_MD / jnp.maximum(counts_M, 1)[:, None]).astype(tokens_MD.dtype)
-
-
-def deep_tap(visual: VisualTokens, visual_index_BT: Int32[Array, "B T"]) -> Tap:
-    """What the first layers add to visual tokens after them (DeepStack, arXiv 2406.04334)."""
-    index_BT1, M = jnp.maximum(visual_index_BT, 0)[..., None], visual.tokens_BMD.shape[1]
-    is_visual_BT1 = ((visual_index_BT >= 0) & (visual_index_BT < M))[..., None]
-
-    def add(deep_BMD: Array, x_BTD: Array) -> Array:
-        added_BTD = jnp.take_along_axis(deep_BMD, jnp.minimum(index_BT1, M - 1), axis=1)
-        return x_BTD + jnp.where(is_visual_BT1, added_BTD, 0).astype(x_BTD.dtype)
-
-    return Tap(tuple(range(len(visual.deep_NBMD))), visual.deep_NBMD, add, after=True)

@@ -47,6 +47,8 @@ class PoolShape(NamedTuple):
     """Tokens that an answer can be made to begin with, at most."""
     smallest: int = 64
     """Tokens of the shortest chunk that there is a program for."""
+    features: int = 0
+    """Tiles whose visual tokens are kept, for prompts that show them again; 0: they are seen anew for each."""
     int8: bool = False
     """Whether keys and values are kept in 8 bits."""
 
