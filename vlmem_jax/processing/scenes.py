@@ -1,0 +1,140 @@
+"""Where a video cuts from one scene to another, by how much the colours of a frame differ from the one before.
+
+The content detector of PySceneDetect (its filter `merge` for flashes), whose scores these equal to the last bit:
+colours are turned and frames shrunk by the integers of OpenCV. It goes frame by frame, so it also runs on a stream.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+THRESHOLD = 20.0
+"""Of the score of a cut, between 0 and 255."""
+
+SMALLEST_WIDTH = 256
+"""Wider frames are shrunk to about this width."""
+
+HUE_SHIFT, WEIGHT_BITS = 12, 11
+"""Bits behind the point: of OpenCV's divisions, and of its weights between pixels."""
+
+
+class SceneCuts:
+    """Finds cuts in frames that come one by one.
+
+    A cut is told late where cuts follow each other closely: those less than `quiet` frames apart are merged into one,
+    at the last of them.
+    """
+
+    def __init__(self, quiet: int = 15, threshold: float = THRESHOLD):
+        """`quiet`: frames between two cuts, at least."""
+        self.quiet, self.threshold = quiet, threshold
+        self.frames = 0
+        """Frames that were pushed."""
+        self.score = 0.0
+        """Of the last of them."""
+        self._before: np.ndarray | None = None
+        self.last_above = 0
+        """The last frame that differs enough from the one before: what a cut that is told later may be at."""
+        self._merge_start = 0
+        self._is_merging, self._has_cut = False, False
+
+    def push(self, frame_HWc: UInt8[np.ndarray, "H W 3"]) -> int | None:
+        """Takes the next frame, in RGB; the frame that begins a scene, if that is known now."""
+        hsv_HWc = to_hsv(shrunk(frame_HWc))
+        self.score = 0.0 if self._before is None else difference(hsv_HWc, self._before)
+        self._before = hsv_HWc
+        return self.push_score(self.score)
+
+    def push_score(self, score: float) -> int | None:
+        """As `push`, of a frame with this score."""
+        here, self.frames = self.frames, self.frames + 1
+        is_above, is_quiet = score >= self.threshold, here - self.last_above >= self.quiet
+        if is_above:
+            self.last_above = here
+        if self._is_merging:
+            if is_quiet and not is_above and self.last_above - self._merge_start >= self.quiet:
+                self._is_merging = False
+                return self.last_above
+        elif is_above and is_quiet:
+            self._has_cut = True
+            return here
+        elif is_above and self._has_cut:
+            self._is_merging, self._merge_start = True, here
+        return None
+
+    @property
+    def horizon(self) -> int:
+        """No cut that is still to be told falls before this frame."""
+        if self._is_merging and self.last_above - self._merge_start >= self.quiet:
+            return self.last_above
+        return self.frames
+
+
+def difference(one_HWc: UInt8[np.ndarray, "H W 3"], other_HWc: UInt8[np.ndarray, "H W 3"]) -> float:
+    """The mean difference of two frames in hue, saturation and value; hues are not taken round their circle."""
+    each_c = np.abs(one_HWc.astype(np.int32) - other_HWc).sum((0, 1)) / (one_HWc.shape[0] * one_HWc.shape[1])
+    return float(sum(each_c) / len(each_c))
+
+
+class _Weights(NamedTuple):
+    """Where each pixel of a shrunk axis lies between two of the whole one."""
+
+    low_N: Int32[np.ndarray, "N"]
+    high_N: Int32[np.ndarray, "N"]
+    weight_N2: Int32[np.ndarray, "N 2"]
+
+
+@functools.lru_cache(maxsize=32)
+def _weights(size: int, new: int) -> _Weights:
+    """Of bilinear interpolation, in float32 as OpenCV reckons them, then rounded."""
+    place_N = ((np.arange(new) + 0.5) * (size / new) - 0.5).astype(np.float32)
+    low_N = np.floor(place_N).astype(np.int32)
+    part_N = place_N - low_N
+    part_N[low_N < 0] = 0
+    part_N[low_N >= size - 1] = 0
+    low_N = np.clip(low_N, 0, size - 1)
+    weight_N2 = np.stack([1 - part_N, part_N], -1) * np.float32(1 << WEIGHT_BITS)
+    return _Weights(low_N, np.minimum(low_N + 1, size - 1), np.rint(weight_N2).astype(np.int32))
+
+
+def shrunk(frame_HWc: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A frame of the smallest width, or as it is, if it is narrower."""
+    height, width, channels = frame_HWc.shape
+    if width < SMALLEST_WIDTH:
+        return frame_HWc
+    by = width / SMALLEST_WIDTH
+    rows, columns = _weights(height, max(1, round(height / by))), _weights(width, max(1, round(width / by)))
+    # rows first: most of them are left out, and what is left of each is read once
+    picked = np.stack([frame_HWc[rows.low_N], frame_HWc[rows.high_N]], 0)
+    across = [
+        part[:, columns.low_N].astype(np.int32) * columns.weight_N2[:, 0, None]
+        + part[:, columns.high_N].astype(np.int32) * columns.weight_N2[:, 1, None]
+        for part in picked
+    ]
+    low, high = ((rows.weight_N2[:, n, None, None] * (part >> 4)) >> 16 for n, part in enumerate(across))
+    return ((low + high + 2) >> 2).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=1)
+def _reciprocals() -> tuple[Int32[np.ndarray, "256"], Int32[np.ndarray, "256"]]:
+    """255 / n and 180 / (6 n) for n of 0 to 255."""
+    n = np.arange(1, 256, dtype=np.float64)
+    divided = (np.rint((top << HUE_SHIFT) / n).astype(np.int32) for top in (255, 30))
+    first, second = (np.concatenate([[0], of]).astype(np.int32) for of in divided)
+    return first, second
+
+
+def to_hsv(frame_HWc: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB as hue (0 to 179), saturation and value (0 to 255), by OpenCV's integers."""
+    saturations, hues = _reciprocals()
+    r, g, b = np.moveaxis(frame_HWc.astype(np.int32), -1, 0)
+    value = np.maximum(np.maximum(r, g), b)
+    span = value - np.minimum(np.minimum(r, g), b)
+    half = 1 << (HUE_SHIFT - 1)
+    saturation = (span * saturations[value] + half) >> HUE_SHIFT
+    hue = np.where(value == r, g - b, np.where(value == g, b - r + 2 * span, r - g + 4 * span))
+    hue = (hue * hues[span] + half) >> HUE_SHIFT
+    hue += np.where(hue < 0, 180, 0)
+    return np.stack([hue, saturation, value], -1).astype(np.uint8)
