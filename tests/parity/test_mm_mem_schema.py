@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vlmem_jax.agent.schema import ReleaseSchema, Texts
+from vlmem_jax.agent.schema import ReleaseSchema, SchemaConfig, Texts
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def built(case, vectors_ND):
     def embed(texts):
         return np.stack([table[text] for text in texts])
 
-    schema = ReleaseSchema(case["dedup_threshold"])
+    schema = ReleaseSchema(SchemaConfig(case["dedup_threshold"]))
     for episode in case["input"]:
         schema.add(episode["l2_index"], Texts.of(episode), embed)
     return schema, embed
@@ -50,11 +50,12 @@ def test_what_is_found(cases):
             return [scores[query, text] for text in texts]
 
         for query in case["queries"]:
-            found, sizes = query["similarity_threshold"], (query["top_k_embedding"], query["top_k_rerank"])
+            sizes = query["similarity_threshold"], query["top_k_embedding"], query["top_k_rerank"]
+            schema.config = SchemaConfig(case["dedup_threshold"], *sizes)
             if schema.index:
-                chosen = schema.candidates(embed([query["query"]])[0], found, embed)
+                chosen = schema.candidates(embed([query["query"]])[0], embed)
                 assert chosen == query["candidate_set"]
-            result = schema.search(query["query"], embed, rerank, found, *sizes)
+            result = schema.search(query["query"], embed, rerank)
             if query["ordered_by_reranker"] or not query["candidate_set"]:
                 assert result == query["result"]
             else:

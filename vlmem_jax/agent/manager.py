@@ -5,6 +5,7 @@ as such.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from vlmem_jax.agent.nodes import Episode, Frame, Segment
@@ -88,8 +89,9 @@ def view(state: Manager, segment: Segment, config: ManageConfig = ManageConfig()
         frames = tuple(both[n] for n in chosen)
         return View(frames[:place], frames[place:])
     new = min(len(segment.frames), max(config.reserved, config.images - len(before)))
-    return View(_thinned(before, config.images - new), _thinned(segment.frames, new))
+    return View(thinned(before, config.images - new), thinned(segment.frames, new))
 
 
-def _thinned(frames: list[Frame] | tuple[Frame, ...], most: int) -> tuple[Frame, ...]:
+def thinned(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
+    """At most so many frames, evenly from all that there are."""
     return tuple(frames[n] for n in evenly(len(frames), most).tolist())

@@ -17,6 +17,9 @@ KINDS: tuple[Kind, ...] = ("entity", "action", "scene")
 Embed = Callable[[Sequence[str]], Float[np.ndarray, "N D"]]
 """Unit vectors of texts."""
 
+Rerank = Callable[[str, Sequence[str]], Sequence[float]]
+"""How much each text bears on a question."""
+
 
 class Texts(NamedTuple):
     """What is said of an episode, by kind."""
@@ -162,8 +165,8 @@ class Schema:
 class ReleaseSchema:
     """The index and the graph of the release, which depend on the order of texts."""
 
-    def __init__(self, same: float = 0.7):
-        self.same = same
+    def __init__(self, config: SchemaConfig = SchemaConfig()):
+        self.config = config
         self.texts: dict[int, Texts] = {}
         self.index: dict[str, list[int]] = {}
         """Episodes by first words, in order of coming."""
@@ -183,7 +186,7 @@ class ReleaseSchema:
                 continue
             likeness_N = np.stack(self._keys_ND) @ embed([text])[0]
             best = int(likeness_N.argmax())
-            if likeness_N[best] <= self.same:
+            if likeness_N[best] <= self.config.same:
                 self._insert(key, episode, embed)
                 continue
             met = list(self.index)[best]
@@ -201,9 +204,9 @@ class ReleaseSchema:
         if episode not in self.index[key]:
             self.index[key].append(episode)
 
-    def candidates(self, query_D: Float[np.ndarray, "D"], found: float, embed: Embed) -> list[int]:
-        """Episodes of keys, or whose texts are on the whole, more like the question than `found`."""
-        chosen: set[int] = set()
+    def candidates(self, query_D: Float[np.ndarray, "D"], embed: Embed) -> list[int]:
+        """Episodes of keys that are like the question, and those whose texts are on the whole."""
+        chosen, found = set[int](), self.config.found
         for episodes, key_D in zip(self.index.values(), self._keys_ND, strict=True):
             if key_D @ query_D > found:
                 chosen.update(episodes)
@@ -212,21 +215,14 @@ class ReleaseSchema:
                 chosen.add(episode)
         return sorted(chosen)
 
-    def search(
-        self,
-        query: str,
-        embed: Embed,
-        rerank: Callable[[str, Sequence[str]], Sequence[float]],
-        found: float = 0.5,
-        first: int = 20,
-        kept: int = 5,
-    ) -> list[int]:
-        """Episodes for a question: `kept` by the re-ranker, of `first` by their vectors; few are left as they are, and
-        where nothing is like the question, the first of the video are taken."""
+    def search(self, query: str, embed: Embed, rerank: Rerank) -> list[int]:
+        """Episodes for a question, by the re-ranker of those that are nearest by their vectors; few are left as they
+        are, and where nothing is like the question, the first of the video are taken."""
+        first, kept = self.config.first, self.config.kept
         if not self.index:
             return sorted(self.texts)
         query_D = embed([query])[0]
-        chosen = self.candidates(query_D, found, embed)
+        chosen = self.candidates(query_D, embed)
         if not chosen:
             return sorted(self.texts)[:kept]
         joined = {episode: " ".join(self.texts[episode].all) for episode in chosen}

@@ -1,0 +1,87 @@
+"""A memory made from segments, and how its calls are put together."""
+
+import json
+
+from tests.agent.scripted import SECONDS, Scripted, frames_of, segment
+from vlmem_jax.agent.building import BuildConfig, build, caption_of
+from vlmem_jax.agent.calls import Call, run, run_all
+from vlmem_jax.agent.manager import ACTIONS
+from vlmem_jax.agent.nodes import Frame, Segment
+
+
+def replies(actions):
+    """A model that decides so, one after the other, and tells of each call what it saw."""
+    actions = iter(actions)
+
+    def told(call):
+        return json.dumps({"saw": len(call.frames)})
+
+    def decided(call):
+        return {label: 1.0 * (label == wanted) for wanted in [next(actions)] for label in ACTIONS}
+
+    return Scripted(
+        caption=lambda call: f"```json\n{told(call)}\n```", narrate=told, decide=decided,
+        extract=lambda call: '{"scenes": [{"location": "here"}]}',
+    )  # fmt: skip
+
+
+def test_a_memory():
+    model = replies(["MERGE", "ADD_NEW", "DISCARD"])
+    segments = [segment(n) for n in range(4)]
+    pyramid = run(build(segments, frames_of), model)
+    assert [one.caption for one in pyramid.segments] == ['{"saw": 50}'] * 4
+    assert [(one.number, one.segments, one.start, one.end) for one in pyramid.episodes] == [
+        (0, (0, 1), 0.0, 2 * SECONDS), (1, (2,), 2 * SECONDS, 3 * SECONDS)]  # fmt: skip
+    assert [len(one.frames) for one in pyramid.episodes] == [40, 20]
+    assert pyramid.extracted == {n: {"scenes": [{"location": "here"}]} for n in range(2)}
+    assert [len(calls) for calls in model.asked.values()] == [4, 3, 2, 2]
+    assert model.rounds[0] == ["caption"] * 4, "segments are captioned side by side"
+
+
+def test_the_manager_is_told_of_the_episode_and_of_the_segment():
+    model = replies(["MERGE", "MERGE"])
+    run(build([segment(n) for n in range(3)], frames_of), model)
+    call = model.asked["decide"][1]
+    assert call.labels == ACTIONS and "open episode, 0.0 s to 20.0 s" in call.text
+    assert call.text.count('> {"saw": 50}') == 3 and len(call.frames) == 64
+    assert sum(frame.time >= 2 * SECONDS for frame in call.frames) == 16
+
+
+def test_no_call_shows_more_than_it_may():
+    model = replies(["MERGE"] * 8)
+    run(build([segment(n) for n in range(9)], frames_of, BuildConfig(images=30)), model)
+    assert max(len(call.frames) for kind in ("caption", "narrate", "extract") for call in model.asked[kind]) == 30
+
+
+def test_what_nobody_saw_or_could_read():
+    model = replies([])
+    model.replies["extract"] = lambda call: "[1, 2]"
+    unseen = Segment(0, 0.0, 1.0)
+    pyramid = run(build([unseen, segment(1)], frames_of), model)
+    assert pyramid.segments[0] == unseen and pyramid.episodes[0].segments == (1,) and pyramid.extracted == {0: {}}
+    assert run(build([], frames_of), model) == ([], [], {})
+    assert caption_of("no JSON") == "no JSON" and caption_of('x {"ä": 1} y') == '{"ä": 1}'
+
+
+def test_videos_side_by_side_are_what_they_are_alone():
+    """And their calls come together."""
+    scripts = [["MERGE", "ADD_NEW"], ["ADD_NEW"], []]
+    videos = [[segment(n) for n in range(len(script) + 1)] for script in scripts]
+    alone = [run(build(video, frames_of), replies(script)) for video, script in zip(videos, scripts, strict=True)]
+    order = [scripts[0][0], scripts[1][0], scripts[0][1]]
+    model = replies(order)
+    assert run_all([build(video, frames_of) for video in videos], model) == alone
+    assert model.rounds[0] == ["caption"] * 6
+
+
+def test_keys_of_calls():
+    call = Call("caption", (Frame("a", 1.0), "text"))
+    assert call.key == Call("caption", (Frame("a", 1.0), "text")).key
+    others = [
+        call._replace(kind="narrate"),
+        call._replace(parts=("text", Frame("a", 1.0))),
+        call._replace(parts=(Frame("b", 1.0), "text")),
+        call._replace(labels=("x",)),
+        call._replace(max_tokens=2),
+    ]
+    assert len({call.key, *(other.key for other in others)}) == 6

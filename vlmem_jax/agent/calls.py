@@ -1,0 +1,90 @@
+"""What the agent asks of a model, and how it is asked: whoever needs the model is a generator that yields calls and is
+sent the replies, so that calls of many videos and questions can be answered side by side."""
+
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+from vlmem_jax.agent.gates import FirstTokens
+from vlmem_jax.agent.nodes import Frame
+
+Kind = Literal["caption", "decide", "narrate", "extract", "relevant", "answer", "sufficient"]
+"""What is asked for: a segment in words, what becomes of it, an episode in words, what it is about; whether something
+bears on a question, its answer, and whether what is known is enough for it."""
+
+
+class Call(NamedTuple):
+    """One thing that is asked of the model."""
+
+    kind: Kind
+    parts: tuple[str | Frame, ...]
+    """Texts and frames in their order."""
+    labels: tuple[str, ...] = ()
+    """What the answer must be one of; none: it is free text."""
+    max_tokens: int = 1
+
+    @property
+    def frames(self) -> list[Frame]:
+        """What is shown."""
+        return [part for part in self.parts if isinstance(part, Frame)]
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def key(self) -> str:
+        """Equal for equal calls alone: of two that are greedy, one has to be made."""
+        parts = [part if isinstance(part, str) else list(part) for part in self.parts]
+        content = json.dumps([self.kind, parts, self.labels, self.max_tokens])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+class Reply(NamedTuple):
+    """What the model answers."""
+
+    text: str = ""
+    tokens: FirstTokens = None
+    """Of a call with labels: each with its log-probability; or, where only first tokens are known, those."""
+
+
+class Model(Protocol):
+    """Whatever answers calls."""
+
+    def answer(self, calls: Sequence[Call]) -> list[Reply]:
+        """A reply to each; calls that come together may be answered together."""
+        ...
+
+
+T = TypeVar("T")
+Work = Generator[list[Call], list[Reply], T]
+"""`replies = yield calls` is how it asks; what it returns is its result."""
+
+
+def run(work: Work[T], model: Model) -> T:
+    """The result of one."""
+    return run_all([work], model)[0]
+
+
+def run_all(works: Sequence[Work[T]], model: Model) -> list[T]:
+    """The results of several, whose calls are answered together as long as they last."""
+    results: dict[int, T] = {}
+    waiting: dict[int, list[Call]] = {}
+
+    def go_on(n: int, replies: list[Reply] | None) -> None:
+        try:
+            waiting[n] = works[n].send(replies)
+        except StopIteration as end:
+            results[n] = end.value
+
+    for n in range(len(works)):
+        go_on(n, None)
+    while waiting:
+        asked = dict(waiting)
+        waiting.clear()
+        replies = iter(model.answer([call for calls in asked.values() for call in calls]))
+        for n, calls in asked.items():
+            go_on(n, [next(replies) for _ in calls])
+    return [results[n] for n in range(len(works))]
