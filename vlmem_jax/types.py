@@ -176,6 +176,16 @@ class Text:
     """Weight of that target in the loss."""
     formation: "FormationInputs | None" = None
     """From what a memory that speaks forms latent tokens of each row, N a time."""
+    prefix_BT: Int32[Array, "... B T"] | None = None
+    """The segment whose earlier tokens a token sees beside those of its own, 0: none; so answers share a prompt, which
+    stands once before them. None: there is nothing shared."""
+
+    @property
+    def samples_BT(self) -> Int32[Array, "... B T"]:
+        """The segment whose views a token may see: that of its prefix, or else its own."""
+        if self.prefix_BT is None:
+            return self.segments_BT
+        return jnp.where(self.prefix_BT > 0, self.prefix_BT, self.segments_BT)
 
     @classmethod
     def first(cls, tokens_BT: Int32[Array, "B T"], counts_B: Int32[Array, "B"]) -> "Text":

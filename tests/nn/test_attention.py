@@ -1,5 +1,7 @@
 """Causal attention of packed samples: what XLA computes, and JAX's kernels for accelerators against it."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,41 @@ def test_the_kernel_for_packed_rows_gets_whole_rows_of_some_heads(request):
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))):
         ours = jax.device_get(value_and_gradients(*given))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), ours, plain)
+
+
+@pytest.mark.parametrize("how", ["scores at once", "scores in blocks", "the kernel of packed rows", "over a mesh"])
+def test_answers_see_the_prompt_that_they_share_and_themselves(monkeypatch, how):
+    """The second and third segment see the first; each gives what it gives behind a first of its own."""
+    B, T, quarter = 2, 128, 32
+    q, k, v, segments, tables = turned_inputs(B, T)
+    prefix = jnp.where(segments > 1, 1, 0)
+    real = np.asarray(segments[0]) > 0
+
+    def shared(q, k, v):
+        out = causal_attention(q, k, v, segments, tables, prefix)
+        return (out[:, real] ** 2).sum(), out
+
+    def alone(q, k, v):
+        def answer(n):
+            picked = np.r_[:quarter, n * quarter : (n + 1) * quarter]
+            of = (x[:, picked] for x in (q, k, v))
+            one = jnp.ones((B, len(picked)), jnp.int32)
+            return causal_attention(*of, one, tuple(x[:, picked] for x in tables))
+
+        first, second = answer(1), answer(2)
+        out = jnp.concatenate([first, second[:, quarter:]], axis=1)
+        return (out**2).sum(), out
+
+    (_, wanted), wanted_gradients = jax.jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(q, k, v)
+    if how == "scores in blocks":
+        monkeypatch.setattr(attention, "LONG", 50)
+        monkeypatch.setattr(attention, "CACHE_BLOCK", 48)  # 128 is no multiple of it
+    if how == "the kernel of packed rows":
+        monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))) if how == "over a mesh" else contextlib.nullcontext():
+        (_, out), gradients = jax.jit(jax.value_and_grad(shared, (0, 1, 2), has_aux=True))(q, k, v)
+    np.testing.assert_allclose(out[:, real], wanted, atol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), gradients, wanted_gradients)
 
 
 def test_rows_on_a_tpu_go_to_the_kernel_for_packed_ones_while_its_memory_holds_them(monkeypatch):

@@ -210,6 +210,7 @@ class Decoder(nnx.Module):
         tables: Rotation,
         segments_BT: Int32[Array, "B T"],
         *,
+        prefix_BT: Int32[Array, "B T"] | None = None,
         taps: Sequence[Tap] = (),
         cache: KVCache | None = None,
         cache_index_BT: Int32[Array, "B T"] | None = None,
@@ -219,6 +220,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Hidden states after the final norm, and the cache with this call's keys and values.
 
+        Without a cache the tokens also attend to the segment `prefix_BT` of their row, see `Text`.
         Without `cache_index_BT` the tokens attend to each other (training; the first tokens where a cache is given,
         written from slot 0). With it, token t is written to that slot of its row's cache (a slot beyond the capacity:
         nowhere) and attends to all slots up to it. `cache_used`: so many slots are filled then, at most; others are not
@@ -230,7 +232,7 @@ class Decoder(nnx.Module):
         def layer(x_BTD, cache, state, index):
             def core(q_BTHC, k_BTKC, v_BTKC, tables):
                 if cache is None:
-                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT, tables), None
+                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT, tables, prefix_BT), None
                 q_BTHC, k_BTKC = rotate(q_BTHC, tables), rotate(k_BTKC, tables)
                 updated = cache.write(index, k_BTKC, v_BTKC, cache_index_BT)
                 if cache_index_BT is None:

@@ -337,9 +337,17 @@ class VLM:
             latents_BJND = self._formed(modules, text, visual, key)
         x_BTD = self._spliced(modules, text, visual, latents_BJND)
         tables = self._tables(text.positions_BT, self._frequencies(text.segments_BT))
-        taps = self._taps(modules, visual, visual, text.positions_BT, text.segments_BT, text.visual_index_BT)
+        taps = self._taps(modules, visual, visual, text.positions_BT, text.samples_BT, text.visual_index_BT)
         lora = self._adapters(modules, "decoder", adapter_B, key)
-        return modules.decoder(x_BTD, tables, text.segments_BT, taps=taps, lora=lora, remat_policy=self.config.remat)[0]
+        return modules.decoder(
+            x_BTD,
+            tables,
+            text.segments_BT,
+            prefix_BT=text.prefix_BT,
+            taps=taps,
+            lora=lora,
+            remat_policy=self.config.remat,
+        )[0]
 
     def hidden(
         self,
@@ -489,7 +497,7 @@ class VLM:
             # below 0: none
             time_BT = (text.visual_index_BT - visual.tokens_BMD.shape[1]) // self.speech.latents
             is_its_BJT = time_BT[:, None] == jnp.arange(text.formation.kinds_BJ.shape[1])[:, None]
-            samples_BJ = jnp.where(is_its_BJT, text.segments_BT[:, None], 0).max(axis=-1)
+            samples_BJ = jnp.where(is_its_BJT, text.samples_BT[:, None], 0).max(axis=-1)
             through = self._through_tower(modules, visual.kept, samples_BJ)
         return modules.memory.form(text.formation, self._decode(modules), key, through)
 

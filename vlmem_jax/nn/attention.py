@@ -232,20 +232,26 @@ def causal_attention(
     v_BTKC: Float[Array, "B T K C"],
     segments_BT: Int32[Array, "B T"],
     tables: Rotation | None = None,
+    prefix_BT: Int32[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H C"]:
     """Self-attention to earlier tokens of the same sample; order is by index, since rotary positions may repeat.
 
+    A token also sees the earlier ones of the segment `prefix_BT`, 0: none, as answers see the prompt that they share.
     q and k are turned by `tables`, if there are any. On a TPU the kernel of kernels_pallas turns them and skips other
     samples; of rows that its memory cannot hold, and on a GPU, JAX's own kernels see the whole triangle where the
-    shapes allow (T a multiple of 128, C of 128 or 64). They keep no T x T scores. Elsewhere XLA does it.
+    shapes allow (T a multiple of 128, C of 128 or 64) and there is no prefix. They keep no T x T scores. Elsewhere XLA
+    does it.
     """
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
     own = packed_backend(q_BTHC, k_BTKC)
     if own is not None:
-        kernel = functools.partial(_packed_attention, own)
-        return _on_each_device(kernel, q_BTHC, k_BTKC, v_BTKC, segments_BT, *(tables or ()))
+        kernel = functools.partial(_packed_attention, own, prefix_BT is not None)
+        prefixes = () if prefix_BT is None else (prefix_BT,)
+        return _on_each_device(kernel, q_BTHC, k_BTKC, v_BTKC, segments_BT, *prefixes, *(tables or ()))
     if tables is not None:
         q_BTHC, k_BTKC = rotate(q_BTHC, tables), rotate(k_BTKC, tables)
+    if prefix_BT is not None:
+        return _on_each_device(_prefixed_attention, q_BTHC, k_BTKC, v_BTKC, segments_BT, prefix_BT)
     kernel = _plain_attention
     if platform() == "tpu" and T % 128 == 0 and C % 128 == 0:
         kernel = _splash_attention
@@ -341,7 +347,7 @@ def merged(one: Part, other: Part) -> Part:
 
 
 def _on_each_device(
-    kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *tables_BTR: Array
+    kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *others_BT: Array
 ) -> Array:
     """Rows and heads are split over the ambient mesh, if there is one; each device runs the kernel on its own.
 
@@ -349,25 +355,28 @@ def _on_each_device(
     arXiv 2309.14509), so that causal work is even and any kernel serves.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return kernel(q_BTHC, k_BTKC, v_BTKC, segments_BT, *tables_BTR)
+        return kernel(q_BTHC, k_BTKC, v_BTKC, segments_BT, *others_BT)
     parts, heads, kv_heads = shards("sequence_heads"), q_BTHC.shape[2], k_BTKC.shape[2]
     if heads % parts == 0 and kv_heads % parts:  # too few to go round: some are given to several devices
         k_BTKC, v_BTKC = (jnp.repeat(x, parts // math.gcd(kv_heads, parts), axis=2) for x in (k_BTKC, v_BTKC))
     q_spec, kv_spec = (even_spec(x.shape, "batch", None, "sequence_heads", None) for x in (q_BTHC, k_BTKC))
-    rows = (even_spec(x.shape, "batch", *(None,) * (x.ndim - 1)) for x in (segments_BT, *tables_BTR))
+    rows = (even_spec(x.shape, "batch", *(None,) * (x.ndim - 1)) for x in (segments_BT, *others_BT))
     each = jax.shard_map(kernel, in_specs=(q_spec, kv_spec, kv_spec, *rows), out_specs=q_spec, check_vma=False)
-    return each(q_BTHC, k_BTKC, v_BTKC, segments_BT, *tables_BTR)
+    return each(q_BTHC, k_BTKC, v_BTKC, segments_BT, *others_BT)
 
 
 def _packed_attention(
-    backend: str, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *tables_BTR: Array
+    backend: str, prefixed: bool, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *others_BT: Array
 ) -> Array:
-    tables = None
-    if tables_BTR:
-        cos, sin = tables_BTR
+    """`others_BT`: the prefix, if the row is `prefixed`, then cos and sin, if the kernel turns q and k."""
+    prefix_BT, tables = None, None
+    if prefixed:
+        prefix_BT, *others_BT = others_BT
+    if others_BT:
+        cos, sin = others_BT
         tables = Tables(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
     return kernels_pallas.causal_attention(
-        q_BTHC, k_BTKC, v_BTKC, positions=tables, segments=segments_BT, implementation=backend
+        q_BTHC, k_BTKC, v_BTKC, positions=tables, segments=segments_BT, prefix=prefix_BT, implementation=backend
     )
 
 
@@ -375,6 +384,30 @@ def _plain_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: A
     T = q_BTHC.shape[1]
     earlier_TT = jnp.tril(jnp.ones((T, T), bool))
     return attend(q_BTHC, k_BTKC, v_BTKC, same_segment(segments_BT, segments_BT) & earlier_TT)
+
+
+def _prefixed_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, prefix_BT: Array) -> Array:
+    """Of rows of more than LONG tokens the scores of a block of queries exist at the same time, and are made again in
+    the backward pass."""
+    T = q_BTHC.shape[1]
+
+    def block(q_BQHC, segments_BQ, prefix_BQ, index_Q):
+        seen = same_segment(segments_BQ, segments_BT)
+        # padding names no prefix, and a prefix of 0 meets nothing
+        seen = seen | same_segment(jnp.where(segments_BQ > 0, prefix_BQ, 0), segments_BT)
+        return attend(q_BQHC, k_BTKC, v_BTKC, seen & (jnp.arange(T) <= index_Q[:, None]))
+
+    if T <= LONG:
+        return block(q_BTHC, segments_BT, prefix_BT, jnp.arange(T))
+
+    def in_blocks(x):
+        x = jnp.pad(x, ((0, 0), (0, -T % CACHE_BLOCK)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(len(x), -1, CACHE_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    index_nQ = in_blocks(jnp.arange(T)[None])[:, 0]
+    blocks = (*map(in_blocks, (q_BTHC, segments_BT, prefix_BT)), index_nQ)
+    out = jax.lax.map(lambda xs: jax.checkpoint(block)(*xs), blocks)
+    return out.swapaxes(0, 1).reshape(len(q_BTHC), -1, *q_BTHC.shape[2:])[:, :T]
 
 
 def _triton_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
