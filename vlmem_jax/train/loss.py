@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from vlmem_jax.runtime.sharding import constrain, shards
 
@@ -61,6 +61,28 @@ def log_probs(
 
     xs = cut.split(hidden_BTD), cut.split(targets_BT)
     return cut.joined(jax.lax.scan(lambda _, x: (None, part(kernel, *x)), None, xs)[1])
+
+
+def log_probs_where(
+    hidden_BTD: Float[Array, "B T D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_BT: Int32[Array, "B T"],
+    wanted_BT: Bool[Array, "B T"],
+    most: int,
+    chunk: int,
+    banned: Collection[int] = (),
+    rescore: Callable[[Array, Array], Array] | None = None,
+) -> Float[Array, "B T"]:
+    """`log_probs` of the targets that are wanted, the first `most` of each row, 0 of others, which have no logits."""
+    # wanted ones first, in their order
+    place_BN = jnp.argsort(jnp.logical_not(wanted_BT), axis=1, stable=True)[:, :most]
+    chosen_BND = jnp.take_along_axis(hidden_BTD, place_BN[..., None], axis=1)
+    chosen_BN, is_wanted_BN = (jnp.take_along_axis(x, place_BN, axis=1) for x in (targets_BT, wanted_BT))
+    logp_BN = jnp.where(is_wanted_BN, log_probs(chosen_BND, kernel_DV, chosen_BN, chunk, banned, rescore), 0.0)
+    # row by row: a scatter whose indices name rows would gather the tokens of all devices
+    return jax.vmap(lambda row_T, place_N, x_N: row_T.at[place_N].set(x_N))(
+        jnp.zeros(targets_BT.shape, jnp.float32), place_BN, logp_BN
+    )
 
 
 @dataclasses.dataclass(frozen=True)
