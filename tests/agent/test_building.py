@@ -28,7 +28,7 @@ def replies(actions):
 def test_a_memory():
     model = replies(["MERGE", "ADD_NEW", "DISCARD"])
     segments = [segment(n) for n in range(4)]
-    pyramid = run(build(segments, frames_of), model)
+    pyramid = run(build(segments), model)
     assert [one.caption for one in pyramid.segments] == ['{"saw": 50}'] * 4
     assert [(one.number, one.segments, one.start, one.end) for one in pyramid.episodes] == [
         (0, (0, 1), 0.0, 2 * SECONDS), (1, (2,), 2 * SECONDS, 3 * SECONDS)]  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_memory():
 
 def test_the_manager_is_told_of_the_episode_and_of_the_segment():
     model = replies(["MERGE", "MERGE"])
-    run(build([segment(n) for n in range(3)], frames_of), model)
+    run(build([segment(n) for n in range(3)]), model)
     call = model.asked["decide"][1]
     assert call.labels == ACTIONS and "open episode, 0.0 s to 20.0 s" in call.text
     assert call.text.count('> {"saw": 50}') == 3 and len(call.frames) == 64
@@ -49,17 +49,28 @@ def test_the_manager_is_told_of_the_episode_and_of_the_segment():
 
 def test_no_call_shows_more_than_it_may():
     model = replies(["MERGE"] * 8)
-    run(build([segment(n) for n in range(9)], frames_of, BuildConfig(images=30)), model)
+    run(build([segment(n) for n in range(9)], BuildConfig(images=30)), model)
     assert max(len(call.frames) for kind in ("caption", "narrate", "extract") for call in model.asked[kind]) == 30
+
+
+def test_what_was_discarded_is_not_shown_with_its_neighbours():
+    """But for the release, where an episode has the frames of its whole span."""
+    actions = ["DISCARD", "MERGE"]
+    segments = [segment(n) for n in range(3)]
+    for how, times in ((None, {0, 2}), (frames_of, {0, 1, 2})):
+        model = replies(actions)
+        [episode] = run(build(segments, BuildConfig(images=0), how), model).episodes
+        assert episode.segments == (0, 2) and {frame.time // SECONDS for frame in episode.frames} == times
+        assert {frame.time // SECONDS for frame in model.asked["extract"][0].frames} == times
 
 
 def test_what_nobody_saw_or_could_read():
     model = replies([])
     model.replies["extract"] = lambda call: "[1, 2]"
     unseen = Segment(0, 0.0, 1.0)
-    pyramid = run(build([unseen, segment(1)], frames_of), model)
+    pyramid = run(build([unseen, segment(1)]), model)
     assert pyramid.segments[0] == unseen and pyramid.episodes[0].segments == (1,) and pyramid.extracted == {0: {}}
-    assert run(build([], frames_of), model) == ([], [], {})
+    assert run(build([]), model) == ([], [], {})
     assert caption_of("no JSON") == "no JSON" and caption_of('x {"ä": 1} y') == '{"ä": 1}'
 
 
@@ -67,10 +78,10 @@ def test_videos_side_by_side_are_what_they_are_alone():
     """And their calls come together."""
     scripts = [["MERGE", "ADD_NEW"], ["ADD_NEW"], []]
     videos = [[segment(n) for n in range(len(script) + 1)] for script in scripts]
-    alone = [run(build(video, frames_of), replies(script)) for video, script in zip(videos, scripts, strict=True)]
+    alone = [run(build(video), replies(script)) for video, script in zip(videos, scripts, strict=True)]
     order = [scripts[0][0], scripts[1][0], scripts[0][1]]
     model = replies(order)
-    assert run_all([build(video, frames_of) for video in videos], model) == alone
+    assert run_all([build(video) for video in videos], model) == alone
     assert model.rounds[0] == ["caption"] * 6
 
 

@@ -67,7 +67,7 @@ def segments(first, last):
 
 @pytest.fixture(scope="module")
 def pyramid(model):
-    return run(short(build(segments(0, 4), frames_of, BUILD)), model)
+    return run(short(build(segments(0, 4), BUILD)), model)
 
 
 def test_a_memory_is_built_and_asked(model, pyramid):
@@ -82,13 +82,13 @@ def test_a_memory_is_built_and_asked(model, pyramid):
 def test_each_frame_is_seen_once(model, pyramid):
     features = model._engine.features
     before = features.seen, model.calls
-    assert run(short(build(segments(0, 4), frames_of, BUILD)), model) == pyramid
+    assert run(short(build(segments(0, 4), BUILD)), model) == pyramid
     assert features.seen == before[0] and model.calls > before[1] and features.found > 0
 
 
 def test_nothing_compiles_for_another_video(model, pyramid):
     with compilations() as compiled:
-        run_all([short(build(segments(*span), frames_of, BUILD)) for span in [(4, 6), (5, 8)]], model)
+        run_all([short(build(segments(*span), BUILD)) for span in [(4, 6), (5, 8)]], model)
     assert compiled == []
 
 

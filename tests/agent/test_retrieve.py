@@ -29,7 +29,7 @@ def test_a_sure_answer_comes_from_what_episodes_are_about():
     assert (found.label, found.text, found.stage, found.in_memory) == ("B", "B. blue", "L3", True)
     assert found.trace[0].taken == (2,) and found.evidence == (Span(40.0, 60.0),)
     [call] = model.asked["answer"]
-    assert "> 40.0 s to 60.0 s [Segment 2] Scenes: bbb\n" in call.text and len(call.frames) == 20
+    assert "> 40.0 s to 60.0 s [Segment 2] Scenes: bbb\n" in call.text and len(call.frames) == 40
 
 
 def test_an_unsure_one_goes_down_to_the_frames_of_its_segments():

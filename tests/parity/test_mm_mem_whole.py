@@ -95,7 +95,7 @@ def built(case, frames_of):
     manage = ManageConfig(config["l2_max_input_frames"], reserved=0)
     how = BuildConfig(manage, config["l2_fps"], config["l3_fps"], images=0, attempts=5)
     model = Scripted(case["build_calls"])
-    pyramid = run(build(segments, frames_of, how), model)
+    pyramid = run(build(segments, how, frames_of), model)
     assert not model.log, "all calls were made"
     return pyramid, Span(0.0, length)
 

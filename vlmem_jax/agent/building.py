@@ -1,8 +1,9 @@
 """A memory of a video, made layer by layer from its segments (MM-Mem, section 3)."""
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from vlmem_jax.agent import prompts
@@ -11,7 +12,7 @@ from vlmem_jax.agent.gates import strict
 from vlmem_jax.agent.manager import ACTIONS, Action, ManageConfig, Manager, thinned, view
 from vlmem_jax.agent.nodes import Episode, Frame, Segment
 from vlmem_jax.agent.parsing import parse_action, parse_json
-from vlmem_jax.agent.segments import Span
+from vlmem_jax.agent.segments import Span, frames_at_times
 
 FramesOf = Callable[[Span, float], tuple[Frame, ...]]
 """`frames_of(span, fps)`: frames of a stretch of the video, so many a second."""
@@ -52,61 +53,79 @@ def action_of(reply: Reply) -> Action:
     return parse_action(reply.text) if reply.tokens is None else strict(reply.tokens, ACTIONS).label
 
 
-def build(segments: Sequence[Segment], frames_of: FramesOf, config: BuildConfig = BuildConfig()) -> Work[Pyramid]:
-    """The memory of a video, from its segments without captions; those without frames have none."""
-    captioned = yield from _captioned(segments, config)
-    episodes = yield from episodes_of(captioned, frames_of, config)
-    found: dict[int, dict[str, Any]] = {one.number: {} for one in episodes}
-    left = list(episodes)
-    for _ in range(config.attempts):
-        calls = [prompts.extract(_shown(frames_of, one, config.schema_fps, config)) for one in left]
-        replies = (yield calls) if calls else []
-        for episode, reply in zip(left, replies, strict=True):
-            if isinstance(parsed := parse_json(reply.text), dict):
-                found[episode.number] = parsed
-        left = [one for one in left if not found[one.number]]
-    return Pyramid(captioned, episodes, found)
+class Builder:
+    """A memory that grows segment by segment, in the order of the video; what has been closed stays as it is."""
 
+    def __init__(self, config: BuildConfig = BuildConfig(), frames_of: FramesOf | None = None):
+        """`frames_of`: where an episode has frames of its whole span, those that were discarded too, as in the release;
+        by default, it has those of its segments."""
+        self.config, self._frames_of, self._state = config, frames_of, Manager()
+        self.pyramid = Pyramid([], [], {})
 
-def _captioned(segments: Sequence[Segment], config: BuildConfig) -> Work[list[Segment]]:
-    """Segments do not depend on each other, so all are asked for at once."""
-    shown = [dataclasses.replace(one, frames=_thinned(one.frames, config)) for one in segments]
-    calls = [prompts.caption(one) for one in shown if one.frames]
-    replies: Iterator[Reply] = iter((yield calls) if calls else [])
-    return [dataclasses.replace(one, caption=caption_of(next(replies).text)) if one.frames else one for one in segments]
+    def add(self, segments: Sequence[Segment]) -> Work[None]:
+        """Takes segments without captions; those without frames have none. All are captioned at once."""
+        captioned = yield from self._captioned(segments)
+        for segment in captioned:
+            action: Action = "ADD_NEW"
+            if self._state.asks(segment):
+                [reply] = yield [decision(self._state, segment, self.config.manage)]
+                action = action_of(reply)
+            members = self._state.members
+            self._state, episode = self._state.step(segment, action)
+            self.pyramid.segments.append(segment)
+            if episode:
+                yield from self._close(episode, members)
 
+    def finish(self) -> Work[Pyramid]:
+        """The memory as it is if the video ends here; the builder goes on as if nobody had asked."""
+        whole = copy.copy(self)
+        segments, episodes, extracted = self.pyramid
+        whole.pyramid = Pyramid(list(segments), list(episodes), dict(extracted))
+        if self._state.episode:
+            yield from whole._close(self._state.episode, self._state.members)
+        return whole.pyramid
 
-def episodes_of(segments: Sequence[Segment], frames_of: FramesOf, config: BuildConfig) -> Work[list[Episode]]:
-    """Episodes of segments that have captions."""
-    state, episodes = Manager(), []
+    def _captioned(self, segments: Sequence[Segment]) -> Work[list[Segment]]:
+        shown = [self._thinned(one.frames) for one in segments]
+        calls = [prompts.caption(frames) for frames in shown if frames]
+        replies = iter((yield calls) if calls else [])
+        captions = [caption_of(next(replies).text) if frames else "" for frames in shown]
+        return [dataclasses.replace(one, caption=text) for one, text in zip(segments, captions, strict=True)]
 
-    def narrated(episode: Episode) -> Work[Episode]:
-        frames = _shown(frames_of, episode, config.fps, config)
+    def _close(self, episode: Episode, members: Sequence[Segment]) -> Work[None]:
+        config = self.config
+        frames = self._frames(episode, members, config.fps)
         [reply] = yield [prompts.narrate(frames)]
-        return dataclasses.replace(episode, caption=caption_of(reply.text), frames=frames)
+        found, shown = {}, self._frames(episode, members, config.schema_fps)
+        for _ in range(config.attempts):
+            [extracted] = yield [prompts.extract(shown)]
+            if isinstance(parsed := parse_json(extracted.text), dict):
+                found = parsed
+                break
+        self.pyramid.episodes.append(dataclasses.replace(episode, caption=caption_of(reply.text), frames=frames))
+        self.pyramid.extracted[episode.number] = found
 
-    for segment in segments:
-        action: Action = "ADD_NEW"
-        if state.asks(segment):
-            [reply] = yield [decision(state, segment, config.manage)]
-            action = action_of(reply)
-        state, episode = state.step(segment, action)
-        if episode:
-            episodes.append((yield from narrated(episode)))
-    if state.episode:
-        episodes.append((yield from narrated(state.episode)))
-    return episodes
+    def _frames(self, episode: Episode, members: Sequence[Segment], fps: float) -> tuple[Frame, ...]:
+        span = Span(episode.start, episode.end)
+        if self._frames_of:
+            return self._thinned(self._frames_of(span, fps))
+        kept = [frame for member in members for frame in member.frames]
+        return self._thinned([kept[n] for n in frames_at_times(span, [frame.time for frame in kept], fps).tolist()])
+
+    def _thinned(self, frames: Sequence[Frame]) -> tuple[Frame, ...]:
+        return thinned(frames, self.config.images) if self.config.images else tuple(frames)
+
+
+def build(
+    segments: Sequence[Segment], config: BuildConfig = BuildConfig(), frames_of: FramesOf | None = None
+) -> Work[Pyramid]:
+    """The memory of a video, from all of its segments; see `Builder`."""
+    builder = Builder(config, frames_of)
+    yield from builder.add(segments)
+    return (yield from builder.finish())
 
 
 def decision(state: Manager, segment: Segment, config: ManageConfig) -> Call:
     """What the manager is asked."""
     told = [member.caption for member in state.members]
     return prompts.decide(state.episode, told, segment, view(state, segment, config))
-
-
-def _shown(frames_of: FramesOf, episode: Episode, fps: float, config: BuildConfig) -> tuple[Frame, ...]:
-    return _thinned(frames_of(Span(episode.start, episode.end), fps), config)
-
-
-def _thinned(frames: Sequence[Frame], config: BuildConfig) -> tuple[Frame, ...]:
-    return thinned(frames, config.images) if config.images else tuple(frames)

@@ -39,14 +39,14 @@ def seconds(start: float, end: float) -> str:
     return f"{start:.1f} s to {end:.1f} s"
 
 
-def caption(segment: Segment) -> Call:
+def caption(frames: Sequence[Frame]) -> Call:
     """A segment in words."""
     asked = (
         "These frames follow each other in a video. Describe in detail who and what is there, what happens, where "
         "things are, how they look, and any text that can be read. Answer by a ```json block of an object with the "
         'keys "description" (a text), "objects" and "actions" (lists), and "spatial_info" (a text).'
     )
-    return Call("caption", (*segment.frames, asked), max_tokens=WORDS)
+    return Call("caption", (*frames, asked), max_tokens=WORDS)
 
 
 def narrate(frames: Sequence[Frame]) -> Call:

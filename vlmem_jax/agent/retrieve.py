@@ -103,7 +103,8 @@ class Memory(NamedTuple):
     frames_of: FramesOf
     span: Span
     """Of the whole video."""
-    schema_fps: float = 1.0
+    schema_fps: float = 0.0
+    """Frames of a second of what an episode is about; 0: those of the episode."""
 
     @classmethod
     def of(
@@ -231,7 +232,8 @@ class _Question:
         return f"[Segment {episode.number}] {' | '.join(lists)}"
 
     def _for_schema(self, episode: Episode) -> Sequence[Frame]:
-        return self.memory.frames_of(Span(episode.start, episode.end), self.memory.schema_fps)
+        fps = self.memory.schema_fps
+        return self.memory.frames_of(Span(episode.start, episode.end), fps) if fps else episode.frames
 
     # --- what is said -------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ to the frame.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -96,6 +97,14 @@ class Segmenter:
             self._start = found[-1].end
         return found
 
+    @property
+    def open(self) -> Span | None:
+        """The segment that is open, as far as it is certain that nothing else begins there."""
+        if self._start is None:
+            return None
+        certain = self._times[min(self.cuts.horizon, self.cuts.frames - 1)]
+        return Span(self._start, min(certain, self._start + self.config.longest))
+
     def flush(self, end: float) -> list[Span]:
         """The segments that are left of a video that ends here."""
         if self._start is None or end <= self._start:
@@ -126,13 +135,14 @@ def frames_at_rate(span: Span, rate: float, count: int, fps: float) -> Int[np.nd
 
 
 def frames_at_times(span: Span, times_N: Sequence[float] | Float[np.ndarray, "N"], fps: float) -> Int[np.ndarray, "n"]:
-    """The same by the time of each frame, which rises, but not evenly: the frame that is shown at each wanted time."""
+    """The same by the time of each frame, which rises, but not evenly: those that are shown `fps` times a second from
+    the start on. Which they are depends on the start, so that they can be chosen while the end is not known."""
     first, last = np.searchsorted(times_N, span)
     if first >= last:
         return np.zeros(0, int)
-    wanted = max(1, int((span.end - span.start) * fps))
-    at = np.linspace(times_N[first], times_N[last - 1], wanted) if wanted > 1 else [times_N[first]]
-    return np.unique(np.searchsorted(times_N, at, side="right") - 1)
+    wanted = span.start + np.arange(max(1, math.ceil((span.end - span.start) * fps))) / fps
+    shown = np.searchsorted(times_N, wanted[wanted < span.end], side="right") - 1
+    return np.unique(shown.clip(first, last - 1))
 
 
 def changes(frames_NHWc: UInt8[np.ndarray, "N H W c"]) -> Float[np.ndarray, "M"]:

@@ -1,0 +1,95 @@
+"""A memory of a video that runs, and what becomes of it whatever comes in one go."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.agent.scripted import Scripted
+from vlmem_jax.agent.building import BuildConfig, build
+from vlmem_jax.agent.calls import run
+from vlmem_jax.agent.manager import ACTIONS
+from vlmem_jax.agent.nodes import Frame, Segment
+from vlmem_jax.agent.segments import IngestConfig, Span, frames_at_times, split
+from vlmem_jax.agent.stream import StreamBuilder
+from vlmem_jax.processing.scenes import SceneCuts
+
+INGEST = IngestConfig(threshold=20, quiet=4, longest=2.0, tail=0.3, fps=3.0)
+BUILD = BuildConfig(fps=1.0, images=6)
+
+
+def seen(call):
+    """A number that depends on all that a call shows and says."""
+    return sum(map(ord, call.key))
+
+
+def model():
+    """Decides and tells by what it sees."""
+    return Scripted(
+        caption=lambda call: json.dumps({"saw": seen(call)}),
+        narrate=lambda call: f"story {seen(call)}",
+        extract=lambda call: json.dumps({"scenes": [{"location": f"place {seen(call) % 3}"}]}),
+        decide=lambda call: {label: 1.0 * (n == seen(call) % 3) for n, label in enumerate(ACTIONS)},
+    )
+
+
+def keep(frame, time):
+    return Frame(f"{frame[0, 0].tolist()}", time)
+
+
+def videos(count):
+    """Frames of one colour each: still, cut, and strobing, at even and uneven rates."""
+    rng = np.random.default_rng(4)
+    for _ in range(count):
+        frames, often = int(rng.integers(1, 140)), rng.choice([0.02, 0.15, 0.6])
+        level = np.cumsum(np.where(rng.random(frames) < often, 90, 1)) % 256
+        apart = 0.1 * (1 if rng.random() < 0.5 else rng.uniform(0.2, 4, frames))
+        times = np.cumsum(np.broadcast_to(apart, frames)).tolist()
+        yield np.broadcast_to(level[:, None, None, None], (frames, 2, 3, 3)).astype(np.uint8), times, times[-1] + 0.1
+
+
+def whole(frames, times, end):
+    """The memory of a video that is known to its end."""
+    cuts = SceneCuts(INGEST.quiet, INGEST.threshold)
+    bounds = [times[0], *(times[cut] for cut in map(cuts.push, frames) if cut is not None), end]
+    scenes = map(Span._make, zip(bounds, bounds[1:], strict=False))
+    spans = [span for scene in scenes for span in split(scene, INGEST.longest, INGEST.tail)]
+    chosen = [[keep(frames[n], times[n]) for n in frames_at_times(span, times, INGEST.fps)] for span in spans]
+    segments = [Segment(n, *span, frames=tuple(of)) for n, (span, of) in enumerate(zip(spans, chosen, strict=True))]
+    return run(build(segments, BUILD), model())
+
+
+def test_a_stream_gives_the_memory_of_the_whole_video():
+    for frames, times, end in videos(60):
+        stream, most = StreamBuilder(keep, INGEST, BUILD), 0
+        for frame, time in zip(frames, times, strict=True):
+            run(stream.push(frame, time), model())
+            most = max(most, stream.held)
+        run(stream.flush(end), model())
+        assert run(stream.snapshot(), model()) == whole(frames, times, end)
+        assert most <= INGEST.longest * INGEST.fps + 4 * INGEST.quiet + 4
+
+
+def test_a_snapshot_knows_nothing_of_what_comes_later_and_changes_nothing():
+    frames, times, end = next(video for video in videos(50) if len(video[1]) > 100)
+    stream, asked = StreamBuilder(keep, INGEST, BUILD), StreamBuilder(keep, INGEST, BUILD)
+    for n, (frame, time) in enumerate(zip(frames, times, strict=True)):
+        for builder in (stream, asked):
+            run(builder.push(frame, time), model())
+        if n % 7 == 0:
+            found = run(asked.snapshot(), model())
+            assert all(one.end <= time for one in (*found.segments, *found.episodes))
+            assert all(frame.time <= time for one in found.episodes for frame in one.frames)
+    for builder in (stream, asked):
+        run(builder.flush(end), model())
+    assert run(stream.snapshot(), model()) == run(asked.snapshot(), model())
+    assert asked.builder.pyramid.episodes == stream.builder.pyramid.episodes
+
+
+def test_times_that_do_not_rise_are_refused():
+    stream = StreamBuilder(keep, INGEST, BUILD)
+    frame = np.zeros((2, 3, 3), np.uint8)
+    run(stream.push(frame, 1.0), model())
+    with pytest.raises(ValueError, match="times of frames must rise, got 1.0 after 1.0"):
+        run(stream.push(frame, 1.0), model())
+    assert run(StreamBuilder(keep, INGEST, BUILD).flush(3.0), model()) == []
