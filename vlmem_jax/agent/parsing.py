@@ -10,12 +10,15 @@ from vlmem_jax.agent.manager import ACTIONS, Action
 
 def parse_json(text: str) -> Any | None:
     """The JSON in a text: of the first block that is fenced as such, or from the first brace to the last, or all of it.
-    None if neither is JSON, or it is null."""
+    None if neither is JSON that can be written anew, or it is null."""
     fenced = re.search(r"```json(.*?)```", text, re.S)
     braces = text[text.find("{") : text.rfind("}") + 1] if "{" in text else ""
     for candidate in (fenced[1] if fenced else "", braces, text):
         try:
-            return json.loads(candidate)
+            found = json.loads(candidate)
+            # Python reads NaN, 1e999 and halves of surrogates, which no node and no tokenizer takes.
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+            return found
         except (ValueError, RecursionError):
             continue
     return None
