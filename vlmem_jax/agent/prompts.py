@@ -25,8 +25,8 @@ SHOWN_TEXT = 1024
 
 
 def plain(text: str) -> str:
-    """A text in which no tag, marker or control token can stand."""
-    return re.sub(r"<(?=[|/!?A-Za-z])", "‹", text)
+    """A text in which no tag, marker or control token can stand, nor half of a surrogate, which no tokenizer takes."""
+    return re.sub(r"<(?=[|/!?A-Za-z])", "‹", text.encode(errors="replace").decode())
 
 
 def quoted(lines: Iterable[str]) -> str:
