@@ -15,6 +15,12 @@ def test_prose_is_no_label():
     assert gates.by_first_letter(tokens, "AB").probabilities["A"] > 0.8
 
 
+def test_a_token_that_was_drawn_counts_once():
+    tokens = gates.with_drawn(("B", -1.0), [("A", -1.0), ("B", -1.0)])
+    assert sorted(tokens) == [("A", -1.0), ("B", -1.0)]
+    assert gates.with_drawn(("C", -3.0), [("A", -1.0)]) == [("C", -3.0), ("A", -1.0)]
+
+
 def test_nothing_said_is_not_certainty():
     belief = gates.strict([("The", -0.1)], "ABCD")
     assert belief.mass == 0 and belief.entropy == pytest.approx(math.log(4))

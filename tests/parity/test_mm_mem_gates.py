@@ -6,6 +6,7 @@ import math
 import pytest
 
 from vlmem_jax.agent import gates
+from vlmem_jax.scoring.videos import letter
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def close(found, wanted):
 
 def test_tokens_that_count_for_a_label(labels):
     for case in labels["normalisers"]:
-        assert gates.first_letter(case["token"]) == case["option"]
+        assert letter(case["token"]) == case["option"]
         found = gates.yes_or_no([[case["token"], 0.0]]).probabilities
         assert [label for label, p in found.items() if p] == ([case["binary"]] if case["binary"] else [])
 

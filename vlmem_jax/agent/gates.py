@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from vlmem_jax.scoring.videos import letter
+
 FirstTokens = Sequence[tuple[str, float] | list] | None
 """Texts of the likeliest first tokens with their log-probabilities; None: none are known."""
 
@@ -47,6 +49,11 @@ def entropy(probabilities: Mapping[str, float]) -> float:
 # --- reading a first token --------------------------------------------------------------------------------------------
 
 
+def with_drawn(drawn: tuple[str, float], likeliest: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """First tokens as servers give them: the one that was drawn may be among the likeliest, and counts once."""
+    return list(dict([drawn, *likeliest]).items())
+
+
 def strict(tokens: FirstTokens, labels: Sequence[str], exact_case: bool = True) -> Belief:
     """What a first token says: it counts if it is a label, but for spaces and signs around it. Without any, all labels
     are alike."""
@@ -58,17 +65,12 @@ def strict(tokens: FirstTokens, labels: Sequence[str], exact_case: bool = True) 
 
 def by_first_letter(tokens: FirstTokens, labels: Sequence[str]) -> Belief:
     """As the release reads options. Without any, all are 0."""
-    return _counted(tokens, labels, first_letter)
+    return _counted(tokens, labels, letter)
 
 
 def yes_or_no(tokens: FirstTokens) -> Belief:
     """As the release reads the answer to a question of yes or no. Without either, both are 0."""
     return _counted(tokens, ("yes", "no"), lambda token: _bare(token).lower())
-
-
-def first_letter(token: object) -> str:
-    """The first letter of a token, as a capital."""
-    return next((c.upper() for c in token if c.isalpha()), "") if isinstance(token, str) else ""
 
 
 def _bare(token: object) -> str:
