@@ -4,7 +4,7 @@ import pytest
 
 from tests.evals import world
 from vlmem_jax.config import ConfigError
-from vlmem_jax.evals.benchmarks import length_class, reported
+from vlmem_jax.evals.benchmarks import GENERATED, Tally, length_class, mean_of_groups, reported, tallied
 from vlmem_jax.evals.summary import summarise, table
 from vlmem_jax.generate import load_model
 
@@ -47,6 +47,17 @@ def test_vsti_bench_is_reported_both_ways():
 def test_exact_match_is_a_mean_over_questions():
     lines = [line("what", 1.0), line("what", 0.0), line("is", 1.0), line("is", None)]
     assert reported("sqa3d", lines) == {"exact match": 2 / 3} and reported("sqa3d", lines[3:]) == {}
+
+
+def test_what_failed_counts_as_wrong_and_groups_count_alike():
+    lines = [line("needle", 1.0), line("needle", 1.0), line("needle", None), line("summary", 0.0)]
+    lines += [{"source": "order", "error": "damaged"}, line("order", 1.0, stage="L2")]
+    assert tallied(lines) == {"": Tally(3.0, 6)}
+    tasks = tallied(lines, "source")
+    assert tasks == {"needle": Tally(2.0, 3), "summary": Tally(0.0, 1), "order": Tally(1.0, 2)}
+    assert mean_of_groups(tasks, GENERATED) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert mean_of_groups(tasks) == pytest.approx((2 / 3 + 1 / 2) / 3)
+    assert tallied(lines, "stage") == {"": Tally(2.0, 5), "L2": Tally(1.0, 1)} and mean_of_groups({}) == 0.0
 
 
 @pytest.mark.parametrize(
