@@ -1,0 +1,90 @@
+"""Vectors of nodes, searched exactly."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlmem_jax.agent.segments import Span
+
+
+class Hit(NamedTuple):
+    """What a search found."""
+
+    number: int
+    """Of the node, or of the row."""
+    score: float
+
+
+def as_stored(x_ND: np.ndarray) -> Float[np.ndarray, "N D"]:
+    """Vectors as a store gives them back: rounded to fp16. Whoever compares vectors before they are stored compares
+    these, or else decides otherwise after it was stopped. Raises ValueError for vectors that are longer than 1."""
+    with np.errstate(over="ignore"):
+        x_ND = np.atleast_2d(np.asarray(x_ND)).astype(np.float16).astype(np.float32)
+    longest = np.linalg.norm(x_ND, axis=1).max(initial=0.0)
+    if not longest < 1.01:
+        raise ValueError(f"vectors must be of length 1, or 0 for what says nothing; got one of length {longest:.3g}")
+    return x_ND
+
+
+def nearest(x_ND: Float[np.ndarray, "N D"], query_D: np.ndarray, most: int) -> list[Hit]:
+    """The rows of at most length 1 whose product with a query is largest, best first, equal ones in their order.
+
+    Products in fp32 choose rows that may be among them; these are compared by products in fp64, which do not depend on
+    where a row stands, so that equal vectors are equal.
+    """
+    if not len(x_ND) or most <= 0:
+        return []
+    query_D = np.asarray(query_D, np.float32)
+    rough_N = x_ND @ query_D
+    few = min(most, len(x_ND))
+    bound = np.partition(rough_N, len(x_ND) - few)[len(x_ND) - few]
+    error = len(query_D) * np.finfo(np.float32).eps * np.linalg.norm(query_D)
+    chosen = np.flatnonzero(rough_N >= bound - 2 * error)
+    exact = np.einsum("nd,d->n", x_ND[chosen].astype(np.float64), query_D.astype(np.float64))
+    order = np.lexsort((chosen, -exact))[:most]
+    return [Hit(int(chosen[n]), float(exact[n])) for n in order]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Those of the nodes of a layer, in order of their numbers; a node may have several."""
+
+    x_ND: Float[np.ndarray, "N D"]
+    numbers_N: Int[np.ndarray, "N"]
+    start_N: Float[np.ndarray, "N"]
+    end_N: Float[np.ndarray, "N"]
+    """When the nodes are, in seconds; NaN where they have no time."""
+
+    def search(
+        self, query_D: np.ndarray, most: int, within: Span | None = None, among: Collection[int] | None = None
+    ) -> list[Hit]:
+        """Nodes by the best of their vectors; those wholly within a stretch of time, and of some numbers alone.
+
+        Raises ValueError for a query of another width.
+        """
+        check_width(self.x_ND, query_D)
+        is_wanted_N = np.ones(len(self.x_ND), bool)
+        if within is not None:
+            is_wanted_N &= (self.start_N >= within.start) & (self.end_N <= within.end)
+        if among is not None:
+            is_wanted_N &= np.isin(self.numbers_N, list(among))
+        rows = np.flatnonzero(is_wanted_N)
+        x_ND, numbers_N = (self.x_ND, self.numbers_N) if len(rows) == len(self.x_ND) else (
+            self.x_ND[rows], self.numbers_N[rows])  # fmt: skip
+        each = int(np.unique(numbers_N, return_counts=True)[1].max(initial=1))
+        best: dict[int, float] = {}
+        for row, score in nearest(x_ND, query_D, most * each):
+            best.setdefault(int(numbers_N[row]), score)
+        return [Hit(*item) for item in list(best.items())[:most]]
+
+
+def check_width(x_ND: np.ndarray, query_D: np.ndarray) -> None:
+    """Raises ValueError if a query is not as wide as what is searched."""
+    if len(x_ND) and np.shape(query_D) != x_ND.shape[1:]:
+        raise ValueError(
+            f"the memory holds vectors of {x_ND.shape[1]} numbers, and the query has {np.shape(query_D)}; search with "
+            "the embedder that the memory was made with"
+        )
