@@ -52,6 +52,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "video": ["av>=14.0"],
         "gcs": ["gcsfs>=2025.12"],
+        "lancedb": ["lancedb>=0.40"],
         "lmms": ["lmms-eval>=0.7"],
         "demo": ["av>=14.0", "scikit-learn>=1.5"],
         "parquet": ["pyarrow>=16"],

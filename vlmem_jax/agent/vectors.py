@@ -1,6 +1,7 @@
 """Vectors of nodes, searched exactly."""
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ class Vectors:
     end_N: Float[np.ndarray, "N"]
     """When the nodes are, in seconds; NaN where they have no time."""
 
+    @functools.cached_property
+    def _each(self) -> int:
+        """Vectors of a node, at most."""
+        return int(np.unique(self.numbers_N, return_counts=True)[1].max(initial=1))
+
     def search(
         self, query_D: np.ndarray, most: int, within: Span | None = None, among: Collection[int] | None = None
     ) -> list[Hit]:
@@ -72,11 +78,10 @@ class Vectors:
         if among is not None:
             is_wanted_N &= np.isin(self.numbers_N, list(among))
         rows = np.flatnonzero(is_wanted_N)
-        x_ND, numbers_N = (self.x_ND, self.numbers_N) if len(rows) == len(self.x_ND) else (
-            self.x_ND[rows], self.numbers_N[rows])  # fmt: skip
-        each = int(np.unique(numbers_N, return_counts=True)[1].max(initial=1))
+        is_whole = len(rows) == len(self.x_ND)
+        x_ND, numbers_N = (self.x_ND, self.numbers_N) if is_whole else (self.x_ND[rows], self.numbers_N[rows])
         best: dict[int, float] = {}
-        for row, score in nearest(x_ND, query_D, most * each):
+        for row, score in nearest(x_ND, query_D, most * self._each):
             best.setdefault(int(numbers_N[row]), score)
         return [Hit(*item) for item in list(best.items())[:most]]
 

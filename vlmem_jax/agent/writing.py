@@ -51,7 +51,7 @@ def write_store(folder: str | Path, made: Mapping[str, Any]) -> Iterator["Writer
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lease(folder):
+    with lease(folder):
         file = folder / FILE
         db = connect(file, "rwc")
         try:
@@ -76,8 +76,10 @@ def write_store(folder: str | Path, made: Mapping[str, Any]) -> Iterator["Writer
 
 
 @contextlib.contextmanager
-def _lease(folder: Path) -> Iterator[None]:
-    """The lock is the system's, so that it ends with the process, however that ends; its file says whose it is."""
+def lease(folder: Path) -> Iterator[None]:
+    """Nobody else writes in a folder meanwhile. Raises ValueError, naming whoever does.
+
+    The lock is the system's, so that it ends with the process, however that ends; its file says whose it is."""
     with open(folder / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,7 +24,7 @@ COMMANDS = {
 }
 """Name and help line; the module of a command is vlmem_jax.cli.<name>, imported when the command is run."""
 
-EXTRAS = {"av": "video", "gcsfs": "gcs", "sklearn": "demo"}
+EXTRAS = {"av": "video", "gcsfs": "gcs", "lancedb": "lancedb", "sklearn": "demo"}
 """Optional package -> the extra of ours that installs it."""
 
 
