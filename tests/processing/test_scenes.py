@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmem_jax.processing.scenes import SceneCuts, difference, shrunk, to_hsv
+from vlmem_jax.processing.scenes import SceneCuts, difference, resized, small_size, to_hsv
 
 
 def cuts(scores, quiet=3):
@@ -44,11 +44,22 @@ def test_colours_are_those_of_opencv():
 
 def test_wide_frames_are_shrunk():
     frame = np.repeat(np.arange(512, dtype=np.uint16)[None] // 2, 4, 0).astype(np.uint8)[..., None].repeat(3, -1)
-    small = shrunk(frame)
+    small = resized(frame, *small_size(*frame.shape[:2]))
     assert small.shape == (2, 256, 3) and small[0, :, 0].tolist() == list(range(256))
     narrow = frame[:, :255]
-    assert shrunk(narrow) is narrow
-    assert shrunk(np.full((720, 1280, 3), 77, np.uint8)).tolist() == np.full((144, 256, 3), 77).tolist()
+    assert resized(narrow, *small_size(*narrow.shape[:2])) is narrow
+    assert resized(np.full((720, 1280, 3), 77, np.uint8), 144, 256).tolist() == np.full((144, 256, 3), 77).tolist()
+    assert small_size(1, 4000) == (1, 256)
+
+
+def test_a_size_that_changes_is_no_cut():
+    """As where a sender lowers its resolution: the same picture goes on, at half the width, then at twice."""
+    ramp = np.indices((48, 64)).sum(0).astype(np.uint8)[..., None].repeat(3, -1) * 2
+    other = 255 - ramp
+    cuts = SceneCuts(quiet=1)
+    for frame in (ramp, ramp[::2, ::2], ramp.repeat(2, 0).repeat(2, 1), ramp[:, :-4]):
+        assert cuts.push(frame) is None and cuts.score < 5
+    assert cuts.push(other[::2, ::2]) == 4
 
 
 def test_a_difference_is_the_mean_of_three():

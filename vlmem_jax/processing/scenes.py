@@ -35,14 +35,20 @@ class SceneCuts:
         self.score = 0.0
         """Of the last of them."""
         self._before: np.ndarray | None = None
+        self._size: tuple[int, int] | None = None
+        """(height, width) at which frames are compared."""
         self.last_above = 0
         """The last frame that differs enough from the one before: what a cut that is told later may be at."""
         self._merge_start = 0
         self._is_merging, self._has_cut = False, False
 
     def push(self, frame_HWc: UInt8[np.ndarray, "H W 3"]) -> int | None:
-        """Takes the next frame, in RGB; the frame that begins a scene, if that is known now."""
-        hsv_HWc = to_hsv(shrunk(frame_HWc))
+        """Takes the next frame, in RGB; the frame that begins a scene, if that is known now.
+
+        One of another size than the first is compared at the size of that.
+        """
+        self._size = self._size or small_size(*frame_HWc.shape[:2])
+        hsv_HWc = to_hsv(resized(frame_HWc, *self._size))
         self.score = 0.0 if self._before is None else difference(hsv_HWc, self._before)
         self._before = hsv_HWc
         return self.push_score(self.score)
@@ -79,7 +85,7 @@ def difference(one_HWc: UInt8[np.ndarray, "H W 3"], other_HWc: UInt8[np.ndarray,
 
 
 class _Weights(NamedTuple):
-    """Where each pixel of a shrunk axis lies between two of the whole one."""
+    """Where each pixel of a resized axis lies between two of the whole one."""
 
     low_N: Int32[np.ndarray, "N"]
     high_N: Int32[np.ndarray, "N"]
@@ -99,13 +105,17 @@ def _weights(size: int, new: int) -> _Weights:
     return _Weights(low_N, np.minimum(low_N + 1, size - 1), np.rint(weight_N2).astype(np.int32))
 
 
-def shrunk(frame_HWc: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """A frame of the smallest width, or as it is, if it is narrower."""
-    height, width, channels = frame_HWc.shape
-    if width < SMALLEST_WIDTH:
+def small_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a frame of the smallest width, or as it is, if it is narrower."""
+    by = max(width / SMALLEST_WIDTH, 1)
+    return max(1, round(height / by)), max(1, round(width / by))
+
+
+def resized(frame_HWc: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """A frame between whose pixels those of a smaller or larger one are interpolated, by OpenCV's integers."""
+    if frame_HWc.shape[:2] == (height, width):
         return frame_HWc
-    by = width / SMALLEST_WIDTH
-    rows, columns = _weights(height, max(1, round(height / by))), _weights(width, max(1, round(width / by)))
+    rows, columns = _weights(frame_HWc.shape[0], height), _weights(frame_HWc.shape[1], width)
     # rows first: most of them are left out, and what is left of each is read once
     picked = np.stack([frame_HWc[rows.low_N], frame_HWc[rows.high_N]], 0)
     across = [
