@@ -6,7 +6,7 @@ import pytest
 
 from tests.agent.scripted import Scripted, embed, memory, rerank
 from vlmem_jax.agent.calls import run
-from vlmem_jax.agent.retrieve import RetrieveConfig, answer
+from vlmem_jax.agent.retrieve import RELEASE, RetrieveConfig, answer
 from vlmem_jax.agent.segments import Span
 
 PLACES = ["kkk", "ggg", "bbb", "hhh", "fff"]
@@ -51,7 +51,11 @@ def test_episodes_that_the_schema_missed_are_looked_at_too():
     answers = iter([UNSURE, SURE])
     model = Scripted(answer=lambda call: next(answers), relevant=lambda call: yes(0.5))
     found = ask(model)
-    assert len(model.asked["relevant"]) == len(found.trace[0].taken) + DEFAULT.guard
+    assert found.trace[0].taken == (2,) and len(found.trace[1].taken) == 1 + DEFAULT.guard
+    assert not model.asked["relevant"], "all of them are shown, so nobody asks which"
+    answers = iter([UNSURE, SURE])
+    found = ask(model, config=dataclasses.replace(DEFAULT, episodes=2))
+    assert len(model.asked["relevant"]) == 1 + DEFAULT.guard and len(found.trace[1].taken) == 2
 
 
 def test_the_surest_stage_is_believed_where_the_last_is_less_sure():
@@ -67,11 +71,95 @@ def test_the_surest_stage_is_believed_where_the_last_is_less_sure():
     assert (last.stage, last.label) == ("L1", "A")
 
 
-def test_what_nothing_tells_is_not_in_memory():
-    model = Scripted(answer=lambda call: {}, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.1))
+def test_a_stage_that_said_nothing_is_not_believed_where_another_said_something():
+    answers = iter([UNSURE, UNSURE, {}])
+    model = Scripted(
+        answer=lambda call: next(answers), relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9)
+    )
     found = ask(model)
-    assert not found.in_memory and found.belief.mass == 0 and not found.trace[-1].is_sure
-    assert len(model.asked["sufficient"]) == 1
+    assert (found.stage, found.label, found.belief.mass) == ("L3", "A", pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("said", [{}, {"The": 1 - 1e-6, "B": 1e-6}])
+@pytest.mark.parametrize("gamma", [0.72, 5.0])
+def test_what_nothing_tells_is_not_in_memory(said, gamma):
+    """Neither no label nor a trace of one is an answer, however high the bound."""
+    model = Scripted(answer=lambda call: said, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.1))
+    found = ask(model, config=dataclasses.replace(DEFAULT, gamma=gamma))
+    assert not found.in_memory and found.evidence == () and not any(visit.is_sure for visit in found.trace)
+    assert [visit.stage for visit in found.trace] == ["L3", "L2", "L1"]
+    assert len(model.asked["sufficient"]) == 1 and found.trace[-1].enough == pytest.approx(0.1)
+
+
+def test_an_empty_memory_is_asked_once():
+    model = Scripted(answer=lambda call: UNSURE)
+    found = ask(model, places=[])
+    assert (found.in_memory, found.label, found.calls, found.images) == (False, "A", 1, 0)
+    assert run(answer(memory([]), "where", OPTIONS, embed, rerank, RELEASE), model).in_memory, "the release has no word"
+
+
+def test_whether_it_is_enough_is_asked_of_what_was_shown():
+    """By what the last stage was told, where stages do not keep what others were."""
+    model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))
+    assert ask(model, config=dataclasses.replace(DEFAULT, is_kept=False)).in_memory
+    [call] = model.asked["sufficient"]
+    assert "[Scene" in call.text and "[Episode" not in call.text
+    assert call.frames == model.asked["answer"][-1].frames
+
+
+def test_stages_that_add_nothing_end_the_search():
+    model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))
+    assert len(ask(model).trace) == 3
+    assert len(ask(model, config=dataclasses.replace(DEFAULT, patience=1)).trace) == 2
+    surer = iter([UNSURE, {"A": 0.6, "B": 0.2, "C": 0.2}, UNSURE])
+    model.replies["answer"] = lambda call: next(surer)
+    assert len(ask(model, config=dataclasses.replace(DEFAULT, patience=1)).trace) == 3
+    model.replies["answer"] = lambda call: {}
+    assert len(ask(model, config=dataclasses.replace(DEFAULT, patience=1)).trace) == 3, "nothing said adds nothing yet"
+
+
+def test_a_higher_bound_never_looks_further():
+    beliefs = [UNSURE, {"A": 0.6, "B": 0.3, "C": 0.1}, {"A": 0.1, "B": 0.8, "C": 0.1}]
+    depths = []
+    for gamma in (0.2, 0.5, 0.8, 1.0, 1.2, 1.4):
+        answers = iter(beliefs)
+        model = Scripted(
+            answer=lambda call, answers=answers: next(answers), relevant=lambda call: yes(0.5),
+            sufficient=lambda call: yes(0.9),
+        )  # fmt: skip
+        depths.append(len(ask(model, config=dataclasses.replace(DEFAULT, gamma=gamma)).trace))
+    assert depths == sorted(depths, reverse=True) and set(depths) == {1, 2, 3}
+
+
+def test_the_order_of_options_does_not_change_what_is_found():
+    def taken(options):
+        model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))
+        return [visit.taken for visit in ask(model, options=options).trace]
+
+    assert taken(OPTIONS) == taken(OPTIONS[::-1])
+
+
+def test_without_memory_it_answers_first_where_it_may():
+    model = Scripted(answer=lambda call: SURE)
+    found = ask(model, config=dataclasses.replace(DEFAULT, initial=0.8, images=8))
+    assert (found.stage, found.label, found.calls, found.images) == ("initial", "B", 1, 8)
+    assert "remembered" not in model.asked["answer"][0].text
+    found = ask(model, config=dataclasses.replace(DEFAULT, initial=0.98))
+    assert [visit.stage for visit in found.trace] == ["initial", "L3"] and found.stage == "L3"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("segments", 0, "segments must be at least 1, got 0"),
+        ("gamma", -0.1, "gamma must be at least 0, got -0.1"),
+        ("enough", 1.5, "enough must be between 0 and 1, got 1.5"),
+        ("initial", float("nan"), "initial must be between 0 and 1, got nan"),
+    ],
+)
+def test_settings_that_make_no_sense(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DEFAULT, **{key: value})
 
 
 def test_a_question_without_options_is_answered_in_words():
@@ -83,6 +171,16 @@ def test_a_question_without_options_is_answered_in_words():
     found = ask(model, options=[])
     assert (found.label, found.stage, found.in_memory) == ("", "L2", True) and found.text == found.trace[1].text
     assert model.asked["answer"][0].labels == () and model.asked["answer"][0].max_tokens == 256
+    assert model.rounds[0] == ["answer", "sufficient"], "both at once"
+
+
+def test_nobody_asks_twice_whether_words_are_enough():
+    model = Scripted(answer=lambda call: "red", relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.4))
+    found = ask(model, options=[])
+    assert (found.text, found.stage, found.in_memory) == ("red", "L1", False)
+    assert len(model.asked["sufficient"]) == len(found.trace) == 3
+    model.replies["sufficient"] = lambda call: yes(0.6)
+    assert ask(model, options=[]).in_memory
 
 
 def test_no_call_shows_more_than_it_may():
@@ -102,6 +200,12 @@ def test_nothing_that_a_caption_says_is_told_as_an_instruction():
         for call in calls:
             assert "<|" not in call.text and "<image>" not in call.text and "</s>" not in call.text
             assert all(line.startswith("> ") for line in call.text.splitlines() if "system" in line)
+
+
+def test_the_bound_itself_is_sure_enough():
+    """With one option it is 0, as is the entropy."""
+    found = ask(Scripted(answer=lambda call: {"A": 1.0}), options=["the only one"])
+    assert (found.label, found.stage, found.belief.entropy) == ("A", "L3", 0.0)
 
 
 def test_more_options_than_letters():

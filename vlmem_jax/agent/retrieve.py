@@ -6,21 +6,24 @@ is believed whatever it is. `RetrieveConfig()` is the corrected rule, `RELEASE` 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlmem_jax.agent import gates, prompts
+from vlmem_jax.agent.answers import Answer, Stage, Visit
 from vlmem_jax.agent.building import FramesOf, Pyramid
-from vlmem_jax.agent.calls import Reply, Work
+from vlmem_jax.agent.calls import Call, Reply, Work
 from vlmem_jax.agent.gates import Belief
 from vlmem_jax.agent.manager import thinned
 from vlmem_jax.agent.nodes import Episode, Frame, Segment
 from vlmem_jax.agent.schema import Embed, ReleaseSchema, Rerank, Schema, SchemaConfig, Texts
 from vlmem_jax.agent.segments import Span
 
-Stage = Literal["initial", "L3", "L2", "L1"]
+INITIAL = 64
+"""Frames of the whole video that are shown without memory, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,12 @@ class RetrieveConfig:
     """Whether that is for four options, and other numbers have a bound of their own."""
     strict: bool = True
     """Whether labels count as such; if not, and where nothing was said, as in the release."""
+    mass: float = 1e-4
+    """Probability of all labels together, below which an answer said nothing, however sure it looks among them."""
+    flat: float = 0.01
+    """Nats by which a stage must be surer than the one before it, or it adds nothing."""
+    patience: int = 0
+    """After so many stages that add nothing, one after the other, nobody looks further; 0: that is no reason."""
     episodes: int = 3
     segments: int = 2
     """So many are taken down, at most."""
@@ -57,42 +66,31 @@ class RetrieveConfig:
     open_enough: float = 0.8
     """The same, at which an answer in words is believed."""
 
+    def __post_init__(self):
+        for names, least, most in (
+            (("episodes", "segments", "nearest"), 1, math.inf),
+            (("gamma", "flat", "patience", "guard", "looked", "images", "worse"), 0, math.inf),
+            (("mass", "initial", "enough", "open_enough"), 0, 1),
+        ):
+            for name in names:
+                if not least <= (value := getattr(self, name)) <= most:
+                    limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+                    raise ValueError(f"{name} must be {limits}, got {value}")
+
 
 RELEASE = RetrieveConfig(
-    gamma=0.5, scaled=False, strict=False, segments=3, guard=0, looked=0, images=0, initial=0.8, is_kept=False, enough=0
+    gamma=0.5,
+    scaled=False,
+    strict=False,
+    mass=0.0,
+    segments=3,
+    guard=0,
+    looked=0,
+    images=0,
+    initial=0.8,
+    is_kept=False,
+    enough=0.0,
 )
-
-
-class Visit(NamedTuple):
-    """What a stage found."""
-
-    stage: Stage
-    belief: Belief
-    text: str
-    """The answer, where there are no options."""
-    is_sure: bool
-    taken: tuple[int, ...]
-    """Episodes, or segments of the last stage, in the order in which they were shown."""
-    spans: tuple[Span, ...]
-    """When they are."""
-
-
-class Answer(NamedTuple):
-    """What comes of a question."""
-
-    label: str
-    """The letter of an option; empty without options."""
-    text: str
-    stage: Stage
-    belief: Belief
-    in_memory: bool
-    """Whether the memory holds enough to tell."""
-    trace: tuple[Visit, ...]
-
-    @property
-    def evidence(self) -> tuple[Span, ...]:
-        """When the video shows it."""
-        return next((visit.spans for visit in self.trace if visit.stage == self.stage), ())
 
 
 class Memory(NamedTuple):
@@ -152,24 +150,32 @@ class _Question:
         self.segments = {one.number: one for one in memory.pyramid.segments}
         self.bound = gates.bound(len(options), config.gamma, config.scaled) if options else 0.0
         self.told: list[str] = []
-        """What earlier stages have shown, in words."""
+        """What the last stage was told; where it is kept, with what those before it were."""
+        self.shown: list[Frame] = []
         self.trace: list[Visit] = []
+        self.calls = self.images = 0
 
     def answer(self) -> Work[Answer]:
+        yield from self._descend()
+        return (yield from self._concluded())
+
+    def _descend(self) -> Work[None]:
+        """Stage by stage, until one is to be the last."""
         if self.config.initial and (yield from self._initial()):
-            return self._result(self.trace[-1])
+            return
         found = self._related()
         if (yield from self._ask("L3", [self.episodes[n] for n in found], self._about, self._for_schema)):
-            return self._result(self.trace[-1])
+            return
+        if self.config.enough and not (self.episodes or self.segments):
+            return  # nothing is remembered, so nothing else can be found
         known = self._guarded(found)
-        chosen = yield from self._chosen(known, lambda one: list(one.frames), self.config.episodes)
+        chosen = yield from self._chosen(known, self.config.episodes)
         if (yield from self._ask("L2", chosen, lambda one: f"[Episode {one.number}] {one.caption}", _own)):
-            return self._result(self.trace[-1])
+            return
         numbers = sorted({n for one in chosen for n in one.segments}) or sorted(self.segments)
         clips = [self.segments[n] for n in numbers if n in self.segments]
-        chosen = yield from self._chosen(clips, lambda one: list(one.frames), self.config.segments)
+        chosen = yield from self._chosen(clips, self.config.segments)
         yield from self._ask("L1", chosen, lambda one: f"[Scene {one.number}] {one.caption}", _own)
-        return (yield from self._last())
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
@@ -206,15 +212,18 @@ class _Question:
         likeness_N = self.embed([one.caption for one in nodes]) @ self.embed([self.question])[0]
         return [nodes[n] for n in np.argsort(-likeness_N, kind="stable")[:most]]
 
-    def _chosen(self, nodes: Sequence[Any], frames: Callable[[Any], list[Frame]], most: int) -> Work[list[Any]]:
+    def _chosen(self, nodes: Sequence[Any], most: int) -> Work[list[Any]]:
         """Nodes whose frames bear most on the question, by the probability that the model says so."""
-        looked = [thinned(shown, self.config.looked or len(shown)) for shown in map(frames, nodes)]
+        config = self.config
+        if config.is_kept and len(nodes) <= most:
+            return sorted(nodes, key=lambda one: one.start)  # all are taken, and time orders them
+        looked = [thinned(one.frames, config.looked or len(one.frames)) for one in nodes]
         calls = [prompts.relevant(self.question, self.options, shown) for shown in looked if shown]
-        replies = iter((yield calls) if calls else [])
+        replies = iter((yield from self._asked(calls)))
         scores = [self._yes(next(replies)) if shown else 0.0 for shown in looked]
         order = sorted(range(len(nodes)), key=lambda n: -scores[n])[:most]
         chosen = [nodes[n] for n in order]
-        return sorted(chosen, key=lambda one: one.start) if self.config.is_kept else chosen
+        return sorted(chosen, key=lambda one: one.start) if config.is_kept else chosen
 
     def _yes(self, reply: Reply) -> float:
         read = gates.strict(reply.tokens, ("yes", "no"), exact_case=False) if self.config.strict else None
@@ -237,14 +246,20 @@ class _Question:
 
     # --- what is said -------------------------------------------------------------------------------------------------
 
+    def _asked(self, calls: list[Call]) -> Work[list[Reply]]:
+        """Replies of the model, counted."""
+        self.calls += len(calls)
+        self.images += sum(len(call.frames) for call in calls)
+        return (yield calls) if calls else []
+
     def _initial(self) -> Work[bool]:
         """Without memory, from frames of the whole video."""
-        span = self.memory.span
-        frames = thinned(self.memory.frames_of(span, 64 / max(span.end - span.start, 1.0)), 64)
-        [reply] = yield [prompts.answer(self.question, self.options, self.letters, (), frames)]
+        span, most = self.memory.span, min(INITIAL, self.config.images or INITIAL)
+        frames = thinned(self.memory.frames_of(span, most / max(span.end - span.start, 1.0)), most)
+        [reply] = yield from self._asked([prompts.answer(self.question, self.options, self.letters, (), frames)])
         belief = self._believed(reply)
         is_sure = max(belief.probabilities.values(), default=0.0) >= self.config.initial
-        self.trace.append(Visit("initial", belief, reply.text, is_sure, (), ()))
+        self.trace.append(Visit("initial", belief, reply.text, is_sure))
         return is_sure
 
     def _ask(
@@ -254,25 +269,36 @@ class _Question:
         line: Callable[[Any], str],
         frames: Callable[[Any], Sequence[Frame]],
     ) -> Work[bool]:
-        """Whether a stage is sure."""
+        """Whether a stage is to be the last."""
         config, lines = self.config, [line(one) for one in nodes]
         if config.is_kept:
             lines = [f"{prompts.seconds(one.start, one.end)} {text}" for one, text in zip(nodes, lines, strict=True)]
-            self.told += lines
-            lines = list(self.told)
+            lines = self.told + lines
         each = config.images // max(len(nodes), 1)
         shown = [frame for one in nodes for frame in (thinned(frames(one), each) if config.images else frames(one))]
-        [reply] = yield [prompts.answer(self.question, self.options, self.letters, lines, shown)]
-        belief = self._believed(reply)
-        if self.options:
-            is_sure = belief.entropy <= self.bound if config.strict else belief.entropy < self.bound
+        self.told, self.shown = lines, shown
+        calls = [prompts.answer(self.question, self.options, self.letters, lines, shown)]
+        if not self.options:
+            calls.append(prompts.sufficient(self.question, lines, shown))
+        reply, *others = yield from self._asked(calls)
+        belief, enough = self._believed(reply), next(map(self._yes, others), None)
+        if enough is None:
+            is_low = belief.entropy <= self.bound if config.strict else belief.entropy < self.bound
+            is_sure = is_low and belief.mass >= config.mass
         else:
-            [enough] = yield [prompts.sufficient(self.question, lines, shown)]
-            is_sure = self._yes(enough) >= config.open_enough
-        self.shown = shown
+            is_sure = enough >= config.open_enough
         spans = tuple(Span(one.start, one.end) for one in nodes)
-        self.trace.append(Visit(stage, belief, reply.text, is_sure, tuple(one.number for one in nodes), spans))
-        return is_sure
+        taken = tuple(one.number for one in nodes)
+        self.trace.append(Visit(stage, belief, reply.text, is_sure, taken, spans, enough))
+        return is_sure or self._is_flat()
+
+    def _is_flat(self) -> bool:
+        """Whether stages have ceased to add anything. One that said nothing is no such stage: the next may."""
+        config, beliefs = self.config, [visit.belief for visit in self.trace if visit.stage != "initial"]
+        if not (self.options and config.patience and beliefs[-1].mass >= config.mass):
+            return False
+        _, reason = gates.stop([belief.entropy for belief in beliefs], -1.0, config.flat, config.patience)
+        return reason == "plateau"
 
     def _believed(self, reply: Reply) -> Belief:
         if not self.options:
@@ -280,23 +306,31 @@ class _Question:
         read = gates.strict if self.config.strict else gates.by_first_letter
         return read(reply.tokens, self.letters)
 
-    def _last(self) -> Work[Answer]:
-        """What is believed in the end, though nothing was sure."""
+    def _concluded(self) -> Work[Answer]:
+        """What is believed in the end, though perhaps nothing was sure."""
         config, visit = self.config, self.trace[-1]
+        if visit.is_sure:
+            return self._result(visit)
         if config.is_kept and self.options:
-            surest = min(self.trace, key=lambda one: one.belief.entropy)
-            if visit.belief.entropy > surest.belief.entropy + config.worse:
+            said = [one for one in self.trace if one.belief.mass >= config.mass] or self.trace
+            surest = min(said, key=lambda one: one.belief.entropy)
+            if visit not in said or visit.belief.entropy > surest.belief.entropy + config.worse:
                 visit = surest
-        in_memory = True
-        if config.enough and not visit.is_sure:
-            [reply] = yield [prompts.sufficient(self.question, self.told, self.shown)]
-            in_memory = self._yes(reply) >= config.enough
-        return self._result(visit, in_memory)
+        if not config.enough:
+            return self._result(visit)
+        if not (self.told or self.shown):
+            return self._result(visit, in_memory=False)
+        enough = self.trace[-1].enough
+        if enough is None:
+            [reply] = yield from self._asked([prompts.sufficient(self.question, self.told, self.shown)])
+            enough = self._yes(reply)
+            self.trace[-1] = self.trace[-1]._replace(enough=enough)
+        return self._result(visit, enough >= config.enough)
 
     def _result(self, visit: Visit, in_memory: bool = True) -> Answer:
         label = visit.belief.label if self.options else ""
         text = self.options[self.letters.index(label)] if self.options else visit.text
-        return Answer(label, text, visit.stage, visit.belief, in_memory, tuple(self.trace))
+        return Answer(label, text, visit.stage, visit.belief, in_memory, tuple(self.trace), self.calls, self.images)
 
 
 def _own(node: Episode | Segment) -> Sequence[Frame]:
