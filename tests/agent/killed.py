@@ -61,7 +61,7 @@ def make(folder, log, kill_at):
 
         segments = [segment(n) for n in range(4)]
         segments = [type(one)(one.number, one.start, one.end, "", frames_of(one, 0.2)) for one in segments]
-        pyramid = run(journalled(build(segments, frames_of), store, at_once=2), Logged(log))
+        pyramid = run(journalled(build(segments, frames_of=frames_of), store, at_once=2), Logged(log))
         with store.transaction() as batch:
             for one in pyramid.segments:
                 batch.put(one, axis(one.number))

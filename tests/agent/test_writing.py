@@ -32,9 +32,9 @@ def test_killed_at_any_statement_it_goes_on_to_the_same_memory(tmp_path):
 def test_a_memory_that_is_there_asks_nothing(tmp_path):
     segments = [segment(n) for n in range(4)]
     with write_store(tmp_path, MADE) as store:
-        first = run(journalled(build(segments, frames_of), store), Logged(tmp_path / "log"))
+        first = run(journalled(build(segments, frames_of=frames_of), store), Logged(tmp_path / "log"))
         calls = (tmp_path / "log").read_text()
-        assert run(journalled(build(segments, frames_of), store), Logged(tmp_path / "log")) == first
+        assert run(journalled(build(segments, frames_of=frames_of), store), Logged(tmp_path / "log")) == first
         assert (tmp_path / "log").read_text() == calls
         assert store.cost()["caption"] == CallCount(4, 200)
 
