@@ -1,4 +1,4 @@
-"""What prompts show is seen once, and answers are those of a model that sees it each time."""
+"""A model sees what prompts show once, and answers as one that sees it each time."""
 
 import dataclasses
 
@@ -66,6 +66,19 @@ def test_each_frame_is_seen_once(engines, prompts):
     engines[0].submit(Request(prompts[1], GREEDY)).result()
     assert (features.seen, features.found) == (before[0], before[1] + sum(tiles) + tiles[1])
     assert before[0] == tiles[1], "the second prompt shows all there is"
+
+
+def test_what_could_not_be_seen_is_not_taken_for_seen(engines, monkeypatch):
+    features, fresh = engines[0].features, sample(engines[0].vlm, [A], 4, seed=50)
+
+    def fails(*_):
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no memory left"):
+        patched.setattr(features, "_see", fails)
+        engines[0].score([fresh], LABELS)
+    scores = [engine.score([fresh], LABELS) for engine in engines]
+    np.testing.assert_allclose(*scores, atol=1e-5)
 
 
 def test_what_was_shown_last_stays(engines, prompts):

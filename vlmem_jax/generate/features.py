@@ -98,19 +98,22 @@ class Features:
         while len(self._free) < len(chosen):
             oldest = next(key for key in self._places if key not in needed)
             self._free += self._places.pop(oldest).tolist()
-        slots_I = np.full(self._shape.tiles, self._shape.features, np.int32)
-        own = filled([], 1, generator.tile, 1, least(self._shape.tile_sizes(generator.tile), len(chosen))).views
-        own.pixels_BISSc[0, : len(chosen)] = views.pixels_BISSc[0, chosen]
-        place = 0
+        count, slots_I = len(chosen), np.full(self._shape.tiles, self._shape.features, np.int32)
+        slots_I[:count] = self._free[:count]
+        own = filled([], 1, generator.tile, 1, least(self._shape.tile_sizes(generator.tile), count)).views
+        own.pixels_BISSc[0, :count] = views.pixels_BISSc[0, chosen]
+        places, place = {}, 0
         for key, tiles in new.items():
             here = slice(place, place + len(tiles))
-            self._places[key] = slots_I[here] = np.array([self._free.pop() for _ in tiles], np.int32)
+            places[key] = slots_I[here].copy()
             if own.layout_BI4 is not None:
                 own.layout_BI4[0, here] = _relative(views.layout_BI4[0, tiles]) + [place, place, 0, 0]
             place += len(tiles)
-        self.seen += len(chosen)
         with generator.context():
             self.keep(self._see(generator.params, generator.put(own)), slots_I)
+        self._places |= places  # now that they are there: what fails to be seen is asked for again
+        del self._free[:count]
+        self.seen += count
 
     def keep(self, seen: VisualTokens, slots_I: Int32[np.ndarray, "I"]) -> None:
         """Puts the tiles of a row into slots; those beyond the last slot are left out."""
