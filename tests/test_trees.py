@@ -16,10 +16,8 @@ from vlmem_jax.trees import (
     flatten,
     from_host,
     get_row,
-    insert_rows,
     map_axes,
     put_row,
-    repeat_rows,
     to_host,
     unflatten,
 )
@@ -83,20 +81,6 @@ def test_rows_are_split_over_the_mesh_and_axes_of_its_own_are_not():
         assert x.sharding.is_equivalent_to(jax.NamedSharding(x.sharding.mesh, PartitionSpec(*spec)), x.ndim)
 
 
-def test_each_row_is_repeated_where_it_stands():
-    one, twice = bank(ROWS), jax.jit(repeat_rows, static_argnums=1)(bank(ROWS), 2)
-    for x, y in zip(by_row(one), by_row(twice), strict=True):
-        np.testing.assert_array_equal(y, np.repeat(x, 2, axis=0))
-    assert twice.inner.count == one.inner.count and twice.size == 3
-
-
-def test_rows_are_inserted_and_the_others_stay():
-    before, new = bank(ROWS), bank(3, start=1000.0)
-    after = jax.jit(insert_rows)(before, new, jnp.array([2, 0, ROWS]))  # the last one: nowhere
-    for old, own, x in zip(*map(by_row, (before, new, after)), strict=True):
-        np.testing.assert_array_equal(x, np.stack([own[1], old[1], own[0], old[3]]))
-
-
 def test_a_state_comes_back_from_the_host_as_it_was():
     state = bank(ROWS)
     arrays = to_host(state)
@@ -115,7 +99,7 @@ def test_arrays_without_axes_are_named():
         kept: jax.Array
 
     with pytest.raises(TypeError, match="Forgetful.kept must be a State, or declare its axes"):
-        repeat_rows(Forgetful(jnp.zeros(2)), 2)
+        get_row(Forgetful(jnp.zeros(2)), 0)
     with pytest.raises(TypeError, match=r"Bank.filled declares the axes \('batch',\), but has the shape \(2, 2\)"):
         map_axes(lambda x, *_: x, dataclasses.replace(bank(2), filled=jnp.zeros((2, 2))))
 

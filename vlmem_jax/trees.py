@@ -74,37 +74,6 @@ def _mapped(f: Callable[..., Any], value: Any, names: Any, where: str) -> Any:
     return f(value, *names)
 
 
-def repeat_rows(state: S, copies: int) -> S:
-    """Each row `copies` times, one after the other."""
-
-    def repeat(x: jax.Array, *names: str | None) -> jax.Array:
-        return repeated(x, names.index("batch"), copies) if "batch" in names else x
-
-    return map_axes(repeat, state)
-
-
-def repeated(x: jax.Array, axis: int, copies: int) -> jax.Array:
-    """Each entry of an axis `copies` times, one after the other."""
-    before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
-    spread = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, copies, *after))
-    return spread.reshape(*before[:-1], before[-1] * copies, *after)
-
-
-def insert_rows(state: S, rows: S, index_R: Int32[Array, "R"]) -> S:
-    """`state` with row `index_R[r]` replaced by row r of another such state; an index beyond the last row: nowhere."""
-    found = iter(jax.tree.leaves(rows))
-
-    def insert(x: jax.Array, *names: str | None) -> jax.Array:
-        new = next(found)
-        if "batch" not in names:
-            return new
-        axis = names.index("batch")
-        put = jnp.moveaxis(x, axis, 0).at[index_R].set(jnp.moveaxis(new, axis, 0).astype(x.dtype), mode="drop")
-        return jnp.moveaxis(put, 0, axis)
-
-    return map_axes(insert, state)
-
-
 def put_row(state: S, row: S, n: Int32[Array, ""] | int) -> S:
     """`state` with its row n replaced by the only row of another such state: in place, where `state` is donated."""
     found = iter(jax.tree.leaves(row))
