@@ -62,7 +62,6 @@ def test_what_is_written_down_is_read_again(preset):
         ({"schema": {"kept": 1.5}}, "config.agent.schema.kept must be int; got 1.5"),
         ({"index": "word"}, "config.agent.index must be one of 'concepts', 'words'; got 'word', did you mean 'words'"),
         ({"retrieve": {"images": 4}}, "config.agent: an answer must show a frame of each node that it takes, up to 5"),
-        ({"preset": "release", "retrieve": {"enough": 0.5}}, "retrieve.is_kept=False does not keep; set it to 0"),
     ],
 )
 def test_what_cannot_be_used(given, message):

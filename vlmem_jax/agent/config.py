@@ -33,11 +33,6 @@ class AgentConfig:
                 f"an answer must show a frame of each node that it takes, up to {most}, but retrieve.images is "
                 f"{images}; raise it, or lower schema.kept, retrieve.episodes and retrieve.segments"
             )
-        if self.retrieve.enough and not self.retrieve.is_kept:
-            raise ValueError(
-                f"retrieve.enough={self.retrieve.enough} asks whether what all stages said is enough, which "
-                "retrieve.is_kept=False does not keep; set it to 0"
-            )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
