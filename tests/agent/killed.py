@@ -73,7 +73,7 @@ def make(folder, log, kill_at):
 
 
 def in_process(folder, log, kill_at=0):
-    """Whether it was killed."""
+    """Makes the memory in a process of its own; gives whether that was killed."""
     if not (child := os.fork()):
         make(folder, log, kill_at)
         os._exit(0)

@@ -1,4 +1,4 @@
-"""What an answer says of itself."""
+"""An answer tells how it came about."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What an answer says, and whether it is sure."""
+"""First tokens say an answer, and how sure it is."""
 
 import math
 

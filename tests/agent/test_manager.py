@@ -1,4 +1,4 @@
-"""Which segments make up an episode, and what a decision is shown."""
+"""The manager decides which segments make up an episode, and is shown frames of both."""
 
 import dataclasses
 

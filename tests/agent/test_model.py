@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 
 
 def picture(frame):
-    """Of the second in which the frame is."""
+    """A picture that is that of the second in which the frame is."""
     pixels = np.random.default_rng(int(frame.time)).integers(0, 256, (16, 16, 3), np.uint8)
     return Image.fromarray(pixels)
 

@@ -99,7 +99,7 @@ def test_an_empty_memory_is_asked_once():
 
 
 def test_whether_it_is_enough_is_asked_of_what_was_shown():
-    """By what the last stage was told, where stages do not keep what others were."""
+    """The model judges by what the last stage was told, where stages do not keep what others were."""
     model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))
     assert ask(model, config=dataclasses.replace(DEFAULT, is_kept=False)).in_memory
     [call] = model.asked["sufficient"]

@@ -1,4 +1,4 @@
-"""What decisions are worth."""
+"""Rewards say what decisions are worth."""
 
 import pytest
 

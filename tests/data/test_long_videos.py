@@ -1,4 +1,4 @@
-"""What questions about long videos are asked of."""
+"""Questions about long videos name what they are asked of."""
 
 import pytest
 

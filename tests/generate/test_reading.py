@@ -1,4 +1,4 @@
-"""What prompts show where it was seen before, and where it comes after text has been read."""
+"""Prompts are answered that show what was seen before, and what comes after text has been read."""
 
 import dataclasses
 

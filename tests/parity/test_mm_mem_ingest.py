@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vlmem_jax.agent.segments import Span, _clusters, changes, evenly, frames_at_rate, prototypes, salient, split
+from vlmem_jax.agent.segments import Span, changes, clusters, evenly, frames_at_rate, prototypes, salient, split
 from vlmem_jax.processing.scenes import SceneCuts
 
 
@@ -79,4 +79,4 @@ def test_prototypes(formula):
     for case in described["prototypes"]:
         x = arrays[f"kmeans_{case['case']}_X"].astype(np.float64)
         assert prototypes(x, case["K"]).tolist() == case["prototypes"]
-        assert _clusters(x, min(case["K"], len(x)), 50)[0].tolist() == case["labels"]
+        assert clusters(x, min(case["K"], len(x)))[0].tolist() == case["labels"]

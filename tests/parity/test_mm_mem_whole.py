@@ -11,6 +11,7 @@ from vlmem_jax.agent.building import BuildConfig, build
 from vlmem_jax.agent.calls import Reply, run
 from vlmem_jax.agent.manager import ManageConfig
 from vlmem_jax.agent.nodes import Frame, Segment
+from vlmem_jax.agent.release import Graph
 from vlmem_jax.agent.retrieve import RELEASE, Memory, answer
 from vlmem_jax.agent.schema import SchemaConfig
 from vlmem_jax.agent.segments import Span, frames_at_rate, split
@@ -123,7 +124,7 @@ def test_memories(cases):
                 one[kind] for kind in ("entities", "actions", "scenes")
             ]
         memory = remembered(case, pyramid, frames_of, span, embed)
-        graph, result = memory.schema, case["build_result"]
+        graph, result = Graph.of_schema(memory.schema), case["build_result"]
         assert sorted([*pair, key] for pair, key in graph.edges.items()) == sorted(case["graph"]["edges"])
         assert graph.index == case["graph"]["entity_graph"]
         assert (len(seen), len(pyramid.episodes)) == (result["num_l1_nodes"], result["num_l2_nodes"])

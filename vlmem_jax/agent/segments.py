@@ -166,10 +166,10 @@ def salient(change_M: Float[np.ndarray, "M"], deviations: float = 1.0, apart: in
 def prototypes(x_ND: Float[np.ndarray, "N D"], count: int, rounds: int = 50) -> Int[np.ndarray, "n"]:
     """The middle of each of `count` clusters, in order: k-means from the farthest items on, beginning with the first;
     ties go to the first."""
-    return _clusters(np.asarray(x_ND, np.float64), min(count, len(x_ND)), rounds)[1]
+    return clusters(np.asarray(x_ND, np.float64), min(count, len(x_ND)), rounds)[1]
 
 
-def _clusters(x_ND: np.ndarray, count: int, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+def clusters(x_ND: np.ndarray, count: int, rounds: int = 50) -> tuple[np.ndarray, np.ndarray]:
     """The cluster of each item, and the items in the middles."""
     chosen = [0]
     nearest_N = _distances(x_ND, x_ND[:1])[:, 0]

@@ -1,5 +1,5 @@
-"""What questions about long videos are asked of: videos by the names that a question has for them, and frames up to the
-moment at which it is asked.
+"""Inputs of questions about long videos: videos by the names that a question has for them, and frames up to the moment
+at which it is asked.
 
 HD-EPIC (arXiv 2502.04144) names several videos in a question; VStream-QA (arXiv 2406.08085) gives frames as files, a
 second each or shot by shot, and asks while the video runs.
