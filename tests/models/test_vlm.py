@@ -17,6 +17,7 @@ from vlmem_jax.families import PRESETS, resolve
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import causal_attention
 from vlmem_jax.nn.rope import rotation
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.types import Batch
 
 
@@ -114,6 +115,13 @@ def test_with_closed_gates_the_model_is_the_plain_one(vlm, params):
     without = {name: part for name, part in params.items() if name != "memory"}
     np.testing.assert_array_equal(logits(vlm, closed, batch), logits(plain, without, batch))
     assert not np.allclose(logits(vlm, params, batch), logits(plain, without, batch), atol=1e-3)
+
+
+def test_shapes_name_no_mesh_whoever_asks_first():
+    config = resolve({"preset": "tiny", "memory": {"kind": "none"}, "decoder": {"layers": 3}})  # nobody else's here
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        VLM(config).abstract()
+    assert {leaf.sharding for leaf in jax.tree.leaves(VLM(config).abstract())} == {None}
 
 
 def test_a_plain_model_has_no_memory_parameters_and_no_metrics(vlm, params):

@@ -70,7 +70,9 @@ def speech_of(config: ModelConfig) -> Speech | None:
 @functools.lru_cache(maxsize=8)
 def _graph(config: ModelConfig) -> tuple[Any, nnx.State]:
     """The graph that nnx.merge takes, and the shapes of the parameters; a command makes several VLMs of one config."""
-    return nnx.split(nnx.eval_shape(lambda: _Modules(config, rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: _Modules(config, rngs=nnx.Rngs(0))))
+    # kept for callers on any mesh: no shape names the mesh that was set when the first one asked
+    return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
 
 
 @dataclasses.dataclass(frozen=True)
