@@ -31,22 +31,19 @@ def as_stored(x_ND: np.ndarray) -> Float[np.ndarray, "N D"]:
 
 
 def nearest(x_ND: Float[np.ndarray, "N D"], query_D: np.ndarray, most: int) -> list[Hit]:
-    """The rows of at most length 1 whose product with a query is largest, best first, equal ones in their order.
+    """The rows whose product with a query is largest, at most so many, best first, equal ones in their order.
 
-    Products in fp32 choose rows that may be among them; these are compared by products in fp64, which do not depend on
-    where a row stands, so that equal vectors are equal.
+    Products are sums in fp32, a row at a time: equal rows are equal wherever they stand, which they are not in a
+    product of matrices, and no threads wait for each other where other work is going on.
     """
-    if not len(x_ND) or most <= 0:
-        return []
-    query_D = np.asarray(query_D, np.float32)
-    rough_N = x_ND @ query_D
     few = min(most, len(x_ND))
-    bound = np.partition(rough_N, len(x_ND) - few)[len(x_ND) - few]
-    error = len(query_D) * np.finfo(np.float32).eps * np.linalg.norm(query_D)
-    chosen = np.flatnonzero(rough_N >= bound - 2 * error)
-    exact = np.einsum("nd,d->n", x_ND[chosen].astype(np.float64), query_D.astype(np.float64))
-    order = np.lexsort((chosen, -exact))[:most]
-    return [Hit(int(chosen[n]), float(exact[n])) for n in order]
+    if few <= 0:
+        return []
+    scores_N = np.vecdot(x_ND, np.asarray(query_D, np.float32))
+    bound = np.partition(scores_N, len(x_ND) - few)[len(x_ND) - few]
+    chosen = np.flatnonzero(scores_N >= bound)
+    order = np.argsort(-scores_N[chosen], kind="stable")[:few]
+    return [Hit(int(n), float(scores_N[n])) for n in chosen[order]]
 
 
 @dataclasses.dataclass(frozen=True)
