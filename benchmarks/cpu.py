@@ -7,7 +7,6 @@
 Ratios hold on a noisy machine where times do not; still, nothing else should be running.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from benchmarks.cpu_models import (
     shared_prefill,
 )
 from benchmarks.cpu_streams import beside_answers, first_token, long_stream, several_streams, streaming
-from benchmarks.measure import report
+from benchmarks.measure import command
 
 ITEMS = {
     "decode_step": decode_step,
@@ -75,20 +74,8 @@ TOY = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints the table, and says on stderr what is going on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="NAME", help=", ".join(ITEMS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--toy", action="store_true", help="small sizes, to see that everything runs")
-    args = parser.parse_args(arguments)
-    rows = []
-    for name in args.only:
-        measured = ITEMS[name](**TOY[name] if args.toy else {})
-        for row in measured:
-            line = f"{name}: {row.what} {row.median:.3g} {row.unit} ({row.note})"
-            print(line, file=sys.stderr, flush=True)
-        rows += measured
-    report(rows, args.json)
+    """Measures, and prints the table."""
+    command(__doc__, ITEMS, TOY, arguments)
 
 
 if __name__ == "__main__":

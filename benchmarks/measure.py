@@ -1,13 +1,16 @@
 """What the benchmarks share: calls timed in turns, and the table."""
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,3 +103,26 @@ def report(rows: list[Row], path: Path | None) -> None:
     if path is not None:
         listed = [{**dataclasses.asdict(row), "median": row.median, "holds": row.holds} for row in rows]
         path.write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def command(
+    description: str | None,
+    items: Mapping[str, Callable[..., list[Row]]],
+    toy: Mapping[str, Mapping[str, Any]],
+    arguments: list[str] | None,
+) -> None:
+    """Measures what the command line names, prints the table, and says on stderr what is going on. `toy`: sizes at
+    which each item runs in seconds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=items, default=list(items), metavar="NAME", help=", ".join(items))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--toy", action="store_true", help="small sizes, to see that everything runs")
+    args = parser.parse_args(arguments)
+    rows = []
+    for name in args.only:
+        measured = items[name](**toy[name] if args.toy else {})
+        for row in measured:
+            line = f"{name}: {row.what} {row.median:.3g} {row.unit} ({row.note})"
+            print(line, file=sys.stderr, flush=True)
+        rows += measured
+    report(rows, args.json)
