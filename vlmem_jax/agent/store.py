@@ -132,11 +132,12 @@ class Store:
         """Those of a `Schema`, with the vectors they were kept with."""
         with self.moment():
             nodes, vectors = self.nodes("concept", Grounding), self.vectors("concept")
-        bounds = np.searchsorted(vectors.numbers_N, range(len(nodes) + 1))
-        return [
-            Concept(one.number, one.kind, one.name, list(one.glosses), list(one.episodes), list(vectors.x_ND[i:j]))
-            for one, i, j in zip(nodes, bounds, bounds[1:], strict=False)
-        ]
+        found = []
+        for one in nodes:
+            first, last = np.searchsorted(vectors.numbers_N, (one.number, one.number + 1))
+            own = list(vectors.x_ND[first:last])
+            found.append(Concept(one.number, one.kind, one.name, list(one.glosses), list(one.episodes), own))
+        return found
 
     def cues(self, within: Span) -> list[Cue]:
         """Subtitles that are shown in a stretch of time."""
