@@ -9,15 +9,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 from tests.agent.scripted import segment
 from tests.agent.stores import MADE, axis, jpeg
+from vlmem_jax.agent import writing
 from vlmem_jax.agent.building import build
 from vlmem_jax.agent.calls import Reply, run
 from vlmem_jax.agent.checking import repair, verify
 from vlmem_jax.agent.manager import ACTIONS
 from vlmem_jax.agent.nodes import Extracted, Frame
-from vlmem_jax.agent.store import open_store
+from vlmem_jax.agent.store import connect, open_store
 from vlmem_jax.agent.writing import journalled, write_store
 
 
@@ -52,8 +54,12 @@ def make(folder, log, kill_at):
         if is_change and statements == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with write_store(folder, MADE) as store:
-        store._db.set_trace_callback(count)
+    def counted(file, mode):
+        db = connect(file, mode)
+        db.set_trace_callback(count)
+        return db
+
+    with mock.patch.object(writing, "connect", counted), write_store(folder, MADE) as store:
         names = [store.frames.write(jpeg(50 * n)) for n in range(2)]
 
         def frames_of(span, fps):
@@ -81,12 +87,13 @@ def in_process(folder, log, kill_at=0):
     return os.WIFSIGNALED(status)
 
 
-def journal(folder):
+def left(folder):
+    """What a reader finds after a kill: keys of finished calls, numbers of nodes by layer, the state."""
     try:
         with open_store(folder) as store:
-            return [key for (key,) in store.rows("SELECT key FROM call")]
+            return [key for (key,) in store.rows("SELECT key FROM call")], store.counts(), store.state
     except (ValueError, FileNotFoundError):  # it was killed before there was anything
-        return []
+        return [], None, "building"
 
 
 def contents(folder):
@@ -101,7 +108,7 @@ def main(folder):
     for point in range(1, last + 1):
         here, log = folder / str(point), folder / f"{point}.log"
         killed = in_process(here, log, point)
-        finished = journal(here)
+        finished, counts, state = left(here)
         begun = log.read_text().split() if log.exists() else []
         in_process(here, log)
         again = log.read_text().split()[len(begun) :]
@@ -114,6 +121,8 @@ def main(folder):
                 "made twice": len(set(finished) & set(again)),
                 "the same": contents(here) == wanted,
                 "faults": faults,
+                "nodes": counts and sum(counts.values()),
+                "state": state,
             }
         )
     calls = (folder / "whole.log").read_text().split()

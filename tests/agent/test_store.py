@@ -37,6 +37,7 @@ def test_what_is_written_is_read(tmp_path):
         assert store.cues(Span(3.0, 12.5)) == [Cue(0, 2.0, 4.0, "said 0"), Cue(1, 12.0, 14.0, "said 1")]
         assert store.made == MADE and store.state == "closed" and verify(store) == []
         assert store.counts() == {"segment": 4, "episode": 2, "extracted": 2, "concept": 2, "cue": 4}
+        assert [(hit.number, hit.score) for hit in store.search("concept", axis(1)[0], 1)] == [(0, 1.0)]
         shown = pyramid.segments[1].frames[0]
         assert store.frames.image(shown.name).getpixel((0, 0))[0] == pytest.approx(40, abs=3)
     assert {path.name for path in (tmp_path / "film").iterdir()} == {"memory.sqlite", "writer.lock", "frames"}

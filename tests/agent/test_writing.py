@@ -26,6 +26,7 @@ def test_killed_at_any_statement_it_goes_on_to_the_same_memory(tmp_path):
     assert all(point["killed"] and point["the same"] and not point["faults"] for point in points)
     assert [point["made twice"] for point in points] == [0] * len(points)
     assert finished == sorted(finished) and finished[-1] == told["calls"], "it was killed between all calls"
+    assert {(point["nodes"], point["state"]) for point in points} == {(None, "building"), (0, "building")}
     assert told["episodes"] > 1 and told["state"] == "closed"
 
 
