@@ -6,6 +6,7 @@ import pytest
 
 from vlmem_jax.agent import gates
 from vlmem_jax.agent.segments import evenly
+from vlmem_jax.agent.subtitles import release_transcript
 from vlmem_jax.data.long_videos import (
     frames_of_seconds,
     frames_of_shots,
@@ -87,3 +88,7 @@ def test_a_token_that_was_drawn_counts_once(cases):
     for case in cases["baseline_label_aggregation_dedup"]:
         belief = gates.by_first_letter(gates.with_drawn(case["first"], case["top"]), list(case["probs"]))
         assert belief.probabilities == pytest.approx(case["probs"], abs=1e-12)
+
+
+def test_subtitles(cases):
+    assert release_transcript(cases["srt"]["text"]) == cases["srt"]["parsed"]
