@@ -19,7 +19,7 @@ def test_the_default_is_what_the_sections_say():
 def test_the_release():
     """The settings of MM-Mem's release that its code reads."""
     assert to_dict(resolve("release")) == {
-        "ingest": {"threshold": 20.0, "quiet": 15, "longest": 10.0, "tail": 0.0, "fps": 5.0},
+        "ingest": {"threshold": 20.0, "quiet": 15, "longest": 10.0, "tail": 0.0, "fps": 5.0, "side": 0, "quality": 95},
         "build": {
             "manage": {"images": 64, "reserved": 0}, "fps": 2.0, "schema_fps": 1.0, "images": 0, "attempts": 5,
         },

@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "release": {
-        "ingest": {"tail": 0.0},
+        "ingest": {"tail": 0.0, "side": 0},
         "build": {"manage": {"reserved": 0}, "images": 0, "attempts": 5},
         "retrieve": to_dict(RELEASE),
         "index": "words",

@@ -17,7 +17,7 @@ from vlmem_jax.processing.scenes import THRESHOLD, SceneCuts
 
 @dataclasses.dataclass(frozen=True)
 class IngestConfig:
-    """How a video is cut into segments."""
+    """How a video is cut into segments, and what is kept of them."""
 
     threshold: float = THRESHOLD
     """Score of a cut, see `scenes.difference`."""
@@ -29,14 +29,20 @@ class IngestConfig:
     """What is left of a scene and is shorter belongs to the segment before, in seconds."""
     fps: float = 5.0
     """Frames that are taken of a second."""
+    side: int = 768
+    """Pixels of the longer side of a frame that is kept, at most; 0: there is no limit, as in the release."""
+    quality: int = 95
+    """Of its JPEG file, 1 to 100."""
 
     def __post_init__(self):
         for key in ("longest", "fps"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} must be above 0, got {getattr(self, key)}")
-        for key in ("threshold", "quiet", "tail"):
+        for key in ("threshold", "quiet", "tail", "side"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must be at least 0, got {getattr(self, key)}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be 1 to 100, got {self.quality}")
 
 
 class Span(NamedTuple):
