@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vlmem_jax.geometry.checkpoint import digest, opened
+from vlmem_jax.geometry.checkpoint import opened
 from vlmem_jax.geometry.model import load_geometry
-from vlmem_jax.hub.safetensors_io import Writer
+from vlmem_jax.hub.safetensors_io import Writer, digest
 
 
 def changed(world, folder, rename=lambda name: name, drop=(), **more):

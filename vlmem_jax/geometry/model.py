@@ -13,9 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from vlmem_jax.geometry import pi3, vggt
-from vlmem_jax.geometry.checkpoint import digest, opened, parameters
+from vlmem_jax.geometry.checkpoint import opened
 from vlmem_jax.geometry.pi3 import Tokens
 from vlmem_jax.geometry.scene import Scene
+from vlmem_jax.hub.fit import parameters
+from vlmem_jax.hub.safetensors_io import digest
 from vlmem_jax.records import Rule
 from vlmem_jax.runtime.compiler import options
 

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlmem_jax import families
@@ -52,6 +54,21 @@ def check_fit(
     if lines:
         lines = list(dict.fromkeys(lines))
         raise ValueError(f"{what} does not fit the model; {len(lines)} differences:\n  " + "\n  ".join(lines))
+
+
+def parameters(
+    rules: Sequence[Rule],
+    tensors: Mapping[str, np.ndarray],
+    dtype_of: Callable[[str], jax.typing.DTypeLike],
+    what: str,
+    unread: Callable[[str], Any],
+) -> dict[str, Any]:
+    """What `rules` make of tensors, on this host's first device, each in the dtype that its path has; one after the
+    other, to need little memory. Raises ValueError as `check_fit`, and for numbers that are not finite."""
+    check_fit(rules, tensors, what, unread)
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    leaves = {rule.ours: FromTensors(rule, tensors) for rule in rules}
+    return unflatten({path: leaf.array(place, jnp.dtype(dtype_of(path))) for path, leaf in leaves.items()})
 
 
 def from_arrays(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict:
