@@ -22,8 +22,9 @@ from vlmem_jax.generate.sampling import GREEDY
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.rl import GRPOLoss, RLConfig
-from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
-from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.rl.episodes import Step
+from vlmem_jax.rl.rollout import rollout_keys, rollouts
+from vlmem_jax.rl.rows import pack_steps
 from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.types import Batch, Sample
@@ -231,20 +232,20 @@ def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, ru
     data = DataConfig(pack_tokens=tokens + 128, pack_tiles=8, loss_weight="sample")
     loss = GRPOLoss(vlm, RLConfig(), 256, ())
 
-    def sample(prompts: list[Sample], keys: jax.Array) -> list[Trajectory]:
+    def sample(prompts: list[Sample], keys: jax.Array) -> list[Step]:
         return [t for _, drawn in rollouts(generator, prompts, sampling, keys, count * group) for t in drawn]
 
     learn = jax.jit(jax.grad(lambda params, rows: loss.loss(params, rows, None)[0]))
 
-    def step(trajectories: list[Trajectory]) -> list[dict]:
-        rows = pack_trajectories(trajectories, [1.0] * len(trajectories), data, vlm, at_once=4)
+    def update(steps: list[Step]) -> list[dict]:
+        rows = pack_steps(steps, [1.0] * len(steps), data, vlm, at_once=4)
         return [learn(params, jax.tree.map(lambda x, n=n: x[n], rows)) for n in range(len(rows.beta_B))]
 
     keys_E1 = keys_PG.reshape(-1, 1)
     once, apart = functools.partial(sample, prompts, keys_PG), functools.partial(sample, each, keys_E1)
-    trajectories = once()
-    apart(), jax.block_until_ready(step(trajectories))
-    seconds = in_turns(once, apart, lambda: step(trajectories), runs=runs)
+    steps = once()
+    apart(), jax.block_until_ready(update(steps))
+    seconds = in_turns(once, apart, lambda: update(steps), runs=runs)
     what = f"rollouts of GRPO, groups of {group} answers of {new} tokens: prompts of {tokens} tokens"
     together = "the same, of a whole step: rollouts and the update, which reads the prompt of each answer"
     whole = (seconds[:, 1] + seconds[:, 2]) / (seconds[:, 0] + seconds[:, 2])

@@ -9,7 +9,7 @@ import pytest
 
 from vlmem_jax.rl.advantages import group_advantages
 from vlmem_jax.rl.loss import grpo_loss, k3
-from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
+from vlmem_jax.rl.plays.penalties import invocation_reward, negative_penalty, type_penalty
 from vlmem_jax.scoring import answers
 
 CLOSE = dict(rtol=0, atol=1e-9)

@@ -1,7 +1,6 @@
 import numpy as np
 
 from vlmem_jax.rl.advantages import group_advantages, varied
-from vlmem_jax.rl.penalties import invocation_reward, negative_penalty, type_penalty
 
 SCORES = np.array([[1.0, 0, 0, 1], [0.5, 0.5, 0.5, 0.5], [3, 1, 1, 1]])
 
@@ -23,16 +22,3 @@ def test_groups_that_tie_have_no_advantage_whatever_rounding_does():
 
 def test_groups_that_all_score_the_same_are_found():
     assert varied(SCORES).tolist() == [True, False, True]
-
-
-def test_without_invocation_there_is_no_penalty():
-    score, other, nobody = np.array([1.0, 0, 0]), np.ones(3), np.zeros(3, bool)
-    assert not type_penalty(score, other, nobody).any() and not negative_penalty(score, nobody).any()
-    np.testing.assert_allclose(invocation_reward(score, np.array([0.5]), other, nobody), score - 0.5)
-
-
-def test_penalties_are_those_of_each_prompt():
-    score, other = np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 0.5], [1.0, 0.0]])
-    invoked = np.ones((2, 2), bool)
-    reward = invocation_reward(score, np.array([[0.0], [1.0]]), other, invoked, alpha=0.5)
-    np.testing.assert_allclose(reward, [[1, -0.5 * (0.5 + 0.5)], [-1 - 0.5, -1]])

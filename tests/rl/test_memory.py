@@ -16,9 +16,10 @@ from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
+from vlmem_jax.rl.episodes import Lesson
+from vlmem_jax.rl.resume import as_json, from_json
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
-from vlmem_jax.rl.rows import pack_trajectories
-from vlmem_jax.rl.task import WeightedTrajectory, _as_json, _from_json
+from vlmem_jax.rl.rows import pack_steps
 from vlmem_jax.trees import flatten
 
 G, BANNED, STOP = 2, (3, 4), (1, *range(90, 100))
@@ -123,7 +124,7 @@ def check_log_probabilities(vlm, params, config, trajectories):
     assert vlm.config.memory.lora.dropout > 0, "which neither of them applies"
     kinds = [memory.kind for t in trajectories for memory in t.invocations]
     assert set(kinds) == {0, 1} and max(len(t.invocations) for t in trajectories) > 1
-    rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
+    rows = pack_steps(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: grpo(vlm, config).log_probs(params, x), batch))
     logp_BT = np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch)))
     counts_BT = rows.batch.text.weights_BT > 0
@@ -152,7 +153,7 @@ def test_what_was_put_there_is_not_learned(vlm, drawn):
 
 def test_gradients_reach_what_forms_memories_and_nothing_goes_into_what_they_heard(vlm, params, objective, drawn):
     config, trajectories = drawn
-    rows = pack_trajectories(trajectories, [1.0, -1.0] * (len(trajectories) // 2), DATA, vlm, at_once=1)
+    rows = pack_steps(trajectories, [1.0, -1.0] * (len(trajectories) // 2), DATA, vlm, at_once=1)
     kinds = [set(kinds_BJ.ravel()) for kinds_BJ in rows.batch.text.formation.kinds_BJ]
     with_both = next(n for n, of_part in enumerate(kinds) if {0, 1} <= of_part)
     rows = jax.tree.map(lambda x: jnp.asarray(x)[with_both], rows)
@@ -190,12 +191,14 @@ def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generat
 
 def test_memories_survive_a_checkpoint_bit_for_bit(vlm, drawn):
     _, trajectories = drawn
-    one = WeightedTrajectory((0, 1), max(trajectories, key=lambda t: len(t.invocations)), 0.25)
-    again = _from_json(json.loads(json.dumps(_as_json(one))), one.trajectory.prompt, vlm.dtype)
-    assert again.key == one.key and again.advantage == one.advantage
-    for old, new in zip(one.trajectory.invocations, again.trajectory.invocations, strict=True):
+    one = max(trajectories, key=lambda t: len(t.invocations))
+    told = json.dumps(as_json(Lesson((0, 1), (one,), 0.25)))
+    lesson = from_json(json.loads(told), lambda key, before: one.prompt, vlm.dtype)
+    assert lesson.key == (0, 1) and lesson.advantage == 0.25
+    (again,) = lesson.steps
+    for old, new in zip(one.invocations, again.invocations, strict=True):
         assert (old.place, old.kind, old.latents) == (new.place, new.kind, new.latents)
         assert np.array_equal(old.states_LD, new.states_LD)
     for name in ("tokens_T", "logp_T", "loss_T"):
-        old, new = getattr(one.trajectory, name), getattr(again.trajectory, name)
+        old, new = getattr(one, name), getattr(again, name)
         assert np.array_equal(old, new, equal_nan=name == "logp_T") and old.dtype == new.dtype

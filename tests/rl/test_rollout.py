@@ -15,8 +15,9 @@ from vlmem_jax.generate import Generator, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
-from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts
-from vlmem_jax.rl.rows import pack_trajectories
+from vlmem_jax.rl.episodes import Step
+from vlmem_jax.rl.rollout import rollout_keys, rollouts
+from vlmem_jax.rl.rows import pack_steps
 from vlmem_jax.types import Sample
 
 BANNED, STOP, G = (3, 4, 60), (1, 2, *range(90, 100)), 3
@@ -63,7 +64,7 @@ def drawn(request):
 
 def log_probs(vlm, params, trajectories):
     """What the trainer makes of the log-probabilities of trajectories, and the rows they are packed in."""
-    rows = pack_trajectories(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
+    rows = pack_steps(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
     loss = GRPOLoss(vlm, RLConfig(), chunk=32, banned_ids=BANNED)
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda part: loss.log_probs(params, part), batch))
     return np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch))), rows
@@ -97,7 +98,7 @@ def test_rows_keep_what_is_known_of_each_token(drawn):
     first, second = (max(group, key=lambda t: len(t.tokens_T)) for group in groups[:2])
     forced_T = np.arange(len(first.tokens_T)) == 0
     first = dataclasses.replace(first, loss_T=~forced_T)
-    rows = pack_trajectories([first, second], [0.5, -2.0], DATA, vlm, at_once=2, beta=0.1)
+    rows = pack_steps([first, second], [0.5, -2.0], DATA, vlm, at_once=2, beta=0.1)
     assert rows.advantage_BT.shape[:2] == (1, 2) and rows.advantage_BT.shape[2] in (64, 80)
     for trajectory, advantage in ((first, 0.5), (second, -2.0)):
         row, start = _find(rows, trajectory)
@@ -133,14 +134,14 @@ def test_shapes_are_few_whatever_was_drawn():
     for _ in range(60):
         lengths = rng.integers(1, 100, rng.integers(1, 20))
         trajectories = [
-            Trajectory(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False) for n in lengths
+            Step(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False) for n in lengths
         ]
-        rows = pack_trajectories(trajectories, [0.0] * len(lengths), DATA, vlm, at_once=2)
+        rows = pack_steps(trajectories, [0.0] * len(lengths), DATA, vlm, at_once=2)
         assert (rows.batch.text.weights_BT > 0).sum() == lengths.sum()
         shapes.add(rows.advantage_BT.shape)
         assert rows.batch.views.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
     assert len(shapes) < 20
-    empty = pack_trajectories([], [], DATA, vlm, at_once=2)
+    empty = pack_steps([], [], DATA, vlm, at_once=2)
     assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.text.segments_BT.any()
 
 

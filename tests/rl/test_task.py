@@ -174,7 +174,7 @@ def test_sampling_uses_the_arrays_of_training(settings, mesh, params):
     config = settings()
     task = make_task(config, mesh)
     with jax.set_mesh(mesh):
-        generator = task._generator(params)
+        generator = task._actor(params).generator
         assert all(a is b for a, b in zip(jax.tree.leaves(generator.params), jax.tree.leaves(params), strict=True))
     task.close()
 
@@ -197,7 +197,7 @@ def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh, params):
             places = sharding.param_shardings(where, task.model.abstract(), task.model.axes())
             task.work(0, jax.device_put(params, places))
         task.close()
-        drawn.append([one.trajectory for one in task._weighted])
+        drawn.append([step for lesson in task._phases.lessons for step in lesson.steps])
     assert drawn[0] and len(drawn[0]) == len(drawn[1]) == len(drawn[2])
     for a, *others in zip(*drawn, strict=True):
         for b in others:

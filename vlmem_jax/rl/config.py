@@ -5,6 +5,7 @@ from typing import Literal
 
 from vlmem_jax.config import ConfigError, build
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
+from vlmem_jax.memory import Speech
 from vlmem_jax.runtime.sharding import MeshConfig
 from vlmem_jax.scoring.rewards import RewardConfig
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -170,6 +171,11 @@ def rl_config(stage: StageConfig) -> RLConfig:
 def sft_config(stage: StageConfig) -> MemorySFTConfig:
     """The keys of a stage whose task is memory_sft. Raises ConfigError, naming the key."""
     return build(MemorySFTConfig, stage.task_keys, f"config.stages.{stage.name}.task")
+
+
+def longest_answer(config: RLConfig, speech: Speech | None) -> int:
+    """Most tokens that may follow a prompt, latent ones included. Raises ValueError for more memories than may be."""
+    return config.max_new_tokens + (config.invocation.budget(speech) * (speech.latents + 1) if speech else 0)
 
 
 def check_prompted(experiment: Experiment, stage: StageConfig) -> None:

@@ -1,70 +1,23 @@
 """Rollouts: several answers to each prompt, drawn by the engine, and what training needs to know of them."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array
 
-from vlmem_jax.generate import Generator, Invocation, InvocationConfig, SamplingConfig, never_sampled
+from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig, never_sampled
 from vlmem_jax.generate.pools import Pool
 from vlmem_jax.generate.requests import Handle, Request
 from vlmem_jax.models import VLM
 from vlmem_jax.models.placement import check_heads, serving_mesh
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.processing import Processor
+from vlmem_jax.rl.episodes import Step
 from vlmem_jax.runtime.sharding import MeshConfig, batch_shards, make_mesh, param_shardings
 from vlmem_jax.trees import flatten, unflatten
-from vlmem_jax.types import IGNORED, Sample
-
-
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """What followed a prompt, on the host: T tokens, the one that ended it included."""
-
-    prompt: Sample
-    tokens_T: Int32[np.ndarray, "T"]
-    logp_T: Float32[np.ndarray, "T"]
-    """Log-probability of each token when it was drawn, see `generate.sampling.choose`; NaN where nobody drew it."""
-    loss_T: Bool[np.ndarray, "T"]
-    """Which tokens the policy drew; the others were put there and teach nothing."""
-    stopped: bool
-    """Whether a stop id ended it; if not, it was cut off."""
-    invocations: tuple[Invocation, ...] = ()
-    """By their places."""
-
-    @property
-    def output_T(self) -> Int32[np.ndarray, "T"]:
-        """The tokens without the stop id."""
-        return self.tokens_T[:-1] if self.stopped else self.tokens_T
-
-    @property
-    def index_T(self) -> Int32[np.ndarray, "T"]:
-        """The place of each token among all that followed the prompt, latent ones included."""
-        index_T = np.arange(len(self.tokens_T), dtype=np.int32)
-        for memory in self.invocations:
-            index_T[memory.place :] += memory.latents
-        return index_T
-
-    def sample(self) -> Sample:
-        """Prompt and tokens, and room for latent ones, as a training sample whose targets are the drawn tokens."""
-        prompt, index_T = self.prompt, self.index_T
-        count = int(index_T[-1]) + 1
-        positions = prompt.positions_T.max() + 1 + np.arange(count, dtype=np.int32)
-        if prompt.positions_T.ndim == 2:
-            positions = np.repeat(positions[:, None], prompt.positions_T.shape[1], axis=1)
-        tokens, labels = np.zeros(count, np.int32), np.full(count, IGNORED, np.int32)
-        tokens[index_T] = self.tokens_T
-        labels[index_T] = np.where(self.loss_T, self.tokens_T, np.int32(IGNORED))
-        return dataclasses.replace(
-            prompt,
-            tokens_T=np.concatenate([prompt.tokens_T, tokens]),
-            labels_T=np.concatenate([np.full_like(prompt.tokens_T, IGNORED), labels]),
-            positions_T=np.concatenate([prompt.positions_T, positions]),
-            visual_index_T=np.concatenate([prompt.visual_index_T, np.full(count, -1, np.int32)]),
-        )
+from vlmem_jax.types import Sample
 
 
 def rollouts(
@@ -76,10 +29,10 @@ def rollouts(
     invocation: InvocationConfig = InvocationConfig(),
     forced: Sequence[Sequence[Sequence[int]]] = (),
     record: bool = False,
-) -> Iterator[tuple[int, list[Trajectory]]]:
-    """(which of `prompts`, its G trajectories) as they are done, about `rows` trajectories at a time.
+) -> Iterator[tuple[int, list[Step]]]:
+    """(which of `prompts`, its G answers) as they are done, about `rows` answers at a time.
 
-    Each prompt is read once for its G trajectories. Trajectory g of prompt p is drawn with the random key `keys_PG[p,
+    Each prompt is read once for its G answers. Answer g to prompt p is drawn with the random key `keys_PG[p,
     g]`, whatever else is drawn beside it, and begins with the tokens `forced[p][g]`. `record`: with what memories were
     formed from.
     """
@@ -97,15 +50,15 @@ def rollouts(
     while live:
         pool.engine.step()
         for p in [p for p, handles in live.items() if all(handle.reason for handle in handles)]:
-            yield p, [_trajectory(prompts[p], handle) for handle in live.pop(p)]
+            yield p, [_step(prompts[p], handle) for handle in live.pop(p)]
 
 
-def _trajectory(prompt: Sample, handle: Handle) -> Trajectory:
+def _step(prompt: Sample, handle: Handle) -> Step:
     """Raises RuntimeError for an answer that failed."""
     handle.result()
     logp_T = np.array(handle.logp, np.float32)
     tokens_T, stopped = np.array(handle.tokens, np.int32), handle.reason == "stop"
-    return Trajectory(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, tuple(handle.invocations))
+    return Step(prompt, tokens_T, logp_T, ~np.isnan(logp_T), stopped, tuple(handle.invocations))
 
 
 def rollout_mesh(config: MeshConfig | None, vlm: VLM, mesh: Mesh) -> Mesh:

@@ -1,4 +1,4 @@
-"""Trajectories as packed rows: what one step of GRPO computes on."""
+"""Steps of episodes as packed rows: what one update of GRPO computes on."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from vlmem_jax.data.rows import pack_row
 from vlmem_jax.generate import Invocation, InvocationConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import formation_flops, train_flops
-from vlmem_jax.rl.rollout import Trajectory
+from vlmem_jax.rl.episodes import Step
 from vlmem_jax.runtime.shapes import bucket
 from vlmem_jax.types import Batch, FormationInputs, TileShape
 
@@ -40,8 +40,8 @@ class Rows:
     """Weight of the KL penalty."""
 
 
-def pack_trajectories(
-    trajectories: Sequence[Trajectory],
+def pack_steps(
+    steps: Sequence[Step],
     advantages: Sequence[float],
     data: DataConfig,
     vlm: VLM,
@@ -51,16 +51,16 @@ def pack_trajectories(
     invocation: InvocationConfig = InvocationConfig(),
     tile: TileShape | None = None,
 ) -> Rows:
-    """Numpy arrays with leading axes [parts, `at_once`], the longest trajectories first.
+    """Numpy arrays with leading axes [parts, `at_once`], the longest steps first.
 
-    Rows are as long as the longest trajectory, rounded up to one of few lengths and a multiple of `split`, and the
-    others fill what is left; the number of parts is rounded up, too, with empty rows. So the shapes are few, whatever
-    was drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each trajectory. What
-    memories were formed from goes along, but for `invocation` under which there are none. `tile`: that of the processor
-    of the prompts, by default the model's.
+    Rows are as long as the longest step, rounded up to one of few lengths and a multiple of `split`, and the others
+    fill what is left; the number of parts is rounded up, too, with empty rows. So the shapes are few, whatever was
+    drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each step, and its own weight does.
+    What memories were formed from goes along, but for `invocation` under which there are none. `tile`: that of the
+    processor of the prompts, by default the model's.
     """
     tile, speech = tile or vlm.tile, vlm.speech if vlm.speech and any(invocation.heeded(vlm.speech)) else None
-    samples = [trajectory.sample() for trajectory in trajectories]
+    samples = [step.sample() for step in steps]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
     T, I = row_sizes(max(tokens, default=1), max(tiles, default=0), data, split)
     order = sorted(range(len(samples)), key=lambda n: (-tokens[n], n))
@@ -73,27 +73,29 @@ def pack_trajectories(
         arrays = {name: np.zeros(T, np.float32) for name in ("old_logp_BT", "ref_logp_BT", "advantage_BT")}
         end = 0
         for n in row:
-            drawn, start, end = trajectories[n], end + len(trajectories[n].prompt.tokens_T), end + tokens[n]
+            drawn, start, end = steps[n], end + len(steps[n].prompt.tokens_T), end + tokens[n]
             known = start - 1 + drawn.index_T[drawn.loss_T]  # position t holds what is known of token t + 1
             arrays["old_logp_BT"][known] = drawn.logp_T[drawn.loss_T]
             arrays["advantage_BT"][known] = advantages[n]
         return arrays | {"beta_B": np.float32(beta)}
 
-    spoken = [[memory for n in row for memory in trajectories[n].invocations] for row in rows]
+    spoken = [[memory for n in row for memory in steps[n].invocations] for row in rows]
     states = max((len(memory.states_LD) for row in spoken for memory in row), default=1)
     J, L = memory_sizes(max(map(len, spoken)), states)
     packed = []
     for row, memories in zip(rows, spoken, strict=True):
         batch = pack_row([samples[n] for n in row], data, tile, T, I)
+        for segment, n in enumerate(row, 1):
+            batch.text.weights_BT[batch.text.segments_BT == segment] *= steps[n].weight
         if speech:
             end, first = 0, 0
             for n in row:
-                start, end = end + len(trajectories[n].prompt.tokens_T), end + tokens[n]
-                for j, memory in enumerate(trajectories[n].invocations, first):
-                    after = start + trajectories[n].index_T[memory.place]
+                start, end = end + len(steps[n].prompt.tokens_T), end + tokens[n]
+                for j, memory in enumerate(steps[n].invocations, first):
+                    after = start + steps[n].index_T[memory.place]
                     latent_N = I * tile.tokens + j * speech.latents + np.arange(memory.latents)
                     batch.text.visual_index_BT[after - memory.latents : after] = latent_N
-                first += len(trajectories[n].invocations)
+                first += len(steps[n].invocations)
             batch = batch.replace(formation=_formation(memories, J, L, vlm))
         packed.append(Rows(batch, **extras(row)))
     return jax.tree.map(
@@ -101,11 +103,11 @@ def pack_trajectories(
     )
 
 
-def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained: Collection[str]) -> dict[str, int]:
-    """`flops` of trajectories and `shape_flops` of the `batch` that they were packed into, for `StepInput.counts`."""
+def flops_of(steps: Sequence[Step], batch: Batch, vlm: VLM, trained: Collection[str]) -> dict[str, int]:
+    """`flops` of steps and `shape_flops` of the `batch` that they were packed into, for `StepInput.counts`."""
     config = vlm.config
-    sizes = [(len(t.prompt.tokens_T) + int(t.index_T[-1]) + 1, len(t.prompt.pixels_ISSc)) for t in trajectories]
-    states = [len(memory.states_LD) for t in trajectories for memory in t.invocations]
+    sizes = [step.size for step in steps]
+    states = [len(memory.states_LD) for step in steps for memory in step.invocations]
     (*leading, T), I = batch.text.tokens_BT.shape, batch.views.pixels_BISSc.shape[-4]
     rows = math.prod(leading)
     useful = train_flops(config, sizes, trained) + sum(formation_flops(config, L, trained) for L in states)
@@ -117,9 +119,9 @@ def flops_of(trajectories: Sequence[Trajectory], batch: Batch, vlm: VLM, trained
 
 
 def row_sizes(tokens: int, tiles: int, data: DataConfig, split: int = 1) -> tuple[int, int]:
-    """Token and tile slots of rows whose longest trajectory has `tokens`, and none more than `tiles`."""
+    """Token and tile slots of rows whose longest step has `tokens`, and none more than `tiles`."""
     T = _multiple(min(bucket(tokens, SHORTEST_ROW, steps=4), data.pack_tokens), split)
-    # as many tiles as their share of a whole row, and enough for any one trajectory
+    # as many tiles as their share of a whole row, and enough for any one step
     I = max(data.pack_tiles * T // data.pack_tokens, bucket(tiles), 1) if tiles else 0
     return T, _multiple(min(I, data.pack_tiles), split)
 

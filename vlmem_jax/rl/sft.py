@@ -17,8 +17,9 @@ from vlmem_jax.data import Prompt
 from vlmem_jax.generate import InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.rl.config import LOSS_WEIGHTS, MemorySFTConfig, check_prompted, sft_config
-from vlmem_jax.rl.rollout import Trajectory, rollout_keys, rollouts, trainer_generator
-from vlmem_jax.rl.rows import flops_of, pack_trajectories
+from vlmem_jax.rl.episodes import Step
+from vlmem_jax.rl.rollout import rollout_keys, rollouts, trainer_generator
+from vlmem_jax.rl.rows import flops_of, pack_steps
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.runtime.sharding import batch_sharding, put, shards
 from vlmem_jax.train.config import Experiment, StageConfig
@@ -98,14 +99,14 @@ class MemorySFT(NextTokenLoss):
         with jax.transfer_guard("allow"):
             loaded = self._stream.take_same(self.config.prompts)
             kinds = np.random.default_rng([*self._seeds, step]).choice(self._kinds, size=len(loaded))
-            trajectories = self._answers(params, loaded, kinds)
-            batch = self._rows(trajectories)
+            steps = self._answers(params, loaded, kinds)
+            batch = self._rows(steps)
             placed = put(batch, batch_sharding(self._mesh, leading=1))
         counts = {
             "tokens": int((batch.text.segments_BT > 0).sum()),
             "tiles": sum(len(one.sample.pixels_ISSc) for one in loaded),
             "slots": batch.text.tokens_BT.size,
-            **flops_of(trajectories, batch, self.model, self._trained),
+            **flops_of(steps, batch, self.model, self._trained),
         }
         numbers = {"memory/long": float(kinds.mean()), "prompts/skipped": float(len(self._stream.skipped))}
         return StepInput(
@@ -139,7 +140,7 @@ class MemorySFT(NextTokenLoss):
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
-    def _answers(self, params: dict, loaded: Sequence[Loaded], kinds: np.ndarray) -> list[Trajectory]:
+    def _answers(self, params: dict, loaded: Sequence[Loaded], kinds: np.ndarray) -> list[Step]:
         """The answers to prompts, after a memory each of the kind given."""
         generator = trainer_generator(self.model, params, self._processor, self._mesh)
         calls = [[[self.model.speech.invoke_ids[kind]]] for kind in kinds]
@@ -149,10 +150,10 @@ class MemorySFT(NextTokenLoss):
             called = dict(rollouts(generator, samples, SamplingConfig(1), keys_P1, rows, ONE_CALL, calls, record=True))
         return [_answered(called[n][0], self._target(one.prompt)) for n, one in enumerate(loaded)]
 
-    def _rows(self, trajectories: Sequence[Trajectory]) -> Batch:
+    def _rows(self, steps: Sequence[Step]) -> Batch:
         """Numpy arrays [parts, rows, ...]."""
-        ones, shape = [1.0] * len(trajectories), {"split": shards("tokens", self._mesh), "tile": self._processor.tile}
-        return pack_trajectories(trajectories, ones, self._data, self.model, self._at_once, **shape).batch
+        ones, shape = [1.0] * len(steps), {"split": shards("tokens", self._mesh), "tile": self._processor.tile}
+        return pack_steps(steps, ones, self._data, self.model, self._at_once, **shape).batch
 
     def _target(self, prompt: Prompt) -> list[int]:
         """Ids of the first accepted answer. Raises ValueError if it holds tokens that are no text."""
@@ -172,8 +173,8 @@ class MemorySFT(NextTokenLoss):
         check_fits(self._data, prompt, sample, behind)
 
 
-def _answered(called: Trajectory, ids: Sequence[int]) -> Trajectory:
-    """A trajectory of a call and its memory, with tokens behind it that alone are targets."""
+def _answered(called: Step, ids: Sequence[int]) -> Step:
+    """A step of a call and its memory, with tokens behind it that alone are targets."""
     tokens_T = np.concatenate([called.tokens_T, np.array(ids, np.int32)])
     return dataclasses.replace(
         called,

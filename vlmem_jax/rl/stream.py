@@ -68,6 +68,10 @@ class PromptStream:
                 raise
             return None
 
+    def load(self, key: Key) -> Loaded:
+        """A prompt that was drawn before."""
+        return Loaded(key, self.prompts[key], self.prompts.sample(key))
+
     def _load(self, key: Key, prompts: Prompts) -> Loaded | None:
         """A prompt, or None if it is not wanted. Raises ValueError if it cannot be used."""
         prompt = prompts[key]

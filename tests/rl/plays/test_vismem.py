@@ -10,18 +10,12 @@ from tests.rl import memory_world
 from vlmem_jax.config import override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
-from vlmem_jax.rl.penalties import invocation_reward
+from vlmem_jax.rl.actor import Actor
+from vlmem_jax.rl.plays import WithMemories
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.train.config import experiment
 
 G = 4
-
-
-def test_each_trajectory_may_have_a_base_of_its_own():
-    score, base = np.array([[1.0, 0.5, 0.0]]), np.array([[0.5, 0.25, 0.25]])
-    turned, invoked = np.array([[1.0, 1.0, 0.0]]), np.array([[True, True, False]])
-    np.testing.assert_allclose(invocation_reward(score, base, turned, invoked, 0.4), [[0.5, 0.05, -0.25]])
-    np.testing.assert_allclose(invocation_reward(score, base[:, :1], turned, invoked, 0.4), [[0.5, -0.2, -0.5]])
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +34,14 @@ def mesh():
 
 
 @pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.1, 1), (0.25, 1), (0.6, 3), (1.0, 4)])
-def test_which_are_drawn_again_is_a_function_of_seed_and_phase(make, mesh, fraction, count):
+def test_which_are_drawn_again_is_a_function_of_seed_and_phase(make, fraction, count):
     drawn = []
     for seed in (1, 2):
         config = dataclasses.replace(make(rev_fraction=fraction), seed=seed)
-        task = GRPO(config, config.stages[1], VLM(config.model), mesh)
+        play = WithMemories(config, config.stages[1], VLM(config.model))
         for phase in (0, 1):
-            task._phase = phase
-            drawn.append(task._drawn_again(50))
-            assert np.array_equal(task._drawn_again(50), drawn[-1])
-        task.close()
+            drawn.append(play.drawn_again(phase, 50))
+            assert np.array_equal(play.drawn_again(phase, 50), drawn[-1])
     for n, chosen_Pg in enumerate(drawn):
         assert chosen_Pg.shape == (50, count) and (np.diff(chosen_Pg, axis=1) > 0).all()
         if 0 < count < G:
@@ -60,13 +52,13 @@ def test_which_are_drawn_again_is_a_function_of_seed_and_phase(make, mesh, fract
 def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
     config = make(rev_fraction=0.5, paired_base=True, advantage_std=False)
     task = GRPO(config, config.stages[1], VLM(config.model), mesh)
-    calls, answered = [], task._answered
+    calls, answer = [], Actor.answer
 
     def recording(*args, **kwargs):
-        calls.append((args, *answered(*args, **kwargs)))
-        return calls[-1][1:]
+        calls.append(answer(*args, **kwargs))
+        return calls[-1]
 
-    monkeypatch.setattr(task, "_answered", recording)
+    monkeypatch.setattr(Actor, "answer", recording)
     rng = np.random.default_rng(0)
     shapes = task.model.abstract()
     params = jax.tree.map(lambda leaf: np.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
@@ -74,8 +66,8 @@ def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
     with jax.set_mesh(mesh):
         work = task.work(0, jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())))
     task.close()
-    (_, groups, scores), (_, bases, base_scores), (_, turned, turned_scores) = calls
-    speech, chosen_Pg = task.model.speech, task._drawn_again(2)
+    (groups, scores), (bases, base_scores), (turned, turned_scores) = calls
+    speech, chosen_Pg = task.model.speech, task._play.drawn_again(0, 2)
     assert [len(group) for group in bases] == [G, G] and [len(group) for group in turned] == [2, 2]
     invoked_PG = np.array([[bool(t.invocations) for t in group] for group in groups])
     assert invoked_PG.any() and np.take_along_axis(invoked_PG, chosen_Pg, axis=1).any()
@@ -100,6 +92,6 @@ def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
             rewards[n, g] -= 0.3 * max(S[n].mean() - S[n, g], 0)
             if g in chosen_Pg[n]:
                 rewards[n, g] -= 0.3 * max(rev[n, chosen_Pg[n].tolist().index(g)] - S[n, g], 0)
-    advantages = [one.advantage for one in task._weighted]
+    advantages = [lesson.advantage for lesson in task._phases.lessons]
     np.testing.assert_allclose(advantages, (rewards - rewards.mean(1, keepdims=True)).ravel(), atol=1e-9)
     assert work.numbers["score/base"] == pytest.approx(base.mean())

@@ -1,0 +1,124 @@
+"""The model that is trained, as a play asks it; and who scores what it answers."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from vlmem_jax.data import Prompt
+from vlmem_jax.generate import Generator, InvocationConfig
+from vlmem_jax.processing import Tokenizer
+from vlmem_jax.rl.config import RLConfig
+from vlmem_jax.rl.episodes import Step
+from vlmem_jax.rl.rollout import rollouts
+from vlmem_jax.rl.stream import Loaded
+from vlmem_jax.runtime import hosts
+from vlmem_jax.scoring.rewards import RewardError, Rewards
+from vlmem_jax.types import Sample
+
+
+class Judge:
+    """The rewards of a run, on threads."""
+
+    def __init__(self, config: RLConfig, rewards: Rewards, tokenizer: Tokenizer):
+        self._config, self._rewards, self._tokenizer = config, rewards, tokenizer
+        self._pool = ThreadPoolExecutor(config.reward_threads, thread_name_prefix="rewards")
+
+    def submit(self, step: Step, prompt: Prompt) -> Future:
+        """Goes to score an answer: of its score, and whether a reward failed."""
+        return self._pool.submit(self._score, step, prompt)
+
+    def _score(self, step: Step, prompt: Prompt) -> tuple[float, bool]:
+        try:
+            return self._rewards.score(self._tokenizer.decode(step.output_T), prompt), False
+        except RewardError:
+            if self._config.on_reward_error == "raise":
+                raise
+            return 0.0, True
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Scores:
+    """Scores of outputs, computed by threads while more is drawn, each on one host."""
+
+    def __init__(self, futures: dict[int, Future]):
+        """`futures`: number of the output -> its score and whether a reward failed, of those of this host."""
+        self._futures = futures
+
+    @functools.cached_property
+    def _all(self) -> list[tuple[float, bool]]:
+        own: dict[str, Any] = {"error": ""}
+        cause = None
+        try:
+            own["scores"] = {number: future.result() for number, future in self._futures.items()}
+        except RewardError as error:
+            own["error"], cause = str(error), error
+        each = [json.loads(content) for content in hosts.gather(json.dumps(own).encode())]
+        if errors := [host["error"] for host in each if host["error"]]:
+            raise RewardError(errors[0]) from cause
+        found = {int(number): tuple(score) for host in each for number, score in host["scores"].items()}
+        return [found[number] for number in range(len(found))]
+
+    @property
+    def of_all(self) -> np.ndarray:
+        """Of all outputs, in order. Raises RewardError on every host where a reward failed on one."""
+        return np.array([score for score, _ in self._all])
+
+    @property
+    def failed(self) -> int:
+        """Outputs for which a reward failed."""
+        return sum(failed for _, failed in self._all)
+
+
+class Actor:
+    """The policy as it is at the start of a phase: what a play plays with."""
+
+    def __init__(self, generator: Generator, config: RLConfig, judge: Judge):
+        self.generator, self.config, self.judge = generator, config, judge
+
+    def draw(
+        self,
+        prompts: Sequence[Sample],
+        keys_PG: Array,
+        invocation: InvocationConfig = InvocationConfig(),
+        forced: Sequence[Sequence[Sequence[int]]] = (),
+        greedy: bool = False,
+        record: bool = False,
+        done: Callable[[int, list[Step]], None] = lambda n, group: None,
+    ) -> list[list[Step]]:
+        """G answers to each prompt, see `rollouts`; `done` is called with the number of a prompt and its answers as
+        they come."""
+        sampling, rows, groups = self.config.sampling(greedy), self.config.rollout_rows, {}
+        with self.generator.context():
+            for n, group in rollouts(self.generator, prompts, sampling, keys_PG, rows, invocation, forced, record):
+                groups[n] = group
+                done(n, group)
+        return [groups[n] for n in range(len(prompts))]
+
+    def answer(
+        self,
+        prompts: Sequence[Loaded],
+        keys_PG: Array,
+        invocation: InvocationConfig = InvocationConfig(),
+        forced: Sequence[Sequence[Sequence[int]]] = (),
+        greedy: bool = False,
+        record: bool = False,
+    ) -> tuple[list[list[Step]], Scores]:
+        """The same, and the scores of all answers: those of one group are computed beside the next."""
+        G, futures = keys_PG.shape[1], {}
+
+        def score(n: int, group: list[Step]) -> None:
+            for number, step in enumerate(group, n * G):
+                if number % jax.process_count() == jax.process_index():
+                    futures[number] = self.judge.submit(step, prompts[n].prompt)
+
+        samples = [one.sample for one in prompts]
+        return self.draw(samples, keys_PG, invocation, forced, greedy, record, score), Scores(futures)

@@ -1,0 +1,50 @@
+"""What an update of GRPO computes on packed rows."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlmem_jax.models import VLM
+from vlmem_jax.rl.config import RLConfig
+from vlmem_jax.rl.loss import grpo_loss
+from vlmem_jax.rl.rows import Rows
+from vlmem_jax.train.loss import log_probs
+from vlmem_jax.types import Batch
+
+
+@dataclasses.dataclass
+class GRPOLoss:
+    """The `grpo` task without its data."""
+
+    model: VLM
+    config: RLConfig
+    chunk: int
+    """Tokens of a row whose logits exist at the same time."""
+    banned_ids: tuple[int, ...]
+    """Never drawn, so no part of the softmax."""
+
+    def log_probs(self, params: dict, batch: Batch) -> Float[Array, "B T"]:
+        """Log-probability of each target, as the sampler computes it."""
+        hidden_BTD = self.model.hidden(params, batch)
+        kernel_DV = self.model.head_kernel(params)
+        rescore = functools.partial(self.model.rescore, params) if self.model.speech else None
+        return log_probs(hidden_BTD, kernel_DV, batch.text.targets_BT, self.chunk, self.banned_ids, rescore)
+
+    def loss(self, params: dict, rows: Rows, key: Array | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn."""
+        c = self.config
+        loss, sums = grpo_loss(
+            self.log_probs(params, rows.batch),
+            rows.old_logp_BT,
+            rows.ref_logp_BT,
+            rows.advantage_BT,
+            rows.batch.text.weights_BT,
+            jnp.broadcast_to(rows.beta_B[:, None], rows.advantage_BT.shape),
+            c.clip,
+            c.clip_high,
+        )
+        if not c.kl:
+            del sums["kl"]
+        return loss, sums
