@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import limits
 
-from vlmem_jax.checkpoint import CheckpointError, Store, find, load_params, save_params
+from vlmem_jax.checkpoint import CheckpointError, DamagedError, Store, find, load_params, save_params
 from vlmem_jax.evals.measure import compilations
 from vlmem_jax.runtime import sharding
 
@@ -37,6 +37,31 @@ def test_restores_what_was_saved(tmp_path):
     np.testing.assert_array_equal(params["a"]["kernel"], np.full((8, 4), 3.0))
     assert params["gate"].dtype == jnp.bfloat16
     assert int(train["count"]) == 3 and meta == {"step": 3}
+    store.close()
+
+
+def test_arrays_of_the_host_come_back_as_they_were(tmp_path):
+    store = Store(tmp_path)
+    arrays = {
+        "states_LD": np.arange(6, dtype=np.float32).reshape(3, 2).astype(jnp.bfloat16),
+        "advantage_E": np.array([0.1, -1 / 3]),
+        "logp_T": np.array([np.nan, -0.25], np.float32),
+        "stopped_N": np.array([True, False]),
+        "key_E2": np.array([[0, 7]]),
+    }
+    store.save(1, tree(), {"count": jnp.int32(1)}, {}, arrays=arrays)
+    save(store, 2)
+    store.wait()
+    found = store.arrays(1)
+    assert found.keys() == arrays.keys() and store.arrays(2) == {}
+    for name, array in arrays.items():
+        assert type(found[name]) is np.ndarray and found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+    for file in (tmp_path / "1" / "arrays").iterdir():
+        if file.is_file():
+            file.write_bytes(b"x")
+    with pytest.raises(DamagedError, match="arrays is damaged"):
+        store.arrays(1)
     store.close()
 
 

@@ -1,7 +1,6 @@
 """GRPO with a memory that speaks: memories are formed again where they stood, and only drawn tokens teach."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
-from vlmem_jax.rl.episodes import Lesson
-from vlmem_jax.rl.resume import as_json, from_json
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
 from vlmem_jax.rl.rows import pack_steps
 from vlmem_jax.trees import flatten
@@ -187,18 +184,3 @@ def test_reversed_trajectories_begin_alike_and_take_the_other_kind(draw, generat
             else:
                 assert len(other.tokens_T) == 1 and other.stopped
     assert told
-
-
-def test_memories_survive_a_checkpoint_bit_for_bit(vlm, drawn):
-    _, trajectories = drawn
-    one = max(trajectories, key=lambda t: len(t.invocations))
-    told = json.dumps(as_json(Lesson((0, 1), (one,), 0.25)))
-    lesson = from_json(json.loads(told), lambda key, before: one.prompt, vlm.dtype)
-    assert lesson.key == (0, 1) and lesson.advantage == 0.25
-    (again,) = lesson.steps
-    for old, new in zip(one.invocations, again.invocations, strict=True):
-        assert (old.place, old.kind, old.latents) == (new.place, new.kind, new.latents)
-        assert np.array_equal(old.states_LD, new.states_LD)
-    for name in ("tokens_T", "logp_T", "loss_T"):
-        old, new = getattr(one, name), getattr(again, name)
-        assert np.array_equal(old, new, equal_nan=name == "logp_T") and old.dtype == new.dtype

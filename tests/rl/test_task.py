@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import signal
 
 import jax
 import numpy as np
@@ -13,15 +12,13 @@ from tests.drawn import random_params
 from tests.rl import world
 from tests.train import world as supervised
 from vlmem_jax import rl
-from vlmem_jax.checkpoint import Store, load_params
+from vlmem_jax.checkpoint import load_params
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
 from vlmem_jax.runtime import sharding
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
-from vlmem_jax.train.goodput import Goodput
-from vlmem_jax.train.loop import fit
 
 STAGE = "stages.rl"
 SMALL = {
@@ -67,42 +64,13 @@ def make_task(settings, mesh, workdir="."):
     return GRPO(settings, settings.stages[0], VLM(settings.model), mesh, workdir)
 
 
-def train(settings, workdir, mesh, until=None):
-    """Fits the only stage; `until`: the step in which a Ctrl-C comes. Gives the task."""
-    stage, keep = settings.stages[0], settings.checkpoint
-    workdir.mkdir(exist_ok=True)
-    task = make_task(settings, mesh, workdir)
-    if until is not None:
-        work = task.work
-
-        def interrupting(step, params):
-            if step == until:
-                signal.raise_signal(signal.SIGINT)
-            return work(step, params)
-
-        task.work = interrupting
-    store, clock = Store(workdir / stage.name, keep.keep_last, keep.keep_best), Goodput()
-    start, _ = runs.origin(settings, stage, task.model, workdir)
-    try:
-        fit(task, settings, stage, mesh, store, workdir, start, clock)
-    finally:
-        store.close()
-        clock.close()
-    return task
-
-
 def records(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
 
-def numbers(workdir):
-    """The records of steps, but for times."""
-    return [line for line in supervised.records(workdir) if "loss" in line]
-
-
 def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
-    train(settings(stages__rl__steps=20, stages__rl__task__drop_zero_variance=False), tmp_path, mesh)
+    world.train(settings(stages__rl__steps=20, stages__rl__task__drop_zero_variance=False), tmp_path, mesh)
     lines = records(tmp_path)
     scores = [line["score/mean"] for line in lines]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.3 and max(scores) > 0.5
@@ -115,12 +83,12 @@ def test_a_trivial_reward_is_learned(settings, mesh, tmp_path):
 def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(settings, mesh, tmp_path):
     keys = {"minibatches": 2, "iterations": 2, "adaptive_kl": True, "kl_target": 1e-4, "drop_zero_variance": False}
     config = settings(stages__rl__steps=9, **{f"stages__rl__task__{key}": value for key, value in keys.items()})
-    train(config, tmp_path / "whole", mesh)
+    world.train(config, tmp_path / "whole", mesh)
     for stop in (0, 2, 7):  # in the first pass of a phase, in the second, at the end of one
-        train(config, tmp_path / "parts", mesh, until=stop)
-    train(config, tmp_path / "parts", mesh)
-    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-    lines = numbers(tmp_path / "whole")
+        world.train(config, tmp_path / "parts", mesh, until=stop)
+    world.train(config, tmp_path / "parts", mesh)
+    assert world.numbers(tmp_path / "parts") == world.numbers(tmp_path / "whole")
+    lines = world.numbers(tmp_path / "whole")
     assert len(lines) == 9 and lines[0]["ratio"] == pytest.approx(1, abs=1e-5) != lines[2]["ratio"]
     scores = [line["score/mean"] for line in lines]
     assert scores[0] == scores[3] and scores[4] == scores[7], "a phase is four steps on the same trajectories"
@@ -150,7 +118,7 @@ def override_rl(config, **keys):
 @pytest.mark.parametrize("keys", [{"kl": 0.1, "minibatches": 2}, {"kl": 0.0, "drop_zero_variance": False}])
 def test_steps_with_nothing_to_learn_change_nothing(settings, mesh, tmp_path, keys):
     config = override_rl(settings(stages__rl__steps=2), rewards=[{"name": "regex", "pattern": "no such text"}], **keys)
-    task = train(config, tmp_path, mesh)
+    task = world.train(config, tmp_path, mesh)
     lines = records(tmp_path)
     assert [line["grad_norm"] for line in lines] == [0, 0] and lines[0]["rollout/zero_variance_groups"] == 2
     assert [line["skipped"] for line in lines] == [1, 1]

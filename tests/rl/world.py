@@ -1,8 +1,15 @@
 """A small world to reinforce in: that of tests.train, with prompts in place of conversations."""
 
 import json
+import signal
 
 from tests.train import world
+from vlmem_jax.checkpoint import Store
+from vlmem_jax.models import VLM
+from vlmem_jax.rl import GRPO
+from vlmem_jax.train import run as runs
+from vlmem_jax.train.goodput import Goodput
+from vlmem_jax.train.loop import fit
 
 OWN = "tests.rl.own:letters_b"
 
@@ -29,3 +36,32 @@ def config(folder, rl=(), **changes):
         rows=8, pack_tokens=128, pack_tiles=6, threads=1,
     )  # fmt: skip
     return world.config(folder, **{"stages": [stage], "data": data, "mesh": dict(data=1, fsdp=-1), **changes})
+
+
+def train(settings, workdir, mesh, until=None):
+    """Fits the first stage, from seed or where it was; `until`: the step in which a Ctrl-C comes. Gives the task."""
+    stage, keep = settings.stages[0], settings.checkpoint
+    workdir.mkdir(exist_ok=True)
+    task = GRPO(settings, stage, VLM(settings.model), mesh, workdir)
+    if until is not None:
+        work = task.work
+
+        def interrupting(step, params):
+            if step == until:
+                signal.raise_signal(signal.SIGINT)
+            return work(step, params)
+
+        task.work = interrupting
+    store, clock = Store(workdir / stage.name, keep.keep_last, keep.keep_best), Goodput()
+    start, _ = runs.origin(settings, stage, task.model, workdir)
+    try:
+        fit(task, settings, stage, mesh, store, workdir, start, clock)
+    finally:
+        store.close()
+        clock.close()
+    return task
+
+
+def numbers(workdir):
+    """The records of steps, but for times."""
+    return [line for line in world.records(workdir) if "loss" in line]

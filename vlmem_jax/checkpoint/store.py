@@ -1,8 +1,9 @@
 """The checkpoints of one training stage: written in the background, committed at once, kept by age and by loss.
 
 `FOLDER/STEP/params` (a nested dict of parameters), `train` (what only training needs), `meta` (JSON) and `metrics`
-(the evaluation loss). On a disk, a folder still being written has another name, so a step that is there is whole; in a
-bucket (gs://), where nothing can be renamed, a step is whole once it has a file `commit_success.txt`.
+(the evaluation loss), and `arrays`, where the task of the stage keeps some. On a disk, a folder still being written has
+another name, so a step that is there is whole; in a bucket (gs://), where nothing can be renamed, a step is whole once
+it has a file `commit_success.txt`.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -123,17 +125,27 @@ class Store:
         losses = {step: loss for step in self.steps() if (loss := _eval_loss(self.folder / str(step))) is not None}
         return min(losses.items(), key=lambda item: item[1]) if losses else None
 
-    def save(self, step: int, params: Tree, train: Tree, meta: Tree, eval_loss: float | None = None) -> None:
-        """Starts to write `step`, after the write before it has ended. Raises CheckpointError."""
+    def save(
+        self,
+        step: int,
+        params: Tree,
+        train: Tree,
+        meta: Tree,
+        eval_loss: float | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Starts to write `step`, after the write before it has ended. `arrays` are of the host, none of them empty,
+        and the same on all hosts. Raises CheckpointError."""
         self.wait()
         if step == self.latest():
             return
         with self._failures(step):
-            self._check_room(sum(x.nbytes for x in jax.tree.leaves((params, train))))
+            self._check_room(sum(x.nbytes for x in jax.tree.leaves((params, train, arrays))))
+            more = {"arrays": ocp.args.PyTreeSave(dict(arrays))} if arrays else {}
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=_layerwise(params), train=_layerwise(train), meta=ocp.args.JsonSave(meta)
+                    params=_layerwise(params), train=_layerwise(train), meta=ocp.args.JsonSave(meta), **more
                 ),
                 metrics=None if eval_loss is None else {"loss": eval_loss},
                 force=True,
@@ -161,6 +173,19 @@ class Store:
             raise _unreadable(folder, error) from error
         gb = self._restore_concurrent_gb
         return load_params(folder, params, gb), _restore(folder / "train", train, gb), meta
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of the host that were saved with `step`; none: empty. Raises DamagedError."""
+        folder = self.folder / str(step) / "arrays"
+        if not folder.is_dir():
+            return {}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            try:
+                names = checkpointer.metadata(folder).item_metadata.tree
+                as_saved = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+                return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_saved))
+            except Exception as error:  # of many kinds, by what is broken
+                raise _unreadable(folder, error) from error
 
     def set_aside(self, step: int) -> str:
         """Takes a damaged step out of the checkpoints without removing it; gives where it is."""

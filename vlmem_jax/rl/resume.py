@@ -1,9 +1,7 @@
-"""The lessons of a phase in a checkpoint: what was drawn; prompts are read again."""
+"""The lessons of a phase in a checkpoint, as arrays: what was drawn. What it stands behind is made again."""
 
-import base64
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,50 +11,56 @@ from vlmem_jax.rl.episodes import Lesson, Step
 from vlmem_jax.types import Sample
 
 
-def as_json(lesson: Lesson) -> dict[str, Any]:
-    """Exact: a float32 is a float64, and JSON gives that back as it was."""
-    steps = [_step_as_json(step) for step in lesson.steps]
-    return {"key": list(lesson.key), "advantage": lesson.advantage, "steps": steps}
-
-
-def from_json(fields: dict[str, Any], prompt: Callable[[Key, Sequence[Step]], Sample], dtype: np.dtype) -> Lesson:
-    """`prompt(key, before)` gives what each step stands behind; `dtype`: that of the states of memories."""
-    key, steps = tuple(fields["key"]), []
-    for step in fields["steps"]:
-        steps.append(_step_from_json(step, prompt(key, steps), dtype))
-    return Lesson(key, tuple(steps), fields["advantage"])
-
-
-def _step_as_json(step: Step) -> dict[str, Any]:
-    return {
-        "tokens": step.tokens_T.tolist(),
-        "logp": [None if math.isnan(x) else x for x in step.logp_T.tolist()],
-        "loss": step.loss_T.tolist(),
-        "stopped": step.stopped,
-        "weight": step.weight,
-        "invocations": [
-            {
-                "place": memory.place,
-                "kind": memory.kind,
-                "latents": memory.latents,
-                "shape": list(memory.states_LD.shape),
-                "states": base64.b64encode(memory.states_LD.tobytes()).decode(),
-            }
-            for memory in step.invocations
-        ],
+def as_arrays(lessons: Sequence[Lesson]) -> dict[str, np.ndarray]:
+    """E episodes of N steps, which hold M memories, one after the other. There are no arrays without elements."""
+    steps = [step for lesson in lessons for step in lesson.steps]
+    memories = [memory for step in steps for memory in step.invocations]
+    found = {
+        "key_E2": np.array([lesson.key for lesson in lessons]),
+        "advantage_E": np.array([lesson.advantage for lesson in lessons]),
+        "steps_E": np.array([len(lesson.steps) for lesson in lessons]),
+        "length_N": np.array([len(step.tokens_T) for step in steps]),
+        "stopped_N": np.array([step.stopped for step in steps]),
+        "weight_N": np.array([step.weight for step in steps]),
+        "memories_N": np.array([len(step.invocations) for step in steps]),
     }
+    if steps:
+        found |= {name: np.concatenate([getattr(step, name) for step in steps]) for name in DRAWN}
+    if memories:
+        found |= {f"{name}_M": np.array([getattr(memory, name) for memory in memories]) for name in SPOKEN}
+        found["heard_M"] = np.array([len(memory.states_LD) for memory in memories])
+        found["states_LD"] = np.concatenate([memory.states_LD for memory in memories])
+    return {name: array for name, array in found.items() if array.size}
 
 
-def _step_from_json(fields: dict[str, Any], prompt: Sample, dtype: np.dtype) -> Step:
-    logp_T = np.array([math.nan if x is None else x for x in fields["logp"]], np.float32)
-    invocations = tuple(
-        Invocation(
-            memory["kind"],
-            memory["place"],
-            memory["latents"],
-            np.frombuffer(base64.b64decode(memory["states"]), dtype).reshape(memory["shape"]),
-        )
-        for memory in fields["invocations"]
-    )
-    tokens_T, loss_T = np.array(fields["tokens"], np.int32), np.array(fields["loss"], bool)
-    return Step(prompt, tokens_T, logp_T, loss_T, fields["stopped"], invocations, fields["weight"])
+DRAWN = "tokens_T", "logp_T", "loss_T"
+"""Arrays of a step."""
+
+SPOKEN = "kind", "place", "latents"
+"""Numbers of a memory."""
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], prompt: Callable[[Key, Sequence[Step]], Sample]) -> list[Lesson]:
+    """The lessons that `as_arrays` was given; `prompt(key, before)` gives what a step stands behind."""
+    if not arrays:
+        return []
+    numbers = zip(*(arrays[f"{name}_M"].tolist() for name in SPOKEN), strict=True) if "heard_M" in arrays else ()
+    heard = _cut(arrays["states_LD"], arrays["heard_M"]) if "heard_M" in arrays else ()
+    memories = iter([Invocation(*spoken, states_LD) for spoken, states_LD in zip(numbers, heard, strict=True)])
+    drawn = zip(*(_cut(arrays[name], arrays["length_N"]) for name in DRAWN), strict=True)
+    more = zip(*(arrays[f"{name}_N"].tolist() for name in ("stopped", "memories", "weight")), strict=True)
+    lessons = []
+    of_episodes = (arrays[f"{name}"].tolist() for name in ("key_E2", "advantage_E", "steps_E"))
+    for key, advantage, count in zip(*of_episodes, strict=True):
+        steps: list[Step] = []
+        for _ in range(count):
+            arrays_T, (stopped, spoken, weight) = next(drawn), next(more)
+            invocations = tuple(itertools.islice(memories, spoken))
+            steps.append(Step(prompt(tuple(key), steps), *arrays_T, stopped, invocations, weight))
+        lessons.append(Lesson(tuple(key), tuple(steps), advantage))
+    return lessons
+
+
+def _cut(whole: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Parts of such lengths along the first axis."""
+    return np.split(whole, np.cumsum(lengths)[:-1])

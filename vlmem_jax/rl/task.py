@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,13 @@ from vlmem_jax.models.placement import whole_heads
 from vlmem_jax.paths import as_path
 from vlmem_jax.rl.actor import Actor, Judge
 from vlmem_jax.rl.config import LOSS_WEIGHTS, check_prompted, longest_answer, rl_config
+from vlmem_jax.rl.episodes import Step
 from vlmem_jax.rl.loss import k3
 from vlmem_jax.rl.objective import GRPOLoss
 from vlmem_jax.rl.phases import Phases
 from vlmem_jax.rl.plays import play_of
 from vlmem_jax.rl.reference import Reference
-from vlmem_jax.rl.resume import as_json, from_json
+from vlmem_jax.rl.resume import as_arrays, from_arrays
 from vlmem_jax.rl.rollout import rollout_keys, rollout_mesh, trainer_generator
 from vlmem_jax.rl.rows import Rows, flops_of, pack_steps
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
@@ -164,24 +166,24 @@ class GRPO(GRPOLoss):
 
     def state(self) -> dict:
         """Where the prompts are, beta, and, in the midst of a phase, its lessons."""
-        state = {"drawn": self._stream.drawn, **self._phases.state()}
-        if (self._step + 1) % self.config.steps:
-            state["lessons"] = [as_json(lesson) for lesson in self._phases.lessons]
+        midst = bool((self._step + 1) % self.config.steps)
+        state = {"drawn": self._stream.drawn, "midst": midst, **self._phases.state()}
+        if state["midst"]:
+            state["arrays"] = as_arrays(self._phases.lessons)
         return state
 
     def restore(self, state: dict) -> None:
         """Goes on from a state that `state` gave."""
         self._restored = True
         self._stream.go_to(state["drawn"])
-        lessons = None
-        if "lessons" in state:
-            loaded: dict[Key, Loaded] = {}
+        loaded: dict[Key, Loaded] = {}
 
-            def prompt(key, before):
-                loaded[key] = loaded.get(key) or self._stream.load(key)
-                return self._play.prompt(loaded[key], before)
+        def prompt(key: Key, before: Sequence[Step]) -> Sample:
+            if key not in loaded:
+                loaded[key] = self._stream.load(key)
+            return self._play.prompt(loaded[key], before)
 
-            lessons = [from_json(fields, prompt, self.model.dtype) for fields in state["lessons"]]
+        lessons = from_arrays(state.get("arrays", {}), prompt) if state["midst"] else None
         self._phases.restore(state, lessons)
 
     def close(self) -> None:

@@ -83,7 +83,8 @@ class Task(Objective, Protocol):
         """Numbers on held-out data; `loss` decides which checkpoint is best. Empty where there is no such data."""
 
     def state(self) -> dict:
-        """What a checkpoint needs to hold of the task, ready for JSON."""
+        """What a checkpoint needs to hold of the task, ready for JSON, and numpy arrays by name as `arrays`: none of
+        them empty, the same on all hosts."""
 
     def restore(self, state: dict) -> None:
         """Goes on from a state that `state` gave."""
@@ -298,14 +299,17 @@ class Program:
         saved = flatten(train)
         optimizer = jax.tree.map_with_path(lambda path, _: saved[_name(path)], self.state.optimizer)
         state = TrainState(_everywhere(np.int32(step), self.state.step.sharding), trainable, optimizer)
-        return state, frozen, meta["task"]
+        arrays = store.arrays(step)
+        return state, frozen, meta["task"] | ({"arrays": arrays} if arrays else {})
 
     def save(
         self, store: Store, step: int, state: TrainState, frozen: Flat, task: dict, eval_loss: float | None
     ) -> None:
         """Starts to write a checkpoint."""
         params = unflatten({path: x for path, x in {**frozen, **state.params}.items() if path in self._kept})
-        store.save(step, params, _by_name(state.optimizer), {"step": step, "task": task}, eval_loss)
+        told = {name: value for name, value in task.items() if name != "arrays"}
+        meta = {"step": step, "task": told}
+        store.save(step, params, _by_name(state.optimizer), meta, eval_loss, task.get("arrays"))
 
 
 def _name(path: tuple) -> str:

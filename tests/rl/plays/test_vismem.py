@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.rl import memory_world
+from tests.rl import memory_world, world
 from vlmem_jax.config import override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
@@ -95,3 +95,18 @@ def test_bases_in_pairs_and_a_part_drawn_again(make, mesh, monkeypatch):
     advantages = [lesson.advantage for lesson in task._phases.lessons]
     np.testing.assert_allclose(advantages, (rewards - rewards.mean(1, keepdims=True)).ravel(), atol=1e-9)
     assert work.numbers["score/base"] == pytest.approx(base.mean())
+
+
+def test_a_run_stopped_in_midst_of_a_phase_goes_on_with_its_memories(make, mesh, tmp_path):
+    """What they heard is in the checkpoint."""
+    config = make()
+    task = {"minibatches": 2, "rewards": [{"name": "tests.rl.own:length"}]}
+    formation = dataclasses.replace(config.stages[0], steps=4, task={**config.stages[0].task, **task})
+    keep = dataclasses.replace(config.checkpoint, content="all")
+    config = dataclasses.replace(config, stages=(formation,), checkpoint=keep)
+    world.train(config, tmp_path / "whole", mesh)
+    for stop in (0, 2, None):
+        world.train(config, tmp_path / "parts", mesh, until=stop)
+    whole = world.numbers(tmp_path / "whole")
+    assert len(whole) == 4 and all(line["memory/answers"] for line in whole) and whole[-1]["grad_norm"]
+    assert world.numbers(tmp_path / "parts") == whole
