@@ -22,3 +22,9 @@ def test_groups_that_tie_have_no_advantage_whatever_rounding_does():
 
 def test_groups_that_all_score_the_same_are_found():
     assert varied(SCORES).tolist() == [True, False, True]
+
+
+def test_the_deviation_may_be_that_of_the_sample_and_has_a_floor():
+    np.testing.assert_allclose(group_advantages(SCORES, eps=0.0, ddof=1)[0], np.array([1, -1, -1, 1]) * 0.75**0.5)
+    np.testing.assert_allclose(group_advantages(SCORES, eps=0.0, min_std=2.0)[0], [0.25, -0.25, -0.25, 0.25])
+    np.testing.assert_allclose(group_advantages(SCORES, eps=0.0, min_std=0.1), group_advantages(SCORES, eps=0.0))

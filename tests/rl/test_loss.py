@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmem_jax.rl.loss import grpo_loss, k3
+from vlmem_jax.rl.loss import grpo_loss, has_collapsed, k3
 
 ADVANTAGE = jnp.array([1.0, -1.0])
 
@@ -71,3 +71,21 @@ def test_an_update_makes_what_scored_better_more_likely():
         scores -= 0.1 * slope(scores)
     rest = jax.nn.softmax(scores)[1:] / 0.25
     assert ((rest > 0.78) & (rest < 0.8)).all(), "the clip stops it once all ratios are out of bounds"
+
+
+def test_what_has_gone_very_far_is_bounded():
+    logp = jnp.array([-200.0, -1.0, 0.0])
+    assert jnp.isfinite(k3(logp, jnp.zeros(3))).all() and k3(logp, logp).tolist() == [0, 0, 0]
+    for a, b in ((logp, jnp.zeros(3)), (jnp.zeros(3), logp)):
+        loss, sums = grpo_loss(a, b, b, -jnp.ones(3), jnp.ones(3), jnp.ones(3))
+        assert jnp.isfinite(loss) and all(jnp.isfinite(value) for value in sums.values())
+    assert k3(jnp.float32(-19.0), jnp.float32(0)) == jnp.exp(jnp.float32(19)) - 20
+
+
+def test_a_segment_with_one_token_that_collapsed_is_skipped_as_a_whole():
+    segments = jnp.array([[1, 1, 2, 2, 0], [1, 2, 2, 2, 3]])
+    old = jnp.full((2, 5), -1.0)
+    weights = jnp.array([[1.0, 1, 0, 1, 0], [1, 0.5, 0.5, 0.5, 1]])
+    logp = old.at[0, 0].set(-22.0).at[0, 2].set(-90.0).at[0, 4].set(jnp.nan).at[1, 3].set(jnp.nan).at[1, 4].set(-20.0)
+    found = has_collapsed(logp, old, segments, weights)
+    assert found.tolist() == [[True, True, False, False, False], [False, True, True, True, False]]

@@ -127,6 +127,21 @@ def _find(rows, trajectory):
     raise AssertionError("not in the rows")
 
 
+def test_a_step_that_collapsed_is_counted_and_skipped(drawn):
+    vlm, params, _, _, _, groups = drawn
+    whole, other = groups[0][0], groups[1][0]
+    collapsed = dataclasses.replace(whole, logp_T=whole.logp_T + np.float32(30))
+    objective = GRPOLoss(vlm, RLConfig(), chunk=32, banned_ids=BANNED)
+    learn = jax.jit(jax.value_and_grad(objective.loss, has_aux=True), static_argnums=2)
+    found = []
+    for steps in ([collapsed, other], [dataclasses.replace(whole, loss_T=np.zeros_like(whole.loss_T)), other]):
+        rows = pack_steps(steps, [1.0, -1.0], DATA, vlm, at_once=1)
+        found.append(learn(params, jax.tree.map(lambda x: jnp.asarray(x[0]), rows), None))
+    ((loss, sums), slopes), ((alone, _), expected) = found
+    assert sums["collapsed"] == pytest.approx(1) and loss == pytest.approx(alone) != 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slopes, expected)
+
+
 def test_shapes_are_few_whatever_was_drawn():
     vlm = VLM(resolve({"preset": "tiny", "memory": None}))
     prompt, rng = tiles(vlm, 10, 0, 0), np.random.default_rng(0)

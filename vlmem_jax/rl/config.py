@@ -70,8 +70,15 @@ class RLConfig:
     """Whether advantages are divided by the standard deviation of their group."""
     advantage_eps: float = 1e-4
     """Added to that."""
+    advantage_ddof: Literal[0, 1] = 0
+    """Of that deviation: 0, of the population, or 1, of the sample."""
+    advantage_min_std: float = 0.0
+    """Advantages are divided by no less."""
+    ties_by: str = ""
+    """The part of the reward by which a group ties or does not, such as score; empty: the reward itself. A group that
+    ties has no advantages, though other parts of its rewards differ."""
     drop_zero_variance: bool = True
-    """Whether groups whose trajectories all score the same are left out; if not, they still count in the means, and
+    """Whether groups that tie are left out; if not, they still count in the means, and
     are held to the reference."""
     loss_mean: LossMean = "sequence"
     """Mean of the tokens of each trajectory and then of trajectories, or of all tokens alike."""
@@ -112,6 +119,8 @@ class RLConfig:
                 "kl and advantage_eps must be at least 0 and kl_target positive, got "
                 f"{self.kl}, {self.advantage_eps} and {self.kl_target}"
             )
+        if self.advantage_min_std < 0:
+            raise ValueError(f"advantage_min_std must be at least 0, got {self.advantage_min_std}")
         if not 0 <= self.anywhere_from <= 1:
             raise ValueError(f"anywhere_from must be from 0 to 1, got {self.anywhere_from}")
         if self.invocation_penalty is not None and (self.invocation_penalty < 0 or not self.base):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from vlmem_jax.models import VLM
 from vlmem_jax.rl.config import RLConfig
-from vlmem_jax.rl.loss import grpo_loss
+from vlmem_jax.rl.loss import grpo_loss, has_collapsed
 from vlmem_jax.rl.rows import Rows
 from vlmem_jax.train.loss import log_probs
 from vlmem_jax.types import Batch
@@ -33,18 +33,26 @@ class GRPOLoss:
         return log_probs(hidden_BTD, kernel_DV, batch.text.targets_BT, self.chunk, self.banned_ids, rescore)
 
     def loss(self, params: dict, rows: Rows, key: Array | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn."""
-        c = self.config
+        """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn.
+
+        Steps whose log-probabilities have collapsed, see `has_collapsed`, are skipped; `collapsed` sums their weight.
+        """
+        c, text = self.config, rows.batch.text
+        logp_BT = self.log_probs(params, rows.batch)
+        known = (rows.old_logp_BT, rows.ref_logp_BT) if c.kl else (rows.old_logp_BT,)
+        counted = text.segments_BT, text.weights_BT
+        skipped_BT = functools.reduce(jnp.logical_or, (has_collapsed(logp_BT, x_BT, *counted) for x_BT in known))
         loss, sums = grpo_loss(
-            self.log_probs(params, rows.batch),
+            logp_BT,
             rows.old_logp_BT,
             rows.ref_logp_BT,
             rows.advantage_BT,
-            rows.batch.text.weights_BT,
+            jnp.where(skipped_BT, 0.0, text.weights_BT),
             jnp.broadcast_to(rows.beta_B[:, None], rows.advantage_BT.shape),
             c.clip,
             c.clip_high,
         )
+        sums["collapsed"] = jnp.sum(text.weights_BT, where=skipped_BT)
         if not c.kl:
             del sums["kl"]
         return loss, sums

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from vlmem_jax.rl.advantages import group_advantages, varied
 from vlmem_jax.rl.config import RLConfig
@@ -36,11 +37,13 @@ class Phases:
 
     def learn_from(self, prompts: Sequence[Loaded], played: Played, seconds: float, skipped: int) -> None:
         """Keeps what can be learned, and what is recorded, of episodes that took so long; `skipped` prompts
-        could not be used so far."""
+        could not be used so far. Raises ValueError where
+        groups are to tie by a part that rewards have not."""
         config, groups = self._config, played.groups
         rewards_PG = np.array([[episode.reward for episode in group] for group in groups])
-        varied_P = varied(rewards_PG)
-        advantages_PG = group_advantages(rewards_PG, config.advantage_std, config.advantage_eps)
+        varied_P = varied(_part(played, config.ties_by) if config.ties_by else rewards_PG)
+        spread = config.advantage_std, config.advantage_eps, config.advantage_ddof, config.advantage_min_std
+        advantages_PG = np.where(varied_P[:, None], group_advantages(rewards_PG, *spread), 0.0)
         self.lessons = [
             Lesson(one.key, episode.steps, float(advantage))
             for one, group, advantages, differs in zip(prompts, groups, advantages_PG, varied_P, strict=True)
@@ -73,7 +76,7 @@ class Phases:
         self._kl_tokens += tokens
 
     def state(self) -> dict:
-        """For JSON, but for the lessons."""
+        """For JSON, without the lessons."""
         return {
             "phase": self.number,
             "beta": self.beta,
@@ -88,10 +91,18 @@ class Phases:
             self.lessons, self.number = lessons, state["phase"]
 
 
+def _part(played: Played, name: str) -> Float[np.ndarray, "P G"]:
+    """A part of all rewards. Raises ValueError if there is none of this name."""
+    known = played.groups[0][0].parts
+    if name not in known:
+        raise ValueError(f"task.ties_by must name a part of the reward, one of {', '.join(known)}; got {name!r}")
+    return np.array([[episode.parts[name] for episode in group] for group in played.groups])
+
+
 def _of_parts(played: Played) -> dict[str, float]:
     """Mean, and mean deviation within groups, of each part of the reward."""
     numbers = {}
     for name in played.groups[0][0].parts:
-        parts_PG = np.array([[episode.parts[name] for episode in group] for group in played.groups])
+        parts_PG = _part(played, name)
         numbers |= {f"{name}/mean": float(parts_PG.mean()), f"{name}/std": float(parts_PG.std(axis=1).mean())}
     return numbers
