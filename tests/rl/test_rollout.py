@@ -160,6 +160,13 @@ def test_shapes_are_few_whatever_was_drawn():
     assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.text.segments_BT.any()
 
 
+def test_a_step_that_no_row_has_room_for_is_refused():
+    vlm = VLM(resolve({"preset": "tiny", "memory": None}))
+    step = Step(tiles(vlm, 29, 0, 7), np.ones(100, np.int32), np.zeros(100, np.float32), np.ones(100, bool), False)
+    with pytest.raises(ValueError, match=r"has 128 tokens and 16 tiles for 129 and 0 \(sample prompt 7\); raise data"):
+        pack_steps([step], [0.0], DATA, vlm, at_once=2)
+
+
 def test_keys_are_those_of_seed_stage_phase_prompt_and_sample():
     def data(*args):
         return jax.random.key_data(rollout_keys(*args)).tolist()

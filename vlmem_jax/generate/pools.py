@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float32
+
 from vlmem_jax.generate.engine import Engine, wanted
 from vlmem_jax.generate.generator import Generator
 from vlmem_jax.generate.invocation import InvocationConfig
@@ -31,6 +34,11 @@ class Pool:
         """Forks each group, see `Engine.fork`."""
         self._hold([request for group in groups for request in group], 0)
         return [self.engine.fork(group) for group in groups]
+
+    def score(self, samples: Sequence[Sample], labels: Sequence[int]) -> Float32[np.ndarray, "N K"]:
+        """Log-probability of each label behind each sample, see `Engine.score`."""
+        self._hold([Request(sample, SamplingConfig(1)) for sample in samples], 0)
+        return self.engine.score(samples, labels)
 
     def _hold(self, requests: Sequence[Request], spare: int) -> None:
         sizes = [wanted(self._generator, request) for request in requests]

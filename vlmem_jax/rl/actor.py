@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from vlmem_jax.data import Prompt
 from vlmem_jax.generate import Generator, InvocationConfig
+from vlmem_jax.generate.pools import Pool
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.rl.config import RLConfig
 from vlmem_jax.rl.episodes import Step
@@ -122,3 +123,15 @@ class Actor:
 
         samples = [one.sample for one in prompts]
         return self.draw(samples, keys_PG, invocation, forced, greedy, record, score), Scores(futures)
+
+    def decide(self, prompts: Sequence[Sample], keys_N: Array, labels: Sequence[int], weight: float) -> list[Step]:
+        """One of the labels behind each prompt, drawn by their probabilities among each other, as a step of this
+        weight."""
+        with self.generator.context():
+            logp_NK = Pool(self.generator, 1).score(prompts, labels)
+            chosen_N = np.asarray(jax.vmap(jax.random.categorical)(keys_N, logp_NK))
+        drawn = [(np.array([labels[k]], np.int32), logp_NK[n, [k]]) for n, k in enumerate(chosen_N)]
+        return [
+            Step(prompt, *arrays_T, np.ones(1, bool), stopped=False, weight=weight)
+            for prompt, arrays_T in zip(prompts, drawn, strict=True)
+        ]

@@ -23,6 +23,9 @@ class RLConfig:
     many as its trajectories fill.
     """
 
+    play: str = ""
+    """What is played with a prompt: MODULE:FUNCTION of your own, which makes an `rl.plays.Play` of experiment, stage
+    and model. Empty: that of the memory, or single answers."""
     rewards: tuple[RewardConfig, ...] = (RewardConfig("answer"),)
     """The score of an output is their weighted sum."""
     on_reward_error: Literal["raise", "zero"] = "raise"
@@ -139,6 +142,8 @@ class RLConfig:
             raise ValueError("adaptive_kl changes kl, which must be positive to begin with; got 0")
         if self.reference != "start" and ":" not in self.reference:
             raise ValueError(f"reference must be start or MODULE:FUNCTION, got {self.reference!r}")
+        if self.play and ":" not in self.play:
+            raise ValueError(f"play must be MODULE:FUNCTION, got {self.play!r}")
         self.sampling()
 
     @property

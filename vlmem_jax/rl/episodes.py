@@ -1,7 +1,7 @@
 """What a play gives to learn from: groups of episodes, and the steps that these are made of."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +64,15 @@ class Step:
             positions_T=np.concatenate([prompt.positions_T, positions]),
             visual_index_T=np.concatenate([prompt.visual_index_T, np.full(count, -1, np.int32)]),
         )
+
+    def followed_by(self, ids: Sequence[int]) -> Sample:
+        """Prompt, what was drawn and `ids`, as the prompt of the next step. Raises ValueError where memories stand in
+        what was drawn, which nothing can be drawn behind."""
+        if self.invocations:
+            raise ValueError(f"a step with memories must be the last of its episode (sample {self.prompt.name})")
+        tokens_T = np.concatenate([self.tokens_T, np.array(ids, np.int32)])
+        nothing = np.zeros(len(tokens_T), np.float32), np.zeros(len(tokens_T), bool)
+        return Step(self.prompt, tokens_T, *nothing, stopped=False).sample()
 
 
 @dataclasses.dataclass(frozen=True)

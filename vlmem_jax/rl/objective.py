@@ -6,6 +6,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlmem_jax.generate.score import label_logp
 from vlmem_jax.models import VLM
 from vlmem_jax.rl.config import RLConfig
 from vlmem_jax.rl.loss import grpo_loss, has_collapsed
@@ -24,9 +25,15 @@ class GRPOLoss:
     """Tokens of a row whose logits exist at the same time."""
     banned_ids: tuple[int, ...]
     """Never drawn, so no part of the softmax."""
+    labels: tuple[int, ...] = ()
+    """The tokens that alone are part of it, where steps are drawn among labels."""
 
     def log_probs(self, params: dict, batch: Batch) -> Float[Array, "B T"]:
         """Log-probability of each target, as the sampler computes it."""
+        if self.labels:
+            labels_K = jnp.array(self.labels, jnp.int32)
+            logp_BTK = label_logp(self.model, params, batch, labels_K, jnp.ones(len(self.labels), bool))
+            return jnp.where(batch.text.targets_BT[..., None] == labels_K, logp_BTK, 0.0).sum(-1)
         hidden_BTD = self.model.hidden(params, batch)
         kernel_DV = self.model.head_kernel(params)
         rescore = functools.partial(self.model.rescore, params) if self.model.speech else None

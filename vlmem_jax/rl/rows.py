@@ -57,11 +57,18 @@ def pack_steps(
     fill what is left; the number of parts is rounded up, too, with empty rows. So the shapes are few, whatever was
     drawn. `ref_logp_BT` is left zero. `data.loss_weight` weights the targets of each step, and its own weight does.
     What memories were formed from goes along, but for `invocation` under which there are none. `tile`: that of the
-    processor of the prompts, by default the model's.
+    processor of the prompts, by default the model's. Raises ValueError for a step that no row has room for.
     """
     tile, speech = tile or vlm.tile, vlm.speech if vlm.speech and any(invocation.heeded(vlm.speech)) else None
     samples = [step.sample() for step in steps]
     tokens, tiles = [len(s.tokens_T) for s in samples], [len(s.pixels_ISSc) for s in samples]
+    for sample, count, shown in zip(samples, tokens, tiles, strict=True):
+        if count > data.pack_tokens or shown > data.pack_tiles:
+            raise ValueError(
+                f"a row must hold a step and what it stands behind, but has {data.pack_tokens} tokens and "
+                f"{data.pack_tiles} tiles for {count} and {shown} (sample {sample.name}); raise data.pack_tokens or "
+                "data.pack_tiles, or play fewer steps"
+            )
     T, I = row_sizes(max(tokens, default=1), max(tiles, default=0), data, split)
     order = sorted(range(len(samples)), key=lambda n: (-tokens[n], n))
     sized = [((n, 0), tokens[n], tiles[n]) for n in order]

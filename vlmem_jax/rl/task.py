@@ -60,7 +60,9 @@ class GRPO(GRPOLoss):
         config = rl_config(stage)
         self._processor = experiment_processor(experiment, model)
         by_memory = config.invocation.banned_ids(model.speech) if model.speech else ()
-        super().__init__(model, config, experiment.loss_chunk, never_sampled(self._processor, model) + by_memory)
+        banned_ids = never_sampled(self._processor, model) + by_memory
+        self._play = play_of(experiment, stage)(experiment, stage, model)
+        super().__init__(model, config, experiment.loss_chunk, banned_ids, self._play.labels)
         self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._stage, self._mesh = stage, mesh
         self._seeds = experiment.seed, zlib.crc32(stage.name.encode())
@@ -69,7 +71,6 @@ class GRPO(GRPOLoss):
         self._at_once = data.rows // experiment.parts(stage, mesh)
         self._rollout_mesh = rollout_mesh(config.rollout_mesh, model, mesh)
         rewards = Rewards(config.rewards)
-        self._play = play_of(model.config)(experiment, stage, model)
         self._judge = Judge(config, rewards, self._processor.tokenizer)
         self._stream = PromptStream(
             self._processor,
@@ -101,7 +102,8 @@ class GRPO(GRPOLoss):
         Rewards(config.rewards, f"{where}.task.rewards")
         if config.reference != "start":
             imported(config.reference, f"{where}.task.reference")
-        play_of(experiment.model).check(experiment, stage)
+        if check := getattr(play_of(experiment, stage), "check", None):
+            check(experiment, stage)
         speech = VLM(experiment.model).speech
         try:
             longest = longest_answer(config, speech)

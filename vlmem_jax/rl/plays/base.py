@@ -15,6 +15,9 @@ from vlmem_jax.types import Sample
 class Play(Protocol):
     """What is played with prompts. It depends on its arguments alone, and keeps nothing."""
 
+    labels: tuple[int, ...]
+    """The ids among which all steps are drawn, see `Actor.decide`; empty: all that answers are drawn of."""
+
     def play(self, actor: Actor, prompts: Sequence[Loaded], keys_PG: Array, phase: int) -> Played:
         """G episodes of each prompt, each drawn with its random key. Raises RewardError, on every host, where a reward
         failed on one."""

@@ -20,6 +20,8 @@ from vlmem_jax.types import Sample
 class Answers:
     """The play of models without a memory that is trained by reward."""
 
+    labels: tuple[int, ...] = ()
+
     def __init__(self, experiment: Experiment, stage: StageConfig, model: VLM):
         self.config, self.model, self._steps = rl_config(stage), model, stage.steps
 
