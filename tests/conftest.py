@@ -159,10 +159,14 @@ def one_device():
 
 @pytest.fixture
 def packed_kernel(monkeypatch):
-    """Causal attention by our own kernel, interpreted, with blocks that fit short rows; of programs not traced yet."""
+    """Makes causal attention that of our own kernel, by the name of a backend, with blocks that fit short rows; of
+    programs not traced yet."""
     from kernels_pallas.causal_attention import blocks
     from vlmem_jax.nn import attention
 
-    monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
-    for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(blocks, name, (blocks.Blocks(128, 2, keys=128, part=128, together=2),))
+    def use(backend):
+        monkeypatch.setattr(attention, "packed_backend", lambda *_: backend)
+        for name in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(blocks, name, (blocks.Blocks(128, 2, keys=128, part=128, together=2),))
+
+    return use

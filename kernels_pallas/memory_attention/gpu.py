@@ -43,7 +43,9 @@ def forward(problem: Problem, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     group = heads // kv_heads
     blocks = block_sizes.gpu("forward", queries * group, width, inputs.q.dtype)
     row_blocks = pl.cdiv(queries * group, blocks.rows)
-    splits = block_sizes.gpu_splits(row_blocks * kv_heads * batch, pl.cdiv(num_slots, blocks.slots))
+    splits = 1
+    if inputs.q_prefix is None:  # then slots in reach lie in one stretch, which can be split
+        splits = block_sizes.gpu_splits(row_blocks * kv_heads * batch, pl.cdiv(num_slots, blocks.slots))
     outputs = {
         "o": jax.ShapeDtypeStruct(
             (splits, batch, queries, kv_heads, group, width), inputs.q.dtype if splits == 1 else jnp.float32
@@ -92,6 +94,17 @@ def _merge(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jnp.moveaxis(shares, -1, 2)[..., None] * o, axis=0), top + jnp.log(total)
 
 
+def _beside(own: jax.Array, prefix: jax.Array, by_slots: bool) -> jax.Array:
+    """[.., 4]: both stretches, without what they have in common. A row's prefix lies before its segment, so the rows of
+    a slot that it is the prefix of lie behind those of the slot's segment."""
+    first, last = prefix[..., 0], prefix[..., 1]
+    if by_slots:
+        first = jnp.maximum(first, own[..., 1])
+    else:
+        last = jnp.minimum(last, own[..., 0])
+    return jnp.concatenate([own, jnp.stack([first, last], axis=-1)], axis=-1)
+
+
 def _by_group(x: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, H, C] to [B, T, K, G, C]."""
     batch, queries, heads, width = x.shape
@@ -110,14 +123,23 @@ def _run(problem: Problem, inputs: Inputs, blocks, kernel, given, outputs, grid,
     if inputs.k_segments is not None:  # padding meets nothing
         arrays["q_segments"] = jnp.where(inputs.q_segments > 0, inputs.q_segments, -1).astype(jnp.int32)
         arrays["k_segments"] = jnp.where(inputs.k_segments > 0, inputs.k_segments, -2).astype(jnp.int32)
+    if inputs.q_prefix is not None:
+        sees = (inputs.q_segments > 0) & (inputs.q_prefix > 0)
+        arrays["q_prefix"] = jnp.where(sees, inputs.q_prefix, -1).astype(jnp.int32)
     if inputs.limit is not None:
         arrays["limit"] = jnp.minimum(inputs.limit, num_slots).astype(jnp.int32)
     if inputs.k_segments is not None or inputs.limit is not None:
-        row_segments, row_limit = (
-            None if name not in arrays else jnp.repeat(arrays[name], group, axis=1) for name in ("q_segments", "limit")
-        )
-        reached = reach(row_segments, arrays.get("k_segments"), row_limit, num_slots, blocks.rows, blocks.slots)
-        arrays["span"] = spans(reached.swapaxes(1, 2) if kernel is gpu_kernels.dkv_kernel else reached)
+        by_slots = kernel is gpu_kernels.dkv_kernel
+
+        def stretch(name: str) -> jax.Array:
+            rows = (jnp.repeat(arrays[x], group, axis=1) if x in arrays else None for x in (name, "limit"))
+            by_row, limit = rows
+            reached = reach(by_row, arrays.get("k_segments"), limit, num_slots, blocks.rows, blocks.slots)
+            return spans(reached.swapaxes(1, 2) if by_slots else reached)
+
+        arrays["span"] = stretch("q_segments")
+        if "q_prefix" in arrays:
+            arrays["span"] = _beside(arrays["span"], stretch("q_prefix"), by_slots)
     spec = Spec(
         queries=queries,
         slots=num_slots,
@@ -127,6 +149,7 @@ def _run(problem: Problem, inputs: Inputs, blocks, kernel, given, outputs, grid,
         turn_k=inputs.k_pos is not None,
         segments=inputs.k_segments is not None,
         limit=inputs.limit is not None,
+        prefix=inputs.q_prefix is not None,
         row_block=blocks.rows,
         slot_block=blocks.slots,
         interpret=problem.interpret,

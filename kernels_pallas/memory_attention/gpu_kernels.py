@@ -8,7 +8,7 @@ two matmuls. Scores are in powers of two.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ class Spec:
     limit: bool
     row_block: int
     slot_block: int
+    prefix: bool = False
     interpret: bool = False
 
     @property
@@ -54,6 +55,7 @@ class Rows(NamedTuple):
     inside: jax.Array | None
     segments: jax.Array | None
     limit: jax.Array | None
+    prefix: jax.Array | None
 
 
 class Slots(NamedTuple):
@@ -146,7 +148,8 @@ def _rows(spec: Spec, ref: dict, start: jax.Array) -> Rows:
     inside = None if spec.rows % spec.row_block == 0 else row < spec.rows
     segments = _read(ref["q_segments"], (query,), inside, -1) if spec.segments else None
     limit = _read(ref["limit"], (query,), inside, 0) if spec.limit else None
-    return Rows(query, head, inside, segments, limit)
+    prefix = _read(ref["q_prefix"], (query,), inside, -1) if spec.prefix else None
+    return Rows(query, head, inside, segments, limit, prefix)
 
 
 def _slots(spec: Spec, ref: dict, start: jax.Array) -> Slots:
@@ -186,6 +189,8 @@ def _scores(spec: Spec, rows: Rows, slots: Slots, q: list[jax.Array], k: list[ja
     allowed = None
     if spec.segments:
         allowed = row(rows.segments) == slot(slots.segments)
+    if spec.prefix:
+        allowed = allowed | (row(rows.prefix) == slot(slots.segments))
     if spec.limit:
         allowed = _both(allowed, slot(slots.slot) < row(rows.limit))
     if allowed is None and slots.inside is not None:
@@ -193,9 +198,18 @@ def _scores(spec: Spec, rows: Rows, slots: Slots, q: list[jax.Array], k: list[ja
     return s if allowed is None else jnp.where(allowed, s, NEVER)
 
 
-def _span(spec: Spec, ref: dict, count: int) -> tuple[jax.Array | int, jax.Array | int]:
+def _stretches(ref: dict, count: int) -> list[tuple[jax.Array | int, jax.Array | int]]:
     """Blocks to visit: from, to."""
-    return (ref["span"][0], ref["span"][1]) if "span" in ref else (0, count)
+    if "span" not in ref:
+        return [(0, count)]
+    return [(ref["span"][n], ref["span"][n + 1]) for n in range(0, ref["span"].shape[-1], 2)]
+
+
+def _over(stretches: Sequence[tuple[jax.Array | int, jax.Array | int]], step: Callable, carry):
+    """What `step(block, carry)` makes of the blocks of all stretches."""
+    for first, last in stretches:
+        carry = jax.lax.fori_loop(first, last, step, carry)
+    return carry
 
 
 def _store(ref, at: Rows | Slots, value: jax.Array, start: int = 0, width: int | None = None) -> None:
@@ -220,11 +234,12 @@ def forward_kernel(*refs, spec: Spec, names: tuple[str, ...], splits: int):
     ref = dict(zip(names, refs, strict=True))
     rows = _rows(spec, ref, pl.program_id(0) * spec.row_block)
     q = _queries(spec, ref, rows)
-    first, last = _span(spec, ref, pl.cdiv(spec.slots, spec.slot_block))
+    stretches = _stretches(ref, pl.cdiv(spec.slots, spec.slot_block))
     if splits > 1:
+        [(first, last)] = stretches
         share = jax.lax.div(last - first + splits - 1, splits)
         first = first + pl.program_id(1) * share
-        last = jnp.minimum(last, first + share)
+        stretches = [(first, jnp.minimum(last, first + share))]
 
     def step(i, carry):
         top, total, acc = carry
@@ -240,7 +255,7 @@ def forward_kernel(*refs, spec: Spec, names: tuple[str, ...], splits: int):
     top = jnp.full(spec.row_block, NEVER, jnp.float32)
     total = jnp.zeros(spec.row_block, jnp.float32)
     acc = jnp.zeros((spec.row_block, padded(spec.head_dim)), jnp.float32)
-    top, total, acc = jax.lax.fori_loop(first, last, step, (top, total, acc))
+    top, total, acc = _over(stretches, step, (top, total, acc))
     some = top > NEVER / 2
     total = jnp.where(some, total, 1.0)
     _store(ref["o"], rows, jnp.where(some, 1 / total, 0.0)[:, None] * acc)
@@ -264,7 +279,7 @@ def dq_kernel(*refs, spec: Spec, names: tuple[str, ...]):
         return tuple(dq + _dot(ds, x) for dq, x in zip(carry, k, strict=True))
 
     zeros = jnp.zeros((spec.row_block, padded(spec.head_dim // 2)), jnp.float32)
-    dq = jax.lax.fori_loop(*_span(spec, ref, pl.cdiv(spec.slots, spec.slot_block)), step, (zeros, zeros))
+    dq = _over(_stretches(ref, pl.cdiv(spec.slots, spec.slot_block)), step, (zeros, zeros))
     _store_turned_back(spec, ref, "q", "dq", rows, *dq, spec.head_dim**-0.5)
 
 
@@ -287,8 +302,7 @@ def dkv_kernel(*refs, spec: Spec, names: tuple[str, ...]):
     half, whole = (
         jnp.zeros((spec.slot_block, padded(width)), jnp.float32) for width in (spec.head_dim // 2, spec.head_dim)
     )
-    span = _span(spec, ref, pl.cdiv(spec.rows, spec.row_block))
-    *dk, dv = jax.lax.fori_loop(*span, step, (half, half, whole))
+    *dk, dv = _over(_stretches(ref, pl.cdiv(spec.rows, spec.row_block)), step, (half, half, whole))
     _store_turned_back(spec, ref, "k", "dk", slots, *dk, math.log(2))  # q holds the scale and log2(e)
     _store(ref["dv"], slots, dv)
 
@@ -331,9 +345,9 @@ _AXES = {
     **dict.fromkeys(("q", "do", "dq"), "BTKGC"),
     **dict.fromkeys(("k", "v", "dk", "dv"), "BMKC"),
     **dict.fromkeys(("q_cos", "q_sin", "k_cos", "k_sin"), "BNC"),
-    **dict.fromkeys(("q_segments", "k_segments", "limit"), "BN"),
+    **dict.fromkeys(("q_segments", "k_segments", "q_prefix", "limit"), "BN"),
     "delta": "BKGT",
-    "span": "BI2",
+    "span": "BIN",
     "o": "SBTKGC",
 }
 """Axes of each array; a grid step sees one entry of B, K, I (block) and S (split), and all of the others."""

@@ -41,6 +41,8 @@ class Inputs(NamedTuple):
     k_segments: jax.Array | None = None
     limit: jax.Array | None = None
     num_valid: jax.Array | None = None
+    q_prefix: jax.Array | None = None
+    """[B, T], with segments: the one that a query also attends to, 0 or less: none. The GPU's kernels alone have it."""
 
     @property
     def masked(self) -> bool:

@@ -16,7 +16,7 @@ from kernels_pallas.causal_attention.problem import Inputs, Problem, meeting
 from tests.kernels_pallas import exact
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
-KERNELS = ["tpu_interpret"]
+KERNELS = ["tpu_interpret", "gpu_interpret", *(["gpu"] if jax.default_backend() == "gpu" else [])]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -134,6 +134,17 @@ def test_blocks_of_other_segments_are_never_read(backend):
         np.testing.assert_array_equal(jnp.take(got, other, axis), jnp.take(want, other, axis))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_blocks_of_other_answers_are_never_read(backend):
+    arrays, *_ = draw(1, 1, 1024, 2, 1, 64)
+    arrays["segments"] = jnp.asarray(np.repeat([1, 2, 3, 4], 256)[None])
+    arrays["prefix"] = jnp.where(arrays["segments"] > 1, 1, 0)
+    holed = arrays | {name: arrays[name].at[:, 256:768].set(jnp.nan) for name in "qkv"}
+    other = jnp.r_[0:256, 768:1024]
+    got, want = (jax.jit(functools.partial(causal_attention, implementation=backend))(**x) for x in (holed, arrays))
+    np.testing.assert_array_equal(got[:, other], want[:, other])
+
+
 def test_a_block_of_rows_lists_the_blocks_in_its_reach():
     """Rows of 256 in blocks of 64 keys: of the second sample, its own alone; of an answer, those of the prompt, too."""
     prompt, one, two = [1] * 200, [2] * 120, [3] * 192
@@ -191,7 +202,6 @@ WRONG = {
     "segments must be integers of shape": {"segments": jnp.zeros((1, 5), int)},
     "segments must be given": {"prefix": jnp.zeros((1, 4), int)},
     "cannot serve: implementation must be one of": {"implementation": "cuda"},
-    "cannot serve: there is no gpu_interpret kernel": {"implementation": "gpu_interpret"},
 }
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from kernels_pallas import memory_attention, rope_dhr, rotary_tables
+from kernels_pallas import causal_attention, memory_attention, rope_dhr, rotary_tables
 
 H200 = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda"))
 CALL = "__gpu$xla.gpu.triton"
@@ -59,6 +59,21 @@ def test_memory_attention_lowers_without_an_array_of_scores(case):
         assert module.count(CALL) == kernels
         if not turned:
             assert max(sizes(module)) < queries * slots
+
+
+@pytest.mark.parametrize("length, heads, width", [(2048, (14, 2), 128), (1000, (4, 4), 64)])
+def test_causal_attention_lowers_without_an_array_of_scores_or_more_heads(length, heads, width):
+    shape = jax.ShapeDtypeStruct
+    q, k = (shape((1, length, n, width), jnp.bfloat16) for n in heads)
+    ids = shape((1, length), jnp.int32)
+
+    def loss(q, k, v, positions, segments, prefix):
+        o = causal_attention(q, k, v, positions=positions, segments=segments, prefix=prefix)
+        return o.astype(jnp.float32).sum()
+
+    module = lowered(jax.grad(loss, (0, 1, 2)), q, k, k, ids, ids, ids)
+    assert module.count(CALL) == 3
+    assert max(sizes(module)) <= max(math.prod(q.shape), length * heads[0])
 
 
 @pytest.mark.parametrize("tables", [False, True])

@@ -1,6 +1,7 @@
 """Gradients in bf16 equal those in fp32, parameter by parameter: no sum over tokens is rounded on the way."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -127,16 +128,20 @@ def differences(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> t
     return said, small
 
 
+KERNELS = dict(zip(MODELS, itertools.cycle(["tpu_interpret", "gpu_interpret"]), strict=False))
+"""The kernel of packed rows that a model is trained through here."""
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def world(request):
     vlm = VLM(resolve(MODELS[request.param] | {"compute_dtype": "bfloat16"}))
     params, rows = random_params(vlm), batch(vlm)
     exact = VLM(dataclasses.replace(vlm.config, compute_dtype="float32"))
-    return vlm, params, rows, gradients(exact, params, rows)
+    return vlm, params, rows, gradients(exact, params, rows), KERNELS[request.param]
 
 
 def test_gradients_in_bf16_are_those_in_fp32(world):
-    vlm, params, rows, exact = world
+    vlm, params, rows, exact, _ = world
     said, small = differences(gradients(vlm, params, rows), exact)
     print("compared by absolute error:", *small, sep="\n")
     assert not said, "\n".join(said)
@@ -144,13 +149,14 @@ def test_gradients_in_bf16_are_those_in_fp32(world):
 
 @pytest.mark.slow
 def test_gradients_in_bf16_through_the_kernel_for_packed_rows_are_those_in_fp32(world, packed_kernel):
-    vlm, params, rows, exact = world
+    vlm, params, rows, exact, kernel = world
+    packed_kernel(kernel)
     said, _ = differences(gradients(vlm, params, rows), exact)
     assert not said, "\n".join(said)
 
 
 def test_gradients_in_bf16_on_eight_devices_are_those_in_fp32(world):
-    vlm, params, rows, exact = world
+    vlm, params, rows, exact, _ = world
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))

@@ -83,7 +83,9 @@ def test_prefill_logits(model, programs, mode, implementation):
     np.testing.assert_allclose(hidden[0], model.arrays[f"{mode}/hidden_states"][-1], **LOGITS)
 
 
-def test_prefill_logits_through_the_kernel_for_packed_rows(model, packed_kernel):
+@pytest.mark.parametrize("backend", ["tpu_interpret", "gpu_interpret"])
+def test_prefill_logits_through_the_kernel_for_packed_rows(model, packed_kernel, backend):
+    packed_kernel(backend)
     batch = comemo_golden.prompt_batch(model.arrays, "dhr")
     logits = jax.jit(lambda *given: model.vlm.logits(*given))(model.params, batch)
     np.testing.assert_allclose(logits, model.arrays["dhr/prefill_logits"], **LOGITS)

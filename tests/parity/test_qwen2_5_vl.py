@@ -210,7 +210,9 @@ def test_logits_and_hidden_states(of_file, model, outputs, name):
             np.testing.assert_allclose(hidden[b, :t], arrays[last][n, row.mask], **LOGITS)
 
 
-def test_logits_through_the_kernel_for_packed_rows(of_file, model, everything, packed_kernel):
+@pytest.mark.parametrize("backend", ["tpu_interpret", "gpu_interpret"])
+def test_logits_through_the_kernel_for_packed_rows(of_file, model, everything, packed_kernel, backend):
+    packed_kernel(backend)
     logits = jax.jit(lambda *given: model.vlm.logits(*given))(model.params, everything)
     for name in FILES:
         for b, n, arrays, row in of_file(name):

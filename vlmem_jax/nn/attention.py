@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as gpu_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int32
@@ -16,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int32
 import kernels_pallas
 from kernels_pallas import Tables, backends
 from kernels_pallas.causal_attention import problem as packed
-from kernels_pallas.causal_attention import tpu as packed_on_tpu
 from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.blocks import LANES, MAX_SLOTS, up
@@ -237,10 +235,9 @@ def causal_attention(
     """Self-attention to earlier tokens of the same sample; order is by index, since rotary positions may repeat.
 
     A token also sees the earlier ones of the segment `prefix_BT`, 0: none, as answers see the prompt that they share.
-    q and k are turned by `tables`, if there are any. On a TPU the kernel of kernels_pallas turns them and skips other
-    samples; of rows that its memory cannot hold, and on a GPU, JAX's own kernels see the whole triangle where the
-    shapes allow (T a multiple of 128, C of 128 or 64) and there is no prefix. They keep no T x T scores. Elsewhere XLA
-    does it.
+    q and k are turned by `tables`, if there are any. On a TPU and on a GPU the kernel of kernels_pallas turns them and
+    skips other samples; of rows that a TPU's memory cannot hold, JAX's own kernel sees the whole triangle where the
+    shapes allow (T and C multiples of 128) and there is no prefix. They keep no T x T scores. Elsewhere XLA does it.
     """
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
     own = packed_backend(q_BTHC, k_BTKC)
@@ -255,17 +252,17 @@ def causal_attention(
     kernel = _plain_attention
     if platform() == "tpu" and T % 128 == 0 and C % 128 == 0:
         kernel = _splash_attention
-    if platform() == "gpu" and T % 128 == 0 and C in (64, 128):
-        kernel = _triton_attention
     return _on_each_device(kernel, q_BTHC, k_BTKC, v_BTKC, segments_BT)
 
 
 def packed_backend(q_BTHC: Float[Array, "B T H C"], k_BTKC: Float[Array, "B T K C"]) -> str | None:
     """The backend of the causal kernel that serves, or None."""
-    inputs = packed.Inputs(q_BTHC, k_BTKC, k_BTKC)
-    if platform() != "tpu" or q_BTHC.shape[1] < LANES:
+    if q_BTHC.shape[1] < LANES:
         return None
-    return "tpu" if packed_on_tpu.unsupported(packed.Problem(chip=backends.chip()), inputs) is None else None
+    name, _ = backends.choose(
+        packed.__package__, packed.Problem(chip=backends.chip()), packed.Inputs(q_BTHC, k_BTKC, k_BTKC)
+    )
+    return None if name == "xla" else name
 
 
 def cached_attention(
@@ -408,18 +405,6 @@ def _prefixed_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT
     blocks = (*map(in_blocks, (q_BTHC, segments_BT, prefix_BT)), index_nQ)
     out = jax.lax.map(lambda xs: jax.checkpoint(block)(*xs), blocks)
     return out.swapaxes(0, 1).reshape(len(q_BTHC), -1, *q_BTHC.shape[2:])[:, :T]
-
-
-def _triton_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
-    """As many key/value heads as query heads are what this kernel takes."""
-    heads_a_group = q_BTHC.shape[2] // k_BTKC.shape[2]
-    k_BTHC, v_BTHC = (jnp.repeat(x, heads_a_group, axis=2) for x in (k_BTKC, v_BTKC))
-    blocks = gpu_attention.BlockSizes(
-        block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
-    )
-    return gpu_attention.mha(
-        q_BTHC, k_BTHC, v_BTHC, segments_BT, sm_scale=q_BTHC.shape[3] ** -0.5, causal=True, block_sizes=blocks
-    )
 
 
 def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
