@@ -335,7 +335,7 @@ class Engine:
         generator, programs, params = self.generator, self._programs, self.generator.params
         text = reading.chunks.pop(0)
         reading.length += int((text.segments_BT > 0).sum(-1).max())
-        place = functools.partial(generator.put, rows=len(text.tokens_BT) == self.lanes)
+        place = functools.partial(generator.given, rows=len(text.tokens_BT))
         with generator.context():
             if isinstance(reading.visual, Views) and self.features:
                 reading.visual = self.features.of(reading.visual)
@@ -355,7 +355,7 @@ class Engine:
                 self._rows = self._programs.back(self._rows, reading.row, np.int32(slot))
             else:
                 own = settings(self.vlm, self.shape, *self._settings(handle.request))
-                read = reading.decode, reading.logits_BV, self.generator.put(own)
+                read = reading.decode, reading.logits_BV, own
                 self._rows = self._programs.put(self._rows, *read, np.int32(lane), np.int32(slot))
         self._owners[slot] = handle
 

@@ -110,7 +110,7 @@ class Features:
                 own.layout_BI4[0, here] = _relative(views.layout_BI4[0, tiles]) + [place, place, 0, 0]
             place += len(tiles)
         with generator.context():
-            self.keep(self._see(generator.params, generator.put(own)), slots_I)
+            self.keep(self._see(generator.params, own), slots_I)
         self._places |= places  # now that they are there: what fails to be seen is asked for again
         del self._free[:count]
         self.seen += count
@@ -123,7 +123,7 @@ class Features:
     def show(self, views: Views, slots_I: Int32[np.ndarray, "I"]) -> VisualTokens:
         """What a row sees whose tiles are in these slots."""
         with self._generator.context():
-            return self._programs.show(self._kept, slots_I, self._generator.put(views))
+            return self._programs.show(self._kept, slots_I, views)
 
 
 def _parts(views: Views) -> Iterator[tuple[bytes, Int[np.ndarray, "n"]]]:

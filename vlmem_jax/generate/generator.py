@@ -49,3 +49,8 @@ class Generator:
         if self.mesh is None:
             return put(tree, None)
         return put(tree, batch_sharding(self.mesh) if rows else NamedSharding(self.mesh, PartitionSpec()))
+
+    def given(self, tree: Any, rows: int = 1) -> Any:
+        """What the host gives to a program. One row stays on the host: the call sends its arrays together, while `put`,
+        which sends them one by one, takes longer than a call does; of several, each goes to its own devices."""
+        return self.put(tree, rows=True) if rows > 1 else tree

@@ -118,7 +118,6 @@ class Scores:
         if tiles and self._features:
             visual = self._features.of(batch.views)
             batch = batch.replace(pixels_BISSc=batch.views.pixels_BISSc[:, :0])
-        batch = generator.put(batch)
         with generator.context():
             program = _compiled(generator.vlm, generator.mesh)
             return program(generator.params, batch, visual, labels_K, np.arange(len(labels_K)) < count)

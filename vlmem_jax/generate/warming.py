@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class _Runs:
     def see(self, tiles: int, lanes: int) -> object:
         views = filled([], lanes, self.generator.tile, 1, tiles).views
         with self.generator.context():
-            return self.programs.see(self.params, self._placed(views, lanes))
+            return self.programs.see(self.params, self.generator.given(views, lanes))
 
     def keep(self) -> None:
         nowhere_I = np.full(self.engine.shape.tiles, self.engine.shape.features, np.int32)
@@ -69,9 +69,6 @@ class _Runs:
     def show(self, tiles: int) -> object:
         return self.engine.features.of(filled([], 1, self.generator.tile, 1, tiles).views)
 
-    def _placed(self, tree: Any, lanes: int) -> Any:
-        return self.generator.put(tree, rows=lanes == self.engine.lanes)
-
     def _text(self, tokens: int, lanes: int) -> Text:
         return prompt_text(Batch.empty((lanes,), tokens, 0, self.generator.tile).text)
 
@@ -79,13 +76,13 @@ class _Runs:
         visual = self.see(tiles, lanes) if tiles else None
         length_B = np.ones(lanes, np.int32)
         with self.generator.context():
-            given = self._placed((self._text(tokens, lanes), length_B), lanes)
+            given = self.generator.given((self._text(tokens, lanes), length_B), lanes)
             return self.programs.first(self.params, given[0], visual, given[1])
 
     def more(self, tokens: int, tiles: int, lanes: int, text: Text | None = None) -> tuple:
         visual = self.see(tiles, lanes) if tiles else None
         logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0, lanes)
-        text = self._placed(self._text(tokens, lanes) if text is None else text, lanes)
+        text = self.generator.given(self._text(tokens, lanes) if text is None else text, lanes)
         with self.generator.context():
             return self.programs.more(self.params, decode, logits_BV, text, visual, np.int32(1))
 
@@ -95,7 +92,7 @@ class _Runs:
 
     def put(self) -> None:
         logits_BV, decode = self.first(self.engine.shape.text_sizes[0], 0, self.engine.lanes)
-        own = self.generator.put(settings(self.engine.vlm, self.engine.shape))
+        own = settings(self.engine.vlm, self.engine.shape)
         with self.generator.context():
             rows = self.programs.put(self.engine._rows, decode, logits_BV, own, np.int32(0), np.int32(0))
             self.engine._rows = rows
