@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
-from PIL import Image
 
 from vlmem_jax.data.geometry import ClipKey, GeometryStore
 from vlmem_jax.demo.room_dataset import SHOWN
-from vlmem_jax.demo.room_questions import TYPES
 from vlmem_jax.demo.rooms import SIDE
-from vlmem_jax.generate import LoadedModel
-from vlmem_jax.generate.prompts import pad_prompts
+from vlmem_jax.generate import Generator, LoadedModel, Pool, Request, SamplingConfig, never_sampled
 from vlmem_jax.models import VLM
 from vlmem_jax.processing.frames import spread
-from vlmem_jax.processing.video import Video, probe, read_frames
-from vlmem_jax.types import Batch, Geometry, Text, Views, VisualTokens
+from vlmem_jax.processing.video import VideoSize, probe, read_frames
+from vlmem_jax.types import Batch, Geometry, Views, VisualTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +61,8 @@ def _clip(dataset: Path, line: dict[str, Any]) -> Clip:
 
 LONGEST_ANSWER = 2
 """Tokens."""
+SIDE_BY_SIDE = 64
+"""Questions that are answered at once."""
 Choose = Callable[[Clip, int], list[int]]
 """The frames of a video that are shown; the number tells videos apart."""
 
@@ -169,48 +167,35 @@ class _Programs(NamedTuple):
     watch: Callable
     look: Callable
     recollect: Callable
-    answer: Callable
 
 
 @functools.lru_cache(maxsize=16)
 def _programs(vlm: VLM) -> _Programs:
-    def answer(params: Any, text: Text, tokens_BMD: Array, clip_B: Array) -> Array:
-        tokens_BMD = tokens_BMD[clip_B]
-        slots_BM = jnp.zeros(tokens_BMD.shape[:2], jnp.int32)
-        hidden_BTD = vlm.read(params, text, VisualTokens(tokens_BMD, slots_BM, slots_BM + 1))
-        last_B1 = (text.segments_BT > 0).sum(-1)[:, None, None] - 1
-        return vlm.score(params, jnp.take_along_axis(hidden_BTD, last_B1, axis=1)[:, 0]).argmax(-1)
-
     watch, look = jax.jit(vlm.watch, static_argnums=1), jax.jit(vlm.look, donate_argnums=1)
-    return _Programs(jax.jit(vlm.see), watch, look, jax.jit(vlm.recollect), jax.jit(answer))
+    return _Programs(jax.jit(vlm.see), watch, look, jax.jit(vlm.recollect))
 
 
 def answers(model: LoadedModel, videos: Videos, tokens_CMD: Float[Array, "C M D"]) -> list[dict[str, str]]:
     """What the model says to each type of question about each video: its most probable words.
 
-    Hundreds of prompts of one shape whose answers have two tokens are read as one batch, once for each token. An
-    engine, which reads each by itself into a row of a cache, has more to compile, and is no faster: for 160 questions
-    it took 0.9 to 1.8 times as long on a CPU.
+    All frames that are given are shown, whichever of a video the model was trained with. What a memory does with them
+    is done when they are seen, so models that differ in it answer by the same programs.
     """
-    rows = len(TYPES) * len(videos.clips)
-    frames = tokens_CMD.shape[1] // model.vlm.tokens_per_tile
-    blank = Video([Image.new("RGB", (SIDE, SIDE))] * frames)
-    where = [(n, kind) for n, clip in enumerate(videos.clips) for kind in clip.asked]
-    samples = [model.processor.prompt(videos.clips[n].asked[kind][0], videos=[blank]) for n, kind in where]
-    text = pad_prompts(samples, rows, model.vlm.tile._replace(geometry=None)).text
-    clip_B = np.zeros(rows, np.int32)
-    clip_B[: len(where)] = [n for n, _ in where]
-    ids_BT, last_B = [], (text.segments_BT > 0).sum(-1) - 1
-    for _ in range(LONGEST_ANSWER):
-        ids_B = np.asarray(_programs(model.vlm).answer(model.params, text, tokens_CMD, clip_B))
-        ids_BT.append(ids_B)
-        last_B = last_B + 1
-        for array_BT, value_B in ((text.tokens_BT, ids_B), (text.segments_BT, 1), (text.positions_BT, last_B)):
-            array_BT[np.arange(rows), last_B] = value_B
+    vlm = VLM(dataclasses.replace(model.vlm.config, memory=None))
+    params = {part: leaves for part, leaves in model.params.items() if part != "memory"}
+    processor, M = model.showing({"context": "all"}).processor, tokens_CMD.shape[1]
+    banned = never_sampled(processor, vlm)
+    generator = Generator(vlm, params, stop_ids=processor.stop_ids, banned_ids=banned, mesh=model.mesh)
+    size = VideoSize(M // vlm.tokens_per_tile, SIDE, SIDE)
+    slots_1M, where, asked = np.zeros((1, M), np.int32), [], []
+    for n, clip in enumerate(videos.clips):
+        visual = VisualTokens(tokens_CMD[n : n + 1], slots_1M, slots_1M + 1)
+        for kind, (question, _) in clip.asked.items():
+            where.append((n, kind))
+            asked.append(Request(processor.recalled(question, size), SamplingConfig(LONGEST_ANSWER), visual=visual))
     said: list[dict[str, str]] = [{} for _ in videos.clips]
-    for (n, kind), ids_T in zip(where, np.stack(ids_BT, axis=1).tolist(), strict=False):
-        end = ids_T.index(stop) if (stop := model.processor.stop_id) in ids_T else LONGEST_ANSWER
-        said[n][kind] = model.processor.tokenizer.decode(ids_T[:end]).strip()
+    for (n, kind), handle in zip(where, Pool(generator, SIDE_BY_SIDE).submit(asked), strict=True):
+        said[n][kind] = processor.tokenizer.decode(handle.result()).strip()
     return said
 
 
