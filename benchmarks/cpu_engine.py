@@ -1,5 +1,6 @@
 """What the engine buys: rows that are never empty, steps that read what is there, and little work for the host."""
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -11,7 +12,7 @@ import numpy as np
 from benchmarks.measure import RUNS, Row, in_turns
 from benchmarks.models import deep, make, wide
 from vlmem_jax.evals.measure import compilations
-from vlmem_jax.generate import Engine, Generator, Handle, Request, SamplingConfig
+from vlmem_jax.generate import Engine, Generator, Handle, InvocationConfig, Request, SamplingConfig
 from vlmem_jax.models import VLM
 from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.types import IGNORED, Sample
@@ -74,6 +75,45 @@ def engine(requests=32, answers=1024, slots=64, median=12, mixed=2000, layers=4,
         together(pool, some_of_all(vlm, mixed, 96, 4))
     what, how = f"compilations in {mixed} mixed requests, after warm-up", f"{len(pool.programs())} programs"
     return [*rows, Row(what, [float(len(compiled))], 0, True, "", how)]
+
+
+def answers_alone(requests=500, slots=8, new=24, layers=4) -> list[Row]:
+    """Whether an answer depends on who is asked beside it: some are streamed or cancelled, and many call for memories,
+    by themselves or by chance."""
+    memory = dict(kind="vismem", token_ids=(124, 125, 126, 127), start_id=3, max_invocations=2, invoke_bias=1.0)
+    sizes = dict(query_len=4, short_len=4, long_len=6, max_prompt_hidden=64, max_visual_hidden=16)
+    vlm, params = make(deep(layers) | {"memory": memory | sizes})
+    generator = Generator(vlm, params, stop_ids=[0, 1, 2], delimiter_ids=range(0, vlm.config.decoder.vocab, 2))
+    pool = Engine(generator, PoolShape.of(slots, 160, 3))
+    rules = InvocationConfig(), InvocationConfig("delimiter_random", 0.3, 0.1), InvocationConfig("never")
+    asked = [
+        dataclasses.replace(one, invocation=rules[n % 3]) for n, one in enumerate(some_of_all(vlm, requests, 96, new))
+    ]
+    alone = []
+    for request in asked:
+        alone.append(pool.submit(request))
+        pool.run()
+    rng, handles, came = np.random.default_rng(3), {}, [[] for _ in asked]
+    for n in rng.permutation(requests).tolist():
+        handles[n] = pool.submit(dataclasses.replace(asked[n], on_token=came[n].append))
+        if n % 7 == 3:
+            next(iter(handles[n]), None)
+            handles[n].cancel()
+        elif n % 7 == 5:
+            assert list(handles[n]) == handles[n].result()
+        for _ in range(int(rng.integers(3))):
+            pool.step()
+    pool.run()
+
+    def differs(n: int) -> bool:
+        whole, got = alone[n].answer, handles[n].answer
+        return got != (whole[: len(got)] if handles[n].reason == "cancelled" else whole) or came[n] != got
+
+    cancelled = sum(handle.reason == "cancelled" for handle in handles.values())
+    called = sum(len(handle.invocations) for handle in alone)
+    what = f"answers that differ from those alone, of {requests} mixed requests"
+    how = f"{called} memories; {cancelled} cancelled, {len(range(5, requests, 7))} streamed"
+    return [Row(what, [float(sum(map(differs, range(requests))))], 0, True, "", how)]
 
 
 def _waiting(vlm: VLM, generator: Generator, answers: int, slots: int, median: int, runs: int) -> list[Row]:
