@@ -30,8 +30,8 @@ REWARDS, SCORES = [[1.0, 0.9, 1.1], [1.0, 0.0, 0.0]], [[1.0, 1.0, 1.0], [1.0, 0.
 
 def learned(**keys):
     phases = Phases(RLConfig(prompts=2, group_size=3, advantage_std=False, **keys))
-    phases.begin(0)
-    phases.learn_from(PROMPTS, played(REWARDS, SCORES), 1.0, 0)
+    phases.begin()
+    phases.learn_from(0, PROMPTS, played(REWARDS, SCORES), 1.0, 0)
     return phases
 
 

@@ -59,14 +59,20 @@ def file(tmp_path_factory):
     return world.save_config(folder, config)
 
 
-@pytest.fixture(scope="module")
-def trained(file, tmp_path_factory):
-    """The workdir of all three on this process, on four devices, and what was said."""
-    workdir, said, devices = tmp_path_factory.mktemp("run"), io.StringIO(), jax.devices()[:4]
+def train(file, workdir):
+    """Goes on with a run on this process, on four devices; what was said."""
+    said, devices = io.StringIO(), jax.devices()[:4]
     with contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: devices)
         assert main(["train", "--config", str(file), "--workdir", str(workdir)]) == 0
-    return workdir, said.getvalue()
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(file, tmp_path_factory):
+    """The workdir of all three, and what was said."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(file, workdir)
 
 
 @pytest.fixture
@@ -116,15 +122,46 @@ def test_each_stage_records_its_numbers(trained):
     assert abs(first["kl"]) < 1e-5 < second["kl"] and abs(first["ratio"] - 1) < 1e-4 and "beta" in first
 
 
+STOPPED_IN_ROLLOUTS = """
+    import signal
+    from vlmem_jax.generate.engine import Engine
+    from vlmem_jax.rl import GRPO
+    begin, step = GRPO._begin, Engine.step
+    drawn = None
+    def begin_counting(self, phase, params):
+        global drawn
+        drawn = 0 if (self._stage.name, phase) == {where!r} else None
+        begin(self, phase, params)
+    def counted(self):
+        global drawn
+        if drawn is not None:
+            drawn += 1
+            if drawn == 3:
+                signal.raise_signal(signal.SIGTERM)
+            if drawn == 6:
+                raise SystemExit("more was drawn though a signal had come")
+        return step(self)
+    GRPO._begin, Engine.step = begin_counting, counted
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_draw_and_learn_what_one_does(trained, file, tmp_path):
-    """From the end of the warm-up, whose rollouts are made as those of the stage after it."""
+def test_two_processes_that_are_stopped_within_rollouts_learn_what_one_does_in_a_piece(trained, file, tmp_path):
+    """From the end of the warm-up, whose rollouts are made as those of the stage after it; each stage is stopped, by a
+    signal that comes to one of the processes alone."""
     workdir, later = tmp_path / "run", ("formation", "invocation", "metrics.jsonl")
     shutil.copytree(trained[0], workdir, ignore=shutil.ignore_patterns(*later))
-    line = ["train", "--config", str(file), "--stage", "formation", "--workdir", str(workdir)]
-    (out, _), (silent, _) = finish(start(line, devices=4), [0, 0])
-    assert "stage formation is done" in out and "stage" not in silent
-    expected = [line for line in of_steps(trained[0]) if line["stage"] == "formation"]
+    line = ["train", "--config", str(file), "--workdir", str(workdir)]
+    for where, said in (
+        (("formation", 1), "stopped at step 1 of stage formation, which is saved"),
+        (("invocation", 0), "stopped before step 1 of stage invocation is done; the same command goes on from there"),
+    ):
+        script = STOPPED_IN_ROLLOUTS.format(where=where)
+        (out, _), (silent, _) = finish(start(line, devices=4, script=script), [0, 0])
+        assert said in out and "stage" not in silent
+    assert "stage formation is done" in out
+    assert "stage invocation is done" in train(file, workdir)
+    expected = [line for line in of_steps(trained[0]) if line["stage"] != "warmup"]
     for one, other in zip(expected, of_steps(workdir), strict=True):
         assert other.keys() == one.keys()
         for key, value in one.items():

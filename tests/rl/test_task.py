@@ -13,6 +13,7 @@ from tests.rl import world
 from tests.train import world as supervised
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
+from vlmem_jax.checkpoint.folder import committed_steps
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
@@ -84,8 +85,10 @@ def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(setting
     keys = {"minibatches": 2, "iterations": 2, "adaptive_kl": True, "kl_target": 1e-4, "drop_zero_variance": False}
     config = settings(stages__rl__steps=9, **{f"stages__rl__task__{key}": value for key, value in keys.items()})
     world.train(config, tmp_path / "whole", mesh)
-    for stop in (0, 2, 7):  # in the first pass of a phase, in the second, at the end of one
-        world.train(config, tmp_path / "parts", mesh, until=stop)
+    # in the first rollouts, in the first pass of a phase, in rollouts, in the second pass, at the end of a phase
+    for stop, tokens, saved in ((0, 2, []), (1, 0, [2]), (4, 3, [4]), (6, 0, [7]), (7, 0, [8])):
+        world.train(config, tmp_path / "parts", mesh, stop, tokens)
+        assert committed_steps(tmp_path / "parts" / "rl")[-1:] == saved
     world.train(config, tmp_path / "parts", mesh)
     assert world.numbers(tmp_path / "parts") == world.numbers(tmp_path / "whole")
     lines = world.numbers(tmp_path / "whole")

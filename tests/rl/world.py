@@ -1,10 +1,14 @@
 """A small world to reinforce in: that of tests.train, with prompts in place of conversations."""
 
+import contextlib
 import json
 import signal
 
+import pytest
+
 from tests.train import world
 from vlmem_jax.checkpoint import Store
+from vlmem_jax.generate.engine import Engine
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
 from vlmem_jax.train import run as runs
@@ -38,8 +42,9 @@ def config(folder, rl=(), **changes):
     return world.config(folder, **{"stages": [stage], "data": data, "mesh": dict(data=1, fsdp=-1), **changes})
 
 
-def train(settings, workdir, mesh, until=None):
-    """Fits the first stage, from seed or where it was; `until`: the step in which a Ctrl-C comes. Gives the task."""
+def train(settings, workdir, mesh, until=None, tokens=0):
+    """Fits the first stage, from seed or where it was; gives the task. `until`: the step in which a Ctrl-C comes,
+    before its rollouts or after so many tokens of them."""
     stage, keep = settings.stages[0], settings.checkpoint
     workdir.mkdir(exist_ok=True)
     task = GRPO(settings, stage, VLM(settings.model), mesh, workdir)
@@ -47,9 +52,13 @@ def train(settings, workdir, mesh, until=None):
         work = task.work
 
         def interrupting(step, params):
-            if step == until:
+            if step != until:
+                return work(step, params)
+            if not tokens:
                 signal.raise_signal(signal.SIGINT)
-            return work(step, params)
+                return work(step, params)
+            with interrupted_after(tokens):
+                return work(step, params)
 
         task.work = interrupting
     store, clock = Store(workdir / stage.name, keep.keep_last, keep.keep_best), Goodput()
@@ -60,6 +69,25 @@ def train(settings, workdir, mesh, until=None):
         store.close()
         clock.close()
     return task
+
+
+@contextlib.contextmanager
+def interrupted_after(tokens):
+    """A Ctrl-C comes when engines have gone on by so many tokens less one; no more than that one may be drawn."""
+    step, drawn = Engine.step, []
+
+    def counting(engine):
+        drawn.append(engine)
+        if len(drawn) == tokens:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", counting)
+        try:
+            yield
+        finally:
+            assert len(drawn) == tokens
 
 
 def numbers(workdir):

@@ -17,7 +17,7 @@ from vlmem_jax.runtime import sharding
 from vlmem_jax.train import loop
 from vlmem_jax.train.config import OptimizerConfig
 from vlmem_jax.train.goodput import Goodput
-from vlmem_jax.train.loop import NonFiniteError, fit, interruption
+from vlmem_jax.train.loop import Interrupted, NonFiniteError, any_host, fit, interruption, stopping_place
 from vlmem_jax.train.profile import ProfileConfig
 from vlmem_jax.trees import flatten
 
@@ -127,6 +127,38 @@ def test_a_run_stopped_again_and_again_equals_one_in_a_piece_bit_for_bit(tmp_pat
     done, task = train(tmp_path / "parts", mesh=mesh)
     assert done == 12 and task.restored == {"worked": 7 - 5}, "the task gets back what it had given"
     assert losses(tmp_path / "parts") == whole(*shape)
+
+
+class Slow(standin.Task):
+    """Its work can be broken off."""
+
+    def heed(self, may_stop):
+        self.may_stop = may_stop
+
+    def work(self, step, params):
+        self.may_stop()
+        return super().work(step, params)
+
+
+@pytest.mark.parametrize("stop, saved", [(0, None), (4, 4), (6, 6)])
+def test_work_that_can_be_broken_off_is_done_again_by_the_run_that_goes_on(tmp_path, whole, stop, saved):
+    experiment, mesh = standin.experiment(), mesh_of(1, 1, 1)
+    broken_off = Slow(experiment, experiment.stages[0], None, mesh)
+    done, task = train(tmp_path, task=broken_off, until=stop)
+    assert done == stop and task.seen == list(range(stop)) and Store(tmp_path / "only").latest() == saved
+    done, task = train(tmp_path)
+    assert task.seen[0] == stop and losses(tmp_path) == whole(1, 1, 1)
+
+
+def test_hosts_stop_at_the_same_call_whichever_has_been_told():
+    mesh, interrupted = mesh_of(2, 1, 1), threading.Event()
+    may_stop = stopping_place(interrupted, any_host(mesh), mesh)
+    may_stop()
+    may_stop()
+    interrupted.set()
+    may_stop()  # all hosts are asked now, and hear it at the next call
+    with pytest.raises(Interrupted):
+        may_stop()
 
 
 def test_records_after_the_last_checkpoint_are_dropped_when_a_killed_run_goes_on(tmp_path):

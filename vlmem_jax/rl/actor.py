@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -16,11 +16,14 @@ from vlmem_jax.generate.pools import Pool
 from vlmem_jax.processing import Tokenizer
 from vlmem_jax.rl.config import RLConfig
 from vlmem_jax.rl.episodes import Step
-from vlmem_jax.rl.rollout import rollouts
+from vlmem_jax.rl.rollout import MayStop, never, rollouts
 from vlmem_jax.rl.stream import Loaded
 from vlmem_jax.runtime import hosts
 from vlmem_jax.scoring.rewards import RewardError, Rewards
 from vlmem_jax.types import Sample
+
+ASKED = 1.0
+"""Seconds until those who wait for rewards ask whether the run is to stop."""
 
 
 class Judge:
@@ -50,22 +53,24 @@ class Judge:
 class Scores:
     """Scores of outputs, computed by threads while more is drawn, each on one host."""
 
-    def __init__(self, futures: dict[int, Future]):
-        """`futures`: number of the output -> its score and whether a reward failed, of those of this host."""
-        self._futures = futures
+    def __init__(self, futures: dict[int, Future], may_stop: MayStop = never):
+        """`futures`: number of the output -> its score and whether a reward failed, of those of this host; `may_stop`
+        is called while they are waited for."""
+        self._futures, self._may_stop = futures, may_stop
 
     @functools.cached_property
     def _all(self) -> list[tuple[float, bool]]:
-        own: dict[str, Any] = {"error": ""}
-        cause = None
-        try:
-            own["scores"] = {number: future.result() for number, future in self._futures.items()}
-        except RewardError as error:
-            own["error"], cause = str(error), error
-        each = [json.loads(content) for content in hosts.gather(json.dumps(own).encode())]
-        if errors := [host["error"] for host in each if host["error"]]:
-            raise RewardError(errors[0]) from cause
-        found = {int(number): tuple(score) for host in each for number, score in host["scores"].items()}
+        waiting = True
+        while waiting:
+            self._may_stop()
+            done, left = wait(self._futures.values(), ASKED, FIRST_EXCEPTION)
+            cause = next((error for future in done if (error := future.exception())), None)
+            told = _gather({"error": _words(cause), "waiting": bool(left)})
+            if errors := [host["error"] for host in told if host["error"]]:
+                raise RewardError(errors[0]) from cause
+            waiting = any(host["waiting"] for host in told)
+        each = _gather({number: future.result() for number, future in self._futures.items()})
+        found = {int(number): tuple(score) for scores in each for number, score in scores.items()}
         return [found[number] for number in range(len(found))]
 
     @property
@@ -79,11 +84,22 @@ class Scores:
         return sum(failed for _, failed in self._all)
 
 
+def _words(error: BaseException | None) -> str:
+    if error is None or isinstance(error, RewardError):
+        return str(error or "")
+    return f"a reward raised {type(error).__name__}: {error}"
+
+
+def _gather(told: Any) -> list[Any]:
+    """What each host tells, ready for JSON."""
+    return [json.loads(content) for content in hosts.gather(json.dumps(told).encode())]
+
+
 class Actor:
     """The policy as it is at the start of a phase: what a play plays with."""
 
-    def __init__(self, generator: Generator, config: RLConfig, judge: Judge):
-        self.generator, self.config, self.judge = generator, config, judge
+    def __init__(self, generator: Generator, config: RLConfig, judge: Judge, may_stop: MayStop = never):
+        self.generator, self.config, self.judge, self._may_stop = generator, config, judge, may_stop
 
     def draw(
         self,
@@ -99,7 +115,10 @@ class Actor:
         they come."""
         sampling, rows, groups = self.config.sampling(greedy), self.config.rollout_rows, {}
         with self.generator.context():
-            for n, group in rollouts(self.generator, prompts, sampling, keys_PG, rows, invocation, forced, record):
+            drawn = rollouts(
+                self.generator, prompts, sampling, keys_PG, rows, invocation, forced, record, self._may_stop
+            )
+            for n, group in drawn:
                 groups[n] = group
                 done(n, group)
         return [groups[n] for n in range(len(prompts))]
@@ -122,11 +141,13 @@ class Actor:
                     futures[number] = self.judge.submit(step, prompts[n].prompt)
 
         samples = [one.sample for one in prompts]
-        return self.draw(samples, keys_PG, invocation, forced, greedy, record, score), Scores(futures)
+        groups = self.draw(samples, keys_PG, invocation, forced, greedy, record, score)
+        return groups, Scores(futures, self._may_stop)
 
     def decide(self, prompts: Sequence[Sample], keys_N: Array, labels: Sequence[int], weight: float) -> list[Step]:
         """One of the labels behind each prompt, drawn by their probabilities among each other, as a step of this
         weight."""
+        self._may_stop()
         with self.generator.context():
             logp_NK = Pool(self.generator, 1).score(prompts, labels)
             chosen_N = np.asarray(jax.vmap(jax.random.categorical)(keys_N, logp_NK))

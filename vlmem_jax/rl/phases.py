@@ -25,31 +25,34 @@ class Phases:
         """Weight of the KL penalty."""
         self._kl, self._kl_tokens = 0.0, 0
 
-    def begin(self, number: int) -> None:
-        """Leaves the lessons of the phase before, whose KL decides on beta, see `RLConfig.adaptive_kl`."""
+    def begin(self) -> None:
+        """Leaves the lessons of the phase before, whose KL decides on beta, see `RLConfig.adaptive_kl`. What is broken
+        off after that can be begun again."""
         config = self._config
-        self.lessons, self.number = [], number
+        self.lessons, self.number = [], -1
         if config.adaptive_kl and self._kl_tokens:
             measured = self._kl / self._kl_tokens
             self.beta *= 1.5 if measured > 1.5 * config.kl_target else 1.0
             self.beta /= 1.5 if measured < config.kl_target / 1.5 else 1.0
         self._kl, self._kl_tokens = 0.0, 0
 
-    def learn_from(self, prompts: Sequence[Loaded], played: Played, seconds: float, skipped: int) -> None:
-        """Keeps what can be learned, and what is recorded, of episodes that took so long; `skipped` prompts
-        could not be used so far. Raises ValueError where
-        groups are to tie by a part that rewards have not."""
+    def learn_from(self, number: int, prompts: Sequence[Loaded], played: Played, seconds: float, skipped: int) -> None:
+        """Keeps what can be learned, and what is recorded, of a phase's episodes that took so long; `skipped` prompts
+        could not be used so far. Raises ValueError where groups are to tie by a part that rewards have not."""
         config, groups = self._config, played.groups
         rewards_PG = np.array([[episode.reward for episode in group] for group in groups])
         varied_P = varied(_part(played, config.ties_by) if config.ties_by else rewards_PG)
         spread = config.advantage_std, config.advantage_eps, config.advantage_ddof, config.advantage_min_std
         advantages_PG = np.where(varied_P[:, None], group_advantages(rewards_PG, *spread), 0.0)
-        self.lessons = [
-            Lesson(one.key, episode.steps, float(advantage))
-            for one, group, advantages, differs in zip(prompts, groups, advantages_PG, varied_P, strict=True)
-            if differs or not config.drop_zero_variance
-            for episode, advantage in zip(group, advantages, strict=True)
-        ]
+        self.number, self.lessons = (
+            number,
+            [
+                Lesson(one.key, episode.steps, float(advantage))
+                for one, group, advantages, differs in zip(prompts, groups, advantages_PG, varied_P, strict=True)
+                if differs or not config.drop_zero_variance
+                for episode, advantage in zip(group, advantages, strict=True)
+            ],
+        )
         steps = [step for group in groups for episode in group for step in episode.steps]
         tokens = sum(len(step.tokens_T) for step in steps)
         self.numbers = {

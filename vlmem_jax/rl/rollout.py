@@ -1,6 +1,6 @@
 """Rollouts: several answers to each prompt, drawn by the engine, and what training needs to know of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +19,13 @@ from vlmem_jax.runtime.sharding import MeshConfig, batch_shards, make_mesh, para
 from vlmem_jax.trees import flatten, unflatten
 from vlmem_jax.types import Sample
 
+MayStop = Callable[[], None]
+"""Called where work may be broken off, by an exception; on all hosts alike, see `train.loop.Task`."""
+
+
+def never() -> None:
+    """Of work that is not broken off."""
+
 
 def rollouts(
     generator: Generator,
@@ -29,12 +36,13 @@ def rollouts(
     invocation: InvocationConfig = InvocationConfig(),
     forced: Sequence[Sequence[Sequence[int]]] = (),
     record: bool = False,
+    may_stop: MayStop = never,
 ) -> Iterator[tuple[int, list[Step]]]:
     """(which of `prompts`, its G answers) as they are done, about `rows` answers at a time.
 
     Each prompt is read once for its G answers. Answer g to prompt p is drawn with the random key `keys_PG[p,
     g]`, whatever else is drawn beside it, and begins with the tokens `forced[p][g]`. `record`: with what memories were
-    formed from.
+    formed from. `may_stop` is called before each token.
     """
     G, key_PG2 = keys_PG.shape[1], np.asarray(jax.random.key_data(keys_PG))
     shards = batch_shards(generator.mesh) if generator.mesh else 1
@@ -48,6 +56,7 @@ def rollouts(
     pool = Pool(generator, -(-min(rows, len(prompts) * G) // shards) * shards)
     live = dict(enumerate(pool.fork_all(asked)))
     while live:
+        may_stop()
         pool.engine.step()
         for p in [p for p, handles in live.items() if all(handle.reason for handle in handles)]:
             yield p, [_step(prompts[p], handle) for handle in live.pop(p)]

@@ -30,7 +30,7 @@ from vlmem_jax.rl.phases import Phases
 from vlmem_jax.rl.plays import play_of
 from vlmem_jax.rl.reference import Reference
 from vlmem_jax.rl.resume import as_arrays, from_arrays
-from vlmem_jax.rl.rollout import rollout_keys, rollout_mesh, trainer_generator
+from vlmem_jax.rl.rollout import MayStop, never, rollout_keys, rollout_mesh, trainer_generator
 from vlmem_jax.rl.rows import Rows, flops_of, pack_steps
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.runtime.sharding import batch_sharding, put, shards
@@ -86,7 +86,9 @@ class GRPO(GRPOLoss):
             self, self._split, mesh, lambda: origin(experiment, stage, model, as_path(workdir))[0]
         )
         self._phases = Phases(config)
-        self._step, self._restored = -1, False
+        self._step, self._drawn, self._restored = -1, 0, False
+        """The last step that was worked on, how many prompts had been drawn for it, and whether the run goes on."""
+        self._may_stop: MayStop = never
         self._rows: dict[int, Rows] = {}
         prompts = sum(self._stream.prompts.counts)
         phase = f"a phase samples {config.group_size} answers to each of {config.prompts} and learns from them in"
@@ -137,7 +139,7 @@ class GRPO(GRPOLoss):
                 self._begin(phase, params)
             if part not in self._rows:
                 self._rows[part] = self._make_rows(part, params, first_time=place < self.config.minibatches)
-        self._step = step
+        self._step, self._drawn = step, self._stream.drawn
         rows, lessons = self._rows[part], self._phases.part(part)
         steps = [step for lesson in lessons for step in lesson.steps]
         sizes = [step.size for step in steps]
@@ -166,10 +168,14 @@ class GRPO(GRPOLoss):
         score = float(np.concatenate(scores).mean())
         return {"loss": -score, "score": score}
 
+    def heed(self, may_stop: MayStop) -> None:
+        """See `train.loop.Task`: rollouts can be broken off. Then their phase is played anew, with the same keys."""
+        self._may_stop = may_stop
+
     def state(self) -> dict:
-        """Where the prompts are, beta, and, in the midst of a phase, its lessons."""
+        """Where the prompts were when the last step was worked on, beta, and, in the midst of a phase, its lessons."""
         midst = bool((self._step + 1) % self.config.steps)
-        state = {"drawn": self._stream.drawn, "midst": midst, **self._phases.state()}
+        state = {"drawn": self._drawn, "midst": midst, **self._phases.state()}
         if state["midst"]:
             state["arrays"] = as_arrays(self._phases.lessons)
         return state
@@ -177,7 +183,8 @@ class GRPO(GRPOLoss):
     def restore(self, state: dict) -> None:
         """Goes on from a state that `state` gave."""
         self._restored = True
-        self._stream.go_to(state["drawn"])
+        self._drawn = state["drawn"]
+        self._stream.go_to(self._drawn)
         loaded: dict[Key, Loaded] = {}
 
         def prompt(key: Key, before: Sequence[Step]) -> Sample:
@@ -198,23 +205,23 @@ class GRPO(GRPOLoss):
     def _begin(self, phase: int, params: dict) -> None:
         """Plays with the next prompts, and keeps what can be learned from that."""
         config, self._rows = self.config, {}
-        self._phases.begin(phase)
+        self._phases.begin()
         loaded = self._stream.take_same(config.prompts)
         start = time.perf_counter()
-        actor, keys_PG = self._actor(params), self._keys(phase, config.prompts, config.group_size)
+        actor, keys_PG = self._actor(params, self._may_stop), self._keys(phase, config.prompts, config.group_size)
         played = self._play.play(actor, loaded, keys_PG, phase)
         seconds = time.perf_counter() - start
-        self._phases.learn_from(loaded, played, seconds, len(self._stream.skipped))
+        self._phases.learn_from(phase, loaded, played, seconds, len(self._stream.skipped))
 
     def _keys(self, phase: int, prompts: int, group_size: int) -> Array:
         with jax.set_mesh(self._rollout_mesh):  # what is made on the way belongs to the mesh of the rollouts
             return rollout_keys(*self._seeds, phase, prompts, group_size)
 
-    def _actor(self, params: dict) -> Actor:
+    def _actor(self, params: dict, may_stop: MayStop = never) -> Actor:
         """Draws with the trainer's own arrays, as far as they lie on the mesh of the rollouts."""
         on = self._mesh, self._rollout_mesh
         generator = trainer_generator(self.model, params, self._processor, *on, self._delimiter_ids)
-        return Actor(generator, self.config, self._judge)
+        return Actor(generator, self.config, self._judge, may_stop)
 
     def _fits(self, prompt: Prompt, sample: Sample) -> None:
         knob = f"stages.{self._stage.name}.task.max_new_tokens"

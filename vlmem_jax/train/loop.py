@@ -74,7 +74,11 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Task(Objective, Protocol):
-    """What is learned. A task depends on the step and the parameters alone, plus what `state` gives."""
+    """What is learned. A task depends on the step and the parameters alone, plus what `state` gives.
+
+    One whose work takes long has `heed(may_stop)`, too. It calls `may_stop()`, on all hosts alike, wherever `work` can
+    be broken off: that raises Interrupted when the run is to stop. `state` is then that before the step.
+    """
 
     def work(self, step: int, params: dict) -> StepInput:
         """What to do at `step`, counted from 0. Called in order, from any first step."""
@@ -97,6 +101,10 @@ REPEATED = 1.0
 """Seconds in which a signal is taken for the one before: launchers may send it to a process and to its group."""
 
 
+class Interrupted(Exception):
+    """The run is to stop, and the work of a step was broken off."""
+
+
 class NonFiniteError(ValueError):
     """The loss or its gradient was not a finite number; the update was refused."""
 
@@ -115,9 +123,10 @@ def fit(
     """Trains one stage from its newest checkpoint that is whole, if it has one, to its last step; gives the steps done.
 
     `start(target)` gives the parameters of step 0 in the shapes, dtypes and shardings of `target`; `clock` learns where
-    the time goes. On SIGTERM and Ctrl-C, at any one of the hosts, all of them finish and save the same step, and the
-    second result is True. Raises NonFiniteError and CheckpointError; the last checkpoint is then as it was. What data
-    and evaluation raise goes on when the steps before are saved (on one host: of several, the others are not there).
+    the time goes. On SIGTERM and Ctrl-C, at any one of the hosts, all of them finish and save the same step, or break
+    off what the next one works on, and the second result is True. Raises NonFiniteError and CheckpointError; the last
+    checkpoint is then as it was. What data and evaluation raise goes on when the steps before are saved (on one host:
+    of several, the others are not there).
     """
     with jax.set_mesh(mesh), interruption() as interrupted, contextlib.ExitStack() as closing:
         program = Program(task, experiment, stage, mesh)
@@ -138,6 +147,8 @@ def fit(
         closing.enter_context(clock.spent("step"))
         alone = jax.process_count() == 1
         ask_all = None if alone else any_host(mesh)
+        if heed := getattr(task, "heed", None):
+            heed(stopping_place(interrupted, ask_all, mesh))
         programs: dict[tuple, jax.stages.Compiled] = {}
         stopping = False
         in_flight: tuple[int, StepInput, dict] | None = None
@@ -167,6 +178,8 @@ def fit(
             """Saves the steps done before an error of the block goes on."""
             try:
                 yield
+            except Interrupted:
+                raise
             except Exception as error:
                 if alone and step > (store.latest() or 0):
                     save()
@@ -180,8 +193,14 @@ def fit(
                 with clock.spent("other"):
                     profile.switch()
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                with saving(), clock.input_wait():
-                    work = task.work(step, unflatten({**frozen, **state.params}))
+                try:
+                    with saving(), clock.input_wait():
+                        work = task.work(step, unflatten({**frozen, **state.params}))
+                except Interrupted:
+                    stopping = True
+                    if step:
+                        save()
+                    break
                 denominator = _everywhere(np.float32(work.denominator), program.replicated)
                 shapes = tuple(x.shape for x in jax.tree.leaves(work.batch))
                 if shapes not in programs:
@@ -402,6 +421,28 @@ def any_host(mesh: Mesh) -> Callable[[bool], Array]:
     words = say(False), say(True)
     answer = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return lambda yes: answer(words[yes])
+
+
+def stopping_place(
+    interrupted: threading.Event, ask_all: Callable[[bool], Array] | None, mesh: Mesh
+) -> Callable[[], None]:
+    """What raises Interrupted once a run was interrupted, see `Task`. On several hosts, `ask_all` of `any_host` says so
+    to all at the same call: the one after it was asked, so that nobody waits for the devices."""
+    asked: Array | None = None
+
+    def may_stop() -> None:
+        nonlocal asked
+        if ask_all is None:
+            stop = interrupted.is_set()
+        else:
+            before = asked
+            with jax.set_mesh(mesh):
+                asked = ask_all(interrupted.is_set())
+            stop = before is not None and bool(jax.device_get(before))
+        if stop:
+            raise Interrupted
+
+    return may_stop
 
 
 def _everywhere(value: np.generic, replicated: NamedSharding) -> Array:

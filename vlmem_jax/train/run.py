@@ -115,7 +115,9 @@ def _run_stage(
         clock.close()
     say(clock.summary())
     if done < stage.steps:
-        say(f"stopped at step {done} of stage {stage.name}, which is saved; the same command goes on from there")
+        saved = f"at step {done} of stage {stage.name}, which is saved"
+        where = saved if done else f"before step 1 of stage {stage.name} is done"
+        say(f"stopped {where}; the same command goes on from there")
         return False
     best = store.best()
     say(f"stage {stage.name} is done" + (f"; lowest evaluation loss {best[1]:.4f} at step {best[0]}" if best else ""))
