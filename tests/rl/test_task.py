@@ -16,7 +16,7 @@ from vlmem_jax.checkpoint import load_params
 from vlmem_jax.checkpoint.folder import committed_steps
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
-from vlmem_jax.rl import GRPO
+from vlmem_jax.rl import GRPO, rollout
 from vlmem_jax.runtime import sharding
 from vlmem_jax.train import run as runs
 from vlmem_jax.train.config import experiment
@@ -157,13 +157,13 @@ def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh, params):
         sharding.make_mesh(sharding.MeshConfig(fsdp=8)),
     )
     drawn = []
-    for where, asked, own in (
-        (trained_on, None, dict(data=4, fsdp=1, context=1, tensor=2)),
-        (trained_on, dict(fsdp=8), dict(trained_on.shape)),
-        (mesh, None, dict(mesh.shape)),
+    for where, asked, own, said in (
+        (trained_on, None, dict(data=4, fsdp=1, context=1, tensor=2), "rollouts on a mesh of data=4 tensor=2; once a"),
+        (trained_on, dict(fsdp=8), dict(trained_on.shape), "rollouts on the mesh of training (fsdp=8), with the"),
+        (mesh, None, dict(mesh.shape), "rollouts on the mesh of training (one device), with the"),
     ):
         task = make_task(override_rl(config, rollout_mesh=asked, drop_zero_variance=False), where)
-        assert dict(task._rollout_mesh.shape) == own
+        assert dict(task._rollout_mesh.shape) == own and said in task.report
         with jax.set_mesh(where):
             places = sharding.param_shardings(where, task.model.abstract(), task.model.axes())
             task.work(0, jax.device_put(params, places))
@@ -174,6 +174,29 @@ def test_whatever_the_mesh_rollouts_are_the_same(settings, mesh, params):
         for b in others:
             np.testing.assert_array_equal(a.tokens_T, b.tokens_T)
             np.testing.assert_allclose(a.logp_T, b.logp_T, atol=1e-5)
+
+
+def test_training_is_the_same_wherever_rollouts_are_drawn_and_parameters_are_laid_out_once_a_phase(
+    settings, tmp_path, monkeypatch
+):
+    mesh, laid_out, put = sharding.make_mesh(sharding.MeshConfig(fsdp=8)), [], rollout.trainer_generator
+
+    def counting(*args):
+        made = put(*args)
+        laid_out.append({x.sharding.mesh for x in jax.tree.leaves(made.params)})
+        return made
+
+    monkeypatch.setattr("vlmem_jax.rl.task.trainer_generator", counting)
+    keys = dict(iterations=2, prompts=4, rollout_rows=8, drop_zero_variance=False)
+    config = override_rl(settings(mesh__fsdp=8, stages__rl__steps=4), **keys)
+    for name, own in (("decoding", None), ("training", dict(fsdp=8))):
+        world.train(override_rl(config, rollout_mesh=own), tmp_path / name, mesh)
+    decoding = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=1, tensor=2))
+    assert laid_out == 2 * [{decoding}] + 2 * [{mesh}], "two phases"
+    for one, other in zip(world.numbers(tmp_path / "decoding"), world.numbers(tmp_path / "training"), strict=True):
+        assert one["score/mean"] == other["score/mean"] and one["rollout/tokens"] == other["rollout/tokens"]
+        np.testing.assert_allclose([one["loss"], one["kl"]], [other["loss"], other["kl"]], atol=1e-5)
+        np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-3)
 
 
 def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh, params):

@@ -1,5 +1,6 @@
 """Rollouts: several answers to each prompt, drawn by the engine, and what training needs to know of them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -81,6 +82,16 @@ def rollout_mesh(config: MeshConfig | None, vlm: VLM, mesh: Mesh) -> Mesh:
     own = make_mesh(config or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, own)
     return own
+
+
+def placed(vlm: VLM, mesh: Mesh, drawn_on: Mesh) -> str:
+    """Where a trainer on `mesh` samples and what that takes, for its report."""
+    split = " ".join(f"{axis}={size}" for axis, size in drawn_on.shape.items() if size > 1) or "one device"
+    if drawn_on == mesh:
+        return f"rollouts on the mesh of training ({split}), with the parameters where they lie"
+    held = jax.tree.leaves(vlm.held(param_shardings(drawn_on, vlm.abstract(), vlm.axes())))
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
+    return f"rollouts on a mesh of {split}; once a phase, a device gets the {size:,} bytes of parameters it has there"
 
 
 def trainer_generator(

@@ -30,7 +30,7 @@ from vlmem_jax.rl.phases import Phases
 from vlmem_jax.rl.plays import play_of
 from vlmem_jax.rl.reference import Reference
 from vlmem_jax.rl.resume import as_arrays, from_arrays
-from vlmem_jax.rl.rollout import MayStop, never, rollout_keys, rollout_mesh, trainer_generator
+from vlmem_jax.rl.rollout import MayStop, never, placed, rollout_keys, rollout_mesh, trainer_generator
 from vlmem_jax.rl.rows import Rows, flops_of, pack_steps
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
 from vlmem_jax.runtime.sharding import batch_sharding, put, shards
@@ -93,7 +93,8 @@ class GRPO(GRPOLoss):
         prompts = sum(self._stream.prompts.counts)
         phase = f"a phase samples {config.group_size} answers to each of {config.prompts} and learns from them in"
         heads = whole_heads(model, self._rollout_mesh, model.dtype.itemsize, cache=True)
-        self.report = "\n".join([f"{prompts} prompts; {phase} {config.steps} steps", *heads])
+        where = placed(model, mesh, self._rollout_mesh)
+        self.report = "\n".join([f"{prompts} prompts; {phase} {config.steps} steps", where, *heads])
 
     @staticmethod
     def check(experiment: Experiment, stage: StageConfig) -> None:
@@ -158,9 +159,10 @@ class GRPO(GRPOLoss):
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean score of greedy episodes of the prompts of `data.eval`, as `score`; `loss` is minus that."""
         scores: list[np.ndarray] = []
+        actor = None
         with jax.transfer_guard("allow"):
-            actor = self._actor(params)
             for loaded in self._stream.held_out(self.config.rollout_rows):
+                actor = actor or self._actor(params)
                 keys_P1 = self._keys(0, len(loaded), 1)
                 scores.append(self._play.evaluate(actor, loaded, keys_P1, self._step))
         if not scores:
