@@ -137,5 +137,33 @@ def test_what_cannot_be_done_is_said(checkpoint):
     with pytest.raises(ValueError, match="unknown key model_args.moed; did you mean model_args.mode"):
         LmmsModel(str(checkpoint), moed="never")
     model = LmmsModel(str(checkpoint))
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
+    request = SimpleNamespace(args=("Say", "a"))
+    with pytest.raises(ValueError, match="but model_args mode is learned; set mode=never"):
+        model.loglikelihood([request])
+
+
+def test_choices_are_compared_by_their_loss_as_answers(checkpoint):
+    model = LmmsModel(str(checkpoint), batch_size=2, mode="never")
+    docs = [{"image": Image.open(checkpoint / f"{n}.png").convert("RGB"), "answer": "bc"} for n in range(2)]
+    model.task_dict = {"task": {"test": docs}}
+
+    def request(text, doc_id):
+        return SimpleNamespace(args=("What?", text, shown, doc_id, "task", "test"))
+
+    def shown(doc):
+        return [doc["image"]]
+
+    def target(doc):
+        return doc["answer"]
+
+    asked = [("a", 0), ("bc", 0), (target, 0), ("", 0), ("a", 1)]
+    plain = SimpleNamespace(args=("What?", "a"))
+    found = model.loglikelihood([*(request(*of) for of in asked), plain])
+    processor = model.loaded.processor
+    prompts = [processor.prompt("What?", [doc["image"]]) for doc in docs] + [processor.prompt("What?")]
+    ids = [[processor.tokenizer.encode(text) for text in texts] for texts in (["a", "bc"], ["a"], ["a"])]
+    expected = model.answering.likelihoods(prompts, ids, model.invocation)
+    losses = [-one.logp for each in expected for one in each]
+    assert [loss for loss, _ in found] == pytest.approx([*losses[:2], losses[1], 0, *losses[2:]])
+    assert found[3] == (0.0, True) and len({loss for loss, _ in found}) == 5
+    assert model.loglikelihood([]) == []

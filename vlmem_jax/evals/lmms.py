@@ -3,10 +3,12 @@
     lmms_eval --model vlmem --model_args checkpoint=RUN --tasks mmstar --batch_size 16
 
 `model_args` are those of `LmmsModel`. Requests to generate are answered, `num_beams` of 1; `until` cuts an answer, but
-for a blank line, which the harness stops at by default and answers that reason may hold.
+for a blank line, which the harness stops at by default and answers that reason may hold. Choices are compared by how
+probable each is as the answer, where no memory may break into it.
 """
 
 import dataclasses
+import itertools
 from typing import Any, NoReturn
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -67,6 +69,7 @@ class LmmsModel(lmms):
         self.generator = self.loaded.generator()
         self.answering = Answering(self.generator, self.loaded.processor.tokenizer, int(batch_size))
         self.batch_size, self.seed, self.rope_dhr = int(batch_size), seed, rope_dhr
+        self._encode = self.loaded.processor.tokenizer.text_encoder(())
         self.invocation = build(InvocationConfig, settings, "model_args")
         if settings and self.loaded.vlm.speech is None:
             raise ValueError(
@@ -93,11 +96,47 @@ class LmmsModel(lmms):
                         bar.update()
         return [results[n] for n in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
-        raise NotImplementedError(
-            "a text has no likelihood of its own where memories may be inserted into it: that depends on where they "
-            "are called for; take a task whose output_type is generate_until"
-        )
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """For each request, the loss of its text as the answer, summed over tokens, and whether it is the greedy
+        answer: the harness takes the choice with the least loss. Raises ValueError where memories may be inserted."""
+        if self.loaded.vlm.speech is not None and self.invocation.mode != "never":
+            raise ValueError(
+                "a text has no likelihood of its own where memories may be inserted into it, since that depends on "
+                f"where they are called for, but model_args mode is {self.invocation.mode}; set mode=never"
+            )
+        texts = [self._encode(self._continuation(request)) for request in requests]
+        results = [(0.0, True)] * len(requests)  # those of an empty text
+        asked: dict[tuple, list[int]] = {}
+        for n, request in enumerate(requests):
+            if texts[n]:
+                asked.setdefault((request.args[0], *request.args[2:]), []).append(n)
+        with tqdm(total=len(asked), desc="scoring") as bar:
+            for first in range(0, len(asked), self.batch_size):
+                prompts = dict(itertools.islice(asked.items(), first, first + self.batch_size))
+                given = [[texts[n] for n in places] for places in prompts.values()]
+                found = self.answering.likelihoods([self._context(*of) for of in prompts], given, self.invocation)
+                for places, each in zip(prompts.values(), found, strict=True):
+                    for n, likelihood in zip(places, each, strict=True):
+                        results[n] = (-likelihood.logp, likelihood.greedy)
+                    bar.update()
+        return results
+
+    def _continuation(self, request: Instance) -> str:
+        text = request.args[1]
+        if not callable(text):
+            return text
+        _, _, _, doc_id, task, split = request.args
+        return text(self.task_dict[task][split][doc_id])
+
+    def _context(self, context: str, *of: Any) -> Sample:
+        """The prompt of a text whose likelihood is asked for: behind what its document shows, if it belongs to one."""
+        shows, name = [], ""
+        if of:
+            doc_to_visual, doc_id, task, split = of
+            name = f"{task}/{split}/{doc_id}"
+            shows = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        parts = [{"type": "video" if isinstance(one, str) else "image", "url": one} for one in shows]
+        return self._conversation([{"role": "user", "content": [*parts, {"type": "text", "text": context}]}], name)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
         raise NotImplementedError("tasks of several rounds are not supported; take one of output_type generate_until")
@@ -112,7 +151,10 @@ class LmmsModel(lmms):
         """The conversation of a request as model input."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         name = f"{task}/{split}/{doc_id}"
-        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
+        return self._conversation(doc_to_messages(self.task_dict[task][split][doc_id]), name)
+
+    def _conversation(self, messages: list[dict[str, Any]], name: str) -> Sample:
+        messages = ChatMessages(messages=messages).messages
         processor = self.loaded.processor
         said = []
         for message in messages:
