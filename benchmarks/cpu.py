@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/cpu.py`
 
 from benchmarks.cpu_data import image_sizes, pipeline, recompilations
-from benchmarks.cpu_engine import answers_alone, cache_use, engine, engine_host
+from benchmarks.cpu_engine import answers_alone, cache_use, engine, engine_host, evaluation
 from benchmarks.cpu_models import (
     cached_generation,
     decode_step,
@@ -46,6 +46,7 @@ ITEMS = {
     "forming": forming,
     "engine": engine,
     "answers_alone": answers_alone,
+    "evaluate": evaluation,
     "engine_host": engine_host,
     "cache_use": cache_use,
 }
@@ -69,6 +70,7 @@ TOY = {
     "forming": dict(rows=2, states=16, tokens=32, layers=2, width=128, runs=2),
     "engine": dict(requests=4, answers=6, slots=2, median=4, mixed=6, width=128, runs=2),
     "answers_alone": dict(requests=14, slots=3, new=6, layers=2),
+    "evaluate": dict(prompts=7, rows=2, new=8, layers=4, width=128, runs=1),
     "engine_host": dict(layers=4, slots=2, calls=2, runs=2),
     "cache_use": dict(long=256, short=64, filled=60, rows=2, layers=2, width=128, calls=2, runs=2),
 }

@@ -2,19 +2,32 @@
 
 import dataclasses
 import itertools
+import json
 import statistics
+import tempfile
 import time
+import unittest.mock
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from benchmarks.measure import RUNS, Row, in_turns
 from benchmarks.models import deep, make, wide
+from vlmem_jax.data import SourceConfig
+from vlmem_jax.demo.tokenizer import write_tokenizer
+from vlmem_jax.evals import EvalConfig, evaluate, run
+from vlmem_jax.evals.answers import Answering
+from vlmem_jax.evals.folder import Lines
 from vlmem_jax.evals.measure import compilations
-from vlmem_jax.generate import Engine, Generator, Handle, InvocationConfig, Request, SamplingConfig
+from vlmem_jax.generate import Engine, Generator, Handle, InvocationConfig, LoadedModel, Request, SamplingConfig
 from vlmem_jax.models import VLM
+from vlmem_jax.processing import Tokenizer, make_processor
+from vlmem_jax.processing.images import ImageConfig
 from vlmem_jax.runtime.shapes import PoolShape
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.types import IGNORED, Sample
 
 
@@ -162,6 +175,69 @@ def _waiting(vlm: VLM, generator: Generator, answers: int, slots: int, median: i
             f"median {median} tokens",
         ),
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping(LoadedModel):
+    """A random model that ends its answers after some tokens."""
+
+    def generator(self) -> Generator:
+        generator = super().generator()
+        generator.stop_ids = *generator.stop_ids, 20, 30, 40
+        return generator
+
+
+class Batches(Answering):
+    """One batch after another, each of which waits for its longest answer."""
+
+    def submit(self, samples, keys_N, how, invocation) -> list[Handle]:
+        handles = []
+        for first in range(0, len(samples), self.rows):
+            some = slice(first, first + self.rows)
+            handles += super().submit(samples[some], keys_N[some], how[some], invocation)
+            self._pool.engine.run()
+        return handles
+
+
+def evaluation(prompts=200, rows=16, new=96, layers=4, width=256, runs=5) -> list[Row]:
+    """`vlmem evaluate` against the same in batches that wait for their longest answer."""
+    vlm, params = make(wide(layers, width))
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokenizer(folder / "tokenizer")
+        lines = []
+        for n in range(prompts):
+            for image in range(n % 3):
+                size = *rng.integers(16, 64, 2), 3
+                Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(folder / f"{n}_{image}.png")
+            asked = " ".join(rng.choice(["row", "column", "1", "2", "3"], rng.integers(2, 40)))
+            lines.append({"prompt": asked, "images": [f"{n}_{image}.png" for image in range(n % 3)], "answer": "1"})
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+        processor = make_processor(
+            tokenizer, ImageConfig(max_tiles=2), vlm.config.vision.geometry, "", "internlm2-chat"
+        )
+        model = Stopping(vlm, params, processor, make_mesh(MeshConfig()))
+        config = EvalConfig(
+            (SourceConfig(str(folder / "prompts.jsonl")),), sampling=SamplingConfig(new, 1.0), batch_size=rows
+        )
+        counts, said = itertools.count(), []
+
+        def evaluated(answering: type[Answering]) -> None:
+            output = folder / f"out{next(counts)}"
+            with unittest.mock.patch.object(run, "Answering", answering):
+                evaluate(model, config, output)
+            said.append(Lines(output / run.SAMPLES).by_name)
+
+        evaluated(Batches), evaluated(Answering)
+        seconds = in_turns(lambda: evaluated(Batches), lambda: evaluated(Answering), runs=runs)
+    outputs = [{name: line["output"] for name, line in one.items()} for one in said]
+    words = "answers are equal" if all(one == outputs[0] for one in outputs) else "answers DIFFER"
+    tokens = [line["tokens"] for line in said[0].values()]
+    how = f"{rows} rows, {np.mean(tokens):.0f} tokens an answer, {max(tokens)} at most; {words}"
+    what = f"vlmem evaluate, {prompts} mixed prompts: batch after batch / rows that are filled again"
+    return [Row(what, list(seconds[:, 0] / seconds[:, 1]), 1.5, False, "x", how)]
 
 
 def engine_host(layers=24, slots=8, calls=50, runs=RUNS) -> list[Row]:
