@@ -171,6 +171,25 @@ def test_two_processes_that_are_stopped_within_rollouts_learn_what_one_does_in_a
                 assert other[key] == value
 
 
+ENDS = """
+    from tests.rl import own
+    def ends(output, prompt):
+        raise SystemExit("the judge has no licence")
+    own.length = ends
+"""
+
+
+@pytest.mark.slow
+def test_whatever_a_reward_raises_on_one_of_two_processes_ends_both_with_its_words(tmp_path):
+    config = memory_world.config(tmp_path)
+    config.mesh, config.stages = dict(data=2, fsdp=2), config.stages[:1]
+    own = dict(rewards=[dict(name="tests.rl.own:length")], invocation=dict(mode="never"), max_new_tokens=3)
+    config.stages[0]["task"] |= own
+    line = ["train", "--config", str(world.save_config(tmp_path, config)), "--workdir", str(tmp_path / "run")]
+    for _, error in finish(start(line, devices=4, script=ENDS), [2, 2]):
+        assert "a reward raised SystemExit: the judge has no licence" in error, error
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
