@@ -16,7 +16,8 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from benchmarks.tpu_static import compile_for
-from kernels_pallas import causal_attention, memory_attention, rope_dhr, rotary_tables
+from kernels_pallas import append_to_cache, cached_attention, causal_attention
+from kernels_pallas import memory_attention, rope_dhr, rotary_tables
 
 QUERIES, SLOTS = 8192, 2048  # of the case whose scores would be large
 shape = jax.ShapeDtypeStruct
@@ -59,6 +60,18 @@ def packed(length, heads, width=128, kind=jnp.bfloat16):
     return run, (q, k, k, ids, ids, ids)
 
 
+def cached(tokens, heads, kind=jnp.bfloat16):
+    q, k = (shape((2, tokens, n, 128), kind) for n in heads)
+    ids, kept = shape((2,), jnp.int32), shape((3, 2, heads[1], 2048, 128), kind)
+
+    def run(q, k, v, k_cache, v_cache, start, count):
+        how = dict(layer=start[0] % 3, start=start, count=count, implementation="tpu", chip=chip)
+        kept = append_to_cache((k_cache, v_cache), (k, v), **how)
+        return cached_attention(q, *kept, positions=start[:, None] + jnp.arange(tokens), **how), kept
+
+    return run, (q, k, k, kept, kept, ids, ids)
+
+
 said = {chip: {} for chip in sys.argv[1:]}
 for chip in said:
     cases = {
@@ -66,6 +79,8 @@ for chip in said:
         "few slots, head dim 64, segments": attend(512, 256, (4, 2), width=64, segments=True),
         "decode": attend(1, 1024, (4, 2), tables=True, decode=True, backward=False),
         "packed row with a prefix": packed(2048, (4, 2)),
+        "chunk of a prompt on a cache": cached(512, (4, 2)),
+        "token on a cache": cached(1, (4, 2)),
         "rope_dhr": (turn, (shape((1, 512, 4, 128), jnp.bfloat16), shape((1, 512), jnp.int32))),
     }
     if chip == "v5e":  # what no block size of a chip changes
@@ -74,6 +89,8 @@ for chip in said:
             "odd sizes, fp32, head dim 80, segments": attend(100, 520, width=80, kind=jnp.float32, segments=True),
             "narrow heads side by side": attend(100, 520, (4, 4), width=64, plain=True),
             "packed row of odd length, fp32, head dim 80": packed(1000, (3, 1), 80, jnp.float32),
+            "odd chunk of seven heads a group on a cache, fp32": cached(200, (7, 1), jnp.float32),
+            "token of many heads on a cache": cached(1, (64, 64)),
             "decode of many heads": attend(16, 1024, (4, 2), tables=True, decode=True, backward=False),
         }
     for name, (run, arguments) in cases.items():
