@@ -10,9 +10,10 @@ from flax import nnx
 
 from vlmem_jax.decoder import Decoder, DecoderConfig, Tap
 from vlmem_jax.models.vlm import deep_tap
+from vlmem_jax.nn import cached_attention
 from vlmem_jax.nn.attention import causal_attention
 from vlmem_jax.nn.rope import frequencies, rotation
-from vlmem_jax.types import VisualTokens
+from vlmem_jax.types import KVCache, VisualTokens
 
 CONFIG = DecoderConfig(
     vocab=20, width=12, layers=7, heads=2, kv_heads=1, head_dim=8, mlp_width=16, rope_sections=(2, 1, 1),
@@ -130,3 +131,24 @@ def test_queries_and_keys_are_normed_by_head_before_they_turn(decoder, inputs):
         # turning keeps the length of a head
         np.testing.assert_allclose(jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(normed, axis=-1), rtol=1e-5)
         assert norm.scale.shape == (CONFIG.head_dim,)
+
+
+def test_chunks_read_by_the_kernels_for_caches_are_what_xla_reads(monkeypatch):
+    """A chunk, of which one row has a token less, and a token after it."""
+    config = dataclasses.replace(CONFIG, layers=2, heads=4, kv_heads=2, head_dim=128, rope_sections=())
+    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    x_BTD = jax.random.normal(jax.random.key(0), (B, 6, config.width))
+    cos, sin = rotation(jnp.arange(6)[None].repeat(B, 0), frequencies(config.head_dim, 1e4))
+
+    def read():
+        cache, hidden = KVCache.empty(2, B, 128, 2, 128, jnp.float32), []
+        for part, index in ((slice(0, 5), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 128]]), (slice(5, 6), [[5], [4]])):
+            tokens = x_BTD[:, part], (cos[:, part], sin[:, part]), jnp.ones_like(jnp.array(index))
+            out_BTD, cache = decoder(*tokens, cache=cache, cache_index_BT=jnp.array(index))
+            hidden.append(out_BTD)
+        return jnp.concatenate(hidden, axis=1).at[1, 4].set(0), cache
+
+    wanted = jax.jit(read)()
+    monkeypatch.setattr(cached_attention, "cache_backend", lambda *_: "tpu_interpret")
+    found = jax.jit(lambda: read())()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, wanted)

@@ -104,6 +104,7 @@ ENTRY %main (x: bf16[2,256,256]) -> f32[] {
   %b = bf16[2,256,256] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,256,256]{2,1,0}, bf16[2,512,256]{2,1,0}, f32[2,2,2,256]{3,2,1,0}}, metadata={op_name="jit(step)/memory_attention_backward/pallas_call"}
   %s = bf16[4,256,128] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2]{1,0}, bf16[4,256,128]{2,1,0}, bf16[2,256,128]{2,1,0}}, metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}
   %c = bf16[2,4096,256] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[2,256]{1,0}, s32[2,16]{1,0}, bf16[2,4096,256]{2,1,0}, bf16[2,4096,128]{2,1,0}}, metadata={op_name="jit(step)/causal_attention_forward/pallas_call"}
+  %d = bf16[2,512,256] custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[1]{0}, s32[2]{0}, s32[2]{0}, bf16[2,512,256]{2,1,0}, bf16[6,2,1,4096,128]{4,3,2,1,0}, bf16[6,2,1,4096,128]{4,3,2,1,0}, f32[2,512,128]{2,1,0}}, metadata={op_name="jit(step)/cached_attention/pallas_call"}
   %place = s32[8,256] custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(step)/splash_mha_fwd/squeeze"}
   ROOT %y = f32[] custom-call(%m), custom_call_target="Sharding"
 }
@@ -122,6 +123,8 @@ def test_kernels_count_their_products():
     def of_pack(samples):
         return 2 * 2 * 128 * packed * (4096 // (2 * samples) + CAUSAL_KEYS["forward"]) / share
 
+    chunk = 2 * 2 * 128 * 2 * 2 * 512 * 4096  # rows, heads, tokens, slots of a layer of the cache
+    expected += chunk / (KERNEL_UTILISATION["cached_attention", "forward"]["v5p"] * PEAKS["v5p"].flops)
     expected += of_pack(1)
 
     def reading(bytes_a_second):

@@ -147,7 +147,7 @@ def test_answers_see_the_prompt_that_they_share_and_themselves(monkeypatch, how)
     (_, wanted), wanted_gradients = jax.jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(q, k, v)
     if how == "scores in blocks":
         monkeypatch.setattr(attention, "LONG", 50)
-        monkeypatch.setattr(attention, "CACHE_BLOCK", 48)  # 128 is no multiple of it
+        monkeypatch.setattr(attention, "BLOCK", 48)  # 128 is no multiple of it
     if how == "the kernel of packed rows":
         monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
     with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))) if how == "over a mesh" else contextlib.nullcontext():
@@ -226,7 +226,7 @@ def test_long_rows_are_read_by_blocks_of_queries(monkeypatch, length):
     whole = full_attention(AttentionConfig(), q, k, v, length)
     np.testing.assert_allclose(whole, attend(q, k[:, :length], v[:, :length], None), atol=1e-6)
     monkeypatch.setattr(attention, "LONG", 16)
-    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(attention, "BLOCK", 8)
     scores = []
     monkeypatch.setattr(
         attention, "attend", lambda q, k, *rest: scores.append((q.shape, k.shape)) or attend(q, k, *rest)

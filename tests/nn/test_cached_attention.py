@@ -1,5 +1,6 @@
 """Attention of tokens that are appended to a cache."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.nn import attention
-from vlmem_jax.nn.attention import attend, cached_attention, filled_attention, merged
+from kernels_pallas.memory_attention import reference
+from vlmem_jax.nn import cached_attention as module
+from vlmem_jax.nn.attention import attend
+from vlmem_jax.nn.cached_attention import appended_attention, cached_attention, filled_attention, merged
+from vlmem_jax.nn.rope import frequencies, rotation
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.types import KVCache
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -26,7 +31,7 @@ def test_blocks_give_what_all_scores_at_once_give(monkeypatch, tokens, slots, st
     index_BT = jnp.array(starts)[:, None] + jnp.arange(tokens)
     allowed_BTS = jnp.arange(slots) <= index_BT[..., None]
     expected = attend(q_BTHC, k_BSKC, v_BSKC, allowed_BTS)
-    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(module, "CACHE_BLOCK", 8)
     found = jax.jit(cached_attention)(q_BTHC, k_BSKC, v_BSKC, index_BT)
     inside = np.asarray(index_BT < slots)
     np.testing.assert_allclose(found[inside], expected[inside], atol=2e-6)
@@ -36,7 +41,7 @@ def test_blocks_give_what_all_scores_at_once_give(monkeypatch, tokens, slots, st
 def test_blocks_that_nobody_fills_are_not_read_and_change_no_bit(monkeypatch, tokens):
     """Not even where they hold what is not a number."""
     slots, layer = 61, jnp.int32(1)
-    monkeypatch.setattr(attention, "CACHE_BLOCK", 8)
+    monkeypatch.setattr(module, "CACHE_BLOCK", 8)
     q_BTHC, k_BSKC, v_BSKC = arrays(tokens, slots)
     k_LBKSC, v_LBKSC = (jnp.stack([x * 0, x]).swapaxes(2, 3).at[..., 24:, :].set(jnp.nan) for x in (k_BSKC, v_BSKC))
     index_BT = jnp.array([2, 14])[:, None] + jnp.arange(tokens)
@@ -60,7 +65,7 @@ def test_scores_of_a_long_cache_never_exist_at_once():
 def test_parts_of_the_keys_are_merged():
     q_BTHC, k_BSKC, v_BSKC = arrays(3, 10)
     nothing = jnp.zeros(q_BTHC.shape), jnp.full((2, HEADS, 3), -jnp.inf)
-    parts = [attention.reference.attend(q_BTHC, k_BSKC[:, s], v_BSKC[:, s]) for s in (slice(4), slice(4, None))]
+    parts = [reference.attend(q_BTHC, k_BSKC[:, s], v_BSKC[:, s]) for s in (slice(4), slice(4, None))]
     out_BTHC, _ = functools.reduce(merged, parts, nothing)
     np.testing.assert_allclose(out_BTHC, attend(q_BTHC, k_BSKC, v_BSKC, None), atol=1e-6)
     np.testing.assert_array_equal(merged(nothing, nothing)[0], 0)
@@ -81,3 +86,47 @@ def test_a_cache_in_8_bits_holds_what_it_was_given_nearly():
     wide = [KVCache.empty(1, 1, 64, 1, 128, jnp.bfloat16, int8) for int8 in (True, False)]
     small, large = (sum(x.nbytes for x in jax.tree.leaves(one)) for one in wide)
     assert small <= 0.55 * large
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=1, context=2, tensor=2)], ids=["alone", "over a mesh"])
+def test_the_kernels_write_and_read_a_cache_as_xla_does(monkeypatch, tokens, mesh):
+    """One row is new, one goes on, one has padding behind its tokens, and one has no token."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    q_BTHC, k_BTKC, v_BTKC = (
+        jax.random.normal(key, (4, tokens, n, 128)) for key, n in zip(keys, (4, 2, 2), strict=False)
+    )
+    start_B, count_B = jnp.array([0, 150, 200, 70]), jnp.minimum(jnp.array([20, 20, 13, 0]), tokens)
+    place_BT = start_B[:, None] + jnp.arange(tokens)
+    real_BT = jnp.arange(tokens) < count_B[:, None]
+    index_BT = jnp.where(real_BT, place_BT, 256 + jnp.arange(tokens))
+    tables = rotation(place_BT, frequencies(128, 1e4))
+    k_LBKSC, v_LBKSC = jax.random.normal(keys[3], (2, 2, 4, 2, 256, 128))
+
+    def read(q_BTHC, k_BTKC, v_BTKC):
+        cache = KVCache(k_LBKSC, v_LBKSC, None, None)
+        return appended_attention(q_BTHC, k_BTKC, v_BTKC, tables, cache, jnp.int32(1), index_BT, jnp.int32(213))
+
+    (wanted, wanted_cache) = jax.jit(read)(q_BTHC, k_BTKC, v_BTKC)
+    monkeypatch.setattr(module, "cache_backend", lambda *_: "tpu_interpret")
+    with jax.set_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        found, cache = jax.jit(lambda *qkv: read(*qkv))(q_BTHC, k_BTKC, v_BTKC)
+    np.testing.assert_allclose(found[real_BT], wanted[real_BT], atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, cache, wanted_cache)
+
+
+def test_caches_on_a_tpu_go_to_the_kernels_where_these_can_read_them_as_they_lie(monkeypatch):
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+
+    def backend(width=128, slots=1024, int8=False, tensor=1):
+        def choose():
+            cache = KVCache.empty(1, 8, slots, 2, width, jnp.bfloat16, int8)
+            found.append(module.cache_backend(jnp.zeros((8, 1, 4, width), jnp.bfloat16), cache))
+
+        found = []
+        with jax.set_mesh(make_mesh(MeshConfig(data=8 // tensor, fsdp=1, tensor=tensor))):
+            jax.eval_shape(choose)
+        return found[0]
+
+    assert backend() == backend(tensor=2) == "tpu"
+    assert not any((backend(width=64), backend(slots=1000), backend(int8=True), backend(tensor=4)))

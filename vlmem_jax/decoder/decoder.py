@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from vlmem_jax.nn.attention import cached_attention, causal_attention, filled_attention
+from vlmem_jax.nn.attention import causal_attention
+from vlmem_jax.nn.cached_attention import appended_attention
 from vlmem_jax.nn.embedding import look_up
 from vlmem_jax.nn.linear import Linear, param
 from vlmem_jax.nn.lora import Adapters, LayerAdapters, LinearMap, adapted
@@ -233,13 +234,10 @@ class Decoder(nnx.Module):
             def core(q_BTHC, k_BTKC, v_BTKC, tables):
                 if cache is None:
                     return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT, tables, prefix_BT), None
+                if cache_index_BT is not None:
+                    return appended_attention(q_BTHC, k_BTKC, v_BTKC, tables, cache, index, cache_index_BT, cache_used)
                 q_BTHC, k_BTKC = rotate(q_BTHC, tables), rotate(k_BTKC, tables)
-                updated = cache.write(index, k_BTKC, v_BTKC, cache_index_BT)
-                if cache_index_BT is None:
-                    return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), updated
-                if cache_used is not None:
-                    return filled_attention(q_BTHC, updated, index, cache_index_BT, cache_used), updated
-                return cached_attention(q_BTHC, *updated.layer(index), cache_index_BT), updated
+                return causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT), cache.write(index, k_BTKC, v_BTKC)
 
             weights, adapters = state
             adapters = lora.layer(adapters, index) if lora else None

@@ -52,6 +52,7 @@ KERNEL_UTILISATION = {
     ("memory_attention", "backward"): {"v5e": 0.97, "v5p": 0.97, "v6e": 0.45},
     ("causal_attention", "forward"): {"v5e": 1.01, "v5p": 1.01, "v6e": 0.45},
     ("causal_attention", "backward"): {"v5e": 1.02, "v5p": 1.02, "v6e": 0.45},
+    ("cached_attention", "forward"): {"v5e": 0.91, "v5p": 0.91, "v6e": 0.45},
     ("splash", "forward"): {"v5e": 0.88, "v5p": 0.88, "v6e": 0.45},
     ("splash", "backward"): {"v5e": 0.93, "v5p": 0.93, "v6e": 0.45},
 }
@@ -287,12 +288,14 @@ def kernel_seconds(
     the operands, if that is longer."""
     total, name, peak = 0.0, topology.name.partition(":")[0], topology.chip.peak
     for instruction, times in program:
-        found = re.search(r"(memory_attention|causal_attention|splash)\w*", instruction.rest)
+        found = re.search(r"(memory_attention|causal_attention|cached_attention|splash)\w*", instruction.rest)
         if 'custom_call_target="tpu_custom_call"' not in instruction.rest or found is None or not counts(instruction):
             continue
         arrays = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", instruction.rest + instruction.type)
         shapes = [tuple(int(size) for size in sizes.split(",")) for sizes in arrays]
         direction = "backward" if "backward" in instruction.rest or "dkv" in instruction.rest else "forward"
+        if found[1] == "cached_attention":  # of the cache [L, B, K, S, C], a layer is read
+            shapes = [shape[1:] if len(shape) == 5 else shape for shape in shapes]
         flops = _attention_flops(found[1], shapes, direction, samples)
         total += times * _attention_seconds(peak, flops, shapes, KERNEL_UTILISATION[found[1], direction][name])
     return total
@@ -301,6 +304,8 @@ def kernel_seconds(
 def _attention_flops(name: str, shapes: list[tuple[int, ...]], direction: str, samples: int) -> int:
     products = 5 if direction == "backward" else 2
     q, k = shapes[0], shapes[1]
+    if name == "cached_attention":  # q [B, T, heads of 128 lanes] and k [B, K, S, 128], all slots filled
+        return 2 * products * math.prod(q) * k[2]
     if name == "splash":  # q [H, T, C] and k [K, S, C], perhaps with a batch axis in front
         return products * math.prod(q) * k[-2]
     if name == "causal_attention":  # q [B, T, heads of 128 lanes]

@@ -21,7 +21,6 @@ from kernels_pallas.memory_attention.blocks import LANES, MAX_SLOTS, up
 from kernels_pallas.memory_attention.problem import Inputs
 from vlmem_jax.nn.rope import Rotation, rotate
 from vlmem_jax.runtime.sharding import constrain, even_spec, shards
-from vlmem_jax.types import KVCache
 
 KERNEL_KEYS = 512
 """Keys that a kernel reads for a run of queries in windows: those of the run and of a window on either side."""
@@ -29,8 +28,8 @@ KERNEL_KEYS = 512
 
 LONG = 8192
 """Tokens of a row from which on not all of their scores are stored at the same time where no kernel serves."""
-CACHE_BLOCK = 512
-"""Tokens, and slots of a cache, whose scores exist at the same time where many tokens are appended."""
+BLOCK = 512
+"""Tokens of a long row whose scores exist at the same time."""
 
 
 PART_ENTRIES = 16
@@ -95,8 +94,8 @@ def full_attention(
     T = q_BTHC.shape[1]
     if T > LONG and _backend(config, Inputs(**arrays)) == "xla":
         k_BTKC, v_BTKC = k_BTKC[:, :length], v_BTKC[:, :length]
-        q_BTHC = jnp.pad(q_BTHC, ((0, 0), (0, -T % CACHE_BLOCK), (0, 0), (0, 0)))
-        blocks = q_BTHC.reshape(len(q_BTHC), -1, CACHE_BLOCK, *q_BTHC.shape[2:]).swapaxes(0, 1)
+        q_BTHC = jnp.pad(q_BTHC, ((0, 0), (0, -T % BLOCK), (0, 0), (0, 0)))
+        blocks = q_BTHC.reshape(len(q_BTHC), -1, BLOCK, *q_BTHC.shape[2:]).swapaxes(0, 1)
         out = jax.lax.map(lambda q_BTHC: attend(q_BTHC, k_BTKC, v_BTKC, None), blocks)
         return out.swapaxes(0, 1).reshape(q_BTHC.shape)[:, :T]
     if length < k_BTKC.shape[1]:
@@ -265,84 +264,6 @@ def packed_backend(q_BTHC: Float[Array, "B T H C"], k_BTKC: Float[Array, "B T K 
     return None if name == "xla" else name
 
 
-def cached_attention(
-    q_BTHC: Float[Array, "B T H C"],
-    k_BSKC: Float[Array, "B S K C"],
-    v_BSKC: Float[Array, "B S K C"],
-    index_BT: Int32[Array, "B T"],
-) -> Float[Array, "B T H C"]:
-    """Attention of tokens that stand in slots `index_BT` of a cache to all slots up to their own.
-
-    Of more than a few tokens the scores never exist at once: blocks of queries meet blocks of keys, as far as the cache
-    is filled. What comes out for a token beyond the capacity means nothing.
-    """
-    T, S = index_BT.shape[1], k_BSKC.shape[1]
-    if T <= CACHE_BLOCK:
-        return attend(q_BTHC, k_BSKC, v_BSKC, jnp.arange(S) <= index_BT[:, :, None])
-    blocks, block = -(-T // CACHE_BLOCK), min(CACHE_BLOCK, S)
-
-    def in_blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, blocks * CACHE_BLOCK - T)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-        return x.reshape(x.shape[0], blocks, CACHE_BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-    def queries(block_of):
-        q_BQHC, index_BQ = block_of
-        used = jnp.where(index_BQ < S, index_BQ, 0).max() + 1
-
-        def keys(n, so_far):
-            start = jnp.minimum(n * block, S - block)  # the last block begins where a whole one fits
-            k_BPKC, v_BPKC = (jax.lax.dynamic_slice_in_dim(x, start, block, 1) for x in (k_BSKC, v_BSKC))
-            slots_P = start + jnp.arange(block)
-            allowed_BQP = (slots_P >= n * block) & (slots_P <= index_BQ[..., None])
-            return merged(so_far, reference.attend(q_BQHC, k_BPKC, v_BPKC, allowed=allowed_BQP))
-
-        out_BQHC = jnp.zeros(q_BQHC.shape, jnp.float32)
-        lse_BHQ = jnp.full(out_BQHC.shape[:3], -jnp.inf).swapaxes(1, 2)
-        return jax.lax.fori_loop(0, -(-used // block), keys, (out_BQHC, lse_BHQ))[0].astype(q_BQHC.dtype)
-
-    out = jax.lax.map(queries, (in_blocks(q_BTHC), in_blocks(index_BT)))
-    return out.swapaxes(0, 1).reshape(q_BTHC.shape[0], -1, *q_BTHC.shape[2:])[:, :T]
-
-
-def filled_attention(
-    q_BTHC: Float[Array, "B T H C"],
-    cache: KVCache,
-    layer: Int32[Array, ""],
-    index_BT: Int32[Array, "B T"],
-    used: Int32[Array, ""] | int,
-) -> Float[Array, "B T H C"]:
-    """`cached_attention` to one layer of a cache of which no row fills more than the first `used` slots.
-
-    Blocks behind these are not read. What a row gets does not depend on how many are: a block of which it may see
-    nothing changes no bit.
-    """
-    S = cache.k_LBKSC.shape[3]
-    block = min(CACHE_BLOCK, S)
-
-    def keys(n, so_far):
-        start = jnp.minimum(n * block, S - block)  # the last block begins where a whole one fits
-        k_BPKC, v_BPKC = cache.block(layer, start, block)
-        slots_P = start + jnp.arange(block)
-        allowed_BTP = (slots_P >= n * block) & (slots_P <= index_BT[..., None])
-        return merged(so_far, reference.attend(q_BTHC, k_BPKC, v_BPKC, allowed=allowed_BTP))
-
-    out_BTHC = jnp.zeros(q_BTHC.shape, jnp.float32)
-    lse_BHT = jnp.full(out_BTHC.shape[:3], -jnp.inf).swapaxes(1, 2)
-    return jax.lax.fori_loop(0, -(-used // block), keys, (out_BTHC, lse_BHT))[0].astype(q_BTHC.dtype)
-
-
-Part = tuple[Float[Array, "B T H C"], Float[Array, "B H T"]]
-"""Attention to some of the keys, and the log-sum-exp of their scores; -inf where there were none."""
-
-
-def merged(one: Part, other: Part) -> Part:
-    """Attention to the keys of both, in fp32."""
-    lse_BHT = jnp.logaddexp(one[1], other[1])
-    top_BHT = jnp.where(jnp.isfinite(lse_BHT), lse_BHT, 0.0)
-    each = ((out, jnp.exp(part - top_BHT).swapaxes(1, 2)[..., None]) for out, part in (one, other))
-    return sum(out.astype(jnp.float32) * weight for out, weight in each), lse_BHT
-
-
 def _on_each_device(
     kernel: Callable, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, *others_BT: Array
 ) -> Array:
@@ -398,8 +319,8 @@ def _prefixed_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT
         return block(q_BTHC, segments_BT, prefix_BT, jnp.arange(T))
 
     def in_blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, -T % CACHE_BLOCK)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(len(x), -1, CACHE_BLOCK, *x.shape[2:]).swapaxes(0, 1)
+        x = jnp.pad(x, ((0, 0), (0, -T % BLOCK)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(len(x), -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
 
     index_nQ = in_blocks(jnp.arange(T)[None])[:, 0]
     blocks = (*map(in_blocks, (q_BTHC, segments_BT, prefix_BT)), index_nQ)
