@@ -213,6 +213,32 @@ def test_a_step_without_weight_changes_nothing_bit_for_bit(optimizer, parts, sha
     assert rates[1] == rates[2] == rates[3] != rates[0], "that of the next update"
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 2)])
+def test_parts_one_by_one_give_what_they_give_at_once_however_many_they_are(shape):
+    experiment, mesh = standin.experiment(accumulation=4), mesh_of(*shape)
+    task = standin.Task(experiment, experiment.stages[0], None, mesh)
+    program = loop.Program(task, experiment, experiment.stages[0], mesh)
+    (state, frozen), (other, _) = (
+        program.begin(lambda held: jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), task.model.start(), held))
+        for _ in range(2)
+    )
+    run = None
+    with jax.set_mesh(mesh):
+        for step, parts in enumerate((4, 1, 3)):
+            batch = jax.tree.map(lambda x, n=parts: x[:n], task.work(step, None).batch)
+            each = [
+                jax.device_put(jax.tree.map(lambda x, n=n: x[n], batch), sharding.batch_sharding(mesh))
+                for n in range(parts)
+            ]
+            weight = jax.device_put(np.float32(parts * 2), program.replicated)
+            state, metrics = program.step(state, frozen, batch, weight)
+            run = run or program.part_by_part(other, frozen, each, weight)
+            other, found = run(other, frozen, each, weight)
+            assert found.keys() == metrics.keys() and int(other.step) == step + 1
+            for one, two in zip(*map(jax.tree.leaves, ((state, metrics), (other, found))), strict=True):
+                np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-7)
+
+
 def test_steps_without_weight_are_recorded_and_do_not_disturb_going_on(tmp_path):
     experiment = standin.experiment(steps=8, log_every=2)
 

@@ -28,7 +28,7 @@ from vlmem_jax.train.metrics import Recorder, SampleLog
 from vlmem_jax.train.optimizer import make_optimizer, make_schedule
 from vlmem_jax.train.profile import Profile
 from vlmem_jax.train.stages import Split, changed, storage
-from vlmem_jax.train.step import TrainState, init_state, make_step, state_shardings
+from vlmem_jax.train.step import Sums, TrainState, init_state, make_step, state_shardings
 from vlmem_jax.trees import Flat, flatten, unflatten
 
 
@@ -49,7 +49,9 @@ class StepInput:
     """What one step works on."""
 
     batch: Any
-    """Global arrays, each with leading axes [accumulation, rows]. Each set of shapes is compiled once."""
+    """Global arrays, each with leading axes [accumulation, rows], which one program works on; or a list of parts of the
+    same shapes, each with leading axis [rows], of which there may be another number at each step. Each set of shapes is
+    compiled once."""
     denominator: float
     """What the sum of losses is divided by: the weights of the whole step, the same on all hosts. A step of 0 has
     nothing to learn, and changes nothing."""
@@ -149,7 +151,7 @@ def fit(
         ask_all = None if alone else any_host(mesh)
         if heed := getattr(task, "heed", None):
             heed(stopping_place(interrupted, ask_all, mesh))
-        programs: dict[tuple, jax.stages.Compiled] = {}
+        programs: dict[tuple, Callable] = {}
         stopping = False
         in_flight: tuple[int, StepInput, dict] | None = None
 
@@ -202,10 +204,12 @@ def fit(
                         save()
                     break
                 denominator = _everywhere(np.float32(work.denominator), program.replicated)
-                shapes = tuple(x.shape for x in jax.tree.leaves(work.batch))
+                in_parts = isinstance(work.batch, list)
+                shapes = tuple(x.shape for x in jax.tree.leaves(work.batch[0] if in_parts else work.batch))
                 if shapes not in programs:
                     with clock.spent("compile"):
-                        programs[shapes] = program.step.lower(state, frozen, work.batch, denominator).compile()
+                        compiled = program.part_by_part if in_parts else program.at_once
+                        programs[shapes] = compiled(state, frozen, work.batch, denominator)
                         hosts.meet("compiled")  # collectives on CPU do not wait long for a host that compiles slower
                 state, metrics = programs[shapes](state, frozen, work.batch, denominator)
                 if ask_all is not None:
@@ -266,8 +270,16 @@ def _saved(error: Exception, step: int, stage: StageConfig) -> Exception:
         return ValueError(words)
 
 
+RunStep = Callable[[TrainState, Flat, Any, Array], tuple[TrainState, dict[str, Array]]]
+"""`run(state, frozen, batch, denominator) -> (state, metrics)`, compiled; the old state is donated."""
+
+
 class Program:
-    """A stage made ready to run on a mesh: where each array lies, and the compiled step."""
+    """A stage made ready to run on a mesh: where each array lies, and the step.
+
+    `step` is all of it for batches with an axis of parts. `nothing`, `accumulate` and `apply` do it for parts that are
+    given one by one, so that their number is no part of any shape: see `train.step.Step`.
+    """
 
     def __init__(self, task: Objective, experiment: Experiment, stage: StageConfig, mesh: Mesh):
         optimizer_config = experiment.optimizer_of(stage)
@@ -296,13 +308,53 @@ class Program:
             lambda: jax.random.fold_in(jax.random.key(experiment.seed), stage_number),
             task.model.metrics,
         )
+        frozen, rows, compiled = self.split.part(shardings)[1], batch_sharding(mesh), options(mesh)
+        sums = Sums(self.replicated, self.replicated, self.split.part(shardings)[0])
         self.step = jax.jit(
-            step,
+            step.whole,
             donate_argnums=0,
-            in_shardings=(places, self.split.part(shardings)[1], batch_sharding(mesh, leading=1), self.replicated),
+            in_shardings=(places, frozen, batch_sharding(mesh, leading=1), self.replicated),
             out_shardings=(places, self.replicated),
-            compiler_options=options(mesh),
+            compiler_options=compiled,
         )
+        self.nothing = jax.jit(
+            step.nothing, in_shardings=(places, frozen, rows), out_shardings=sums, compiler_options=compiled
+        )
+        self.accumulate = jax.jit(
+            step.accumulate,
+            donate_argnums=0,
+            in_shardings=(sums, places, frozen, rows, self.replicated),
+            out_shardings=sums,
+            compiler_options=compiled,
+        )
+        self.apply = jax.jit(
+            step.apply,
+            donate_argnums=0,
+            in_shardings=(places, frozen, sums, self.replicated),
+            out_shardings=(places, self.replicated),
+            compiler_options=compiled,
+        )
+
+    def at_once(self, state: TrainState, frozen: Flat, batch: Any, denominator: Array) -> RunStep:
+        """The step for batches of these shapes, which have an axis of parts."""
+        return self.step.lower(state, frozen, batch, denominator).compile()
+
+    def part_by_part(self, state: TrainState, frozen: Flat, batch: list, denominator: Array) -> RunStep:
+        """The step for lists of any number of parts of these shapes."""
+        nothing = self.nothing.lower(state, frozen, batch[0]).compile()
+        sums = nothing.out_info
+        accumulate = self.accumulate.lower(sums, state, frozen, batch[0], denominator).compile()
+        apply = self.apply.lower(state, frozen, sums, denominator).compile()
+
+        def run(
+            state: TrainState, frozen: Flat, batch: list, denominator: Array
+        ) -> tuple[TrainState, dict[str, Array]]:
+            sums = nothing(state, frozen, batch[0])
+            for part in batch:
+                sums = accumulate(sums, state, frozen, part, denominator)
+            return apply(state, frozen, sums, denominator)
+
+        return run
 
     def begin(self, start: Callable[[dict], dict]) -> tuple[TrainState, Flat]:
         """State and frozen parameters before the first step."""

@@ -1,8 +1,8 @@
-"""One optimizer step as one compiled program."""
+"""One optimizer step: as one compiled program, or part by part."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,33 @@ All are divided by the step's denominator, where that is not 0. `params` is the 
 is for dropping.
 """
 
-Step = Callable[[TrainState, Flat, Any, Array], tuple[TrainState, dict[str, Array]]]
-"""`step(state, frozen, batch, denominator) -> (state, metrics)`."""
+Totals = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+"""Losses and the other sums, divided by the denominator."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What the parts of a step add up to. It is donated to the program that adds another."""
+
+    parts: Int32[Array, ""]
+    """How many were added."""
+    totals: Totals
+    gradients: Flat
+
+
+class Step(NamedTuple):
+    """What a step does, not yet compiled: all of it in one program, which is one dispatch and of a single part keeps no
+    sums; or in three, `nothing`, `accumulate` for each part and `apply`, of which none knows the number of parts."""
+
+    whole: Callable[[TrainState, Flat, Any, Array], tuple[TrainState, dict[str, Array]]]
+    """`whole(state, frozen, batch, denominator) -> (state, metrics)`; `batch` has a leading axis of parts."""
+    nothing: Callable[[TrainState, Flat, Any], Sums]
+    """`nothing(state, frozen, part) -> sums` of no part; shapes are enough."""
+    accumulate: Callable[[Sums, TrainState, Flat, Any, Array], Sums]
+    """`accumulate(sums, state, frozen, part, denominator) -> sums`"""
+    apply: Callable[[TrainState, Flat, Sums, Array], tuple[TrainState, dict[str, Array]]]
+    """`apply(state, frozen, sums, denominator) -> (state, metrics)`"""
 
 
 def init_state(params: Flat, optimizer: optax.GradientTransformation) -> TrainState:
@@ -51,39 +76,40 @@ def make_step(
 ) -> Step:
     """The step, not yet compiled.
 
-    Every leaf of `batch` has a leading axis of parts, worked on one after the other; their gradients add up. `key()` is
-    the stage's key, made inside the program; each step and part folds its number in. `gauges(params)` are scalars to
-    report. Where the loss or the gradient is not finite, the state comes back as it was and `finite` is False.
+    Parts are worked on one after the other; their gradients add up. `key()` is the stage's key, made inside the
+    program; each step and part folds its number in. `gauges(params)` are scalars to report. Where the loss or the
+    gradient is not finite, the state comes back as it was and `finite` is False.
 
     A step of denominator 0 has no weight: nothing to learn. It is `skipped`: parameters and the optimizer's state stay
     bit for bit, where momentum and weight decay would move them, and the schedule, which counts updates, stands still.
     """
 
-    def step(state: TrainState, frozen: Flat, batch: Any, denominator: Array):
-        step_key = jax.random.fold_in(key(), state.step)
-        weighted = denominator > 0
-        divisor = jnp.where(weighted, denominator, 1.0)
+    def learn(state: TrainState, frozen: Flat, part: Any, denominator: Array, number: Array) -> tuple[Totals, Flat]:
+        """What a part gives."""
+        part_key = jax.random.fold_in(jax.random.fold_in(key(), state.step), number)
+        divisor = jnp.where(denominator > 0, denominator, 1.0)
 
-        def part(params: Flat, rows: Any, index: Array):
-            total, others = loss(unflatten({**frozen, **params}), rows, jax.random.fold_in(step_key, index))
+        def of(params: Flat) -> Totals:
+            total, others = loss(unflatten({**frozen, **params}), part, part_key)
             return total / divisor, jax.tree.map(lambda x: x / divisor, others)
 
-        value_and_grad = jax.value_and_grad(part, has_aux=True)
+        return jax.value_and_grad(of, has_aux=True)(state.params)
 
-        parts = jax.tree.leaves(batch)[0].shape[0]
-        xs = batch, jnp.arange(parts)
-        first = jax.tree.map(lambda x: x[0], xs)
-        if parts == 1:
-            (value, others), grads = value_and_grad(state.params, *first)
-        else:
-            shapes = jax.eval_shape(value_and_grad, state.params, *first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            add = lambda sums, xs: (jax.tree.map(jnp.add, sums, value_and_grad(state.params, *xs)), None)  # noqa: E731
-            ((value, others), grads), _ = jax.lax.scan(add, zeros, xs)
+    def nothing(state: TrainState, frozen: Flat, part: Any) -> Sums:
+        shapes = jax.eval_shape(learn, state, frozen, part, jnp.float32(0), jnp.int32(0))
+        return Sums(jnp.int32(0), *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
-        norm = global_norm(grads)
+    def accumulate(sums: Sums, state: TrainState, frozen: Flat, part: Any, denominator: Array) -> Sums:
+        found = learn(state, frozen, part, denominator, sums.parts)
+        return Sums(sums.parts + 1, *jax.tree.map(jnp.add, (sums.totals, sums.gradients), found))
+
+    def apply(state: TrainState, frozen: Flat, sums: Sums, denominator: Array) -> tuple[TrainState, dict[str, Array]]:
+        (value, others), weighted = sums.totals, denominator > 0
+        norm = global_norm(sums.gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, optimizer_state = optimizer.update(clip(grads, norm, clip_norm), state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(
+            clip(sums.gradients, norm, clip_norm), state.optimizer, state.params
+        )
         changed = optax.apply_updates(state.params, updates), optimizer_state
         kept = state.params, state.optimizer
         kept = jax.tree.map(lambda new, old: jnp.where(finite & weighted, new, old), changed, kept)
@@ -99,7 +125,16 @@ def make_step(
         }
         return new, metrics
 
-    return step
+    def step(state: TrainState, frozen: Flat, batch: Any, denominator: Array) -> tuple[TrainState, dict[str, Array]]:
+        parts, first = len(jax.tree.leaves(batch)[0]), jax.tree.map(lambda x: x[0], batch)
+        if parts == 1:  # nothing to add to
+            sums = Sums(jnp.int32(1), *learn(state, frozen, first, denominator, jnp.int32(0)))
+        else:
+            each = lambda sums, part: (accumulate(sums, state, frozen, part, denominator), None)  # noqa: E731
+            sums, _ = jax.lax.scan(each, nothing(state, frozen, first), batch)
+        return apply(state, frozen, sums, denominator)
+
+    return Step(step, nothing, accumulate, apply)
 
 
 def state_shardings(state: TrainState, params: Flat, otherwise: Any) -> TrainState:
