@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import device
-from vlmem_jax.nn import attention
+from vlmem_jax.nn import attention, seen_blocks
 from vlmem_jax.nn.attention import (
     AttentionConfig,
     attend,
@@ -121,7 +121,7 @@ def test_the_kernel_for_packed_rows_gets_whole_rows_of_some_heads(packed_kernel,
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), ours, plain)
 
 
-@pytest.mark.parametrize("how", ["scores at once", "scores in blocks", "the kernel of packed rows", "over a mesh"])
+@pytest.mark.parametrize("how", ["scores at once", "blocks that are seen", "the kernel of packed rows", "over a mesh"])
 def test_answers_see_the_prompt_that_they_share_and_themselves(monkeypatch, how):
     """The second and third segment see the first; each gives what it gives behind a first of its own."""
     B, T, quarter = 2, 128, 32
@@ -145,9 +145,8 @@ def test_answers_see_the_prompt_that_they_share_and_themselves(monkeypatch, how)
         return (out**2).sum(), out
 
     (_, wanted), wanted_gradients = jax.jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(q, k, v)
-    if how == "scores in blocks":
-        monkeypatch.setattr(attention, "LONG", 50)
-        monkeypatch.setattr(attention, "BLOCK", 48)  # 128 is no multiple of it
+    if how == "blocks that are seen":
+        monkeypatch.setattr(seen_blocks, "BLOCK", 48)  # 128 is no multiple of it
     if how == "the kernel of packed rows":
         monkeypatch.setattr(attention, "packed_backend", lambda *_: "tpu_interpret")
     with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))) if how == "over a mesh" else contextlib.nullcontext():

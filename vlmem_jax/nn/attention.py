@@ -19,6 +19,7 @@ from kernels_pallas.device import platform
 from kernels_pallas.memory_attention import reference
 from kernels_pallas.memory_attention.blocks import LANES, MAX_SLOTS, up
 from kernels_pallas.memory_attention.problem import Inputs
+from vlmem_jax.nn import seen_blocks
 from vlmem_jax.nn.rope import Rotation, rotate
 from vlmem_jax.runtime.sharding import constrain, even_spec, shards
 
@@ -305,27 +306,12 @@ def _plain_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: A
 
 
 def _prefixed_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array, prefix_BT: Array) -> Array:
-    """Of rows of more than LONG tokens the scores of a block of queries exist at the same time, and are made again in
-    the backward pass."""
     T = q_BTHC.shape[1]
-
-    def block(q_BQHC, segments_BQ, prefix_BQ, index_Q):
-        seen = same_segment(segments_BQ, segments_BT)
-        # padding names no prefix, and a prefix of 0 meets nothing
-        seen = seen | same_segment(jnp.where(segments_BQ > 0, prefix_BQ, 0), segments_BT)
-        return attend(q_BQHC, k_BTKC, v_BTKC, seen & (jnp.arange(T) <= index_Q[:, None]))
-
-    if T <= LONG:
-        return block(q_BTHC, segments_BT, prefix_BT, jnp.arange(T))
-
-    def in_blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, -T % BLOCK)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(len(x), -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-    index_nQ = in_blocks(jnp.arange(T)[None])[:, 0]
-    blocks = (*map(in_blocks, (q_BTHC, segments_BT, prefix_BT)), index_nQ)
-    out = jax.lax.map(lambda xs: jax.checkpoint(block)(*xs), blocks)
-    return out.swapaxes(0, 1).reshape(len(q_BTHC), -1, *q_BTHC.shape[2:])[:, :T]
+    if T > 2 * seen_blocks.BLOCK:
+        return seen_blocks.seen_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT, prefix_BT)
+    shared_BT = jnp.where(segments_BT > 0, prefix_BT, 0)  # padding names no prefix, and a prefix of 0 meets nothing
+    seen_BTT = same_segment(segments_BT, segments_BT) | same_segment(shared_BT, segments_BT)
+    return attend(q_BTHC, k_BTKC, v_BTKC, seen_BTT & jnp.tril(jnp.ones((T, T), bool)))
 
 
 def _splash_attention(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segments_BT: Array) -> Array:
