@@ -21,7 +21,8 @@ def test_the_release():
     assert to_dict(resolve("release")) == {
         "ingest": {"threshold": 20.0, "quiet": 15, "longest": 10.0, "tail": 0.0, "fps": 5.0, "side": 0, "quality": 95},
         "build": {
-            "manage": {"images": 64, "reserved": 0}, "fps": 2.0, "schema_fps": 1.0, "images": 0, "attempts": 5,
+            "manage": {"images": 64, "reserved": 0}, "fps": 2.0, "schema_fps": 1.0, "images": 0, "whole": True,
+            "attempts": 5,
         },
         "schema": {"same": 0.7, "found": 0.5, "first": 20, "kept": 5},
         "retrieve": to_dict(RELEASE) | {

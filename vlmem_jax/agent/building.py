@@ -29,6 +29,8 @@ class BuildConfig:
     """Of these, those from which it is extracted what it is about."""
     images: int = 128
     """Frames of a call, at most; 0: there is no limit, as in the release."""
+    whole: bool = False
+    """Whether an episode has frames of its whole span, those of segments that were discarded too, as in the release."""
     attempts: int = 1
     """How often an extraction that is no object is asked for; greedy answers repeat themselves."""
 
@@ -57,8 +59,7 @@ class Builder:
     """A memory that grows segment by segment, in the order of the video; what has been closed stays as it is."""
 
     def __init__(self, config: BuildConfig = BuildConfig(), frames_of: FramesOf | None = None):
-        """`frames_of`: where an episode has frames of its whole span, those that were discarded too, as in the release;
-        by default, it has those of its segments."""
+        """`frames_of`: where the frames of an episode are not those that its segments kept."""
         self.config, self._frames_of, self._state = config, frames_of, Manager()
         self.pyramid = Pyramid([], [], {})
 
@@ -85,6 +86,11 @@ class Builder:
             yield from whole._close(self._state.episode, self._state.members)
         return whole.pyramid
 
+    def shown(self, episode: Episode) -> tuple[Frame, ...]:
+        """The frames of a closed episode from which it is extracted what it is about."""
+        members = [one for one in self.pyramid.segments if one.number in episode.segments]
+        return self._frames(episode, members, self.config.schema_fps)
+
     def _captioned(self, segments: Sequence[Segment]) -> Work[list[Segment]]:
         shown = [self._thinned(one.frames) for one in segments]
         calls = [prompts.caption(frames) for frames in shown if frames]
@@ -109,6 +115,8 @@ class Builder:
         span = Span(episode.start, episode.end)
         if self._frames_of:
             return self._thinned(self._frames_of(span, fps))
+        if self.config.whole:
+            members = self.pyramid.segments
         kept = [frame for member in members for frame in member.frames]
         return self._thinned([kept[n] for n in frames_at_times(span, [frame.time for frame in kept], fps).tolist()])
 

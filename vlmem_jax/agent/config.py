@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "release": {
         "ingest": {"tail": 0.0, "side": 0},
-        "build": {"manage": {"reserved": 0}, "images": 0, "attempts": 5},
+        "build": {"manage": {"reserved": 0}, "images": 0, "whole": True, "attempts": 5},
         "retrieve": to_dict(RELEASE),
         "index": "words",
     },

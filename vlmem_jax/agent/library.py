@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmem_jax.agent.index import ExactIndex, Found, Indexed, VectorIndex
-from vlmem_jax.agent.store import FILE, Layer, State, Store, check_id, open_store
+from vlmem_jax.agent.store import FILE, Layer, State, Store, check_id, open_store, plain_name
 from vlmem_jax.agent.writing import lease
 
 SEARCHED: tuple[Layer, ...] = ("segment", "episode", "concept")
@@ -50,6 +50,20 @@ class Library:
     def find(self, digest: str) -> str | None:
         """The video that holds this, whatever it is called; see `video_id`."""
         return next((video for video in self.videos() if video.endswith(f"-{digest[:16]}")), None)
+
+    def named(self, name: str | None = None) -> str:
+        """The video whose id begins with `name`, or the only one. Raises ValueError, naming them, if there are several,
+        and FileNotFoundError if there is none."""
+        if name in (videos := self.videos()):
+            return name
+        found = [video for video in videos if video.startswith(plain_name(name or ""))]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            shown = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
+            raise ValueError(f"{name or self.root} may be any of {len(found)} videos, {shown}; give more of its name")
+        told = "there is no memory of this video" + self._like(name or "")
+        raise FileNotFoundError(errno.ENOENT, told if name else "there are no memories here", name or str(self.root))
 
     def open(self, video: str, made: Mapping[str, Any] | None = None) -> Store:
         """The memory of a video. Raises FileNotFoundError, naming those with names like it, if there is none."""

@@ -56,8 +56,12 @@ _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}-[0-9a-f]{16}")
 def video_id(name: str, digest: str) -> str:
     """What a video is called in a library: its name, as far as it can stand in a path, and the first 16 hexadecimal
     digits of what it holds, so that two of one name are told apart."""
-    clean = _UNSAFE.sub("_", name).lstrip(".-")[:80] or "video"
-    return check_id(f"{clean}-{digest[:16]}")
+    return check_id(f"{plain_name(name) or 'video'}-{digest[:16]}")
+
+
+def plain_name(name: str) -> str:
+    """As much of a name as can stand in an id."""
+    return _UNSAFE.sub("_", name).lstrip(".-")[:80]
 
 
 def check_id(video: str) -> str:

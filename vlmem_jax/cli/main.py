@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "answer one prompt about images",
     "chat": "talk about images over several turns",
     "stream": "look at a video as it comes, and answer questions about it at any time",
+    "memory": "build memories of hours of video, and ask them",
     "evaluate": "score answers to the prompts of JSONL files",
     "convert": "read and write Hugging Face checkpoints",
     "data": "look at data before a run, and pack them for pods",

@@ -1,0 +1,185 @@
+"""From a video file to an answer by `vlmem memory`, with a tiny model."""
+
+import json
+
+import pytest
+
+from tests.agent import world
+from tests.stream.world import pictures
+from vlmem_jax.agent import memory, prompts
+from vlmem_jax.agent.calls import Reply
+from vlmem_jax.agent.library import Library
+from vlmem_jax.agent.memory import Memory
+from vlmem_jax.agent.model import EngineModel
+from vlmem_jax.agent.store import open_store
+from vlmem_jax.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Texts of few tokens, which is enough for a model that knows nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "WORDS", 8)
+        patch.setattr(memory, "TEXT", 1400)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return world.checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return world.video(tmp_path_factory.mktemp("videos") / "a day.mp4")
+
+
+def build(store, checkpoint, *videos):
+    flags = ["--store", str(store), "--checkpoint", str(checkpoint), "--video", *map(str, videos)]
+    return main(["memory", "build", *flags, *world.FLAGS])
+
+
+def act(action, store, *flags):
+    return main(["memory", action, "--store", str(store), *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, checkpoint, video):
+    """A folder with the memory of one video."""
+    folder = tmp_path_factory.mktemp("memories")
+    assert build(folder, checkpoint, video) == 0
+    return folder
+
+
+def test_from_a_video_to_an_answer(store, video, checkpoint, capsys):
+    assert act("list", store) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.split()[:3] == [Library(store).named("a day"), "closed", "00:00:08"] and "4 segments" in line
+    assert act("ask", store, "What is it?", "--option", "red", "--option", "blue", "--trace") == 0
+    shown = capsys.readouterr()
+    first, where, *trace = shown.out.splitlines()
+    assert first.removeprefix("the memory does not tell; the likeliest answer: ") in ("A. red", "B. blue")
+    assert where.startswith("  shown by ") and "stage L" in where
+    assert trace[0].split()[0] == "L3" and "0 00:00:00-00:00:0" in trace[0]
+    assert f"with {checkpoint}" in shown.err
+
+
+def test_an_answer_as_json_is_that_of_python(store, capsys):
+    assert act("ask", store, "What is it?", "--option", "red", "--option", "blue", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    video = Library(store).named()
+    found = Memory.open(store / video).ask("What is it?", ["red", "blue"])
+    assert told == {"video": video, **json.loads(json.dumps(found.record()))}
+
+
+def test_what_comes_later_than_a_question_is_not_used(store, capsys):
+    assert act("ask", store, "What is it?", "--option", "red", "--option", "blue", "--at", "00:00:04", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    spans = [span for visit in told["retrieval_trace"] for span in visit["seconds"]]
+    assert spans and max(end for _, end in spans) <= 4.0
+
+
+def test_what_is_built_is_not_built_again(store, video, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(EngineModel, "answer", lambda self, calls: pytest.fail("it was asked"))
+    assert build(store, checkpoint, video) == 0
+    assert f"{Library(store).named()}: is there already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_build_that_was_stopped_goes_on(tmp_path, store, video, checkpoint, capsys, monkeypatch):
+    """Ctrl-C at the third call: what was answered is not asked again, and the memory is that of one go."""
+    answer, asked = EngineModel.answer, []
+
+    def stopped(self, calls):
+        asked.extend(call.key for call in calls)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answer(self, calls)
+
+    monkeypatch.setattr(EngineModel, "answer", stopped)
+    assert build(tmp_path, checkpoint, video) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert build(tmp_path, checkpoint, video) == 0
+    assert ", 2 were there;" in capsys.readouterr().out
+    assert len(asked) == len(set(asked)) + 1, "the third call alone was made twice"
+    name = Library(store).named()
+    with open_store(tmp_path / name) as one, open_store(store / name) as other:
+        assert one.pyramid() == other.pyramid() and one.cost() == other.cost()
+        assert {**one.made, "checkpoint": ""} == {**other.made, "checkpoint": ""}
+
+
+def test_videos_are_built_side_by_side_and_a_bad_one_stops_no_other(tmp_path, video, checkpoint, capsys, monkeypatch):
+    rounds = []
+    monkeypatch.setattr(EngineModel, "answer", lambda self, calls: rounds.append(len(calls)) or replies(calls))
+    folder, bad = pictures(tmp_path / "pictures", 4), pictures(tmp_path / "bad", 2)
+    for file in bad.iterdir():
+        file.write_bytes(b"no picture")
+    assert build(tmp_path / "m", checkpoint, video, bad, folder) == 1
+    assert max(rounds) == 2, "calls of two videos are answered together"
+    assert "bad holds no frame that can be decoded" in " ".join(capsys.readouterr().err.split())
+    assert {entry.video.partition("-")[0]: entry.state for entry in Library(tmp_path / "m").entries()} == {
+        "a_day.mp4": "closed", "bad": "building", "pictures": "closed"}  # fmt: skip
+
+
+def replies(calls):
+    return [Reply(tokens=[(label, -1.0) for label in call.labels]) if call.labels else Reply("{}") for call in calls]
+
+
+def test_inspect(store, capsys):
+    assert act("inspect", store, "a day") == 0
+    text = capsys.readouterr().out
+    for part in ("made:", "segments:", "episodes:", "concepts:", "cost:", "caption calls", "config.ingest.longest"):
+        assert part in text
+    assert act("inspect", store, "a day", "--show", "cost", "--json") == 0
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert cost["calls"]["caption"] == {"calls": 4, "images": 8} and cost["bytes"]["frames"] > 0
+
+
+def test_verify_and_repair(store, capsys):
+    folder = store / Library(store).named()
+    assert act("verify", store) == 0 and capsys.readouterr().out == "1 memories, 0 faults\n"
+    (folder / "frames" / "ab").mkdir(exist_ok=True)
+    stray = folder / "frames" / "ab" / f"{'ab' * 16}.jpg"
+    stray.write_bytes(b"x")
+    assert act("verify", store) == 1 and "belongs to nothing" in capsys.readouterr().out
+    assert act("verify", store, "--repair") == 0 and not stray.exists()
+
+
+def test_remove(tmp_path, checkpoint, video, capsys, monkeypatch):
+    monkeypatch.setattr(EngineModel, "answer", lambda self, calls: replies(calls))
+    assert build(tmp_path, checkpoint, video) == 0
+    assert act("rm", tmp_path, "b") == 2 and "there is no memory of this video" in capsys.readouterr().err
+    assert act("rm", tmp_path, "a day") == 0 and Library(tmp_path).videos() == []
+    assert act("list", tmp_path) == 0 and "there are no memories" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--video", "/nowhere.mp4"], "there is no file, folder or device of this name"),
+        (["--config.build.imagse=3"], "did you mean"),
+        (["--config.image.max_pixles=3"], "did you mean"),
+        (["--together", "0"], "--together must be at least 1"),
+        (["--config.ingest.fps=2"], "config.ingest.fps 1.0, not 2.0"),
+        (["--embedder", "/nowhere"], "there is no"),
+    ],
+)
+def test_what_is_refused(store, checkpoint, video, capsys, flags, told):
+    words = ["build", store, "--checkpoint", checkpoint, "--video", video, *world.FLAGS, *flags]
+    assert act(*words) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--video", "b"], "there is no memory of this video"),
+        (["--config.build.images=3"], "a question can change keys of"),
+        (["--option", "x"] * 27, "a question can have 26 options"),
+        (["--checkpoint", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_questions_that_are_refused(store, capsys, flags, told):
+    assert act("ask", store, "What?", *flags) == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]

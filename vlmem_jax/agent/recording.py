@@ -1,0 +1,142 @@
+"""The memory of a video as it is written while somebody watches: nodes go into a store as they are closed, with their
+vectors, and calls as they are answered."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vlmem_jax.agent.building import Pyramid
+from vlmem_jax.agent.calls import Work
+from vlmem_jax.agent.config import AgentConfig
+from vlmem_jax.agent.embed import Embedder
+from vlmem_jax.agent.nodes import Extracted, Segment
+from vlmem_jax.agent.schema import Schema, Texts
+from vlmem_jax.agent.store import State
+from vlmem_jax.agent.stream import StreamBuilder
+from vlmem_jax.agent.vectors import as_stored
+from vlmem_jax.agent.watching import keeper, watch
+from vlmem_jax.agent.writing import Writer, journalled
+from vlmem_jax.config import to_dict
+from vlmem_jax.stream.frames import Source
+from vlmem_jax.stream.notes import Notes
+
+READ = 2**20
+"""Bytes of the beginning, and of the end, of a file by which it is known."""
+
+
+def content_digest(source: str | os.PathLike) -> str:
+    """Tells a video file, or a folder of pictures, from others: by its size, its beginning and its end, and by those of
+    all files of a folder and their names. 32 hexadecimal digits. Raises OSError."""
+    content, path = hashlib.blake2b(digest_size=16), Path(source)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        name = file.name if path.is_dir() else ""
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            head = opened.read(READ)
+            opened.seek(max(size - READ, len(head)))
+            content.update(repr((name, size, head, opened.read(READ))).encode())
+    return content.hexdigest()
+
+
+def made_of(
+    video: str, digest: str, model: Mapping[str, Any], embedder: Embedder, config: AgentConfig
+) -> dict[str, Any]:
+    """What a memory is made of and with, as `write_store` takes it; keys of the config each by their own name, so that
+    what differs is told by it."""
+    return {
+        "video": video,
+        "content": digest,
+        **model,
+        "embedder": embedder.mark._asdict(),
+        **{f"config.{key}": value for key, value in flat(to_dict(config)).items()},
+    }
+
+
+def flat(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their keys with dots between."""
+    found: dict[str, Any] = {}
+    for key, value in groups.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{below}": one for below, one in flat(value).items()}
+        else:
+            found[key] = value
+    return found
+
+
+class Recorder:
+    """A `StreamBuilder` whose memory stands in a store."""
+
+    def __init__(self, store: Writer, config: AgentConfig, embedder: Embedder):
+        self._store, self._embedder = store, embedder
+        self._stream = StreamBuilder(keeper(store.frames.write, config.ingest), config.ingest, config.build)
+        self._schema = Schema(config.schema) if config.index == "concepts" else None
+        self._saved = 0, 0
+        self.time = 0.0
+        """Of the last frame, in seconds."""
+
+    @property
+    def pyramid(self) -> Pyramid:
+        """What is closed."""
+        return self._stream.builder.pyramid
+
+    def push(self, frame_HWc: UInt8[np.ndarray, "H W 3"], time: float) -> Work[list[Segment]]:
+        """As `StreamBuilder.push`."""
+        closed = yield from self._stream.push(frame_HWc, time)
+        self.time = time
+        self._save(self.pyramid)
+        return closed
+
+    def flush(self, end: float) -> Work[list[Segment]]:
+        """As `StreamBuilder.flush`."""
+        closed = yield from self._stream.flush(end)
+        self._save(self.pyramid)
+        return closed
+
+    def snapshot(self) -> Work[Pyramid]:
+        """As `StreamBuilder.snapshot`; nothing of it is written."""
+        return (yield from self._stream.snapshot())
+
+    def close(self, state: State = "closed") -> Work[Pyramid]:
+        """The memory as it is if the video ends here, which is written."""
+        pyramid = yield from self._stream.snapshot()
+        self._save(pyramid, state)
+        return pyramid
+
+    def _save(self, pyramid: Pyramid, state: State | None = None) -> None:
+        segments, episodes = (nodes[n:] for nodes, n in zip(pyramid[:2], self._saved, strict=True))
+        if not (segments or episodes or state):
+            return
+        texts = [one.caption for one in (*segments, *episodes)]
+        vectors = iter(self._embed(texts)) if texts else iter(())
+        with self._store.transaction() as batch:
+            for one in (*segments, *episodes):
+                batch.put(one, next(vectors)[None])
+            for episode in episodes:
+                said, frames = pyramid.extracted[episode.number], self._stream.builder.shown(episode)
+                batch.put(Extracted(episode.number, episode.start, episode.end, said, frames))
+                for concept in self._schema.add(episode.number, Texts.of(said), self._embed) if self._schema else ():
+                    batch.put_concept(concept)
+            if state:
+                batch.mark(state)
+        self._saved = len(pyramid.segments), len(pyramid.episodes)
+
+    def _embed(self, texts):
+        return as_stored(self._embedder(texts))
+
+
+def remember(source: Source, recorder: Recorder, store: Writer, notes: Notes) -> Work[Pyramid]:
+    """The memory of all that a source shows, in a store, where it is gone on with if it was stopped. Raises ValueError
+    if nothing can be decoded."""
+
+    def whole() -> Work[Pyramid]:
+        yield from watch(source, recorder, notes)
+        return (yield from recorder.close())
+
+    return (yield from journalled(whole(), store))
