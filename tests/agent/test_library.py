@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.agent.stores import MADE, axis, written
+from vlmem_jax.agent.embed import LexicalEmbedder
 from vlmem_jax.agent.index import ExactIndex, Indexed
 from vlmem_jax.agent.library import Library
 from vlmem_jax.agent.nodes import Segment
@@ -143,3 +144,27 @@ def test_an_approximate_index_finds_what_is_nearest(tmp_path, monkeypatch):
     for row in 0, 500, 999:
         best = index.search("segment", vectors.x_ND[row], 1)[0]
         assert best.number == vectors.numbers_N[row] and best.score == pytest.approx(1, abs=1e-3)
+
+
+def test_memories_of_another_embedder_are_refused_by_name(tmp_path):
+    mark = LexicalEmbedder.mark
+    written(tmp_path / A, made={"embedder": mark._asdict()})
+    assert Library(tmp_path, mark=mark).refresh()[0] == [A]
+    with pytest.raises(ValueError, match=f"{A} holds vectors of the embedder lexical"):
+        Library(tmp_path, mark=mark._replace(digest="0" * 32)).refresh()
+
+
+def test_a_video_is_named_by_the_beginning_of_its_name(tmp_path):
+    library = Library(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there are no memories here"):
+        library.named()
+    for name in ("my film.mp4", "my talk.mp4"):
+        written(tmp_path / video_id(name, "0" * 16))
+    film = video_id("my film.mp4", "0" * 16)
+    assert library.named("my film.mp4") == library.named("my fi") == library.named(film) == film
+    with pytest.raises(ValueError, match="my may be any of 2 videos, my_film.*give more of its name"):
+        library.named("my")
+    with pytest.raises(FileNotFoundError, match="no memory of this video, but of my_film"):
+        library.named("my_film.mkv-0000000000000000")
+    with pytest.raises(FileNotFoundError):
+        library.named("../..")

@@ -183,3 +183,70 @@ def test_what_is_refused(store, checkpoint, video, capsys, flags, told):
 def test_questions_that_are_refused(store, capsys, flags, told):
     assert act("ask", store, "What?", *flags) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- many memories, and those of others -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(tmp_path, video, checkpoint, monkeypatch):
+    """A folder of two memories, in which there are red doors, and a boat in the second segment of the first."""
+
+    def said(call):
+        if call.labels:
+            return Reply(tokens=[(label, float(label == "ADD_NEW")) for label in call.labels])
+        boat = call.kind == "caption" and call.frames[0].time == 2.0
+        found = {"entities": [{"entity name": "door", "description": "red"}]}
+        return Reply(json.dumps(found) if call.kind == "extract" else "a boat" if boat else "a red door")
+
+    monkeypatch.setattr(EngineModel, "answer", lambda self, calls: [said(call) for call in calls])
+    assert build(tmp_path, checkpoint, video, pictures(tmp_path / "pictures", 2)) == 0
+    return tmp_path
+
+
+def test_search(told, capsys):
+    capsys.readouterr()
+    assert act("search", told, "Is there a boat?", "--top", "2") == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.split(maxsplit=1)[1].startswith(
+        f"{Library(told).named('a day')}  segment 1  00:00:02-00:00:04  a boat"
+    )
+    assert act("search", told, "door", "--layer", "concept", "--video", "pictures") == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.split()[1] == Library(told).named("pictures") and "episodes 0  door; door, red" in line
+    assert act("search", told, "zebra") == 0 and capsys.readouterr().out == "nothing was found\n"
+
+
+def test_an_index_holds_what_is_there(told, capsys):
+    pytest.importorskip("lancedb")
+    capsys.readouterr()
+    assert act("index", told) == 0 and "2 memories taken, 0 forgotten, 2 held" in capsys.readouterr().out
+    assert act("search", told, "boat", "--index", told / "index", "--layer", "segment", "--top", "1") == 0
+    assert "segment 1" in capsys.readouterr().out
+    assert act("index", told) == 0 and "0 memories taken" in capsys.readouterr().out
+
+
+def test_a_memory_goes_out_and_comes_back(told, tmp_path, capsys):
+    assert act("export", told, "a day", "--out", tmp_path / "out") == 0
+    assert act("import", told / "other", tmp_path / "out") == 0
+    assert act("import", told / "other", tmp_path / "out") == 0
+    assert "is there already" in capsys.readouterr().out
+    here, there = Library(told), Library(told / "other")
+    with here.open(here.named("a day")) as one, there.open(there.named()) as other:
+        assert other.pyramid()[:2] == one.pyramid()[:2] and other.state == "closed"
+        assert [vars(c)["name"] for c in other.concepts()] == ["door"]
+        for layer in ("segment", "episode", "concept"):
+            assert (other.vectors(layer).x_ND == one.vectors(layer).x_ND).all()
+    assert act("export", told, "a day", "--out", tmp_path / "out") == 2
+    assert act("ask", told / "other", "What?") == 2
+    assert "does not say which model built it; give a checkpoint" in capsys.readouterr().err
+
+
+def test_what_cannot_be_imported_leaves_nothing(told, tmp_path, capsys):
+    assert act("export", told, "a day", "--out", tmp_path / "out") == 0
+    with open(tmp_path / "out" / "l2_memory.jsonl", "a") as file:
+        file.write("{wrong\n")
+    assert act("import", told / "other", tmp_path / "out") == 2
+    assert "l2_memory.jsonl:5 is no JSON" in capsys.readouterr().err
+    assert Library(told / "other").videos() == []
+    assert act("import", told / "other", tmp_path / "nowhere") == 2 and "there is no folder" in capsys.readouterr().err

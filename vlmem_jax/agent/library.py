@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmem_jax.agent.embed import Mark
 from vlmem_jax.agent.index import ExactIndex, Found, Indexed, VectorIndex
 from vlmem_jax.agent.store import FILE, Layer, State, Store, check_id, open_store, plain_name
 from vlmem_jax.agent.writing import lease
@@ -34,9 +35,10 @@ class Entry(NamedTuple):
 class Library:
     """A folder of memories, each in a folder of its own that is named by the id of its video."""
 
-    def __init__(self, root: str | Path, index: VectorIndex | None = None):
-        """`index`: what is searched; else all vectors are compared, in this process."""
-        self.root = Path(root)
+    def __init__(self, root: str | Path, index: VectorIndex | None = None, mark: Mark | None = None):
+        """`index`: what is searched; else all vectors are compared, in this process; `mark`: that of the embedder which
+        all of them must be of."""
+        self.root, self._mark = Path(root), mark
         self.index: VectorIndex = ExactIndex() if index is None else index
 
     def videos(self) -> list[str]:
@@ -99,7 +101,7 @@ class Library:
 
     def refresh(self) -> tuple[list[str], list[str]]:
         """Has the index hold the memories that are closed, as they are now. Gives the videos that it took, and those
-        that it forgot."""
+        that it forgot. Raises ValueError, naming the memory, for vectors of another embedder."""
         known = self.index.marks()
         there = {video: _mark(self.folder(video)) for video in self.videos()}
         changed = [video for video, mark in there.items() if known.get(video) != mark]
@@ -119,9 +121,13 @@ class Library:
             with self.open(video) as store, store.moment():
                 if store.state != "closed":
                     return None
-                return Indexed(video, mark, {layer: store.vectors(layer) for layer in SEARCHED})
+                made = store.made.get("embedder")
+                indexed = Indexed(video, mark, {layer: store.vectors(layer) for layer in SEARCHED})
         except (ValueError, OSError):  # `entries` says what is wrong with it
             return None
+        if self._mark is not None and made is not None:
+            self._mark.check(made, str(self.folder(video)))
+        return indexed
 
     def search(
         self, layer: Layer, query_D: np.ndarray, most: int = 10, videos: Collection[str] | None = None

@@ -3,12 +3,12 @@ vectors, and calls as they are answered."""
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from vlmem_jax.agent.building import Pyramid
 from vlmem_jax.agent.calls import Work
@@ -20,7 +20,7 @@ from vlmem_jax.agent.store import State
 from vlmem_jax.agent.stream import StreamBuilder
 from vlmem_jax.agent.vectors import as_stored
 from vlmem_jax.agent.watching import keeper, watch
-from vlmem_jax.agent.writing import Writer, journalled
+from vlmem_jax.agent.writing import Batch, Writer, journalled
 from vlmem_jax.config import to_dict
 from vlmem_jax.stream.frames import Source
 from vlmem_jax.stream.notes import Notes
@@ -113,22 +113,29 @@ class Recorder:
         segments, episodes = (nodes[n:] for nodes, n in zip(pyramid[:2], self._saved, strict=True))
         if not (segments or episodes or state):
             return
-        texts = [one.caption for one in (*segments, *episodes)]
-        vectors = iter(self._embed(texts)) if texts else iter(())
         with self._store.transaction() as batch:
-            for one in (*segments, *episodes):
-                batch.put(one, next(vectors)[None])
-            for episode in episodes:
-                said, frames = pyramid.extracted[episode.number], self._stream.builder.shown(episode)
-                batch.put(Extracted(episode.number, episode.start, episode.end, said, frames))
-                for concept in self._schema.add(episode.number, Texts.of(said), self._embed) if self._schema else ():
-                    batch.put_concept(concept)
+            put_nodes(batch, Pyramid(segments, episodes, pyramid.extracted), self._schema, self._embedder)
+            for one in episodes:
+                said, frames = pyramid.extracted[one.number], self._stream.builder.shown(one)
+                batch.put(Extracted(one.number, one.start, one.end, said, frames))
             if state:
                 batch.mark(state)
         self._saved = len(pyramid.segments), len(pyramid.episodes)
 
-    def _embed(self, texts):
-        return as_stored(self._embedder(texts))
+
+def put_nodes(batch: Batch, new: Pyramid, schema: Schema | None, embedder: Embedder) -> None:
+    """Segments and episodes with their vectors, and the concepts of a schema that these episodes ground, if there is
+    one."""
+
+    def embed(texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        return as_stored(embedder(texts))
+
+    nodes = [*new.segments, *new.episodes]
+    for one, vector_D in zip(nodes, embed([one.caption for one in nodes]) if nodes else (), strict=True):
+        batch.put(one, vector_D)
+    for one in new.episodes if schema else ():
+        for concept in schema.add(one.number, Texts.of(new.extracted[one.number]), embed):
+            batch.put_concept(concept)
 
 
 def remember(source: Source, recorder: Recorder, store: Writer, notes: Notes) -> Work[Pyramid]:

@@ -8,14 +8,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmem_jax.agent.building import Pyramid
 from vlmem_jax.agent.nodes import Episode, Extracted, Segment, from_fields
 from vlmem_jax.agent.schema import Concept, ReleaseSchema, Texts
 from vlmem_jax.agent.store import Store
-from vlmem_jax.agent.writing import Writer
+from vlmem_jax.agent.writing import Batch, Writer
 from vlmem_jax.paths import write_whole
 from vlmem_jax.processing.images import open_image
 from vlmem_jax.processing.media import Encoded, resolve
@@ -110,11 +111,14 @@ def _node_link(graph: Graph) -> dict[str, Any]:
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def import_release(folder: str | Path, store: Writer) -> tuple[str, Graph]:
+def import_release(
+    folder: str | Path, store: Writer, more: Callable[[Batch, Pyramid], None] | None = None
+) -> tuple[str, Graph]:
     """Puts the memory of a folder into a store, all of it or nothing, and marks it closed. Gives what the video is
-    called there, and the graph. Nodes have no vectors, for the release keeps none.
+    called there, and the graph.
 
-    Raises ValueError, naming file and line, for what is not as the release writes it.
+    more: puts what the release does not keep, such as vectors, in the same go. Raises ValueError, naming file and line,
+    for what is not as the release writes it.
     """
     folder = Path(folder)
     with store.transaction() as batch:
@@ -124,8 +128,12 @@ def import_release(folder: str | Path, store: Writer) -> tuple[str, Graph]:
         there = {one.number for one in segments}
         if lost := sorted({n for one in episodes for n in one.segments} - there):
             raise ValueError(f"{folder}/l2_memory.jsonl names segments {lost[:5]}, which are not in l1_memory.jsonl")
-        for node in [*segments, *episodes, *reader.extracted({one.number: one for one in episodes})]:
+        extracted = reader.extracted({one.number: one for one in episodes})
+        for node in [*segments, *episodes, *extracted]:
             batch.put(node)
+        if more:
+            said = {one.number: {} for one in episodes} | {one.number: one.said for one in extracted}
+            more(batch, Pyramid(segments, episodes, said))
         graph = _read_graph(folder / GRAPH)
         batch.mark("closed")
     return reader.video, graph

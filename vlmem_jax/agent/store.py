@@ -113,13 +113,21 @@ class Store:
 
     def nodes(self, layer: Layer, kind: type[T]) -> list[T]:
         """All nodes of a layer, in order. Raises ValueError, naming the node, for one that is damaged."""
-        found, rows = [], self.rows("SELECT number, content FROM node WHERE layer = ? ORDER BY number", layer)
-        for number, content in rows:
-            try:
-                found.append(from_json(kind, content))
-            except ValueError as error:
-                raise ValueError(f"{self.file} is damaged at {layer} {number}: {error}") from error
-        return found
+        rows = self.rows("SELECT number, content FROM node WHERE layer = ? ORDER BY number", layer)
+        return [self._node(layer, kind, *row) for row in rows]
+
+    def node(self, layer: Layer, kind: type[T], number: int) -> T:
+        """One of them. Raises ValueError, naming it, if it is damaged or not there."""
+        rows = self.rows("SELECT number, content FROM node WHERE layer = ? AND number = ?", layer, number)
+        if not rows:
+            raise ValueError(f"{self.file} holds no {layer} {number}")
+        return self._node(layer, kind, *rows[0])
+
+    def _node(self, layer: Layer, kind: type[T], number: int, content: str) -> T:
+        try:
+            return from_json(kind, content)
+        except ValueError as error:
+            raise ValueError(f"{self.file} is damaged at {layer} {number}: {error}") from error
 
     def pyramid(self) -> Pyramid:
         """The layers, as of one moment."""

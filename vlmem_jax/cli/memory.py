@@ -16,7 +16,7 @@ from vlmem_jax.agent.library import Library
 from vlmem_jax.agent.nodes import Episode, Grounding, Segment
 from vlmem_jax.agent.store import LAYERS, Store
 from vlmem_jax.agent.writing import write_store
-from vlmem_jax.cli import memory_ask, memory_build
+from vlmem_jax.cli import memory_ask, memory_build, memory_share
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.cli.memory_show import aligned, clock, size, told
 from vlmem_jax.config import ConfigError
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions, "rm", _remove, "Removes memories and their frames.", "vlmem memory rm a.mp4 --store runs/memories"
     )
     _add_video(removing, nargs="+")
+    memory_share.add_actions(actions, _action)
     add_config(parser, optional=True)
 
 
