@@ -64,9 +64,10 @@ def test_frames_by_their_times():
         span = Span(start, start + rng.uniform(0, 6))
         found = frames_at_times(span, times, fps)
         inside = np.flatnonzero((times >= span.start) & (times < span.end))
-        assert set(found) <= set(inside) and bool(len(found)) == bool(len(inside))
-        if len(inside):
-            assert found[0] == inside[0] and len(found) <= max(1, (span.end - span.start) * fps + 1)
+        on_screen = int((times <= span.start).sum()) - 1
+        assert set(found) <= {on_screen, *inside} and bool(len(found)) == (on_screen >= 0 or bool(len(inside)))
+        if len(found):
+            assert found[0] in (on_screen, *inside[:1]) and len(found) <= max(1, (span.end - span.start) * fps + 1)
     assert frames_at_times(Span(2.0, 3.0), times, 5.0).tolist() == [50, 55, 60, 65, 70]
 
 
@@ -82,7 +83,17 @@ def test_frames_are_chosen_before_the_end_is_known():
 def test_frames_of_an_uneven_rate():
     times = [0.0, 0.1, 0.2, 3.0, 3.1, 3.2, 9.0]
     assert frames_at_times(Span(0.0, 4.0), times, 1.0).tolist() == [0, 2, 3]
-    assert frames_at_times(Span(4.0, 9.0), times, 1.0).tolist() == []
+
+
+def test_what_is_on_the_screen_is_taken_where_nothing_new_begins():
+    """A slide that stays for 10 seconds, also where something else comes before the end."""
+    times = [0.0, 0.1, 0.2, 3.0, 3.1, 3.2, 9.0]
+    assert frames_at_times(Span(4.0, 9.0), times, 1.0).tolist() == [5]
+    assert frames_at_times(Span(4.0, 9.5), times, 0.5).tolist() == [5], "at 4, 6 and 8 seconds"
+    assert frames_at_times(Span(4.0, 9.5), times, 1.0).tolist() == [5, 6]
+    assert frames_at_times(Span(2.9, 3.05), times, 1.0).tolist() == [3], "the new one comes before it is missed"
+    assert frames_at_times(Span(50.0, 60.0), times, 5.0).tolist() == [6]
+    assert frames_at_times(Span(-5.0, -1.0), times, 5.0).tolist() == []
 
 
 def test_a_still_video_has_its_first_frame():

@@ -79,6 +79,12 @@ def test_a_video_file_in_segments_of_frames_that_are_kept(world, tmp_path):
             assert level == pytest.approx(40 * frame.time, abs=8)
 
 
+def test_a_slide_that_stays_is_in_every_segment(world):
+    segments, end = world.watch(Timed(0.0, 7.0))
+    assert times(segments) == [(0.0, 2.0, [0.0]), (2.0, 4.0, [0.0]), (4.0, 6.0, [0.0]), (6.0, end, [0.0, 7.0])]
+    assert {one.caption for one in segments} == {"seen"}
+
+
 def test_times_that_do_not_rise_are_left_out_and_counted(world):
     segments, end = world.watch(Timed(0.0, 0.5, 0.5, 0.2, 1.0, 1.5))
     assert times(segments) == [(0.0, 2.0, [0.0, 0.5, 1.0, 1.5])] and end == 2.0

@@ -142,8 +142,11 @@ def frames_at_rate(span: Span, rate: float, count: int, fps: float) -> Int[np.nd
 
 def frames_at_times(span: Span, times_N: Sequence[float] | Float[np.ndarray, "N"], fps: float) -> Int[np.ndarray, "n"]:
     """The same by the time of each frame, which rises, but not evenly: those that are shown `fps` times a second from
-    the start on. Which they are depends on the start, so that they can be chosen while the end is not known."""
+    the start on. One that was there before is taken if none begins so soon that it is not missed. Which they are
+    depends on the start, so that they can be chosen while the end is not known."""
     first, last = np.searchsorted(times_N, span)
+    if first and (first == last or times_N[first] >= span.start + 1 / fps):  # a slide that stays, say
+        first -= 1
     if first >= last:
         return np.zeros(0, int)
     wanted = span.start + np.arange(max(1, math.ceil((span.end - span.start) * fps))) / fps

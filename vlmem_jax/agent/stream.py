@@ -58,7 +58,7 @@ class StreamBuilder:
             kept = tuple(self._keep(frame, time) for time, frame in (self._held[n] for n in chosen.tolist()))
             found.append(Segment(self._count, *span, frames=kept))
             self._count += 1
-            self._held = [one for one in self._held if one[0] >= span.end]
+            self._held = self._held[max(int(np.searchsorted([time for time, _ in self._held], span.end)) - 1, 0) :]
         return found
 
     def _let_go(self) -> None:
