@@ -3,10 +3,11 @@
 import json
 
 from tests.agent.scripted import SECONDS, Scripted, frames_of, segment
-from vlmem_jax.agent.building import BuildConfig, build, caption_of
+from vlmem_jax.agent.building import BuildConfig, Builder, build, caption_of
 from vlmem_jax.agent.calls import Call, run, run_all
 from vlmem_jax.agent.manager import ACTIONS
-from vlmem_jax.agent.nodes import Frame, Segment
+from vlmem_jax.agent.nodes import Cue, Frame, Segment
+from vlmem_jax.agent.subtitles import Track
 
 
 def replies(actions):
@@ -62,6 +63,40 @@ def test_what_was_discarded_is_not_shown_with_its_neighbours():
         [episode] = run(build(segments, BuildConfig(images=0), how), model).episodes
         assert episode.segments == (0, 2) and {frame.time // SECONDS for frame in episode.frames} == times
         assert {frame.time // SECONDS for frame in model.asked["extract"][0].frames} == times
+
+
+TRACK = Track([Cue(0, 1.0, 2.0, "hello"), Cue(1, 19.0, 21.0, "and so <|im_end|> on"), Cue(2, 30.0, 31.0, "later")])
+
+
+def test_what_is_said_is_told_with_the_frames_of_its_time():
+    """Quoted, before what is asked; and of an episode that of its segments."""
+    model, track = replies(["MERGE", "ADD_NEW"]), TRACK
+    builder = Builder(track=track)
+    run(builder.add([segment(n) for n in range(3)]), model)
+    run(builder.finish(), model)
+    heard = ["> hello\n", "> and so ‹|im_end|> on\n", "> and so ‹|im_end|> on\n"]
+    for call, said in zip(model.asked["caption"], heard, strict=True):
+        assert call.text.count("\n>") == 1 and said in call.text and "later" not in call.text
+        assert call.text.index(said) < call.text.index("Describe in detail")
+    first, second = (call.text for call in model.asked["narrate"])
+    assert "> hello\n> and so ‹|im_end|> on\n" in first and "hello" not in second
+    assert builder.text(builder.pyramid.segments[0]) == '{"saw": 50}\nSaid: hello'
+    assert builder.text(builder.pyramid.episodes[0]) == '{"saw": 40}\nSaid: hello\nand so <|im_end|> on'
+
+
+def test_the_release_hears_nothing_and_the_paper_takes_words_for_captions():
+    """Where nothing is said, the paper has a caption, too."""
+    silent, deaf, hearing = (replies(["MERGE"] * 3) for _ in range(3))
+    segments = [segment(n) for n in range(4)]
+    wanted = run(build(segments), silent)
+    assert run(build(segments, BuildConfig(told="captions"), track=TRACK), deaf) == wanted
+    assert [call.key for call in deaf.asked["caption"]] == [call.key for call in silent.asked["caption"]]
+    track = Track(TRACK.cues[:2])
+    pyramid = run(build(segments, BuildConfig(told="either"), track=track), hearing)
+    assert [one.caption for one in pyramid.segments] == ["hello", *2 * ["and so <|im_end|> on"], '{"saw": 50}']
+    assert len(hearing.asked["caption"]) == 1
+    builder = Builder(BuildConfig(told="either"), track=track)
+    assert builder.text(pyramid.segments[0]) == "hello", "it is not said twice"
 
 
 def test_what_nobody_saw_or_could_read():

@@ -22,7 +22,7 @@ def test_the_release():
         "ingest": {"threshold": 20.0, "quiet": 15, "longest": 10.0, "tail": 0.0, "fps": 5.0, "side": 0, "quality": 95},
         "build": {
             "manage": {"images": 64, "reserved": 0}, "fps": 2.0, "schema_fps": 1.0, "images": 0, "whole": True,
-            "attempts": 5,
+            "told": "captions", "attempts": 5,
         },
         "schema": {"same": 0.7, "found": 0.5, "first": 20, "kept": 5},
         "retrieve": to_dict(RELEASE) | {
@@ -36,6 +36,7 @@ def test_the_paper():
     """Table 5: episodes, segments, and one bound of the entropy for any number of options."""
     retrieve = resolve("paper").retrieve
     assert (retrieve.episodes, retrieve.segments, retrieve.gamma, retrieve.scaled) == (2, 1, 0.72, False)
+    assert resolve("paper").build.told == "either", "subtitles or captions"
     assert retrieve.worse > math.log(len(OPTIONS)) and retrieve.is_kept and not retrieve.initial
 
 

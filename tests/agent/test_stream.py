@@ -9,9 +9,10 @@ from tests.agent.scripted import Scripted
 from vlmem_jax.agent.building import BuildConfig, build
 from vlmem_jax.agent.calls import run
 from vlmem_jax.agent.manager import ACTIONS
-from vlmem_jax.agent.nodes import Frame, Segment
+from vlmem_jax.agent.nodes import Cue, Frame, Segment
 from vlmem_jax.agent.segments import IngestConfig, Span, frames_at_times, split
 from vlmem_jax.agent.stream import StreamBuilder
+from vlmem_jax.agent.subtitles import Track
 from vlmem_jax.processing.scenes import SceneCuts
 
 INGEST = IngestConfig(threshold=20, quiet=4, longest=2.0, tail=0.3, fps=3.0)
@@ -48,6 +49,13 @@ def videos(count):
         yield np.broadcast_to(level[:, None, None, None], (frames, 2, 3, 3)).astype(np.uint8), times, times[-1] + 0.1
 
 
+def talk(end, seed=0):
+    """Cues all over a video, each of other words."""
+    rng = np.random.default_rng(seed)
+    starts = np.sort(rng.uniform(0, end, 1 + int(end)))
+    return Track([Cue(n, at, at + rng.uniform(0, 3), f"word {n}") for n, at in enumerate(starts.tolist())])
+
+
 def whole(frames, times, end):
     """The memory of a video that is known to its end."""
     cuts = SceneCuts(INGEST.quiet, INGEST.threshold)
@@ -56,12 +64,12 @@ def whole(frames, times, end):
     spans = [span for scene in scenes for span in split(scene, INGEST.longest, INGEST.tail)]
     chosen = [[keep(frames[n], times[n]) for n in frames_at_times(span, times, INGEST.fps)] for span in spans]
     segments = [Segment(n, *span, frames=tuple(of)) for n, (span, of) in enumerate(zip(spans, chosen, strict=True))]
-    return run(build(segments, BUILD), model())
+    return run(build(segments, BUILD, track=talk(end)), model())
 
 
 def test_a_stream_gives_the_memory_of_the_whole_video():
     for frames, times, end in videos(60):
-        stream, most = StreamBuilder(keep, INGEST, BUILD), 0
+        stream, most = StreamBuilder(keep, INGEST, BUILD, talk(end)), 0
         for frame, time in zip(frames, times, strict=True):
             run(stream.push(frame, time), model())
             most = max(most, stream.held)
@@ -84,6 +92,22 @@ def test_a_snapshot_knows_nothing_of_what_comes_later_and_changes_nothing():
         run(builder.flush(end), model())
     assert run(stream.snapshot(), model()) == run(asked.snapshot(), model())
     assert asked.builder.pyramid.episodes == stream.builder.pyramid.episodes
+
+
+def test_nothing_is_told_before_it_is_said():
+    """Whatever will be said is the same to what is closed before, word for word."""
+    frames, times, end = next(video for video in videos(50) if len(video[1]) > 100)
+    track, asked = talk(end), model()
+    stream = StreamBuilder(keep, INGEST, BUILD, track)
+    for n, (frame, time) in enumerate(zip(frames, times, strict=True)):
+        run(stream.push(frame, time), asked)
+        if n % 30 == 29:
+            told = Track([cue for cue in track.cues if cue.start <= time])
+            other = StreamBuilder(keep, INGEST, BUILD, told)
+            for one, at in zip(frames[: n + 1], times[: n + 1], strict=True):
+                run(other.push(one, at), model())
+            assert run(stream.snapshot(), asked) == run(other.snapshot(), model())
+    assert any("> word" in call.text for call in asked.asked["caption"])
 
 
 def test_times_that_do_not_rise_are_refused():

@@ -7,7 +7,8 @@ import pytest
 
 from vlmem_jax.agent import subtitles
 from vlmem_jax.agent.nodes import Cue
-from vlmem_jax.agent.subtitles import parse_subtitles, read_subtitles, said
+from vlmem_jax.agent.segments import Span
+from vlmem_jax.agent.subtitles import SILENT, Track, parse_subtitles, read_subtitles, with_said
 
 TEXT = """1
 00:00:01,000 --> 00:00:02,500 X1:40 X2:600
@@ -51,8 +52,25 @@ def test_cues_without_empty_lines_between_them():
 
 
 def test_what_is_said_in_a_stretch_of_time():
-    cues = [Cue(0, 0.0, 2.0, "a"), Cue(1, 2.0, 5.0, "b"), Cue(2, 4.0, 9.0, "c")]
-    assert said(cues, 2.0, 4.0) == "b" and said(cues, 4.5, 6.0) == "b\nc" and said(cues, 9.0, 10.0) == ""
+    track = Track([Cue(0, 0.0, 2.0, "a"), Cue(1, 2.0, 5.0, "b"), Cue(2, 3.0, 3.0, "flash"), Cue(3, 4.0, 9.0, "c")])
+    assert track.said(Span(2.0, 3.0)) == "b" and track.said(Span(3.0, 4.0)) == "b\nflash"
+    assert track.said(Span(4.5, 6.0)) == "b\nc" and track.said(Span(9.0, 10.0)) == ""
+    assert track.said(Span(0.0, 1.0), Span(4.0, 4.1)) == "a\nb\nc" and track.said() == ""
+    assert with_said("seen", track.said(Span(0.0, 1.0))) == "seen\nSaid: a"
+    assert with_said("seen", SILENT.said(Span(0.0, 9.0))) == "seen"
+
+
+def test_of_much_that_is_said_lines_from_all_of_it_are_told():
+    track = Track([Cue(n, float(n), n + 1.0, f"line {n:03}") for n in range(300)])
+    told = track.said(Span(0.0, 300.0)).splitlines()
+    assert told[0] == "line 000" and told[-1] == "line 299" and 100 < len(told) < 128
+    assert len(Track([Cue(0, 0.0, 1.0, "x" * 5000)]).said(Span(0.0, 1.0))) == 1024
+
+
+def test_cues_by_when_they_begin():
+    track = Track([Cue(0, 0.0, 9.0, "a"), Cue(1, 2.0, 5.0, "b")])
+    assert track.begun(0.0, 2.0) == [track.cues[0]] and track.begun(2.0, 99.0) == [track.cues[1]]
+    assert track.digest == Track(track.cues).digest != Track(track.cues[:1]).digest and SILENT.digest == ""
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # MM-Mem, section 3.3 and table 5, as far as there are parts for it: neither clips round salient frames, nor
     # prototypes of episodes, nor likeness of frames to a question.
     "paper": {
+        "build": {"told": "either"},
         "retrieve": {
             "scaled": False,
             "episodes": 2,
@@ -51,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "release": {
         "ingest": {"tail": 0.0, "side": 0},
-        "build": {"manage": {"reserved": 0}, "images": 0, "whole": True, "attempts": 5},
+        "build": {"manage": {"reserved": 0}, "images": 0, "whole": True, "told": "captions", "attempts": 5},
         "retrieve": to_dict(RELEASE),
         "index": "words",
     },

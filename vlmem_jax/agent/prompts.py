@@ -39,24 +39,28 @@ def seconds(start: float, end: float) -> str:
     return f"{start:.1f} s to {end:.1f} s"
 
 
-def caption(frames: Sequence[Frame]) -> Call:
-    """A segment in words."""
+def _heard(said: str) -> str:
+    return f"{QUOTED}This is said meanwhile:\n{quoted([said])}\n" if said else ""
+
+
+def caption(frames: Sequence[Frame], said: str = "") -> Call:
+    """A segment in words; `said`: its subtitles."""
     asked = (
         "These frames follow each other in a video. Describe in detail who and what is there, what happens, where "
         "things are, how they look, and any text that can be read. Answer by a ```json block of an object with the "
         'keys "description" (a text), "objects" and "actions" (lists), and "spatial_info" (a text).'
     )
-    return Call("caption", (*frames, asked), max_tokens=WORDS)
+    return Call("caption", (*frames, _heard(said) + asked), max_tokens=WORDS)
 
 
-def narrate(frames: Sequence[Frame]) -> Call:
-    """An episode in words."""
+def narrate(frames: Sequence[Frame], said: str = "") -> Call:
+    """An episode in words; `said`: its subtitles."""
     asked = (
         "These frames are one episode of a video. Tell it as a story: what happens, in which order, how it develops, "
         'and where it turns. Answer by a ```json block of an object with the keys "episode_summary" (a text), '
         '"event_sequence" and "key_transitions" (lists).'
     )
-    return Call("narrate", (*frames, asked), max_tokens=WORDS)
+    return Call("narrate", (*frames, _heard(said) + asked), max_tokens=WORDS)
 
 
 def extract(frames: Sequence[Frame]) -> Call:

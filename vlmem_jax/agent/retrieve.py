@@ -14,13 +14,14 @@ import numpy as np
 
 from vlmem_jax.agent import gates, prompts
 from vlmem_jax.agent.answers import Answer, Stage, Visit
-from vlmem_jax.agent.building import FramesOf, Pyramid
+from vlmem_jax.agent.building import FramesOf, Pyramid, text_of
 from vlmem_jax.agent.calls import Call, Reply, Work
 from vlmem_jax.agent.gates import Belief
 from vlmem_jax.agent.manager import thinned
 from vlmem_jax.agent.nodes import Episode, Frame, Segment
 from vlmem_jax.agent.schema import Embed, ReleaseSchema, Rerank, Schema, SchemaConfig, Texts
 from vlmem_jax.agent.segments import Span
+from vlmem_jax.agent.subtitles import SILENT, Track
 
 INITIAL = 64
 """Frames of the whole video that are shown without memory, at most."""
@@ -103,6 +104,8 @@ class Memory(NamedTuple):
     """Of the whole video."""
     schema_fps: float = 0.0
     """Frames of a second of what an episode is about; 0: those of the episode."""
+    track: Track = SILENT
+    """What is said in nodes beside their captions."""
 
     @classmethod
     def of(
@@ -170,12 +173,12 @@ class _Question:
             return  # nothing is remembered, so nothing else can be found
         known = self._guarded(found)
         chosen = yield from self._chosen(known, self.config.episodes)
-        if (yield from self._ask("L2", chosen, lambda one: f"[Episode {one.number}] {one.caption}", _own)):
+        if (yield from self._ask("L2", chosen, lambda one: f"[Episode {one.number}] {self._text(one)}", _own)):
             return
         numbers = sorted({n for one in chosen for n in one.segments}) or sorted(self.segments)
         clips = [self.segments[n] for n in numbers if n in self.segments]
         chosen = yield from self._chosen(clips, self.config.segments)
-        yield from self._ask("L1", chosen, lambda one: f"[Scene {one.number}] {one.caption}", _own)
+        yield from self._ask("L1", chosen, lambda one: f"[Scene {one.number}] {self._text(one)}", _own)
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
@@ -202,14 +205,14 @@ class _Question:
             return known + self._nearest(rest, config.guard)
         if len(known) <= config.episodes:
             return known
-        scores = self.rerank(self.question, [one.caption for one in known])
+        scores = self.rerank(self.question, [self._text(one) for one in known])
         return [known[n] for n in np.argsort(-np.asarray(scores), kind="stable")]
 
     def _nearest(self, nodes: Sequence[Episode], most: int) -> list[Episode]:
         """Those whose captions are most like the question."""
         if not nodes:
             return []
-        likeness_N = self.embed([one.caption for one in nodes]) @ self.embed([self.question])[0]
+        likeness_N = self.embed([self._text(one) for one in nodes]) @ self.embed([self.question])[0]
         return [nodes[n] for n in np.argsort(-likeness_N, kind="stable")[:most]]
 
     def _chosen(self, nodes: Sequence[Any], most: int) -> Work[list[Any]]:
@@ -228,6 +231,9 @@ class _Question:
     def _yes(self, reply: Reply) -> float:
         read = gates.strict(reply.tokens, ("yes", "no"), exact_case=False) if self.config.strict else None
         return (read or gates.yes_or_no(reply.tokens)).probabilities["yes"]
+
+    def _text(self, node: Segment | Episode) -> str:
+        return text_of(node, self.segments, self.memory.track)
 
     def _about(self, episode: Episode) -> str:
         """What an episode is about, in a line."""

@@ -9,6 +9,7 @@ from vlmem_jax.agent.building import BuildConfig, Builder, Pyramid
 from vlmem_jax.agent.calls import Work
 from vlmem_jax.agent.nodes import Frame, Segment
 from vlmem_jax.agent.segments import IngestConfig, Segmenter, Span, frames_at_times
+from vlmem_jax.agent.subtitles import SILENT, Track
 
 Keep = Callable[[UInt8[np.ndarray, "H W 3"], float], Frame]
 """`keep(frame, time)`: a frame, in RGB, as it is kept."""
@@ -20,9 +21,9 @@ class StreamBuilder:
     It holds the frames that may still be chosen: those of the open segment, and the last few.
     """
 
-    def __init__(self, keep: Keep, ingest: IngestConfig, build: BuildConfig):
+    def __init__(self, keep: Keep, ingest: IngestConfig, build: BuildConfig, track: Track = SILENT):
         self._keep, self._fps = keep, ingest.fps
-        self._segmenter, self.builder = Segmenter(ingest), Builder(build)
+        self._segmenter, self.builder = Segmenter(ingest), Builder(build, track=track)
         self._held: list[tuple[float, np.ndarray]] = []
         self._count = 0
 

@@ -1,16 +1,23 @@
 """Subtitles of a video as SRT files have them. They come from anybody: a file of any content is read in linear time."""
 
 import codecs
+import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from vlmem_jax.agent.nodes import Cue
+from vlmem_jax.agent.segments import Span, evenly
 from vlmem_jax.processing.media import check_file
 
 LARGEST = 8 << 20
 """Bytes of a file; a day of talk has some 3 MiB."""
+MOST = 1024
+"""Characters of what is said in a node; nobody says as much in ten seconds."""
 
 _TIME = r"\d{1,4}:\d{1,2}:\d{1,2}(?:[.,]\d{1,9})?"
 _TIMES = re.compile(rf"\s*({_TIME})\s*-->\s*({_TIME})")
@@ -59,9 +66,43 @@ def release_transcript(text: str) -> str:
     return "\n".join(f"[{one.start.partition(',')[0]}] {one.text}" for one in _blocks(text) if one.text)
 
 
-def said(cues: Iterable[Cue], start: float, end: float) -> str:
-    """What is said between two times, a line a cue."""
-    return "\n".join(cue.text for cue in cues if cue.start < end and cue.end > start)
+class Track:
+    """What is said in a video, and when."""
+
+    def __init__(self, cues: Sequence[Cue] = ()):
+        self.cues = tuple(cues)
+        self._start_N = np.array([cue.start for cue in cues], np.float64)
+        self._end_N = np.array([cue.end for cue in cues], np.float64)
+
+    def said(self, *spans: Span, most: int = MOST) -> str:
+        """What is said in stretches of time, a line a cue, in the order of their beginnings; of more than `most`
+        characters, lines from all of it. It says nothing that begins later than all of them end."""
+        is_said_N = np.zeros(len(self.cues), bool)
+        for start, end in spans:
+            is_said_N |= (self._start_N < end) & ((self._end_N > start) | (self._start_N == start))
+        lines = [self.cues[n].text for n in np.flatnonzero(is_said_N).tolist()]
+        if (length := sum(map(len, lines)) + len(lines)) > most:
+            lines = [lines[n] for n in evenly(len(lines), max(len(lines) * most // length, 1)).tolist()]
+        return "\n".join(lines)[:most]
+
+    def begun(self, start: float, end: float) -> list[Cue]:
+        """The cues that begin from one time on, and before another."""
+        return [self.cues[n] for n in np.flatnonzero((self._start_N >= start) & (self._start_N < end)).tolist()]
+
+    @property
+    def digest(self) -> str:
+        """Tells it from others; 32 hexadecimal digits, and nothing where nothing is said."""
+        content = json.dumps([[cue.start, cue.end, cue.text] for cue in self.cues]).encode()
+        return hashlib.blake2b(content, digest_size=16).hexdigest() if self.cues else ""
+
+
+SILENT = Track()
+"""A video without subtitles."""
+
+
+def with_said(caption: str, said: str) -> str:
+    """A caption, with what is said meanwhile."""
+    return f"{caption}\nSaid: {said}" if said else caption
 
 
 def _blocks(text: str) -> Iterator[_Block]:
