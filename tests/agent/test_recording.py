@@ -11,9 +11,11 @@ from tests.agent.scripted import Scripted
 from vlmem_jax.agent.calls import run
 from vlmem_jax.agent.config import resolve
 from vlmem_jax.agent.embed import LexicalEmbedder
-from vlmem_jax.agent.nodes import Extracted, Grounding
+from vlmem_jax.agent.memory import Helpers, Memory
+from vlmem_jax.agent.nodes import Cue, Extracted, Grounding
 from vlmem_jax.agent.recording import Recorder, content_digest, flat, made_of, remember
 from vlmem_jax.agent.store import open_store
+from vlmem_jax.agent.subtitles import SILENT, Track
 from vlmem_jax.agent.writing import write_store
 from vlmem_jax.config import override
 from vlmem_jax.stream import Notes, Reading, open_source
@@ -32,9 +34,9 @@ def model():
     )
 
 
-def built(folder, video, answering, config=CONFIG):
-    with write_store(folder, made_of("a", content_digest(video), {"model": "scripted"}, EMBED, config)) as store:
-        recorder = Recorder(store, config, EMBED)
+def built(folder, video, answering, config=CONFIG, track=SILENT):
+    with write_store(folder, made_of("a", content_digest(video), {"model": "scripted"}, EMBED, config, track)) as store:
+        recorder = Recorder(store, config, EMBED, track)
         return run(remember(open_source(str(video), Reading()), recorder, store, Notes()), answering)
 
 
@@ -78,6 +80,24 @@ def test_an_episode_of_the_release_has_frames_of_what_was_discarded(tmp_path, vi
     config = resolve(override(ConfigDict(), world.SMALL | {"build.whole": True, "build.images": 8}), "config")
     [episode] = built(tmp_path, video, scripted, config).episodes
     assert episode.segments == (0, 2, 3) and [frame.time for frame in episode.frames] == [0.0, 2.0, 4.0, 6.0]
+
+
+def test_what_is_said_is_kept_compared_and_told(tmp_path, video):
+    """In the second of four segments."""
+    track, scripted = Track([Cue(0, 2.5, 3.5, "mind the gap")]), model()
+    built(tmp_path, video, scripted, track=track)
+    assert ["mind the gap" in call.text for call in scripted.asked["caption"]] == [False, True, False, False]
+    with open_store(tmp_path) as store:
+        assert store.nodes("cue", Cue) == list(track.cues)
+        for layer in ("segment", "episode"):
+            assert store.search(layer, EMBED(["mind the gap"])[0], 1)[0].number == 1
+        near = {"yes": 0.5, "no": 0.5}
+        scripted = Scripted(answer=lambda call: "no", sufficient=lambda call: {"no": 1.0}, relevant=lambda call: near)
+        ask = Memory(store, CONFIG, Helpers.of(), lambda: scripted).ask
+        told = [ask("Which gap?", until=until) and scripted.asked["answer"][-1].text for until in (None, 2.0)]
+        assert "Said: mind the gap" in told[0] and "mind the gap" not in told[1]
+    with pytest.raises(ValueError, match="was made with subtitles '.*', not ''"):
+        built(tmp_path, video, model())
 
 
 def test_another_config_is_refused_by_the_name_of_its_key(tmp_path, video):

@@ -126,6 +126,16 @@ def replies(calls):
     return [Reply(tokens=[(label, -1.0) for label in call.labels]) if call.labels else Reply("{}") for call in calls]
 
 
+def test_subtitles_by_the_name_of_the_video(tmp_path, video, checkpoint, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(EngineModel, "answer", lambda self, calls: asked.extend(calls) or replies(calls))
+    (tmp_path / "a day.srt").write_text("1\n00:00:02,500 --> 00:00:03,000\nmind <b>the</b> gap\n")
+    assert build(tmp_path / "m", checkpoint, video, "--subtitles", tmp_path) == 0
+    assert ["mind the gap" in call.text for call in asked if call.kind == "caption"] == [False, True, False, False]
+    assert build(tmp_path / "n", checkpoint, video, "--subtitles", video) == 2
+    assert "--subtitles is a folder of SRT files" in capsys.readouterr().err
+
+
 def test_inspect(store, capsys):
     assert act("inspect", store, "a day") == 0
     text = capsys.readouterr().out

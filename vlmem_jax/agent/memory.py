@@ -16,10 +16,11 @@ from vlmem_jax.agent.config import AgentConfig, resolve
 from vlmem_jax.agent.embed import CosineReranker, Embedder, LexicalEmbedder, LexicalReranker, Reranker
 from vlmem_jax.agent.frames import FrameFiles
 from vlmem_jax.agent.model import EngineModel
-from vlmem_jax.agent.nodes import Frame
+from vlmem_jax.agent.nodes import Cue, Frame
 from vlmem_jax.agent.schema import Schema
 from vlmem_jax.agent.segments import Span, frames_at_times
 from vlmem_jax.agent.store import Store, open_store
+from vlmem_jax.agent.subtitles import MOST, Track
 from vlmem_jax.config import override
 from vlmem_jax.generate import Engine, LoadedModel, load_model
 from vlmem_jax.runtime.shapes import PoolShape
@@ -57,6 +58,7 @@ class Memory:
             helpers.embedder.mark.check(mark, str(store.folder))
         self._make_model, self._model = model, None
         self.pyramid = store.pyramid()
+        self._cues = store.nodes("cue", Cue) if config.build.told == "both" else []
 
     @classmethod
     def open(
@@ -109,13 +111,14 @@ class Memory:
             return tuple(kept[n] for n in frames_at_times(within, [frame.time for frame in kept], fps).tolist())
 
         fps = build.schema_fps if build.whole else 0.0
+        track = Track([cue for cue in self._cues if until is None or cue.start < until])
         if until is None and config.index == "concepts" and (concepts := self.store.concepts()):
             schema = Schema(config.schema)
             schema.concepts = concepts
-            return retrieve.Memory(pyramid, schema, frames_of, span, fps)
+            return retrieve.Memory(pyramid, schema, frames_of, span, fps, track)
         of_words = config.index == "words"
         made = retrieve.Memory.of(pyramid, frames_of, span, self.helpers.embedder, config.schema, of_words)
-        return made._replace(schema_fps=fps)
+        return made._replace(schema_fps=fps, track=track)
 
 
 def config_of(store: Store, changes: Mapping[str, Any] | None = None) -> AgentConfig:
@@ -159,7 +162,8 @@ def _answering(store: Store, config: AgentConfig, checkpoint: str, image: Mappin
     model = load_model(source, adapter=made.get("adapter"))
     keys = override(ConfigDict({"image": made.get("image", {})}), image).image.to_dict()
     model = model.showing(keys, "config.image") if keys else model
-    return EngineModel(engine_for(model, config), model.processor, finder([store.frames]))
+    engine = engine_for(model, config, is_said=bool(store.counts()["cue"]))
+    return EngineModel(engine, model.processor, finder([store.frames]))
 
 
 def finder(folders: Sequence[FrameFiles]) -> Callable[[Frame], Image.Image]:
@@ -172,12 +176,13 @@ def finder(folders: Sequence[FrameFiles]) -> Callable[[Frame], Image.Image]:
     return image_of
 
 
-def engine_for(model: LoadedModel, config: AgentConfig, rows: int = 4) -> Engine:
-    """An engine that has room for the calls of a config; `rows` are answered side by side.
+def engine_for(model: LoadedModel, config: AgentConfig, rows: int = 4, is_said: bool = False) -> Engine:
+    """An engine that has room for the calls of a config; `rows` are answered side by side. `is_said`: whether there are
+    subtitles.
 
     Frames are seen once for all calls, where memory and devices allow it.
     """
-    generator, shape = model.generator(), room(model, config, rows)
+    generator, shape = model.generator(), room(model, config, rows, is_said)
     try:
         return Engine(generator, shape)
     except ValueError:
@@ -186,7 +191,7 @@ def engine_for(model: LoadedModel, config: AgentConfig, rows: int = 4) -> Engine
         return Engine(generator, shape._replace(features=0))
 
 
-def room(model: LoadedModel, config: AgentConfig, rows: int) -> PoolShape:
+def room(model: LoadedModel, config: AgentConfig, rows: int, is_said: bool = False) -> PoolShape:
     """What the largest calls need: as many frames as they may show, and texts of what is remembered."""
     ingest, build, asked, schema = config.ingest, config.build, config.retrieve, config.schema
     frames = max(build.images or UNLIMITED, build.manage.images, asked.images or UNLIMITED)
@@ -196,5 +201,6 @@ def room(model: LoadedModel, config: AgentConfig, rows: int) -> PoolShape:
     tokens = len(two.tokens_T) - len(one.tokens_T)
     tiles = max(len(one.pixels_ISSc), len(two.pixels_ISSc) - len(one.pixels_ISSc))
     told = prompts.WORDS * (schema.kept + asked.episodes + asked.segments + 1)
+    told += MOST * (asked.episodes + asked.segments + 1) * is_said
     shape = PoolShape.of(rows, TEXT + told + frames * tokens, frames * tiles)
     return shape._replace(features=KEPT * shape.tiles)

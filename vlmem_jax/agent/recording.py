@@ -3,7 +3,7 @@ vectors, and calls as they are answered."""
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from vlmem_jax.agent.building import Pyramid
 from vlmem_jax.agent.calls import Work
 from vlmem_jax.agent.config import AgentConfig
 from vlmem_jax.agent.embed import Embedder
-from vlmem_jax.agent.nodes import Extracted, Segment
+from vlmem_jax.agent.nodes import Episode, Extracted, Segment
 from vlmem_jax.agent.schema import Schema, Texts
 from vlmem_jax.agent.store import State
 from vlmem_jax.agent.stream import StreamBuilder
+from vlmem_jax.agent.subtitles import SILENT, Track
 from vlmem_jax.agent.vectors import as_stored
 from vlmem_jax.agent.watching import keeper, watch
 from vlmem_jax.agent.writing import Batch, Writer, journalled
@@ -46,7 +47,7 @@ def content_digest(source: str | os.PathLike) -> str:
 
 
 def made_of(
-    video: str, digest: str, model: Mapping[str, Any], embedder: Embedder, config: AgentConfig
+    video: str, digest: str, model: Mapping[str, Any], embedder: Embedder, config: AgentConfig, track: Track = SILENT
 ) -> dict[str, Any]:
     """What a memory is made of and with, as `write_store` takes it; keys of the config each by their own name, so that
     what differs is told by it."""
@@ -54,6 +55,7 @@ def made_of(
         "video": video,
         "content": digest,
         **model,
+        "subtitles": track.digest,
         "embedder": embedder.mark._asdict(),
         **{f"config.{key}": value for key, value in flat(to_dict(config)).items()},
     }
@@ -73,9 +75,10 @@ def flat(groups: Mapping[str, Any]) -> dict[str, Any]:
 class Recorder:
     """A `StreamBuilder` whose memory stands in a store."""
 
-    def __init__(self, store: Writer, config: AgentConfig, embedder: Embedder):
-        self._store, self._embedder = store, embedder
-        self._stream = StreamBuilder(keeper(store.frames.write, config.ingest), config.ingest, config.build)
+    def __init__(self, store: Writer, config: AgentConfig, embedder: Embedder, track: Track = SILENT):
+        """`track`: the subtitles."""
+        self._store, self._embedder, self._track = store, embedder, track
+        self._stream = StreamBuilder(keeper(store.frames.write, config.ingest), config.ingest, config.build, track)
         self._schema = Schema(config.schema) if config.index == "concepts" else None
         self._saved = 0, 0
         self.time = 0.0
@@ -114,24 +117,33 @@ class Recorder:
         if not (segments or episodes or state):
             return
         with self._store.transaction() as batch:
-            put_nodes(batch, Pyramid(segments, episodes, pyramid.extracted), self._schema, self._embedder)
+            new, builder = Pyramid(segments, episodes, pyramid.extracted), self._stream.builder
+            put_nodes(batch, new, self._schema, self._embedder, builder.text)
             for one in episodes:
-                said, frames = pyramid.extracted[one.number], self._stream.builder.shown(one)
+                said, frames = pyramid.extracted[one.number], builder.shown(one)
                 batch.put(Extracted(one.number, one.start, one.end, said, frames))
             if state:
+                for cue in self._track.cues:
+                    batch.put(cue)
                 batch.mark(state)
         self._saved = len(pyramid.segments), len(pyramid.episodes)
 
 
-def put_nodes(batch: Batch, new: Pyramid, schema: Schema | None, embedder: Embedder) -> None:
-    """Segments and episodes with their vectors, and the concepts of a schema that these episodes ground, if there is
-    one."""
+def put_nodes(
+    batch: Batch,
+    new: Pyramid,
+    schema: Schema | None,
+    embedder: Embedder,
+    text: Callable[[Segment | Episode], str] = lambda node: node.caption,
+) -> None:
+    """Segments and episodes with the vectors of their `text`, and the concepts of a schema that these episodes ground,
+    if there is one."""
 
     def embed(texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
         return as_stored(embedder(texts))
 
     nodes = [*new.segments, *new.episodes]
-    for one, vector_D in zip(nodes, embed([one.caption for one in nodes]) if nodes else (), strict=True):
+    for one, vector_D in zip(nodes, embed([text(one) for one in nodes]) if nodes else (), strict=True):
         batch.put(one, vector_D)
     for one in new.episodes if schema else ():
         for concept in schema.add(one.number, Texts.of(new.extracted[one.number]), embed):

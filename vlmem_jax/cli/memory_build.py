@@ -27,6 +27,7 @@ from vlmem_jax.agent.memory import engine_for, finder
 from vlmem_jax.agent.model import EngineModel
 from vlmem_jax.agent.recording import Recorder, content_digest, made_of, remember
 from vlmem_jax.agent.store import video_id
+from vlmem_jax.agent.subtitles import SILENT, Track, read_subtitles
 from vlmem_jax.agent.writing import Writer, write_store
 from vlmem_jax.cli import answering
 from vlmem_jax.cli.memory_ask import add_embedder, embedder
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlmem memory build`."""
     parser.add_argument("--video", nargs="+", required=True, metavar="FILE", help="video files and folders of pictures")
     parser.add_argument("--fps", type=float, default=1.0, help="pictures a second of a folder (%(default)s)")
+    parser.add_argument("--subtitles", metavar="DIR", help="folder of subtitles, NAME.srt of NAME.mp4 (default: none)")
     parser.add_argument(
         "--together",
         type=int,
@@ -105,11 +107,15 @@ def run(args: argparse.Namespace) -> int:
     if args.together < 1:
         raise ValueError(f"--together must be at least 1, got {args.together}")
     config, image = settings(args)
+    if args.subtitles and not Path(args.subtitles).is_dir():
+        raise ValueError(f"--subtitles is a folder of SRT files, got {args.subtitles}")
     library, texts, names = Library(args.store), embedder(args) or LexicalEmbedder(), _names(args.video)
+    tracks = {name: _track(name, args.subtitles) for name in names}
     for name in names:
         open_source(name, Reading(args.fps))  # what cannot be opened is found before the model is loaded
     model = load(args, image)
-    engine, failed = engine_for(model, config, args.together), 0
+    is_said = any(track.cues for track in tracks.values())
+    engine, failed = engine_for(model, config, args.together, is_said), 0
     made_by = about(args, model, image)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar())
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
                 jobs = [
                     job
                     for name in names[first : first + args.together]
-                    if (job := _job(name, library, config, texts, made_by, model, args.fps, group, bar))
+                    if (job := _job(name, tracks[name], library, config, texts, made_by, model, args.fps, group, bar))
                 ]
                 if not jobs:
                     continue
@@ -140,12 +146,18 @@ def _names(given: Sequence[str]) -> list[str]:
     return names
 
 
-def _job(name, library, config, embedder, made_by, model, fps, group, bar) -> "_Job | None":
+def _track(name: str, folder: str | None) -> Track:
+    """The subtitles of a video: NAME.srt of its NAME.mp4, if it is there."""
+    file = Path(folder or "") / f"{Path(name).stem}.srt"
+    return Track(read_subtitles(file)) if folder and file.exists() else SILENT
+
+
+def _job(name, track, library, config, embedder, made_by, model, fps, group, bar) -> "_Job | None":
     """What is to be done for a video, or None where that is done."""
     mark = content_digest(name)
     video = library.find(mark) or video_id(Path(name).resolve().name, mark)
     folder = library.folder(video)
-    made = made_of(video, mark, made_by, embedder, config)
+    made = made_of(video, mark, made_by, embedder, config, track)
     if video in library.videos():
         with library.open(video) as known:  # a checkpoint may have been moved: its digest tells
             made["checkpoint"] = known.made.get("checkpoint", made["checkpoint"])
@@ -156,7 +168,7 @@ def _job(name, library, config, embedder, made_by, model, fps, group, bar) -> "_
         return None
     limits = {"max_pixels": model.processor.open_limit, "config": model.processor.image, "notes": notes}
     source = open_source(name, Reading(fps, **limits))
-    return _Job(video, source, store, Recorder(store, config, embedder), notes, bar, _length(name))
+    return _Job(video, source, store, Recorder(store, config, embedder, track), notes, bar, _length(name))
 
 
 def _length(name: str) -> float | None:
