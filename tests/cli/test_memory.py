@@ -146,6 +146,15 @@ def test_inspect(store, capsys):
     assert cost["calls"]["caption"] == {"calls": 4, "images": 8} and cost["bytes"]["frames"] > 0
 
 
+def test_pages(store, tmp_path, capsys):
+    """Of a memory, and of how it answered."""
+    assert act("inspect", store, "a day", "--html", tmp_path / "a.html") == 0
+    assert act("ask", store, "What is it?", "--option", "red", "--option", "blue", "--html", tmp_path / "b.html") == 0
+    pages = [(tmp_path / name).read_text() for name in ("a.html", "b.html")]
+    assert ["What is it?" in page for page in pages] == [False, True]
+    assert all(page.count("data:image/jpeg") >= 4 for page in pages), "a picture of each segment"
+
+
 def test_verify_and_repair(store, capsys):
     folder = store / Library(store).named()
     assert act("verify", store) == 0 and capsys.readouterr().out == "1 memories, 0 faults\n"

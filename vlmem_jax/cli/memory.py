@@ -18,6 +18,7 @@ from vlmem_jax.agent.store import LAYERS, Store
 from vlmem_jax.agent.writing import write_store
 from vlmem_jax.cli import memory_ask, memory_build, memory_share
 from vlmem_jax.cli.flags import add_config
+from vlmem_jax.cli.memory_page import write_page
 from vlmem_jax.cli.memory_show import aligned, clock, size, told
 from vlmem_jax.config import ConfigError
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="a part alone (default: %(default)s)",
     )
+    looking.add_argument("--html", metavar="FILE", help="write all of it as a page that needs no other file")
     looking.add_argument("--json", action="store_true", help="as JSON, captions as they are")
     checking = _action(
         actions,
@@ -108,7 +110,13 @@ def _list(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     library = Library(args.store)
-    with library.open(library.named(args.video)) as store, store.moment():
+    video = library.named(args.video)
+    if args.html:
+        with library.open(video) as store:
+            write_page(store, video, args.html)
+        print(f"{args.html}: written")
+        return 0
+    with library.open(video) as store, store.moment():
         found = {name: part(store) for name, part in _PARTS.items() if args.show in ("all", name)}
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))

@@ -7,6 +7,7 @@ import sys
 from vlmem_jax.agent.embed import Embedder, EncoderEmbedder, EncoderReranker
 from vlmem_jax.agent.library import Library
 from vlmem_jax.agent.memory import Helpers, Memory
+from vlmem_jax.cli.memory_page import write_page
 from vlmem_jax.cli.memory_show import answer_lines, seconds
 from vlmem_jax.config import ConfigError
 from vlmem_jax.hub.text_encoder import load_embedder, load_reranker
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace", action="store_true", help="show what each stage found")
     parser.add_argument("--json", action="store_true", help="answer, times and trace as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write a page of the memory and of how the answer was found")
     add_embedder(parser)
     parser.add_argument(
         "--reranker", metavar="DIR", help=f"{ENCODER} with one logit, such as bge-reranker (default: by --embedder)"
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         source = args.checkpoint or memory.store.made.get("checkpoint", "")
         print(f"asking {video} with {source}", file=sys.stderr)
         answer = memory.ask(args.question, args.option, args.at)
+        if args.html:
+            write_page(memory.store, video, args.html, (args.question, answer))
     if args.json:
         print(json.dumps({"video": video, **answer.record()}, ensure_ascii=False))
     else:

@@ -1,4 +1,4 @@
-"""Parts that the demos' reports share: report.html is one page that needs no other file."""
+"""Parts that reports share: a report is one page that needs no other file, and cannot ask for one."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,16 @@ th:first-child,td:first-child{text-align:left} tr:last-child td{border-bottom:0}
 """
 
 
-def page(sections: Sequence[str]) -> str:
+ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What browsers are told: nothing is fetched, and no script runs."""
+
+
+def page(sections: Sequence[str], title: str = "vlmem demo") -> str:
     """The whole document."""
     body = "\n".join(sections)
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>vlmem demo</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{ALONE}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{STYLE}</style><main>{body}</main></html>\n"
     )
