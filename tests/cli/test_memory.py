@@ -1,6 +1,10 @@
 """From a video file to an answer by `vlmem memory`, with a tiny model."""
 
+import functools
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +17,20 @@ from vlmem_jax.agent.memory import Memory
 from vlmem_jax.agent.model import EngineModel
 from vlmem_jax.agent.store import open_store
 from vlmem_jax.cli.main import main
+from vlmem_jax.generate import load_model
+
+README = Path(__file__).parents[2] / "README.md"
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Texts of few tokens, which is enough for a model that knows nothing."""
+    """Texts of few tokens, which is enough for a model that knows nothing; it is loaded, and compiles, once."""
+    once = functools.lru_cache(load_model)
     with pytest.MonkeyPatch.context() as patch:
+        for module in ("agent.memory", "cli.memory_build"):
+            patch.setattr(f"vlmem_jax.{module}.load_model", once)
         patch.setattr(prompts, "WORDS", 8)
         patch.setattr(memory, "TEXT", 1400)
         yield
@@ -64,6 +74,23 @@ def test_from_a_video_to_an_answer(store, video, checkpoint, capsys):
     assert where.startswith("  shown by ") and "stage L" in where
     assert trace[0].split()[0] == "L3" and "0 00:00:00-00:00:0" in trace[0]
     assert f"with {checkpoint}" in shown.err
+
+
+@pytest.mark.slow
+def test_the_readme(tmp_path, checkpoint, video, monkeypatch, capsys):
+    """Its commands, one after the other as they stand there, in a folder with what they name; few frames are shown."""
+    section = README.read_text().split("## Remember hours of video")[1].split("\n## ")[0]
+    commands = [shlex.split(line)[1:] for line in section.splitlines() if line.startswith("vlmem memory ")]
+    assert [words[1] for words in commands[:2]] == ["build", "ask"] and len(commands) >= 7
+    for folder in ("my", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(video, tmp_path / "my" / "day.mp4")
+    (tmp_path / "checkpoints" / "qwen").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        assert main(words + world.FLAGS * (words[1] == "build")) == 0, words
+    answer = Memory.open(Library("runs/memories").root / Library("runs/memories").named("day")).ask("Where?", until=6.0)
+    assert answer.trace and (tmp_path / "answer.html").exists() and (tmp_path / "day.html").exists()
 
 
 def test_an_answer_as_json_is_that_of_python(store, capsys):
