@@ -153,6 +153,24 @@ def replies(calls):
     return [Reply(tokens=[(label, -1.0) for label in call.labels]) if call.labels else Reply("{}") for call in calls]
 
 
+def test_a_dry_run_says_what_it_takes(tmp_path, checkpoint, video, store, capsys, monkeypatch):
+    """Two videos; no parameter is read and nothing written. Frames and calls are those of a build whose model decides
+    so."""
+    monkeypatch.setattr("vlmem_jax.checkpoint.store.load_params", lambda *_: pytest.fail("parameters were read"))
+    assert build(tmp_path / "m", checkpoint, video, pictures(tmp_path / "pictures", 4), "--dry-run") == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert not (tmp_path / "m").exists()
+    of_video = dict(lines[1:8])
+    assert of_video["length"] == "00:00:08" and of_video["segments"].startswith("4, ")
+    assert of_video["calls"] == "11: caption 4, decide 3, narrate 2, extract 2"
+    assert of_video["images"].endswith(", 4 seen once"), "each picture is shown for two seconds"
+    with open_store(store / Library(store).named()) as built:
+        kept = sum(path.stat().st_size for _, path in built.frames.files())
+    assert of_video["disk"].endswith(f"of it frames {kept / 1e6:,.1f}")
+    chips = {chip: float(hours) for chip, hours in lines[-5:]}
+    assert set(chips) == {"v5e", "v5p", "v6e", "H100", "H200"} and 0 < chips["H200"] < chips["v5e"]
+
+
 def test_subtitles_by_the_name_of_the_video(tmp_path, video, checkpoint, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(EngineModel, "answer", lambda self, calls: asked.extend(calls) or replies(calls))

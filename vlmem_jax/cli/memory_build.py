@@ -31,6 +31,7 @@ from vlmem_jax.agent.subtitles import SILENT, Track, read_subtitles
 from vlmem_jax.agent.writing import Writer, write_store
 from vlmem_jax.cli import answering
 from vlmem_jax.cli.memory_ask import add_embedder, embedder
+from vlmem_jax.cli.memory_plan import run_plan
 from vlmem_jax.cli.memory_show import clock
 from vlmem_jax.config import override
 from vlmem_jax.evals.digest import digest
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4,
         metavar="N",
         help="videos, and calls, that go side by side (%(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="cut the videos, and tell calls, tokens, TFLOP, disk and hours on a chip"
     )
     add_model(parser)
 
@@ -113,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     tracks = {name: _track(name, args.subtitles) for name in names}
     for name in names:
         open_source(name, Reading(args.fps))  # what cannot be opened is found before the model is loaded
+    if args.dry_run:
+        return run_plan(args, names, tracks, config, image)
     model = load(args, image)
     is_said = any(track.cues for track in tracks.values())
     engine, failed = engine_for(model, config, args.together, is_said), 0

@@ -87,18 +87,40 @@ def load_model(
     the model has); `context`: which visual tokens stand in the sequence (default: as trained). Raises ValueError if
     there is no checkpoint, if it does not fit its own config, or the model cannot be split so.
     """
-    source = repos.folder(path)
-    found = _released(source) if is_released(source) else _ours(source)
-    vlm = VLM(found.model, 0 if adapter is None else found.model.adapter_number(adapter))
-    image = found.image if context is None else dataclasses.replace(found.image, context=context)
-    tokenizer, geometry = Tokenizer.load(found.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
-    read = found.system, of_model(vlm.config).template, vlm.reads_beyond
-    processor = make_processor(tokenizer, image, geometry, *read, vlm.tile_of(image))
+
+    def shown(image: AnyImageConfig) -> AnyImageConfig:
+        return image if context is None else dataclasses.replace(image, context=context)
+
+    found, vlm, processor = _described(path, adapter, shown)
     devices = jax.devices() if devices is None else devices
     over = make_mesh(mesh or serving_mesh(vlm, devices), devices)
     check_heads(vlm.config, over)
     target = vlm.held(param_shardings(over, vlm.abstract(), vlm.axes()))
     return LoadedModel(vlm, found.load(vlm, target), processor, over)
+
+
+def describe(
+    path: str | os.PathLike, adapter: str | None = None, image: Mapping[str, Any] | None = None
+) -> tuple[VLM, Processor]:
+    """What `load_model` gives but for parameters, of which none is read; `image`: other values of keys of the config of
+    images. Raises as `load_model`."""
+
+    def shown(found: AnyImageConfig) -> AnyImageConfig:
+        return build(type(found), to_dict(found) | dict(image or {}), "config.image")
+
+    return _described(path, adapter, shown)[1:]
+
+
+def _described(
+    path: str | os.PathLike, adapter: str | None, shown: Callable[[AnyImageConfig], AnyImageConfig]
+) -> tuple["_Found", VLM, Processor]:
+    source = repos.folder(path)
+    found = _released(source) if is_released(source) else _ours(source)
+    vlm = VLM(found.model, 0 if adapter is None else found.model.adapter_number(adapter))
+    image = shown(found.image)
+    tokenizer, geometry = Tokenizer.load(found.tokenizer, vlm.special_tokens), vlm.config.vision.geometry
+    read = found.system, of_model(vlm.config).template, vlm.reads_beyond
+    return found, vlm, make_processor(tokenizer, image, geometry, *read, vlm.tile_of(image))
 
 
 class _Found(NamedTuple):
