@@ -8,7 +8,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 THRESHOLD = 20.0
 """Of the score of a cut, between 0 and 255."""
@@ -80,7 +80,8 @@ class SceneCuts:
 
 def difference(one_HWc: UInt8[np.ndarray, "H W 3"], other_HWc: UInt8[np.ndarray, "H W 3"]) -> float:
     """The mean difference of two frames in hue, saturation and value; hues are not taken round their circle."""
-    each_c = np.abs(one_HWc.astype(np.int32) - other_HWc).sum((0, 1)) / (one_HWc.shape[0] * one_HWc.shape[1])
+    apart_HWc = np.maximum(one_HWc, other_HWc) - np.minimum(one_HWc, other_HWc)
+    each_c = np.moveaxis(apart_HWc, -1, 0).sum((1, 2), dtype=np.int64) / (one_HWc.shape[0] * one_HWc.shape[1])
     return float(sum(each_c) / len(each_c))
 
 
@@ -105,6 +106,24 @@ def _weights(size: int, new: int) -> _Weights:
     return _Weights(low_N, np.minimum(low_N + 1, size - 1), np.rint(weight_N2).astype(np.int32))
 
 
+class _Corners(NamedTuple):
+    """Where the four pixels are in a flat frame, channel by channel, between which each of a resized one lies."""
+
+    upper_2cN: Int64[np.ndarray, "2 c h w"]
+    lower_2cN: Int64[np.ndarray, "2 c h w"]
+
+
+@functools.lru_cache(maxsize=8)
+def _corners(size: tuple[int, int], new: tuple[int, int]) -> _Corners:
+    rows, columns = (_weights(*axis) for axis in zip(size, new, strict=True))
+    across_2W = np.stack([columns.low_N, columns.high_N]).astype(np.int64)
+    upper, lower = (
+        (row_N[None, None, :, None] * size[1] + across_2W[:, None, None]) * 3 + np.arange(3)[:, None, None]
+        for row_N in (rows.low_N.astype(np.int64), rows.high_N)
+    )
+    return _Corners(upper, lower)
+
+
 def small_size(height: int, width: int) -> tuple[int, int]:
     """(height, width) of a frame of the smallest width, or as it is, if it is narrower."""
     by = max(width / SMALLEST_WIDTH, 1)
@@ -116,15 +135,12 @@ def resized(frame_HWc: UInt8[np.ndarray, "H W 3"], height: int, width: int) -> U
     if frame_HWc.shape[:2] == (height, width):
         return frame_HWc
     rows, columns = _weights(frame_HWc.shape[0], height), _weights(frame_HWc.shape[1], width)
-    # rows first: most of them are left out, and what is left of each is read once
-    picked = np.stack([frame_HWc[rows.low_N], frame_HWc[rows.high_N]], 0)
-    across = [
-        part[:, columns.low_N].astype(np.int32) * columns.weight_N2[:, 0, None]
-        + part[:, columns.high_N].astype(np.int32) * columns.weight_N2[:, 1, None]
-        for part in picked
-    ]
-    low, high = ((rows.weight_N2[:, n, None, None] * (part >> 4)) >> 16 for n, part in enumerate(across))
-    return ((low + high + 2) >> 2).astype(np.uint8)
+    flat, parts = frame_HWc.reshape(-1), []  # channel by channel, as all that follows reads them
+    for n, at_2cN in enumerate(_corners(frame_HWc.shape[:2], (height, width))):
+        left, right = flat.take(at_2cN).astype(np.int32)
+        across_cHW = left * columns.weight_N2[:, 0] + right * columns.weight_N2[:, 1]
+        parts.append((rows.weight_N2[:, n, None] * (across_cHW >> 4)) >> 16)
+    return np.moveaxis((parts[0] + parts[1] + 2) >> 2, 0, -1).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,8 +159,8 @@ def to_hsv(frame_HWc: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
     value = np.maximum(np.maximum(r, g), b)
     span = value - np.minimum(np.minimum(r, g), b)
     half = 1 << (HUE_SHIFT - 1)
-    saturation = (span * saturations[value] + half) >> HUE_SHIFT
+    saturation = (span * saturations.take(value) + half) >> HUE_SHIFT
     hue = np.where(value == r, g - b, np.where(value == g, b - r + 2 * span, r - g + 4 * span))
-    hue = (hue * hues[span] + half) >> HUE_SHIFT
+    hue = (hue * hues.take(span) + half) >> HUE_SHIFT
     hue += np.where(hue < 0, 180, 0)
-    return np.stack([hue, saturation, value], -1).astype(np.uint8)
+    return np.moveaxis(np.stack([hue, saturation, value]).astype(np.uint8), 0, -1)

@@ -197,7 +197,7 @@ def _size(width: int, height: int, aspect: float, config: ShownConfig) -> tuple[
 def picture_of(frame, stream, config: ShownConfig = SHOWN) -> Image.Image:
     """A decoded frame as RGB, upright, of square pixels."""
     turn = _turn(frame) if config.upright else None
-    image = frame.to_image()
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))  # `to_image` copies line by line
     size = _size(*image.size, _aspect(stream), config)
     image = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     return image if turn is None else image.transpose(turn)
