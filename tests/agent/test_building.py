@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
+
 from tests.agent.scripted import SECONDS, Scripted, frames_of, segment
 from vlmem_jax.agent.building import BuildConfig, Builder, build, caption_of
-from vlmem_jax.agent.calls import Call, run, run_all
+from vlmem_jax.agent.calls import Call, Reply, run, run_all, run_flow
 from vlmem_jax.agent.manager import ACTIONS
 from vlmem_jax.agent.nodes import Cue, Frame, Segment
 from vlmem_jax.agent.subtitles import Track
@@ -118,6 +120,45 @@ def test_videos_side_by_side_are_what_they_are_alone():
     model = replies(order)
     assert run_all([build(video) for video in videos], model) == alone
     assert model.rounds[0] == ["caption"] * 6
+
+
+def test_as_many_as_may_go_side_by_side_and_the_next_when_one_has_ended():
+    """The next is not even begun before."""
+    lengths, begun = [3, 1, 2, 0, 1], []
+
+    def asking(n):
+        begun.append(n)
+        for i in range(lengths[n]):
+            yield [Call("caption", (f"{n} {i}",))]
+        return lengths[n]
+
+    class Counted:
+        rounds = []
+
+        def answer(self, calls):
+            self.rounds.append(([call.text for call in calls], list(begun)))
+            return [Reply("") for _ in calls]
+
+    found = list(run_flow(((f"v{n}", asking(n)) for n in range(5)), Counted(), most=2))
+    assert found == [("v1", 1), ("v0", 3), ("v2", 2), ("v3", 0), ("v4", 1)]
+    assert Counted.rounds == [
+        (["0 0", "1 0"], [0, 1]), (["0 1", "2 0"], [0, 1, 2]), (["0 2", "2 1"], [0, 1, 2]), (["4 0"], [0, 1, 2, 3, 4]),
+    ]  # fmt: skip
+    assert list(run_flow(iter(()), Counted(), most=2)) == []
+
+
+def test_where_the_model_fails_nothing_stays_open():
+    closed = []
+
+    def asking(n):
+        try:
+            yield [Call("caption", ("a",))]
+        finally:
+            closed.append(n)
+
+    with pytest.raises(KeyError):
+        list(run_flow(((n, asking(n)) for n in range(5)), Scripted(), most=2))
+    assert closed == [0, 1]
 
 
 def test_keys_of_calls():

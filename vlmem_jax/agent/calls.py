@@ -3,7 +3,7 @@ sent the replies, so that calls of many videos and questions can be answered sid
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from vlmem_jax.agent.gates import FirstTokens
@@ -59,6 +59,7 @@ class Model(Protocol):
 
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 Work = Generator[list[Call], list[Reply], T]
 """`replies = yield calls` is how it asks; what it returns is its result."""
 
@@ -70,21 +71,35 @@ def run(work: Work[T], model: Model) -> T:
 
 def run_all(works: Sequence[Work[T]], model: Model) -> list[T]:
     """The results of several, whose calls are answered together as long as they last."""
-    results: dict[int, T] = {}
-    waiting: dict[int, list[Call]] = {}
-
-    def go_on(n: int, replies: list[Reply] | None) -> None:
-        try:
-            waiting[n] = works[n].send(replies)
-        except StopIteration as end:
-            results[n] = end.value
-
-    for n in range(len(works)):
-        go_on(n, None)
-    while waiting:
-        asked = dict(waiting)
-        waiting.clear()
-        replies = iter(model.answer([call for calls in asked.values() for call in calls]))
-        for n, calls in asked.items():
-            go_on(n, [next(replies) for _ in calls])
+    results = dict(run_flow(enumerate(works), model, len(works)))
     return [results[n] for n in range(len(works))]
+
+
+def run_flow(works: Iterable[tuple[K, Work[T]]], model: Model, most: int) -> Iterator[tuple[K, T]]:
+    """The results of named ones as they end. At most so many go on side by side, and the next is taken when one has
+    ended; so many may come."""
+    coming = iter(works)
+    waiting: list[tuple[K, Work[T], list[Call]]] = []
+    going: list[Work[T]] = []
+
+    def go_on(name: K, work: Work[T], replies: list[Reply] | None) -> Iterator[tuple[K, T]]:
+        try:
+            waiting.append((name, work, work.send(replies)))
+        except StopIteration as end:
+            going.remove(work)
+            yield name, end.value
+
+    try:
+        while True:
+            while len(waiting) < most and (taken := next(coming, None)):
+                going.append(taken[1])
+                yield from go_on(*taken, None)
+            if not waiting:
+                return
+            asked, waiting = waiting, []
+            replies = iter(model.answer([call for _, _, calls in asked for call in calls]))
+            for name, work, calls in asked:
+                yield from go_on(name, work, [next(replies) for _ in calls])
+    finally:  # whatever ends it, what they hold is let go
+        for work in going:
+            work.close()
