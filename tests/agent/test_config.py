@@ -1,11 +1,15 @@
 """Presets of the agent, and what is said of a config that cannot be used."""
 
+import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from vlmem_jax import agent
 from vlmem_jax.agent.config import PRESETS, AgentConfig, resolve
 from vlmem_jax.agent.gates import OPTIONS
 from vlmem_jax.agent.retrieve import RELEASE
@@ -38,6 +42,20 @@ def test_the_paper():
     assert (retrieve.episodes, retrieve.segments, retrieve.gamma, retrieve.scaled) == (2, 1, 0.72, False)
     assert resolve("paper").build.told == "either", "subtitles or captions"
     assert retrieve.worse > math.log(len(OPTIONS)) and retrieve.is_kept and not retrieve.initial
+
+
+def keys(section):
+    """Names of all keys, those of sections below, too."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        yield from keys(value) if dataclasses.is_dataclass(value) else [field.name]
+
+
+def test_every_key_is_read_somewhere():
+    """The release has keys that nothing reads."""
+    code = "".join(file.read_text() for file in Path(agent.__file__).parent.glob("*.py"))
+    for key in keys(AgentConfig()):
+        assert re.search(rf"(config|ingest|manage|retrieve|build|schema|asked)\.{key}\b", code), key
 
 
 def test_presets_are_changed_key_by_key():

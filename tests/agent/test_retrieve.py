@@ -1,6 +1,7 @@
 """Questions to a memory: how far they go down, and what is believed."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -209,6 +210,40 @@ def test_no_call_shows_more_than_it_may():
     ask(model, "where is it", config=config, places=["place"] * 12)
     assert max(len(call.frames) for calls in model.asked.values() for call in calls) <= 12
     assert max(len(call.frames) for call in model.asked["relevant"]) == 4
+
+
+def test_captions_of_any_length_are_told_in_part():
+    """Whoever exported a memory may have written them."""
+    model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))
+    known = memory(PLACES)
+    segments = [dataclasses.replace(one, caption="x" * 10**6) for one in known.pyramid.segments]
+    episodes = [dataclasses.replace(one, caption="y" * 10**6) for one in known.pyramid.episodes]
+    known = known._replace(pyramid=known.pyramid._replace(segments=segments, episodes=episodes))
+    run(answer(known, "what is in the bbb", OPTIONS, embed, rerank, DEFAULT), model)
+    assert max(len(call.text) for call in model.asked["answer"]) < (2 * DEFAULT.episodes + DEFAULT.segments) * 4300
+
+
+@pytest.mark.parametrize("options", [["red"], ["red", "red"], ["", " "], ["A man", "B"], ["赤", "青"]])
+@pytest.mark.parametrize("question", ["what is it", "", "これは何ですか"])
+@pytest.mark.parametrize("places", [["kkk"], PLACES])
+@pytest.mark.parametrize("config", [DEFAULT, RELEASE])
+def test_any_question_with_any_options_has_one_of_them_for_an_answer(options, question, places, config):
+    model = Scripted(
+        answer=lambda call: {call.labels[-1]: 0.4, "The": 0.5, **dict.fromkeys(call.labels[:-1], 0.1)},
+        relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9),
+    )  # fmt: skip
+    found = ask(model, question, options, config, places)
+    assert found.label == "AB"[len(options) - 1] and found.text.endswith(options[-1])
+    assert json.dumps(found.record(), allow_nan=False)
+
+
+def test_what_was_extracted_may_be_anything():
+    """Whatever a model writes as JSON can be told of an episode."""
+    said = {"entities": [{"entity name": ["x"], "description": {"a": None}}, 3, None], "actions": "run", "scenes": {}}
+    known = memory(["kkk"])
+    known = known._replace(pyramid=known.pyramid._replace(extracted={0: said}))
+    model = Scripted(answer=lambda call: SURE)
+    assert run(answer(known, "kkk", OPTIONS, embed, rerank, DEFAULT), model).label == "B"
 
 
 def test_nothing_that_a_caption_says_is_told_as_an_instruction():

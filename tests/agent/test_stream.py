@@ -78,6 +78,28 @@ def test_a_stream_gives_the_memory_of_the_whole_video():
         assert most <= INGEST.longest * INGEST.fps + 4 * INGEST.quiet + 4
 
 
+def test_no_call_of_three_hours_is_over_its_budget_whatever_becomes_of_them():
+    """One episode of all is the worst; of the frames those of a segment are held."""
+    long = Scripted(
+        caption=lambda call: "x" * 2048, narrate=lambda call: "y" * 2048, extract=lambda call: "z",
+        decide=lambda call: {"MERGE": 1.0},
+    )  # fmt: skip
+    ingest, config = IngestConfig(fps=1.0), BuildConfig(images=20)
+    seconds, frame = 3 * 3600, np.zeros((1, 1, 3), np.uint8)
+    track = Track([Cue(n, float(n), n + 1.0, "w" * 500) for n in range(seconds)])
+    stream, most = StreamBuilder(keep, ingest, config, track), 0
+    for time in range(seconds):
+        run(stream.push(frame, float(time)), long)
+        most = max(most, stream.held)
+    run(stream.flush(float(seconds)), long)
+    [episode] = run(stream.snapshot(), long).episodes
+    assert len(episode.segments) == 1080 and most <= 12
+    calls = [call for asked in long.asked.values() for call in asked]
+    assert max(len(call.frames) for call in calls if call.kind != "decide") == config.images
+    assert max(len(call.frames) for call in long.asked["decide"]) == config.manage.images
+    assert max(len(call.text) for call in calls) < 6000
+
+
 def test_a_snapshot_knows_nothing_of_what_comes_later_and_changes_nothing():
     frames, times, end = next(video for video in videos(50) if len(video[1]) > 100)
     stream, asked = StreamBuilder(keep, INGEST, BUILD), StreamBuilder(keep, INGEST, BUILD)

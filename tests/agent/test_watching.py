@@ -29,15 +29,16 @@ class World:
         self.files, self.said = FrameFiles(folder / "frames"), Said()
         self.builder = StreamBuilder(keeper(self.files.write, CONFIG), CONFIG, BuildConfig())
 
-    def watch(self, source):
-        """(segments, when it ended)."""
-        model = Scripted(
+        self.model = Scripted(
             caption=lambda call: "seen",
             decide=lambda call: {"MERGE": 1.0},
             narrate=lambda call: "all of it",
             extract=lambda call: json.dumps({}),
         )
-        end = run(watch(source, self.builder, self.said.notes), model)
+
+    def watch(self, source):
+        """(segments, when it ended)."""
+        end = run(watch(source, self.builder, self.said.notes), self.model)
         return self.builder.builder.pyramid.segments, end
 
     def file(self, path):
@@ -145,6 +146,20 @@ def test_a_file_of_uneven_rate_has_the_times_of_its_frames(world, tmp_path):
     segments, end = world.file(tmp_path / "a.mkv")
     assert [(one.start, one.end) for one in segments] == [(0.0, 2.0), (2.0, end)] and end > 2.6
     assert [frame.time for one in segments for frame in one.frames if frame.time > 1.5] == [pytest.approx(2.6)]
+
+
+def test_a_video_of_one_frame_is_a_memory(world, tmp_path):
+    [segment], end = world.file(save_video(tmp_path / "a.mp4", frames=1))
+    assert (segment.start, segment.end, len(segment.frames)) == (0.0, end, 1)
+    [episode] = run(world.builder.snapshot(), world.model).episodes
+    assert episode.segments == (0,) and episode.frames == segment.frames
+
+
+def test_frames_of_all_layers_are_one_file_each(world):
+    """Equal ones are one, too."""
+    segments, _ = world.watch(Timed(*np.arange(0, 6, 0.5).tolist()))
+    assert len(segments) == 3 and len([frame for one in segments for frame in one.frames]) == 12
+    assert len(list(world.files.files())) == 1
 
 
 @pytest.mark.parametrize(("side", "size"), [(0, (40, 30)), (50, (40, 30)), (20, (20, 15))])

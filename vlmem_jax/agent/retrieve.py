@@ -25,6 +25,8 @@ from vlmem_jax.agent.subtitles import SILENT, Track
 
 INITIAL = 64
 """Frames of the whole video that are shown without memory, at most."""
+LONGEST = 4096
+"""Characters that are told of a node, at most; what others wrote may have any length. The release has no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +280,10 @@ class _Question:
         """Whether a stage is to be the last."""
         config, lines = self.config, [line(one) for one in nodes]
         if config.is_kept:
-            lines = [f"{prompts.seconds(one.start, one.end)} {text}" for one, text in zip(nodes, lines, strict=True)]
+            lines = [
+                f"{prompts.seconds(one.start, one.end)} {text[:LONGEST]}"
+                for one, text in zip(nodes, lines, strict=True)
+            ]
             lines = self.told + lines
         each = config.images // max(len(nodes), 1)
         shown = [frame for one in nodes for frame in (thinned(frames(one), each) if config.images else frames(one))]
