@@ -15,6 +15,7 @@ from vlmem_jax.agent.calls import Reply
 from vlmem_jax.agent.library import Library
 from vlmem_jax.agent.memory import Memory
 from vlmem_jax.agent.model import EngineModel
+from vlmem_jax.agent.shards import FOLDER, Claims, Shard
 from vlmem_jax.agent.store import open_store
 from vlmem_jax.cli.main import main
 from vlmem_jax.generate import load_model
@@ -151,6 +152,28 @@ def test_videos_are_built_side_by_side_and_a_bad_one_stops_no_other(tmp_path, vi
 
 def replies(calls):
     return [Reply(tokens=[(label, -1.0) for label in call.labels]) if call.labels else Reply("{}") for call in calls]
+
+
+def test_a_folder_of_videos_is_divided_among_processes(tmp_path, checkpoint, capsys, monkeypatch):
+    """Each of two shards builds its own; what a process is at is told, and taken over when that has ended."""
+    monkeypatch.setattr(EngineModel, "answer", lambda self, calls: replies(calls))
+    videos = [pictures(tmp_path / f"{n}", 2, seed=n) for n in range(4)]
+    store, shards = tmp_path / "m", (Shard(0, 2), Shard(1, 2))
+    assert build(store, checkpoint, *videos, "--shard", "0/2") == 0
+    own = Library(store).videos()
+    assert all(shards[0].has(video) for video in own)
+    assert build(store, checkpoint, *videos, "--shard", "1/2") == 0
+    everything = Library(store).videos()
+    assert len(everything) == 4 and all(shards[1].has(video) for video in everything if video not in own)
+    Library(store).remove(everything[0])
+    with Claims(store / FOLDER) as other:
+        assert other.take(everything[0])
+        assert build(store, checkpoint, *videos) == 1
+        assert f"1 videos are built by other processes, or were: {everything[0]}" in capsys.readouterr().err
+    assert build(store, checkpoint, *videos, "--steal") == 0 and Library(store).videos() == everything
+    with pytest.raises(SystemExit):
+        build(store, checkpoint, *videos, "--shard", "2/2")
+    assert "a shard is I/N, I from 0 to N - 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_it_takes(tmp_path, checkpoint, video, store, capsys, monkeypatch):

@@ -9,9 +9,8 @@ import collections
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from PIL import Image
@@ -22,6 +21,7 @@ from vlmem_jax.agent.config import AgentConfig
 from vlmem_jax.agent.stream import StreamBuilder
 from vlmem_jax.agent.subtitles import Track
 from vlmem_jax.agent.watching import keeper, watch
+from vlmem_jax.cli.memory_jobs import Video
 from vlmem_jax.cli.memory_show import aligned, clock
 from vlmem_jax.generate.load import describe
 from vlmem_jax.models import VLM
@@ -138,17 +138,17 @@ def planned(source: Source, config: AgentConfig, track: Track, vlm: VLM, process
     )  # fmt: skip
 
 
-def run_plan(args: argparse.Namespace, names: Sequence[str], tracks, config: AgentConfig, image) -> int:
+def run_plan(args: argparse.Namespace, videos: Sequence[Video], config: AgentConfig, image: Mapping[str, Any]) -> int:
     """Prints what all videos take."""
     vlm, processor = describe(args.checkpoint, args.adapter, image)
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(vlm.abstract())) * vlm.dtype.itemsize
     works = []
-    for name in names:
+    for video in videos:
         notes, began = Notes(lambda text: print(text, flush=True)), time.monotonic()
         limits = {"max_pixels": processor.open_limit, "config": processor.image, "notes": notes}
-        work = planned(open_source(name, Reading(args.fps, **limits)), config, tracks[name], vlm, processor, notes)
+        work = planned(open_source(video.name, Reading(args.fps, **limits)), config, video.track, vlm, processor, notes)
         works.append(work)
-        print(f"{Path(name).name}: decoded at {work.seconds / max(time.monotonic() - began, 1e-9):.1f} x real time")
+        print(f"{video.id}: decoded at {work.seconds / max(time.monotonic() - began, 1e-9):.1f} x real time")
         print("\n".join(aligned(_lines(work))), flush=True)
     whole = _sum(works)
     if len(works) > 1:
