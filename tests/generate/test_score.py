@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.verbs import written
-from vlmem_jax.generate import Generator, SamplingConfig
+from vlmem_jax.generate import Generator, SamplingConfig, score
 from vlmem_jax.generate.engine import Engine
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.generate.requests import Request
@@ -61,9 +61,10 @@ def test_continuations_have_the_scores_of_the_sampler(engine, prompts):
 
 def test_both_forms_agree(engine, prompts):
     labels = [5, 40, 63]
-    packed_NK = engine.score(prompts, labels)
+    packed_NK, mass_N = engine.labels(prompts, labels)
+    assert engine.score(prompts, labels).tolist() == packed_NK.tolist()
     np.testing.assert_allclose(np.exp(packed_NK).sum(-1), 1, atol=1e-6)
-    for prompt, packed_K in zip(prompts, packed_NK, strict=True):
+    for prompt, packed_K, mass in zip(prompts, packed_NK, mass_N, strict=True):
         np.testing.assert_allclose(engine.score([prompt], labels)[0], packed_K, atol=1e-5)
         *begin, last = prompt.tokens_T.tolist()
         cut = {name: getattr(prompt, name)[: len(begin)] for name in PER_TOKEN}
@@ -74,13 +75,30 @@ def test_both_forms_agree(engine, prompts):
         handle.result()
         cached_K = np.concatenate(engine.score(handle, [[label] for label in labels]))
         np.testing.assert_allclose(jax.nn.log_softmax(cached_K), packed_K, atol=1e-5)
+        np.testing.assert_allclose(cached_K - packed_K, np.full(len(labels), mass), atol=1e-5)
+
+
+def test_more_samples_than_are_scored_at_once(engine, make_prompt, monkeypatch):
+    """Those of a row that is full of short ones."""
+    many = [make_prompt(6, 0, seed) for seed in range(5)]
+    together = engine.labels(many, [5, 40])
+    monkeypatch.setattr(score, "ENDS", 2)
+    for found, expected in zip(engine.labels(many, [5, 40]), together, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_banned_ids_have_no_part_of_the_mass_but_as_labels(engine, prompts):
+    everything = [n for n in range(engine.vlm.config.decoder.vocab) if n not in BANNED]
+    np.testing.assert_allclose(engine.labels(prompts, everything).mass_N, 0, atol=1e-5)
+    few, more = (engine.labels(prompts, [5, *of]).mass_N for of in ([], BANNED))
+    assert (few < more).all() and (more < 0).all()
 
 
 def test_what_has_no_score_is_refused(engine, prompts, make_prompt):
     with pytest.raises(ValueError, match="sample prompt 9 has 97 tokens and 0 tiles, but a row of the engine has room"):
         engine.score([*prompts, make_prompt(97, 0, 9)], [1, 2])
-    with pytest.raises(ValueError, match="labels must be at most 64 ids"):
-        engine.score(prompts, range(65))
+    with pytest.raises(ValueError, match="labels must be 1 to 512 ids"):
+        engine.score(prompts, range(513))
     handle = engine.submit(Request(prompts[0], GREEDY, keep=True))
     with pytest.raises(ValueError, match="while it is written, or where it was kept"):
         engine.score(handle, [[1]])

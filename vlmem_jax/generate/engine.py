@@ -26,7 +26,7 @@ from vlmem_jax.generate.reading import Reading
 from vlmem_jax.generate.requests import Handle, Reason, Request
 from vlmem_jax.generate.rows import BROKEN, Plan, Row, compiled, settings
 from vlmem_jax.generate.sampling import need
-from vlmem_jax.generate.score import Scores
+from vlmem_jax.generate.score import LabelScores, Scores
 from vlmem_jax.generate.speaking import Speaking
 from vlmem_jax.generate.transcript import Transcript
 from vlmem_jax.generate.warming import programs
@@ -151,7 +151,11 @@ class Engine:
         if isinstance(of, Handle):
             with self._lock:
                 return self._score.continuations(self._live(of), of.length, given)
-        return self._score.labels(of, given)
+        return self.labels(of, given).logp_NK
+
+    def labels(self, samples: Sequence[Sample], given: Sequence[int]) -> LabelScores:
+        """The scores of samples, and how probable it is that any of the tokens `given` follows. Raises as `score`."""
+        return self._score.labels(samples, given)
 
     def _live(self, handle: Handle) -> Row:
         """The row of an answer, as far as its tokens have come."""

@@ -3,6 +3,7 @@ that are read without a cache, in rollouts and in updates alike."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,20 @@ CONTINUATIONS = 1, 4
 OPEN_PACKS = 16
 """As `data.open_packs`."""
 
-LABELS = 2, 8, 64
-"""Ids that are scored in one call."""
+LABELS = 512
+"""Ids that are scored in one call, at most."""
+
+ENDS = 64
+"""Samples that are scored in one row, at most."""
+
+
+class LabelScores(NamedTuple):
+    """How probable K labels are behind each of N samples."""
+
+    logp_NK: Float32[np.ndarray, "N K"]
+    """Of each, under the softmax of the labels alone."""
+    mass_N: Float32[np.ndarray, "N"]
+    """Log-probability of all of them together, under the softmax of all tokens that are not banned."""
 
 
 def label_logp(
@@ -55,8 +68,17 @@ def label_logp(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(vlm: VLM, mesh: Mesh | None) -> Callable:
-    def labels(params, batch, visual, labels_K, is_label_K):
-        return replicate(label_logp(vlm, params, batch, labels_K, is_label_K, visual=visual))
+    def labels(params, batch, visual, labels_K, is_label_K, ends_N, banned_V):
+        """Of the last token of each sample alone all scores are computed: the head is read once, and works little."""
+        if visual is None:
+            visual = vlm.see(params, batch.views)
+        hidden_ND = vlm.read(params, batch.text, visual)[0, ends_N]
+        logits_NV = vlm.score(params, hidden_ND)
+        logits_NK = jnp.where(is_label_K, logits_NV[:, labels_K], -jnp.inf)
+        withheld_V = banned_V & ~jnp.zeros_like(banned_V).at[labels_K].max(is_label_K)
+        total_N = jax.nn.logsumexp(jnp.where(withheld_V, -jnp.inf, logits_NV), axis=-1)
+        scores = LabelScores(jax.nn.log_softmax(logits_NK), jax.nn.logsumexp(logits_NK, axis=-1) - total_N)
+        return replicate(scores)
 
     return jax.jit(labels, compiler_options=options(mesh))
 
@@ -68,6 +90,7 @@ class Scores:
         self._generator, self._shape, self._programs, self._features = generator, shape, programs, features
         self.sizes = powers(16, shape.capacity)[::2]
         """Tokens of a continuation."""
+        self._banned_V = np.isin(np.arange(generator.vlm.config.decoder.vocab), generator.banned_ids)
 
     def continuations(self, row: Row, length: int, given: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "T"]]:
         """Scores behind a row with `length` tokens. Raises ValueError for one that is empty, or that the row has no
@@ -94,33 +117,37 @@ class Scores:
         with self._generator.context():
             return self._programs.score(self._generator.params, row, tokens_KT, used)
 
-    def labels(self, samples: Sequence[Sample], given: Sequence[int]) -> Float32[np.ndarray, "N K"]:
+    def labels(self, samples: Sequence[Sample], given: Sequence[int]) -> LabelScores:
         """Scores behind each sample; packs of many are read at once. Raises ValueError for a sample that does not fit
         a row, or labels that are the memory's own tokens."""
         own = set(self._generator.vlm.special_tokens.values())
-        if len(given) > LABELS[-1] or own & set(given):
-            raise ValueError(f"labels must be at most {LABELS[-1]} ids, none of the memory's own, got {list(given)}")
-        labels_K = np.resize(np.array(given, np.int32), least(LABELS, len(given)))
-        found = np.zeros((len(samples), len(given)), np.float32)
-        for chosen in self._packs(samples):
-            some = [samples[n] for n in chosen]
-            shows = any(len(sample.pixels_ISSc) for sample in some)
-            logp_BTK = np.asarray(self.read(some, labels_K, len(given), self._shape.tiles if shows else 0))
-            ends = np.cumsum([len(sample.tokens_T) for sample in some]) - 1
-            found[chosen] = logp_BTK[0, ends, : len(given)]
+        if not 0 < len(given) <= LABELS or own & set(given):
+            raise ValueError(f"labels must be 1 to {LABELS} ids, none of the memory's own, got {list(given)}")
+        found = LabelScores(np.zeros((len(samples), len(given)), np.float32), np.zeros(len(samples), np.float32))
+        for pack in self._packs(samples):
+            for first in range(0, len(pack), ENDS):
+                chosen = pack[first : first + ENDS]
+                some = [samples[n] for n in chosen]
+                shows = any(len(sample.pixels_ISSc) for sample in some)
+                read = jax.device_get(self.read(some, given, self._shape.tiles if shows else 0))
+                found.logp_NK[chosen] = read.logp_NK[: len(some), : len(given)]
+                found.mass_N[chosen] = read.mass_N[: len(some)]
         return found
 
-    def read(self, samples: Sequence[Sample], labels_K: np.ndarray, count: int, tiles: int) -> jax.Array:
-        """The program, on samples in one row with so many tile slots; the first `count` of the labels are asked for."""
+    def read(self, samples: Sequence[Sample], given: Sequence[int], tiles: int) -> LabelScores:
+        """The program, on samples in one row with so many tile slots."""
         generator = self._generator
         row = pack_row(samples, DataConfig(), generator.tile, self._shape.capacity, tiles)
         batch, visual = jax.tree.map(lambda x: x[None], row), None
+        ends_N = np.zeros(ENDS, np.int32)
+        ends_N[: len(samples)] = np.cumsum([len(sample.tokens_T) for sample in samples]) - 1
         if tiles and self._features:
             visual = self._features.of(batch.views)
             batch = batch.replace(pixels_BISSc=batch.views.pixels_BISSc[:, :0])
+        labels = np.resize(np.array(given, np.int32), LABELS), np.arange(LABELS) < len(given)
+        rest = *labels, ends_N, self._banned_V
         with generator.context():
-            program = _compiled(generator.vlm, generator.mesh)
-            return program(generator.params, batch, visual, labels_K, np.arange(len(labels_K)) < count)
+            return _compiled(generator.vlm, generator.mesh)(generator.params, batch, visual, *rest)
 
     def _packs(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
         """Which samples share a row."""

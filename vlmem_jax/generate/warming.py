@@ -9,7 +9,7 @@ import numpy as np
 from vlmem_jax.generate.prompts import filled
 from vlmem_jax.generate.rows import Plan, Row, prompt_text, settings
 from vlmem_jax.generate.sampling import GREEDY
-from vlmem_jax.generate.score import CONTINUATIONS, LABELS
+from vlmem_jax.generate.score import CONTINUATIONS
 from vlmem_jax.generate.speaking import GROUPS
 from vlmem_jax.types import Batch, Text
 
@@ -42,8 +42,7 @@ def programs(engine: "Engine") -> dict[str, Callable[[], object]]:
         for tokens in engine._score.sizes:
             found[f"score {count} x {tokens}"] = functools.partial(run.score, count, tokens)
     for how, tiles in shown.items():
-        for labels in LABELS:
-            found[f"labels {labels}{how}"] = functools.partial(run.labels, labels, tiles)
+        found[f"labels{how}"] = functools.partial(run.labels, tiles)
     if engine.vlm.speech:
         found["insert"] = run.insert
         for rows in GROUPS:
@@ -113,8 +112,8 @@ class _Runs:
     def score(self, count: int, tokens: int) -> object:
         return self.engine._score.run(self.get(), np.zeros((count, tokens), np.int32), np.int32(1))
 
-    def labels(self, count: int, tiles: int) -> object:
-        return self.engine._score.read([], np.zeros(count, np.int32), count, tiles)
+    def labels(self, tiles: int) -> object:
+        return self.engine._score.read([], [0], tiles)
 
     def form(self, rows: int, size: int) -> None:
         nobody = np.full(rows, self.engine.shape.slots, np.int32)
