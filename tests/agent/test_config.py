@@ -32,6 +32,7 @@ def test_the_release():
         "retrieve": to_dict(RELEASE) | {
             "gamma": 0.5, "initial": 0.8, "episodes": 3, "segments": 3, "nearest": 10, "images": 0,
         },
+        "show": {"tokens": 0, "answer_tokens": 0},
         "index": "words",
     }  # fmt: skip
 

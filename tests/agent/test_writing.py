@@ -9,7 +9,7 @@ from tests.agent.killed import Logged
 from tests.agent.scripted import frames_of, segment
 from tests.agent.stores import MADE, written
 from vlmem_jax.agent.building import build
-from vlmem_jax.agent.calls import Call, Reply, run, run_all
+from vlmem_jax.agent.calls import Call, Cost, Reply, run, run_all
 from vlmem_jax.agent.nodes import Frame
 from vlmem_jax.agent.store import CallCount, open_store
 from vlmem_jax.agent.writing import journalled, write_store
@@ -70,6 +70,16 @@ def test_videos_side_by_side_each_have_their_journal(tmp_path):
     with write_store(tmp_path / "a", MADE) as a, write_store(tmp_path / "b", MADE) as b:
         assert run_all([journalled(work("a"), a), journalled(work("b"), b)], Model()) == ["A", "B"]
         assert a.reply(Call("caption", ("a",)).key) == Reply("A") and a.reply(Call("caption", ("b",)).key) is None
+
+
+def test_what_calls_took_is_added_up(tmp_path):
+    costs = [Cost(100, 7, 3, 12, 1 / 3, 0.1), Cost(50, 0, 2, 8, 2 / 3, 0.2)]
+    with write_store(tmp_path, MADE) as store:
+        for n, cost in enumerate(costs):
+            with store.transaction() as batch:
+                batch.reply(Call("decide", (str(n),)), Reply(cost=cost))
+        assert store.spent() == {"decide": costs[0] + costs[1]}
+        assert store.reply(Call("decide", ("0",)).key).cost == costs[0]
 
 
 def test_replies_come_back_bit_by_bit(tmp_path):

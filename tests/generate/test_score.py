@@ -12,6 +12,7 @@ from vlmem_jax.generate.engine import Engine
 from vlmem_jax.generate.prompts import pad_prompts
 from vlmem_jax.generate.requests import Request
 from vlmem_jax.runtime.shapes import PoolShape
+from vlmem_jax.runtime.sharding import MeshConfig, make_mesh, param_shardings
 
 GREEDY = SamplingConfig(max_new_tokens=5)
 BANNED = [17]
@@ -85,6 +86,16 @@ def test_more_samples_than_are_scored_at_once(engine, make_prompt, monkeypatch):
     monkeypatch.setattr(score, "ENDS", 2)
     for found, expected in zip(engine.labels(many, [5, 40]), together, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_devices_that_split_rows_score_a_pack_each(vlm, params, engine, make_prompt):
+    prompts = [make_prompt(50, 0, 0), make_prompt(60, 1, 1), make_prompt(14, 2, 2)]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
+    sharded = jax.device_put(jax.device_get(params), param_shardings(mesh, vlm.abstract(), vlm.axes()))
+    generator = Generator(vlm, sharded, stop_ids=[], banned_ids=BANNED, mesh=mesh)
+    found = Engine(generator, engine.shape).labels(prompts, [5, 40, 63])
+    for one, other in zip(found, engine.labels(prompts, [5, 40, 63]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_banned_ids_have_no_part_of_the_mass_but_as_labels(engine, prompts):

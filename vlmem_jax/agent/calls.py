@@ -42,12 +42,32 @@ class Call(NamedTuple):
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
+class Cost(NamedTuple):
+    """What a call took. Of calls that are answered together, what all took is divided by their tokens."""
+
+    prompt_tokens: int = 0
+    """Of frames, too."""
+    new_tokens: int = 0
+    frames: int = 0
+    """That were shown: fewer than the call has where there was no room for them."""
+    tiles: int = 0
+    """That these frames are for the vision tower."""
+    seen: float = 0.0
+    """Tiles that it saw; the others were there from other calls."""
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(one + more for one, more in zip(self, other, strict=True)))
+
+
 class Reply(NamedTuple):
     """What the model answers."""
 
     text: str = ""
     tokens: FirstTokens = None
-    """Of a call with labels: each with its log-probability; or, where only first tokens are known, those."""
+    """Of a call with labels: the tokens that are one of them, or begin one, with their log-probabilities among all that
+    might be said; or, where only first tokens are known, those."""
+    cost: Cost = Cost()
 
 
 class Model(Protocol):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from vlmem_jax.agent.building import BuildConfig
+from vlmem_jax.agent.model import ShowConfig
 from vlmem_jax.agent.retrieve import RELEASE, RetrieveConfig
 from vlmem_jax.agent.schema import SchemaConfig
 from vlmem_jax.agent.segments import IngestConfig
@@ -24,6 +25,7 @@ class AgentConfig:
     build: BuildConfig = BuildConfig()
     schema: SchemaConfig = SchemaConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
+    show: ShowConfig = ShowConfig()
     index: Index = "concepts"
 
     def __post_init__(self):
@@ -54,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ingest": {"tail": 0.0, "side": 0},
         "build": {"manage": {"reserved": 0}, "images": 0, "whole": True, "told": "captions", "attempts": 5},
         "retrieve": to_dict(RELEASE),
+        "show": {"tokens": 0, "answer_tokens": 0},
         "index": "words",
     },
 }

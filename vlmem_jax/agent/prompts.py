@@ -5,11 +5,12 @@ could pass for a control token or a marker of images, and always before what is 
 instruction of its own; decisions and options are labels besides, which are scored and not obeyed.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
 from vlmem_jax.agent.calls import Call
-from vlmem_jax.agent.manager import ACTIONS, View
+from vlmem_jax.agent.manager import ACTIONS, View, thinned
 from vlmem_jax.agent.nodes import Episode, Frame, Segment
 
 QUOTE = "> "
@@ -32,6 +33,25 @@ def plain(text: str) -> str:
 def quoted(lines: Iterable[str]) -> str:
     """Texts as notes, a line each or several."""
     return "".join(f"{QUOTE}{line}\n" for text in lines for line in plain(text).splitlines() or [""])
+
+
+def shortened(call: Call, share: float) -> Call:
+    """A call cut to about that share: of each run of frames, such as those of a segment, as many evenly from all that
+    there are, and one at least; where there is but one of each, each note to so much of its beginning. What is asked
+    stays as it is."""
+    runs = [list(run) for _, run in itertools.groupby(call.parts, lambda part: isinstance(part, Frame))]
+    frames = [run for run in runs if isinstance(run[0], Frame)]
+    if any(len(run) > 1 for run in frames):
+        runs = [thinned(run, max(int(len(run) * share), 1)) if isinstance(run[0], Frame) else run for run in runs]
+        return call._replace(parts=tuple(part for run in runs for part in run))
+    return call._replace(parts=tuple(_cut(part, share) if isinstance(part, str) else part for part in call.parts))
+
+
+def _cut(text: str, share: float) -> str:
+    def cut(line: str) -> str:
+        return f"{line[: int(len(line.rstrip()) * share)]}\n" if line.startswith(QUOTE) else line
+
+    return "".join(map(cut, text.splitlines(keepends=True)))
 
 
 def seconds(start: float, end: float) -> str:

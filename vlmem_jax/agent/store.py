@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vlmem_jax.agent.building import Pyramid
-from vlmem_jax.agent.calls import Reply
+from vlmem_jax.agent.calls import Cost, Reply
 from vlmem_jax.agent.frames import FrameFiles
 from vlmem_jax.agent.nodes import VERSION, Cue, Episode, Extracted, Grounding, Node, Segment, T, from_json
 from vlmem_jax.agent.schema import Concept
@@ -44,8 +44,8 @@ CREATE TABLE fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE node (layer TEXT, number INTEGER, start REAL, end REAL, content TEXT NOT NULL,
     PRIMARY KEY (layer, number)) WITHOUT ROWID;
 CREATE TABLE vector (layer TEXT, number INTEGER, part INTEGER, x BLOB NOT NULL, PRIMARY KEY (layer, number, part));
-CREATE TABLE call (key TEXT PRIMARY KEY, kind TEXT NOT NULL, images INTEGER NOT NULL, reply TEXT NOT NULL)
-    WITHOUT ROWID;
+CREATE TABLE call (key TEXT PRIMARY KEY, kind TEXT NOT NULL, images INTEGER NOT NULL, reply TEXT NOT NULL,
+    cost TEXT NOT NULL) WITHOUT ROWID;
 """
 """Vectors lie apart from nodes, so that either is read without the other."""
 
@@ -157,13 +157,18 @@ class Store:
 
     def reply(self, key: str) -> Reply | None:
         """What the model answered to a call, if it was asked."""
-        rows = self.rows("SELECT reply FROM call WHERE key = ?", key)
-        return _reply(rows[0][0]) if rows else None
+        rows = self.rows("SELECT reply, cost FROM call WHERE key = ?", key)
+        return _reply(*rows[0]) if rows else None
 
     def cost(self) -> dict[str, CallCount]:
         """All that was asked of the model, by kind."""
         rows = self.rows("SELECT kind, count(*), sum(images) FROM call GROUP BY kind ORDER BY kind")
         return {kind: CallCount(*counts) for kind, *counts in rows}
+
+    def spent(self) -> dict[str, Cost]:
+        """What the answers took, by kind of call."""
+        took = ", ".join(f"sum(json_extract(cost, '$[{n}]'))" for n in range(len(Cost._fields)))
+        return {kind: Cost(*cost) for kind, *cost in self.rows(f"SELECT kind, {took} FROM call GROUP BY kind")}
 
     def counts(self) -> dict[str, int]:
         """How many nodes each layer has."""
@@ -300,12 +305,14 @@ _TOLD = {
 }
 
 
-def _reply(text: str) -> Reply:
+def _reply(text: str, cost: str) -> Reply:
     said, tokens = json.loads(text)
-    return Reply(said, tokens if tokens is None else [(token, logp) for token, logp in tokens])
+    known = tokens if tokens is None else [(token, logp) for token, logp in tokens]
+    return Reply(said, known, Cost(*json.loads(cost)))
 
 
-def reply_json(reply: Reply) -> str:
-    """A reply as the journal holds it; log-probabilities come back bit by bit."""
+def reply_json(reply: Reply) -> tuple[str, str]:
+    """A reply as the journal holds it, and what it took; log-probabilities come back bit by bit."""
     tokens: Sequence[Any] | None = reply.tokens
-    return json.dumps([reply.text, tokens if tokens is None else [[token, float(logp)] for token, logp in tokens]])
+    listed = tokens if tokens is None else [[token, float(logp)] for token, logp in tokens]
+    return json.dumps([reply.text, listed]), json.dumps(reply.cost)

@@ -175,8 +175,8 @@ class Batch:
 
     def reply(self, call: Call, reply: Reply) -> None:
         """What the model answered, so that it is not asked again."""
-        values = call.key, call.kind, len(call.frames), reply_json(reply)
-        self._store.rows("INSERT OR REPLACE INTO call VALUES (?, ?, ?, ?)", *values)
+        values = call.key, call.kind, len(call.frames), *reply_json(reply)
+        self._store.rows("INSERT OR REPLACE INTO call VALUES (?, ?, ?, ?, ?)", *values)
 
     def mark(self, state: State) -> None:
         """How far the memory is."""

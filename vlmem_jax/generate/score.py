@@ -21,7 +21,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.vlm import Params
 from vlmem_jax.runtime.compiler import options
 from vlmem_jax.runtime.shapes import PoolShape, least, powers
-from vlmem_jax.runtime.sharding import replicate
+from vlmem_jax.runtime.sharding import batch_shards, replicate
 from vlmem_jax.types import Batch, Sample, VisualTokens
 
 CONTINUATIONS = 1, 4
@@ -67,18 +67,23 @@ def label_logp(
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(vlm: VLM, mesh: Mesh | None) -> Callable:
-    def labels(params, batch, visual, labels_K, is_label_K, ends_N, banned_V):
-        """Of the last token of each sample alone all scores are computed: the head is read once, and works little."""
+def labels_program(vlm: VLM, mesh: Mesh | None) -> Callable:
+    """`labels(params, batch, visual, labels_K, is_label_K, ends_BN, banned_V)`: the `LabelScores` [B, N] of the samples
+    that end at these places of packed rows; `visual` as in `label_logp`.
+
+    Of the last token of each sample alone all scores are computed: the head is read once, and works little.
+    """
+
+    def labels(params, batch, visual, labels_K, is_label_K, ends_BN, banned_V):
         if visual is None:
             visual = vlm.see(params, batch.views)
-        hidden_ND = vlm.read(params, batch.text, visual)[0, ends_N]
-        logits_NV = vlm.score(params, hidden_ND)
-        logits_NK = jnp.where(is_label_K, logits_NV[:, labels_K], -jnp.inf)
+        hidden_BTD = vlm.read(params, batch.text, visual)
+        logits_BNV = vlm.score(params, jnp.take_along_axis(hidden_BTD, ends_BN[..., None], axis=1))
+        logits_BNK = jnp.where(is_label_K, logits_BNV[..., labels_K], -jnp.inf)
         withheld_V = banned_V & ~jnp.zeros_like(banned_V).at[labels_K].max(is_label_K)
-        total_N = jax.nn.logsumexp(jnp.where(withheld_V, -jnp.inf, logits_NV), axis=-1)
-        scores = LabelScores(jax.nn.log_softmax(logits_NK), jax.nn.logsumexp(logits_NK, axis=-1) - total_N)
-        return replicate(scores)
+        total_BN = jax.nn.logsumexp(jnp.where(withheld_V, -jnp.inf, logits_BNV), axis=-1)
+        mass_BN = jax.nn.logsumexp(logits_BNK, axis=-1) - total_BN
+        return replicate(LabelScores(jax.nn.log_softmax(logits_BNK), mass_BN))
 
     return jax.jit(labels, compiler_options=options(mesh))
 
@@ -90,6 +95,8 @@ class Scores:
         self._generator, self._shape, self._programs, self._features = generator, shape, programs, features
         self.sizes = powers(16, shape.capacity)[::2]
         """Tokens of a continuation."""
+        self.lanes = batch_shards(generator.mesh) if generator.mesh else 1
+        """Packs that are read side by side."""
         self._banned_V = np.isin(np.arange(generator.vlm.config.decoder.vocab), generator.banned_ids)
 
     def continuations(self, row: Row, length: int, given: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, "T"]]:
@@ -124,30 +131,34 @@ class Scores:
         if not 0 < len(given) <= LABELS or own & set(given):
             raise ValueError(f"labels must be 1 to {LABELS} ids, none of the memory's own, got {list(given)}")
         found = LabelScores(np.zeros((len(samples), len(given)), np.float32), np.zeros(len(samples), np.float32))
-        for pack in self._packs(samples):
-            for first in range(0, len(pack), ENDS):
-                chosen = pack[first : first + ENDS]
-                some = [samples[n] for n in chosen]
-                shows = any(len(sample.pixels_ISSc) for sample in some)
-                read = jax.device_get(self.read(some, given, self._shape.tiles if shows else 0))
-                found.logp_NK[chosen] = read.logp_NK[: len(some), : len(given)]
-                found.mass_N[chosen] = read.mass_N[: len(some)]
+        packs = list(self._packs(samples))
+        for first in range(0, len(packs), self.lanes):
+            some = packs[first : first + self.lanes]
+            rows = [[samples[n] for n in pack] for pack in some]
+            shows = any(len(sample.pixels_ISSc) for row in rows for sample in row)
+            read = jax.device_get(self.read(rows, given, self._shape.tiles if shows else 0))
+            for row, pack in enumerate(some):
+                found.logp_NK[pack] = read.logp_NK[row, : len(pack), : len(given)]
+                found.mass_N[pack] = read.mass_N[row, : len(pack)]
         return found
 
-    def read(self, samples: Sequence[Sample], given: Sequence[int], tiles: int) -> LabelScores:
-        """The program, on samples in one row with so many tile slots."""
-        generator = self._generator
-        row = pack_row(samples, DataConfig(), generator.tile, self._shape.capacity, tiles)
-        batch, visual = jax.tree.map(lambda x: x[None], row), None
-        ends_N = np.zeros(ENDS, np.int32)
-        ends_N[: len(samples)] = np.cumsum([len(sample.tokens_T) for sample in samples]) - 1
+    def read(self, packs: Sequence[Sequence[Sample]], given: Sequence[int], tiles: int) -> LabelScores:
+        """The program, on samples in rows with so many tile slots, [lanes, ENDS]."""
+        generator, capacity = self._generator, self._shape.capacity
+        packs = [*packs, *[()] * (self.lanes - len(packs))]
+        rows = [pack_row(pack, DataConfig(), generator.tile, capacity, tiles) for pack in packs]
+        batch, visual = jax.tree.map(lambda *x: np.stack(x), *rows), None
+        ends_BN = np.zeros((len(packs), ENDS), np.int32)
+        for ends_N, pack in zip(ends_BN, packs, strict=True):
+            ends_N[: len(pack)] = np.cumsum([len(sample.tokens_T) for sample in pack]) - 1
         if tiles and self._features:
             visual = self._features.of(batch.views)
             batch = batch.replace(pixels_BISSc=batch.views.pixels_BISSc[:, :0])
-        labels = np.resize(np.array(given, np.int32), LABELS), np.arange(LABELS) < len(given)
-        rest = *labels, ends_N, self._banned_V
+        batch, ends_BN = generator.given((batch, ends_BN), rows=len(packs))
+        labels_K, is_label_K = np.resize(np.array(given, np.int32), LABELS), np.arange(LABELS) < len(given)
         with generator.context():
-            return _compiled(generator.vlm, generator.mesh)(generator.params, batch, visual, *rest)
+            program = labels_program(generator.vlm, generator.mesh)
+            return program(generator.params, batch, visual, labels_K, is_label_K, ends_BN, self._banned_V)
 
     def _packs(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
         """Which samples share a row."""
@@ -159,4 +170,5 @@ class Scores:
                     f"sample {samples[n].name} has {tokens} tokens and {tiles} tiles, but a row of the engine has room "
                     f"for {capacity} and {most}"
                 )
-        return fill_rows(sized, capacity, max(most, 1), OPEN_PACKS)
+        for pack in fill_rows(sized, capacity, max(most, 1), OPEN_PACKS):
+            yield from (pack[first : first + ENDS] for first in range(0, len(pack), ENDS))

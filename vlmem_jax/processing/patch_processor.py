@@ -1,5 +1,6 @@
 """Samples of models that see images and videos in their own size, cut into patches: Qwen2.5-VL."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -54,6 +55,15 @@ class PatchProcessor(Processor):
 
     def frames_at(self, clip: Clip, fps: float) -> list[int]:
         return patches.choose_frames(clip, dataclasses.replace(self.image, fps=fps), self.geometry)
+
+    def limited(self, tokens: int) -> "PatchProcessor":
+        if not tokens:
+            return self
+        each = (self.geometry.factor * self._thinning[1]) ** 2
+        most = min(self.image.max_pixels, tokens * each)
+        made = copy.copy(self)
+        made.image = dataclasses.replace(self.image, max_pixels=most, min_pixels=min(self.image.min_pixels, most))
+        return made
 
     def _grids(self, shown: Sequence, training: bool) -> list[PatchGrid]:
         sizes = [item if isinstance(item, tuple) else item.size for item in shown]

@@ -190,6 +190,11 @@ class Processor:
             grids = self._grids(dialogue.shown, training=False)
             return self._sample(ids, np.zeros(len(ids), bool), dialogue.shown, grids, rope_dhr, name, cut=False)
 
+    def limited(self, tokens: int) -> "Processor":
+        """The same, for whose images at most so many visual tokens stand in a prompt, where their number depends on
+        their size; 0: as many as there are."""
+        return self
+
     def frame(self, picture: Image.Image) -> UInt8[np.ndarray, "S S c"]:
         """A frame of a video as the tile that it is, where each is one."""
         [shown] = self._laid_out(chat.Dialogue(((Video([picture]),),))).shown
