@@ -211,7 +211,11 @@ def test_inspect(store, capsys):
         assert part in text
     assert act("inspect", store, "a day", "--show", "cost", "--json") == 0
     cost = json.loads(capsys.readouterr().out)["cost"]
-    assert cost["calls"]["caption"] == {"calls": 4, "images": 8} and cost["bytes"]["frames"] > 0
+    caption = cost["calls"]["caption"]
+    assert (caption["calls"], caption["images"], caption["frames"]) == (4, 8, 8) and caption["new_tokens"] <= 4 * 8
+    assert sum(one["seen"] for one in cost["calls"].values()) < sum(one["tiles"] for one in cost["calls"].values())
+    assert all(one["prompt_tokens"] > 0 and one["seconds"] > 0 for one in cost["calls"].values())
+    assert cost["bytes"]["frames"] > 0
 
 
 def test_pages(store, tmp_path, capsys):

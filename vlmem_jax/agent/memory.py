@@ -1,6 +1,7 @@
 """The memory of a video as one uses it: `Memory.open(folder).ask("Where are the keys?")`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ from vlmem_jax.runtime.shapes import PoolShape
 
 TEXT = 2048
 """Tokens of a call beside frames and what is remembered."""
-UNLIMITED = 256
-"""Frames that a call has room for where the config sets no limit."""
+UNLIMITED, UNLIMITED_SIDE = 256, 1024
+"""Frames that a call has room for, and pixels of a side, where the config sets no limit."""
 KEPT = 4
 """Visual tokens are kept of so many times what a call shows."""
 
@@ -163,7 +164,7 @@ def _answering(store: Store, config: AgentConfig, checkpoint: str, image: Mappin
     keys = override(ConfigDict({"image": made.get("image", {})}), image).image.to_dict()
     model = model.showing(keys, "config.image") if keys else model
     engine = engine_for(model, config, is_said=bool(store.counts()["cue"]))
-    return EngineModel(engine, model.processor, finder([store.frames]))
+    return EngineModel(engine, model.processor, finder([store.frames]), config.show)
 
 
 def finder(folders: Sequence[FrameFiles]) -> Callable[[Frame], Image.Image]:
@@ -192,15 +193,25 @@ def engine_for(model: LoadedModel, config: AgentConfig, rows: int = 4, is_said: 
 
 
 def room(model: LoadedModel, config: AgentConfig, rows: int, is_said: bool = False) -> PoolShape:
-    """What the largest calls need: as many frames as they may show, and texts of what is remembered."""
-    ingest, build, asked, schema = config.ingest, config.build, config.retrieve, config.schema
-    frames = max(build.images or UNLIMITED, build.manage.images, asked.images or UNLIMITED)
-    side = ingest.side or 1024
+    """What the largest calls need: as many frames as they may show, and texts of what is remembered; no more than the
+    model was made for, to which longer calls are cut."""
+    build, asked, show = config.build, config.retrieve, config.show
+    side = config.ingest.side or UNLIMITED_SIDE
     blank = Image.new("RGB", (side, side))
-    one, two = (model.processor.prompt([blank] * n, name="a frame") for n in (1, 2))
-    tokens = len(two.tokens_T) - len(one.tokens_T)
-    tiles = max(len(one.pixels_ISSc), len(two.pixels_ISSc) - len(one.pixels_ISSc))
-    told = prompts.WORDS * (schema.kept + asked.episodes + asked.segments + 1)
+
+    def shown(frames: int, most: int) -> tuple[int, int]:
+        """Tokens and tiles of so many frames of `most` visual tokens."""
+        processor = model.processor.limited(most)
+        one, two = (processor.prompt([blank] * n, name="a frame") for n in (1, 2))
+        tiles = max(len(one.pixels_ISSc), len(two.pixels_ISSc) - len(one.pixels_ISSc))
+        return frames * (len(two.tokens_T) - len(one.tokens_T)), frames * tiles
+
+    building = shown(max(build.images or UNLIMITED, build.manage.images), show.tokens)
+    answering = shown(asked.images or UNLIMITED, show.answer_tokens)
+    told = prompts.WORDS * (config.schema.kept + asked.episodes + asked.segments + 1)
     told += MOST * (asked.episodes + asked.segments + 1) * is_said
-    shape = PoolShape.of(rows, TEXT + told + frames * tokens, frames * tiles)
+    tokens, tiles = map(max, building, answering)
+    decoder = model.vlm.config.decoder
+    longest = min(TEXT + told + tokens, math.inf if decoder.ntk_factor else decoder.max_positions)
+    shape = PoolShape.of(rows, longest, tiles)
     return shape._replace(features=KEPT * shape.tiles)

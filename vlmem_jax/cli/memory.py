@@ -145,9 +145,9 @@ def _concepts(store: Store) -> list[dict[str, Any]]:
 
 
 def _cost(store: Store) -> dict[str, Any]:
-    cost, counts = store.cost(), store.counts()
+    spent, counts = store.spent(), store.counts()
     return {
-        "calls": {kind: one._asdict() for kind, one in cost.items()},
+        "calls": {kind: {**one._asdict(), **spent[kind]._asdict()} for kind, one in store.cost().items()},
         "nodes": {layer: counts[layer] for layer in LAYERS},
         "bytes": {
             "frames": sum(path.stat().st_size for _, path in store.frames.files()),
@@ -170,9 +170,9 @@ def _rows(name: str, part: Any) -> Iterable[Sequence[str]]:
     if name == "made":
         return [[key, str(value)] for key, value in part.items()]
     if name == "cost":
-        calls = [[f"{kind} calls", str(one["calls"]), f"{one['images']} images"] for kind, one in part["calls"].items()]
-        nodes = [[f"{layer} nodes", str(count), ""] for layer, count in part["nodes"].items()]
-        return calls + nodes + [[key, f"{count:,} bytes", ""] for key, count in part["bytes"].items()]
+        calls = [_cost_row(kind, one) for kind, one in part["calls"].items()]
+        nodes = [[f"{layer} nodes", f"{count:,}"] for layer, count in part["nodes"].items()]
+        return calls + nodes + [[key, f"{count:,} bytes"] for key, count in part["bytes"].items()]
     if name == "concepts":
         return [
             [str(one["number"]), one["kind"], told(one["name"], 40), f"episodes {_numbers(one['episodes'])}",
@@ -183,6 +183,14 @@ def _rows(name: str, part: Any) -> Iterable[Sequence[str]]:
         [str(one["number"]), f"{clock(one['start'])}-{clock(one['end'])}", f"{one['frames']} frames",
          *([f"segments {_numbers(one['segments'])}"] if "segments" in one else []), told(one["caption"], WIDTH)]
         for one in part
+    ]  # fmt: skip
+
+
+def _cost_row(kind: str, one: dict[str, Any]) -> list[str]:
+    return [
+        f"{kind} calls", f"{one['calls']:,}", f"{one['frames']:,} of {one['images']:,} images",
+        f"{one['prompt_tokens']:,} tokens read, {one['new_tokens']:,} written", f"{one['seconds']:.1f} s",
+        f"{one['seen']:,.0f} of {one['tiles']:,} tiles seen anew",
     ]  # fmt: skip
 
 

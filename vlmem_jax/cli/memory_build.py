@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         for video in done:
             library.open(video, jobs.made(videos[video])).close()  # raises for another config
             jobs.say(f"{video}: is there already")
-        answers = EngineModel(engine, model.processor, finder(frames))
+        answers = EngineModel(engine, model.processor, finder(frames), config.show)
         try:
             failed = [video for video, failure in _built(args, jobs, videos, answers) if failure]
         except KeyboardInterrupt:

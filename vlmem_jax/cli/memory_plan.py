@@ -126,7 +126,7 @@ def planned(source: Source, config: AgentConfig, track: Track, vlm: VLM, process
         sizes[name] = len(jpeg)
         return name
 
-    counting = _Counting(vlm, processor)
+    counting = _Counting(vlm, processor.limited(config.show.tokens))
     stream = StreamBuilder(keeper(write, config.ingest), config.ingest, config.build, track)
     end = run(watch(_Measured(source, counting, config.ingest.side), stream, notes), counting)
     run(stream.snapshot(), counting)
