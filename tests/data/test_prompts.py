@@ -129,6 +129,7 @@ def test_a_video_gives_as_many_frames_as_asked_for(prompts):
 
     assert tiles(frames=8) == 2 * tiles(frames=4) == 4 * tiles(frames=2)
     assert tiles(fps=8) == 2 * tiles(fps=4)
+    assert tiles(fps=8, end=0.5) < tiles(fps=8)
     with pytest.raises(ValueError, match=r"must have the 11 frames asked for, but it has 10 .*a.mp4.*prompts.jsonl:1"):
         tiles(frames=11)
 
@@ -153,7 +154,10 @@ def test_a_video_gives_as_many_frames_as_asked_for(prompts):
         ({"prompt": "?", "answers": [1]}, "`answers` must be a list of texts"),
         ({"prompt": "?", "answer_type": "essay"}, "`answer_type` must be one of choice, .*; got 'essay'"),
         ({"prompt": "?", "videos": [3]}, "a video must be a path, or {path"),
-        ({"prompt": "?", "videos": [{"path": "a.mp4", "fps": 1, "frames": 2}]}, "with one of the last two"),
+        ({"prompt": "?", "videos": [{"path": "a.mp4", "fps": 1, "frames": 2}]}, "with fps or frames, not both"),
+        ({"prompt": "?", "video": {"path": "a.mp4", "start": 3, "end": 2}}, "seconds from 0 on"),
+        ({"prompt": "?", "video": {"path": "a.mp4", "end": "0:10"}}, "seconds from 0 on"),
+        ({"prompt": "?", "video": {"path": "a.mp4", "start": float("nan")}}, "seconds from 0 on"),
         ({"prompt": "?", "prompt_is_raw": "yes"}, "`prompt_is_raw` must be true or false"),
     ],
 )

@@ -205,6 +205,11 @@ def test_a_video_file_and_what_is_told_of_it(made, tmp_path, caplog):
     told = "frames 0, 6, 12, 17, 23, 29, 0.500 s apart, resized to 32x24: 36 visual tokens (image.budget=video, "
     assert f"{path}: {told}image.video_wrapper=none)" in caplog.text
     assert made().open_video(path, frames=4)[1] == [0, 10, 19, 29] and len(made().open_video(path, fps=4.0)[1]) == 12
+    video, chosen = made().open_video(path, frames=2, start=1.0, end=2.0)
+    assert chosen == [10, 20] and video.times == (1.0, 2.0) and video.seconds == pytest.approx(0.55)
+    assert len(made().open_video(path, fps=4.0, end=1.0)[1]) == 4
+    with pytest.raises(ValueError, match=r"a part of a video must lie in its 3\.00 s, got 5\.0 s to .*a\.mp4"):
+        made().open_video(path, start=5.0)
 
 
 def test_bad_settings_name_their_key(tokenizer):

@@ -68,6 +68,20 @@ def test_exactly_the_asked_frames_come(videos, name):
     np.testing.assert_allclose(levels, indices, atol=0.4 if KINDS[name] in ("libx264", "gif") else 0.9)
 
 
+def test_a_part_of_a_video():
+    """Frames on the screen at both ends are of it; nothing beyond."""
+    even = Clip(50, 25.0, 64, 48)
+    assert even.window() == (0, even) and even.window(0.5, 1.0) == (12, even._replace(frames=14))
+    assert even.window(1.99)[0] == 49 and even.window(0.0, 9.0) == (0, even)
+    uneven = Clip(4, 1.0, 64, 48, starts=[0.0, 0.1, 0.5, 0.75])  # at 0, 0.4, 2 and 3 of 4 seconds
+    first, clip = uneven.window(0.5, 2.5)
+    assert (first, clip.frames, clip.frames / clip.fps) == (1, 2, pytest.approx(2.6))
+    assert clip.times([0, 1]) == pytest.approx((0.0, 1.6)) and uneven.window(0.5, 0.5)[1].frames == 1
+    for start, end in ((2.0, None), (-1.0, 1.0), (1.0, 0.5), (float("nan"), None)):
+        with pytest.raises(ValueError, match=r"a part of a video must lie in its 2\.00 s, got"):
+            even.window(start, end)
+
+
 def test_truncated_video(videos, tmp_path):
     whole = (videos / "b.mkv").read_bytes()
     (tmp_path / "half.mkv").write_bytes(whole[: len(whole) // 2])

@@ -1,13 +1,15 @@
 """Questions with their accepted answers, from JSONL files: what reinforcement learning and evaluation ask.
 
-A line holds `prompt` and perhaps `id`, `image` or `images`, `video` or `videos` (paths or {path, fps?, frames?}),
-`system`, `answer`, `answers`, `answer_type`, `choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in
-`meta`. Images and videos stand before the prompt; where they stand in its midst, `prompt` is a list of texts,
-{image: path} and {video: path, fps?, frames?}. A text is never searched for markers. In place of `prompt` there may be
-`messages` or `conversations` in the forms of training data, whose last answer is the accepted one if there is no other.
+A line holds `prompt` and perhaps `id`, `image` or `images`, `video` or `videos` (paths or {path, fps?, frames?, start?,
+end?}, of which the last two are seconds, beyond which nothing is seen), `system`, `answer`, `answers`, `answer_type`,
+`choices`, `source`, `split` and `prompt_is_raw`; other keys are kept in `meta`. Images and videos stand before the
+prompt; where they stand in its midst, `prompt` is a list of texts, {image: path} and {video: path, fps?, ...}. A text
+is never searched for markers. In place of `prompt` there may be `messages` or `conversations` in the forms of training
+data, whose last answer is the accepted one if there is no other.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +46,10 @@ class VideoSource:
     """Frames to take of each second."""
     frames: int | None = None
     """Frames to take in all."""
+    start: float = 0.0
+    """Of the part that is shown, in seconds, as `end`; nothing beyond is seen."""
+    end: float | None = None
+    """None: that of the video."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,9 @@ class Prompts:
                 shown = images.open_image(path, processor.open_limit, processor.image)
                 clip = store and image_clip(source.path, shown.size)
             else:
-                shown, chosen = processor.open_video(path, fps=source.fps, frames=source.frames)
+                shown, chosen = processor.open_video(
+                    path, fps=source.fps, frames=source.frames, start=source.start, end=source.end
+                )
                 clip = store and video_clip(source.path, video.probe(path), chosen)
                 taken.append(shown.size)
             if store:
@@ -255,7 +263,7 @@ def _unrolled(fields: dict[str, Any]) -> dict[str, Any]:
 _SAID = {"messages", "conversations", "system", "image", "images", "video", "videos"}
 
 
-_PARTS = "a list of texts, {image: path} and {video: path, fps?, frames?}"
+_PARTS = "a list of texts, {image: path} and {video: path, fps?, frames?, start?, end?}"
 
 
 def _part(value: Any) -> str | ImageSource | VideoSource:
@@ -271,7 +279,10 @@ def _part(value: Any) -> str | ImageSource | VideoSource:
 def _video(fields: Any) -> VideoSource:
     if isinstance(fields, str):
         return VideoSource(fields)
-    rule = f"a video must be a path, or {{path, fps?, frames?}} with one of the last two, got {short(fields)}"
+    rule = (
+        "a video must be a path, or {path, fps?, frames?, start?, end?} with fps or frames, not both, and seconds from "
+        f"0 on, got {short(fields)}"
+    )
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str) or not fields.keys() <= _VIDEO_KEYS:
         raise ValueError(rule)
     fps, frames = fields.get("fps"), fields.get("frames")
@@ -279,7 +290,13 @@ def _video(fields: Any) -> VideoSource:
         raise ValueError(rule)
     if frames is not None and (type(frames) is not int or frames < 1):
         raise ValueError(rule)
-    return VideoSource(fields["path"], None if fps is None else float(fps), frames)
+    start, end = fields.get("start") or 0.0, fields.get("end")
+    if any(type(time) not in (int, float) for time in (start, 0 if end is None else end)):
+        raise ValueError(rule)
+    if not 0 <= start <= (math.inf if end is None else end):
+        raise ValueError(rule)
+    end = None if end is None else float(end)
+    return VideoSource(fields["path"], None if fps is None else float(fps), frames, float(start), end)
 
 
-_VIDEO_KEYS = {"path", "fps", "frames"}
+_VIDEO_KEYS = {"path", "fps", "frames", "start", "end"}

@@ -264,25 +264,35 @@ class Processor:
         raise NotImplementedError
 
     def open_video(
-        self, path: str | os.PathLike, *, fps: float | None = None, frames: int | None = None
+        self,
+        path: str | os.PathLike,
+        *,
+        fps: float | None = None,
+        frames: int | None = None,
+        start: float = 0.0,
+        end: float | None = None,
     ) -> tuple[Video, list[int]]:
         """The frames of a video file that `choose_frames` takes, and which they are.
 
-        With `fps`, so many of each second, or with `frames`, so many in all, evenly spaced. Raises ValueError naming
-        the file if it cannot be read or has too few frames.
+        With `fps`, so many of each second, or with `frames`, so many in all, evenly spaced; with `start` and `end`,
+        of that part of it, in seconds. Raises ValueError naming the file if it cannot be read, has too few frames, or
+        no such part.
         """
-        clip = probe(path)
+        whole = probe(path)
         try:
+            first, clip = whole.window(start, end) if start or end is not None else (0, whole)
             if frames is not None:
                 if clip.frames < frames:
                     raise ValueError(f"a video must have the {frames} frames asked for, but it has {clip.frames}")
                 chosen = self.spread(clip, frames)
             else:
                 chosen = self.choose_frames(clip) if fps is None else self.frames_at(clip, fps)
-            chosen = clip.at(chosen)
+            within = clip.at(chosen)
         except ValueError as error:
             raise ValueError(f"{error} ({path})") from error
-        return clip.video(read_frames(path, chosen, self.open_limit, self.image), chosen), chosen
+        chosen = [first + place for place in within]
+        video = whole.video(read_frames(path, chosen, self.open_limit, self.image), chosen)
+        return dataclasses.replace(video, seconds=clip.seconds(within)), chosen
 
     def spread(self, clip: Clip, count: int) -> list[int]:
         """`count` frames of a video, evenly spaced."""

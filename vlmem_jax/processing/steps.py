@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -78,10 +78,8 @@ class StepProcessor(PatchProcessor):
     def spread(self, clip: Clip, count: int) -> list[int]:
         return choose_frames(clip, self.image, self.geometry, count)
 
-    def open_video(
-        self, path: str | os.PathLike, *, fps: float | None = None, frames: int | None = None
-    ) -> tuple[Video, list[int]]:
-        video, chosen = super().open_video(path, fps=fps, frames=frames)
+    def open_video(self, path: str | os.PathLike, **how: Any) -> tuple[Video, list[int]]:
+        video, chosen = super().open_video(path, **how)
         log.info("%s: frames %s, %s", path, ", ".join(map(str, chosen)), self.told(video))
         return video, chosen
 

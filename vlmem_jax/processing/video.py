@@ -68,6 +68,21 @@ class Clip(NamedTuple):
             return list(indices)
         return [max(bisect.bisect_right(self.starts, index / self.frames + 1e-9) - 1, 0) for index in indices]
 
+    def window(self, start: float = 0.0, end: float | None = None) -> tuple[int, "Clip"]:
+        """(its first frame, what is known of it) of what is seen from one time to another, in seconds, the frames on
+        the screen at both of them too; None: to the end. Raises ValueError for a time outside of the video."""
+        times, length = self.times(range(self.frames)), self.frames / self.fps
+        stop = length if end is None else end
+        if not 0 <= start <= stop or start >= length:
+            raise ValueError(f"a part of a video must lie in its {length:.2f} s, got {start} s to {stop} s")
+        first, last = (max(bisect.bisect_right(times, at + 1e-6) - 1, 0) for at in (start, stop))
+        shown = times[first : last + 1]
+        if self.starts is None:
+            return first, self._replace(frames=len(shown))
+        lasts = (times[last + 1] if last + 1 < self.frames else length) - shown[0]
+        starts = [(at - shown[0]) / lasts for at in shown]
+        return first, self._replace(frames=len(shown), fps=len(shown) / lasts, starts=starts)
+
     def seconds(self, chosen: Sequence[int]) -> float:
         """From one of the frames `chosen`, which are spread over the whole video, to the next."""
         return self.frames / self.fps / len(chosen)
