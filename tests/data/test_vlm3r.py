@@ -101,7 +101,7 @@ def test_the_command(listed, tmp_path, capsys):
     assert main(command) == 2 and "lists/data/ten.json does not exist" in capsys.readouterr().err
     assert main([*command, "--root", str(tmp_path)]) == 0
     assert main(["data", "convert", str(elsewhere), "--seed", "1", "--out", str(tmp_path / "new.jsonl")]) == 2
-    assert "--seed are for --from vlm3r" in capsys.readouterr().err
+    assert "--seed is for --from vlm3r" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

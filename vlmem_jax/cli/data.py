@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.config import ConfigError
 from vlmem_jax.data import DataConfig, SourceConfig
-from vlmem_jax.data.convert import convert
+from vlmem_jax.data.convert import Origin, convert
 from vlmem_jax.data.frames import extract
 from vlmem_jax.data.geometry import Values
 from vlmem_jax.data.jsonl import JsonLines
+from vlmem_jax.data.long_benchmarks import MLVU, HDEpic, VideoMME, VStream
 from vlmem_jax.data.records import SHARD_BYTES, pack
 from vlmem_jax.data.samples import Samples
 from vlmem_jax.data.survey import glance, survey
@@ -30,6 +31,8 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
 
 EXAMPLE = "vlmem data pack --data my/train.jsonl --root my/images --out my/train.array_record"
+BENCHMARKS: dict[str, type[Origin]] = {"videomme": VideoMME, "mlvu": MLVU, "hdepic": HDEpic}
+"""Whose files say all that there is to say."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -65,19 +68,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions,
         "convert",
         _convert,
-        "Make JSONL of a JSON array, of parquet, of alpaca's keys, of the files that VLM-3R lists, and files of the "
-        "images that lines hold.",
+        "Make JSONL of a JSON array, of parquet, of alpaca's keys, of the files that VLM-3R lists, of questions about "
+        "long videos as benchmarks release them, and files of the images that lines hold.",
         "vlmem data convert their/train.parquet --out my/train.jsonl\n"
-        "  vlmem data convert --from vlm3r VLM-3R/vsibench_data.yaml --root VLM-3R --out my/train.jsonl",
+        "  vlmem data convert --from vlm3r VLM-3R/vsibench_data.yaml --root VLM-3R --out my/train.jsonl\n"
+        "  vlmem data convert --from mlvu MLVU/json/1_plotQA.json --out my/plots.jsonl",
     )
     turning.add_argument("data", metavar="FILE", help="JSON, JSONL or parquet; of vlm3r YAML")
     turning.add_argument(
         "--from",
         dest="origin",
-        choices=("vlm3r",),
-        help="the file is a YAML list of JSON files, `datasets: [{json_path, sampling_strategy}]`, as VLM-3R has it",
+        choices=("vlm3r", *BENCHMARKS, "vstream"),
+        help="vlm3r: the file is a YAML list of JSON files, `datasets: [{json_path, sampling_strategy}]`; others: "
+        "questions of Video-MME, MLVU, HD-EPIC and VStream-QA about long videos, as they are released",
     )
-    turning.add_argument("--root", metavar="DIR", help="vlm3r: folder of the JSON files (default: that of the file)")
+    turning.add_argument(
+        "--root",
+        metavar="DIR",
+        help="vlm3r: folder of the JSON files (default: that of the file); vstream: folder of the folders of frames",
+    )
     add_links(turning)
     turning.add_argument("--seed", type=int, metavar="N", help="vlm3r: of what random:n takes (0)")
     turning.add_argument("--out", required=True, metavar="NAME.jsonl", help="the file to write")
@@ -187,20 +196,32 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    if args.origin is None and (args.root or args.follow_links or args.seed is not None):
-        raise ConfigError("--root, --follow-links and --seed are for --from vlm3r; leave them out")
-    origin = VLM3R(args.root or "", args.follow_links, args.seed or 0) if args.origin else None
+    origin = _origin(args)
     with progress_bar() as bar:
         task = bar.add_task("converting", total=None)
         made = convert(
             args.data, args.out, args.images, args.skip_bad, lambda done: bar.update(task, completed=done), origin
         )
-    for file in origin.taken if origin else ():
+    for file in origin.taken if isinstance(origin, VLM3R) else ():
         print(file)
     for reason in made.skipped:
         print(f"left out: {reason}")
     print(f"{args.out}: {made.lines} lines, {made.images} images written; {len(made.skipped)} left out")
     return 0
+
+
+def _origin(args: argparse.Namespace) -> Origin | None:
+    if args.origin not in ("vlm3r", "vstream") and (args.root or args.follow_links):
+        raise ConfigError("--root and --follow-links are for --from vlm3r and vstream; leave them out")
+    if args.origin != "vlm3r" and args.seed is not None:
+        raise ConfigError("--seed is for --from vlm3r; leave it out")
+    if args.origin == "vlm3r":
+        return VLM3R(args.root or "", args.follow_links, args.seed or 0)
+    if args.origin == "vstream":
+        if not args.root:
+            raise ConfigError("--from vstream needs --root, the folder of the folders of frames: lines name them")
+        return VStream(args.root, args.follow_links)
+    return BENCHMARKS[args.origin]() if args.origin else None
 
 
 def _inspect(args: argparse.Namespace) -> int:
