@@ -75,11 +75,28 @@ def test_a_stream_gives_the_memory_of_the_whole_video():
             most = max(most, stream.held)
         run(stream.flush(end), model())
         assert run(stream.snapshot(), model()) == whole(frames, times, end)
-        assert most <= INGEST.longest * INGEST.fps + 4 * INGEST.quiet + 4
+        assert most <= 4 * INGEST.quiet + 4
+
+
+def test_no_frame_is_kept_that_no_segment_shows():
+    """Though frames are kept before their segments are closed."""
+    for frames, times, end in videos(60):
+        kept = []
+
+        def noted(frame, time, kept=kept):
+            kept.append(time)
+            return keep(frame, time)
+
+        stream = StreamBuilder(noted, INGEST, BUILD)
+        for frame, time in zip(frames, times, strict=True):
+            run(stream.push(frame, time), model())
+        run(stream.flush(end), model())
+        assert set(kept) == {frame.time for one in stream.builder.pyramid.segments for frame in one.frames}
+        assert len(kept) == len(set(kept))
 
 
 def test_no_call_of_three_hours_is_over_its_budget_whatever_becomes_of_them():
-    """One episode of all is the worst; of the frames those of a segment are held."""
+    """One episode of all is the worst; of the frames the last few are held as they came."""
     long = Scripted(
         caption=lambda call: "x" * 2048, narrate=lambda call: "y" * 2048, extract=lambda call: "z",
         decide=lambda call: {"MERGE": 1.0},
@@ -93,7 +110,7 @@ def test_no_call_of_three_hours_is_over_its_budget_whatever_becomes_of_them():
         most = max(most, stream.held)
     run(stream.flush(float(seconds)), long)
     [episode] = run(stream.snapshot(), long).episodes
-    assert len(episode.segments) == 1080 and most <= 12
+    assert len(episode.segments) == 1080 and most <= 3
     calls = [call for asked in long.asked.values() for call in asked]
     assert max(len(call.frames) for call in calls if call.kind != "decide") == config.images
     assert max(len(call.frames) for call in long.asked["decide"]) == config.manage.images

@@ -18,19 +18,20 @@ Keep = Callable[[UInt8[np.ndarray, "H W 3"], float], Frame]
 class StreamBuilder:
     """Cuts frames into segments, and builds the memory as they close.
 
-    It holds the frames that may still be chosen: those of the open segment, and the last few.
+    A frame is kept as soon as it is certain that it is chosen, so that only the last few are held as they came.
     """
 
     def __init__(self, keep: Keep, ingest: IngestConfig, build: BuildConfig, track: Track = SILENT):
         self._keep, self._fps = keep, ingest.fps
         self._segmenter, self.builder = Segmenter(ingest), Builder(build, track=track)
-        self._held: list[tuple[float, np.ndarray]] = []
+        self._held: list[tuple[float, np.ndarray | Frame]] = []
+        """Frames that may still be chosen, with their times; those that are chosen are kept."""
         self._count = 0
 
     @property
     def held(self) -> int:
-        """Frames that it holds."""
-        return len(self._held)
+        """Frames that it holds as they came."""
+        return sum(not isinstance(frame, Frame) for _, frame in self._held)
 
     def push(self, frame_HWc: UInt8[np.ndarray, "H W 3"], time: float) -> Work[list[Segment]]:
         """Takes a frame; the segments that are closed by it. Raises ValueError for a time that does not rise."""
@@ -56,8 +57,7 @@ class StreamBuilder:
         found = []
         for span in spans:
             chosen = frames_at_times(span, [time for time, _ in self._held], self._fps)
-            kept = tuple(self._keep(frame, time) for time, frame in (self._held[n] for n in chosen.tolist()))
-            found.append(Segment(self._count, *span, frames=kept))
+            found.append(Segment(self._count, *span, frames=tuple(map(self._kept, chosen.tolist()))))
             self._count += 1
             self._held = self._held[max(int(np.searchsorted([time for time, _ in self._held], span.end)) - 1, 0) :]
         return found
@@ -66,6 +66,16 @@ class StreamBuilder:
         """Of the frames before those that a cut may still fall on, all but those that are chosen, and the last."""
         span = self._segmenter.open
         times = [time for time, _ in self._held]
-        chosen = set(frames_at_times(span, times, self._fps).tolist())
-        before = int(np.searchsorted(times, span.end))
-        self._held = [one for n, one in enumerate(self._held) if n >= before - 1 or n in chosen]
+        chosen = frames_at_times(span, times, self._fps).tolist()
+        for n in chosen[:-1]:  # in place of the last there may be a later one, where the segment goes on
+            self._kept(n)
+        before, known = int(np.searchsorted(times, span.end)), set(chosen)
+        self._held = [one for n, one in enumerate(self._held) if n >= before - 1 or n in known]
+
+    def _kept(self, n: int) -> Frame:
+        """A frame that it holds, which is kept now, if it was not before."""
+        time, frame = self._held[n]
+        if not isinstance(frame, Frame):
+            frame = self._keep(frame, time)
+            self._held[n] = time, frame
+        return frame
