@@ -212,6 +212,20 @@ def test_no_call_shows_more_than_it_may():
     assert max(len(call.frames) for call in model.asked["relevant"]) == 4
 
 
+def test_of_a_long_episode_those_clips_are_looked_at_whose_words_are_like_the_question():
+    """Where everything was merged, an episode has hundreds."""
+    known = memory(["kkk"], each=300)
+    segments = [
+        dataclasses.replace(one, caption="zzz" if one.number in (7, 250) else "other") for one in known.pyramid.segments
+    ]
+    known = known._replace(pyramid=known.pyramid._replace(segments=segments))
+    for config, looked in ((DEFAULT, 32), (dataclasses.replace(DEFAULT, clips=0), 300)):
+        model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))
+        found = run(answer(known, "zzz", OPTIONS, embed, rerank, config), model)
+        assert len(model.asked["relevant"]) == looked
+        assert (found.trace[-1].taken == (7, 250)) == (looked == 32)
+
+
 def test_captions_of_any_length_are_told_in_part():
     """Whoever exported a memory may have written them."""
     model = Scripted(answer=lambda call: UNSURE, relevant=lambda call: yes(0.5), sufficient=lambda call: yes(0.9))

@@ -8,7 +8,7 @@ is believed whatever it is. `RetrieveConfig()` is the corrected rule, `RELEASE` 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from vlmem_jax.agent.subtitles import SILENT, Track
 
 INITIAL = 64
 """Frames of the whole video that are shown without memory, at most."""
+N = TypeVar("N", Segment, Episode)
 LONGEST = 4096
 """Characters that are told of a node, at most; what others wrote may have any length. The release has no limit."""
 
@@ -50,6 +51,9 @@ class RetrieveConfig:
     """So many are taken down, at most."""
     nearest: int = 10
     """Episodes that are looked at, at most."""
+    clips: int = 32
+    """Segments whose bearing is asked for, at most: those whose words are most like the question; 0: all of an episode,
+    however long, as in the release."""
     guard: int = 2
     """Episodes beyond those that the schema finds, by their captions; 0: none, and the re-ranker orders them first."""
     looked: int = 16
@@ -72,7 +76,7 @@ class RetrieveConfig:
     def __post_init__(self):
         for names, least, most in (
             (("episodes", "segments", "nearest"), 1, math.inf),
-            (("gamma", "flat", "patience", "guard", "looked", "images", "worse"), 0, math.inf),
+            (("gamma", "flat", "patience", "clips", "guard", "looked", "images", "worse"), 0, math.inf),
             (("mass", "initial", "enough", "open_enough"), 0, 1),
         ):
             for name in names:
@@ -87,6 +91,7 @@ RELEASE = RetrieveConfig(
     strict=False,
     mass=0.0,
     segments=3,
+    clips=0,
     guard=0,
     looked=0,
     images=0,
@@ -179,6 +184,8 @@ class _Question:
             return
         numbers = sorted({n for one in chosen for n in one.segments}) or sorted(self.segments)
         clips = [self.segments[n] for n in numbers if n in self.segments]
+        if 0 < self.config.clips < len(clips):
+            clips = self._nearest(clips, self.config.clips)
         chosen = yield from self._chosen(clips, self.config.segments)
         yield from self._ask("L1", chosen, lambda one: f"[Scene {one.number}] {self._text(one)}", _own)
 
@@ -210,8 +217,8 @@ class _Question:
         scores = self.rerank(self.question, [self._text(one) for one in known])
         return [known[n] for n in np.argsort(-np.asarray(scores), kind="stable")]
 
-    def _nearest(self, nodes: Sequence[Episode], most: int) -> list[Episode]:
-        """Those whose captions are most like the question."""
+    def _nearest(self, nodes: Sequence[N], most: int) -> list[N]:
+        """Those whose words are most like the question."""
         if not nodes:
             return []
         likeness_N = self.embed([self._text(one) for one in nodes]) @ self.embed([self.question])[0]
