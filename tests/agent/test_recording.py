@@ -100,6 +100,22 @@ def test_what_is_said_is_kept_compared_and_told(tmp_path, video):
         built(tmp_path, video, model())
 
 
+def test_a_memory_that_grows_holds_nothing_that_is_said_later(tmp_path, video):
+    """What is said is there with the segment in which it begins, and nothing that begins beyond the last."""
+    track, seen = Track([Cue(n, n + 0.5, n + 3.0, f"word {n}") for n in range(12)]), []
+
+    class Looking:
+        def answer(self, calls):
+            with open_store(tmp_path) as store, store.moment():
+                seen.append((store.counts()["segment"], store.counts()["cue"]))
+            return model().answer(calls)
+
+    built(tmp_path, video, Looking(), track=track)
+    assert set(seen) == {(n, 2 * n) for n in range(5)}
+    with open_store(tmp_path) as store:
+        assert store.nodes("cue", Cue) == list(track.cues[:8])
+
+
 def test_another_config_is_refused_by_the_name_of_its_key(tmp_path, video):
     built(tmp_path, video, model())
     other = resolve(override(ConfigDict(), world.SMALL | {"build.fps": 1.0}), "config")

@@ -122,9 +122,9 @@ class Recorder:
             for one in episodes:
                 said, frames = pyramid.extracted[one.number], builder.shown(one)
                 batch.put(Extracted(one.number, one.start, one.end, said, frames))
+            for cue in self._track.begun(segments[0].start, segments[-1].end) if segments else ():
+                batch.put(cue)
             if state:
-                for cue in self._track.cues:
-                    batch.put(cue)
                 batch.mark(state)
         self._saved = len(pyramid.segments), len(pyramid.episodes)
 
