@@ -225,6 +225,8 @@ class Engine:
             self._rows, *tokens = self._programs.step(
                 self.generator.params, self._rows, self._delimiter_V, Plan(np.int32(needed), self._used())
             )
+        for x_B in tokens:
+            x_B.copy_to_host_async()  # to be there when they are read, a step later
         self._late.append(([handle if handle and not handle.waits else None for handle in self._owners], tokens))
         for handle in running:
             handle.ahead += 1
@@ -246,7 +248,7 @@ class Engine:
     def _collect(self) -> None:
         """The tokens of the oldest step, for those who had the slots then."""
         owners, arrays = self._late.popleft()
-        tokens_B, logp_B = jax.device_get(arrays)
+        tokens_B, logp_B = map(np.asarray, arrays)
         for handle, token, logp in zip(owners, tokens_B.tolist(), logp_B.tolist(), strict=True):
             if handle is None or handle.reason:
                 continue
