@@ -10,6 +10,8 @@ STACKED = 4096
 """Tokens times query heads of a grid step."""
 WINDOW = 128
 """Slots that are written together, at most."""
+SPILLS = 16 * 2**20
+"""Bytes of VMEM for what the compiler cannot keep in registers."""
 READ = 4096
 """Slots times kv heads of a grid step: enough that little is lost between steps, few enough that little is read in
 vain behind a row's last slot."""

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
 from kernels_pallas.cached_attention import blocks as block_sizes
@@ -26,7 +27,7 @@ def forward(problem: Problem, inputs: Inputs) -> jax.Array:
     """o [B, T, H, C]."""
     (_, tokens, heads, width), blocks = inputs.q.shape, _blocks(inputs)
     rows = 1 if tokens == 1 else up(tokens, blocks.rows)
-    arrays = {"q": pad_heads(inputs.q, rows), "k": inputs.k, "v": inputs.v}
+    arrays = {"q": pad_heads(inputs.q, rows), "k": _in_hbm(problem, inputs.k), "v": _in_hbm(problem, inputs.v)}
     if inputs.positions is not None:
         tables = inputs.positions
         if not isinstance(tables, rotary.Tables):
@@ -47,10 +48,16 @@ def append(problem: Problem, cache: tuple[jax.Array, jax.Array], new: tuple[jax.
     slots, tokens = cache[0].shape[3], new[0].shape[1]
     window = block_sizes.window(tokens)
     rows = 1 if tokens == 1 else up(tokens, window)
-    arrays = {"k_new": pad_heads(new[0], rows), "v_new": pad_heads(new[1], rows), "k": cache[0], "v": cache[1]}
+    arrays = {"k_new": pad_heads(new[0], rows), "v_new": pad_heads(new[1], rows)}
+    arrays |= {name: _in_hbm(problem, x) for name, x in zip("kv", cache, strict=True)}
     return tpu_append.append(arrays | _scalars(*place, slots), window, problem.chip, problem.interpret)
 
 
 def _scalars(layer: jax.Array, start: jax.Array, count: jax.Array, slots: int) -> dict[str, jax.Array]:
     count = jnp.minimum(count, slots - start)
     return {"layer": layer.reshape(1), "start": start.astype(jnp.int32), "count": count.astype(jnp.int32)}
+
+
+def _in_hbm(problem: Problem, cache: jax.Array) -> jax.Array:
+    """A small cache would be copied to VMEM as a whole, for each layer, where XLA finds room for it."""
+    return cache if problem.interpret else pltpu.with_memory_space_constraint(cache, pltpu.HBM)

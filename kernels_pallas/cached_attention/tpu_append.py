@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.cached_attention.blocks import SPILLS
 from kernels_pallas.lanes import LANES, VMEM_LIMIT
 
 
@@ -60,6 +61,7 @@ def append(arrays: dict[str, jax.Array], window: int, chip: str, interpret: bool
     cached = pl.BlockSpec((None, None, kv_heads, window, LANES), slots)
     before, own = (pl.BlockSpec((None, rows, kv_heads * LANES), functools.partial(tokens, back)) for back in (1, 0))
     names = ("k_before", "k_new", "v_before", "v_new", "k", "v", "k_out", "v_out")
+    needed = 20 * kv_heads * window * LANES * cache.dtype.itemsize + SPILLS // 4
     scalars = [arrays[name] for name in ("layer", "start", "count")]
     inputs = [arrays[name] for name in ("k_new", "k_new", "v_new", "v_new", "k", "v")]
     return pl.pallas_call(
@@ -73,7 +75,7 @@ def append(arrays: dict[str, jax.Array], window: int, chip: str, interpret: bool
         out_shape=[jax.ShapeDtypeStruct(cache.shape, cache.dtype)] * 2,
         input_output_aliases={len(scalars) + 4: 0, len(scalars) + 5: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT[chip]
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=min(needed, VMEM_LIMIT[chip])
         ),
         interpret=interpret,
         name="append_to_cache",

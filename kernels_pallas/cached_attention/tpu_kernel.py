@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import rotary
-from kernels_pallas.cached_attention.blocks import Blocks
+from kernels_pallas.cached_attention.blocks import SPILLS, Blocks
 from kernels_pallas.cached_attention.problem import last_block
 from kernels_pallas.lanes import LANES, LOG2_E, NEVER, VMEM_LIMIT, dots, lane_sums
 
@@ -162,6 +162,8 @@ def forward(arrays: dict[str, jax.Array], *, heads: int, blocks: Blocks, chip: s
         "o_sum": pltpu.VMEM((2, *stacked), jnp.float32),
         "again": pltpu.SMEM((1,), jnp.int32),
     }
+    # no more than that: what else stands in VMEM, as weights that are read ahead, has to leave it
+    needed = 8 * LANES * many * (group * blocks.rows * 4 + blocks.keys * q.dtype.itemsize) + SPILLS
     scalars = ("layer", "start", "count")
     names = (*scalars, *inputs, "o", *scratch)
     return pl.pallas_call(
@@ -175,7 +177,7 @@ def forward(arrays: dict[str, jax.Array], *, heads: int, blocks: Blocks, chip: s
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT[chip]
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=min(needed, VMEM_LIMIT[chip])
         ),
         interpret=interpret,
         name="cached_attention",
