@@ -1,14 +1,18 @@
 """What memories are built of and with, end to end: a tiny checkpoint and real videos."""
 
+import functools
 import json
 
 import jax
 import numpy as np
+import pytest
 
 from tests import drawn, patches_world
+from vlmem_jax.agent import memory, prompts
 from vlmem_jax.checkpoint import save_params
 from vlmem_jax.config import to_dict
 from vlmem_jax.families import resolve
+from vlmem_jax.generate import load_model
 from vlmem_jax.models import VLM
 
 KEYS = {"preset": "tiny_qwen2_5_vl", "memory": None, "decoder": {"layers": 2}, "vision": {"layers": 2}}
@@ -19,6 +23,18 @@ SMALL = {
 }  # fmt: skip
 """A config that asks for few frames, which come in segments of two seconds."""
 FLAGS = [f"--config.{key}={value}" for key, value in SMALL.items()]
+
+
+@pytest.fixture(scope="module")
+def short():
+    """Texts of few tokens, which is enough for a model that knows nothing; it is loaded, and compiles, once."""
+    once = functools.lru_cache(load_model)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("agent.memory", "cli.memory_build"):
+            patch.setattr(f"vlmem_jax.{module}.load_model", once)
+        patch.setattr(prompts, "WORDS", 8)
+        patch.setattr(memory, "TEXT", 1400)
+        yield
 
 
 def checkpoint(folder, seed=1, keys=KEYS):

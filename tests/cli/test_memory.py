@@ -1,6 +1,6 @@
 """From a video file to an answer by `vlmem memory`, with a tiny model."""
 
-import functools
+import io
 import json
 import shlex
 import shutil
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.agent import world
+from tests.agent.world import short  # noqa: F401
 from tests.stream.world import pictures
-from vlmem_jax.agent import memory, prompts
 from vlmem_jax.agent.calls import Reply
 from vlmem_jax.agent.library import Library
 from vlmem_jax.agent.memory import Memory
@@ -18,23 +18,10 @@ from vlmem_jax.agent.model import EngineModel
 from vlmem_jax.agent.shards import FOLDER, Claims, Shard
 from vlmem_jax.agent.store import open_store
 from vlmem_jax.cli.main import main
-from vlmem_jax.generate import load_model
 
 README = Path(__file__).parents[2] / "README.md"
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short():
-    """Texts of few tokens, which is enough for a model that knows nothing; it is loaded, and compiles, once."""
-    once = functools.lru_cache(load_model)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("agent.memory", "cli.memory_build"):
-            patch.setattr(f"vlmem_jax.{module}.load_model", once)
-        patch.setattr(prompts, "WORDS", 8)
-        patch.setattr(memory, "TEXT", 1400)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device", "short")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +59,7 @@ def test_from_a_video_to_an_answer(store, video, checkpoint, capsys):
     shown = capsys.readouterr()
     first, where, *trace = shown.out.splitlines()
     assert first.removeprefix("the memory does not tell; the likeliest answer: ") in ("A. red", "B. blue")
-    assert where.startswith("  shown by ") and "stage L" in where
+    assert where.startswith(("  shown at ", "  shown nowhere ")) and "stage L" in where
     assert trace[0].split()[0] == "L3" and "0 00:00:00-00:00:0" in trace[0]
     assert f"with {checkpoint}" in shown.err
 
@@ -86,10 +73,14 @@ def test_the_readme(tmp_path, checkpoint, video, monkeypatch, capsys):
     for folder in ("my", "checkpoints"):
         (tmp_path / folder).mkdir()
     shutil.copy(video, tmp_path / "my" / "day.mp4")
+    world.video(tmp_path / "my" / "talk.mp4", seconds=4, seed=1)
     (tmp_path / "checkpoints" / "qwen").symlink_to(checkpoint)
     monkeypatch.chdir(tmp_path)
     for words in commands:
-        assert main(words + world.FLAGS * (words[1] == "build")) == 0, words
+        words, given = (words[:-2], '{"question": "Who speaks?"}') if "<" in words else (words, "")
+        monkeypatch.setattr("sys.stdin", io.StringIO(given))
+        assert main(words + world.FLAGS * (words[1] in ("build", "watch"))) == 0, words
+    assert "] Who speaks?" in capsys.readouterr().out
     answer = Memory.open(Library("runs/memories").root / Library("runs/memories").named("day")).ask("Where?", until=6.0)
     assert answer.trace and (tmp_path / "answer.html").exists() and (tmp_path / "day.html").exists()
 

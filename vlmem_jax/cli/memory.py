@@ -16,7 +16,7 @@ from vlmem_jax.agent.library import Library
 from vlmem_jax.agent.nodes import Episode, Grounding, Segment
 from vlmem_jax.agent.store import LAYERS, Store
 from vlmem_jax.agent.writing import write_store
-from vlmem_jax.cli import memory_ask, memory_build, memory_share
+from vlmem_jax.cli import memory_ask, memory_build, memory_share, memory_watch
 from vlmem_jax.cli.flags import add_config
 from vlmem_jax.cli.memory_page import write_page
 from vlmem_jax.cli.memory_show import aligned, clock, size, told
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     memory_build.add_arguments(_action(actions, "build", memory_build.run, memory_build.__doc__, memory_build.EXAMPLE))
     memory_ask.add_arguments(_action(actions, "ask", memory_ask.run, memory_ask.__doc__, memory_ask.EXAMPLE))
+    memory_watch.add_arguments(_action(actions, "watch", memory_watch.run, memory_watch.__doc__, memory_watch.EXAMPLE))
     _action(actions, "list", _list, "Lists all memories.", "vlmem memory list --store runs/memories")
     looking = _action(
         actions,
@@ -69,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when done; 1 where a video could not be remembered, or a memory is not whole."""
-    if args.action not in (memory_build.run, memory_ask.run) and (args.experiment is not None or args.overrides):
-        raise ConfigError("only `vlmem memory build` and `ask` take keys of a config; drop --config")
+    taking = memory_build.run, memory_watch.run, memory_ask.run
+    if args.action not in taking and (args.experiment is not None or args.overrides):
+        raise ConfigError("only `vlmem memory build`, `watch` and `ask` take keys of a config; drop --config")
     return args.action(args)
 
 

@@ -46,9 +46,10 @@ def answer_lines(answer: Answer, trace: bool) -> list[str]:
     """An answer, when the video shows it, and perhaps how it was found."""
     said = told(answer.text, 1000)
     lines = [said if answer.in_memory else f"the memory does not tell; the likeliest answer: {said}"]
-    where = ", ".join(f"{clock(span.start)}-{clock(span.end)}" for span in answer.evidence) or "nothing"
+    spans = ", ".join(f"{clock(span.start)}-{clock(span.end)}" for span in answer.evidence)
+    where = f"shown at {spans}" if spans else "shown nowhere"
     sure = f", entropy {answer.belief.entropy:.2f} nats" if answer.belief.probabilities else ""
-    lines.append(f"  shown by {where} (stage {answer.stage}{sure}; {answer.calls} calls, {answer.images} images)")
+    lines.append(f"  {where} (stage {answer.stage}{sure}; {answer.calls} calls, {answer.images} images)")
     return lines + aligned(map(_visit, answer.trace)) if trace else lines
 
 
