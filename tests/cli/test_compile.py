@@ -77,6 +77,21 @@ def test_serving_compiles_too(tmp_path, what):
     assert 0 < numbers["predicted_mfu"] < 1
 
 
+def test_decisions_are_scored_in_packed_rows(tmp_path):
+    """With what the tower sees of each row, or, where rows are not split, of what was seen before."""
+    words = ("--config", "configs/tiny/qwen3_vl.py", "--topology", "v5e:2x2", "--what", "decide", "--no-code")
+    words += ("--tokens", "256", "--tiles", "128")
+    in_one = ("--config.mesh.data=1", "--config.mesh.context=2", "--config.mesh.tensor=2")
+    sizes = [(), ("--samples", "2"), ("--rows", "3"), in_one]
+    whole, halves, odd, kept = compile_steps(tmp_path, [(*words, *size) for size in sizes])
+    for done in (whole, halves, kept):
+        assert done.code == 0, done.err[-3000:]
+        assert done.report["what"] == "decide" and done.report["fits"] and done.report["state_bytes"] == 0
+    assert halves.report["flops"] < whole.report["flops"] == halves.report["shape_flops"]
+    assert kept.report["flops"] < whole.report["flops"] / 2, "it is one row of two"
+    assert "must divide --rows 3" in odd.err
+
+
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory):
     """Two steps of the smallest model, then the next frame of the released one, whose tower has a single layer here."""

@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", type=int, default=1, help="how many of them; mesh.data goes over them (default: 1)")
     parser.add_argument(
         "--what",
-        choices=("train", "rl", "prefill", "decode", "look", "ask"),
+        choices=("train", "rl", "prefill", "decode", "decide", "look", "ask"),
         default="train",
-        help="which program; look: the next frame of a stream; ask: a question about one (default: train)",
+        help="which program; decide: labels are scored behind packed prompts; look: the next frame of a stream; ask: a "
+        "question about one (default: train)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument(
@@ -58,13 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--stage", help="stage whose step to compile (default: the last)")
     training.add_argument("--packs", type=int, help="packs a chip in each step, in place of data.rows")
     training.add_argument(
-        "--samples", type=int, default=1, help="samples of a pack, all alike, by which useful FLOPs count (default: 1)"
+        "--samples",
+        type=int,
+        default=1,
+        help="samples of a pack, all alike, by which useful FLOPs count; of decide, too (default: 1)",
     )
     training.add_argument(
         "--no-remedies", action="store_true", help="do not compile again with other settings if it does not fit"
     )
     serving = parser.add_argument_group(
-        "rl, prefill, decode, look and ask",
+        "rl, prefill, decode, decide, look and ask",
         "All but rl are laid out as by `vlmem generate`, or by --config.mesh.AXIS=N.",
     )
     serving.add_argument(
@@ -73,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--tokens",
         type=int,
-        help="token slots of a prompt (default: 4096); ask: of a question beside what it is about (default: 128)",
+        help="token slots of a prompt, or of a row of decide (default: 4096); ask: of a question beside what it is "
+        "about (default: 128)",
     )
     serving.add_argument("--tiles", type=int, default=13, help="image tiles of a prompt (default: 13)")
     serving.add_argument("--new-tokens", type=int, default=256, help="tokens that follow (default: 256)")
@@ -116,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             learning = Learning(tokens, args.tiles, args.memories)
             return check_learning(settings, _stage(settings, args.stage), learning, topology, mesh)
         serving = Serving(args.rows or batch_shards(mesh), tokens, args.tiles, args.new_tokens)
-        return check_serving(settings, args.what, serving, topology, mesh)
+        return check_serving(settings, args.what, serving, topology, mesh, args.samples)
 
     name = f"stage {stage.name}" if args.what in ("train", "rl") else args.what
     print(f"compiling {name} for {len(devices)} chips, mesh {dict(mesh.shape)} ...", flush=True)

@@ -20,8 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmem_jax.flight.chips import Topology
 from vlmem_jax.flight.memory import Buffer, buffers, temporary_bytes
 from vlmem_jax.flight.program import HloProgram
+from vlmem_jax.generate.features import unkept
 from vlmem_jax.generate.rows import Plan, Programs, compiled, prompt_text
 from vlmem_jax.generate.sampling import GREEDY
+from vlmem_jax.generate.score import ENDS, LABELS, labels_program
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPOLoss
 from vlmem_jax.rl.config import rl_config
@@ -226,10 +228,41 @@ def decode_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
 
 def _engine(vlm: VLM, serving: Serving, mesh: Mesh, tile: TileShape) -> Programs:
     """The programs of an engine of such rows. Raises ValueError for rows that the mesh does not split evenly."""
-    if serving.rows % batch_shards(mesh):
-        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
+    _check_rows(serving, mesh)
     shape = PoolShape(serving.rows, serving.tokens + serving.new_tokens, serving.tokens, serving.tiles)
     return compiled(vlm, mesh, shape, tile)
+
+
+def _check_rows(serving: Serving, mesh: Mesh) -> None:
+    if serving.rows % batch_shards(mesh):
+        raise ValueError(f"mesh.data x mesh.fsdp = {batch_shards(mesh)} must divide --rows {serving.rows}")
+
+
+def decide_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:
+    """Scoring labels behind the samples of packed rows, which are read without a cache; see `shows_kept`."""
+    vlm, params = VLM(experiment.model), _serving_params(experiment, mesh)
+    _check_rows(serving, mesh)
+    with jax.set_mesh(mesh):
+        batch = _batch(experiment.tile, (serving.rows,), serving.tokens, serving.tiles, batch_sharding(mesh))
+        place, vocab, visual = _place(mesh), vlm.config.decoder.vocab, None
+        if shows_kept(experiment, serving, mesh):
+            seen = jax.eval_shape(vlm.see, params, batch.views)
+            visual = jax.tree.map(lambda x: place(x, *(None,) * x.ndim), seen)
+            pixels = jax.eval_shape(lambda x: x[:, :0], batch.views.pixels_BISSc)
+            batch = batch.replace(pixels_BISSc=place(pixels, None))
+        labels_K = place(jax.ShapeDtypeStruct((LABELS,), jnp.int32), None)
+        is_label_K, banned_V = (place(jax.ShapeDtypeStruct((size,), bool), None) for size in (LABELS, vocab))
+        ends_BN = place(jax.ShapeDtypeStruct((serving.rows, ENDS), jnp.int32), "batch", None)
+        given = visual, labels_K, is_label_K, ends_BN, banned_V
+        lowered = labels_program(vlm, mesh).lower(params, batch, *given)
+    return Job(lowered, held(params), 0, held((batch, given)))
+
+
+def shows_kept(experiment: Experiment, serving: Serving, mesh: Mesh) -> bool:
+    """Whether an engine on such a mesh keeps what it has seen, so that decisions are made without the vision tower."""
+    vlm = VLM(experiment.model)
+    views = Batch.empty((1,), serving.tokens, serving.tiles, experiment.tile).views
+    return not unkept(vlm, mesh, jax.eval_shape(vlm.see, vlm.abstract(), views))
 
 
 def look_job(experiment: Experiment, serving: Serving, mesh: Mesh) -> Job:

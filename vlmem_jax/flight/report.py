@@ -20,10 +20,12 @@ from vlmem_jax.flight.compile import (
     ask_job,
     asked,
     compile_job,
+    decide_job,
     decode_job,
     look_job,
     prefill_job,
     rl_job,
+    shows_kept,
     train_job,
 )
 from vlmem_jax.flight.memory import Buffer
@@ -32,6 +34,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.models.config import ModelConfig
 from vlmem_jax.models.flops import (
     ask_flops,
+    decide_flops,
     decode_flops,
     formation_flops,
     look_flops,
@@ -69,7 +72,7 @@ class Report:
     topology: str
     slices: int
     what: str
-    """train: NAME, rl: NAME, prefill, decode, look or ask."""
+    """train: NAME, rl: NAME, prefill, decode, decide, look or ask."""
     fits: bool
     parameter_bytes: int
     state_bytes: int
@@ -150,10 +153,16 @@ def check_learning(
 
 
 def check_serving(
-    experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh
+    experiment: Experiment, what: str, serving: Serving, topology: Topology, mesh: Mesh, samples: int = 1
 ) -> tuple[Report, Finish]:
-    """As `check_training`, of `what`, prefill, decode, look or ask, of these shapes."""
+    """As `check_training`, of `what`, prefill, decode, decide, look or ask, of these shapes; `samples` are those of a
+    row of decide."""
     model, rows = experiment.model, serving.rows
+    if what == "decide":
+        shape, is_seen = (rows, serving.tokens, serving.tiles), shows_kept(experiment, serving, mesh)
+        flops, shape_flops = (decide_flops(model, *shape, count, is_seen) for count in (samples, 1))
+        job = decide_job(experiment, serving, mesh)
+        return _report(job, what, shape_flops, model, topology, mesh, samples, flops / shape_flops)
     if what == "look":
         return _report(look_job(experiment, serving, mesh), what, look_flops(model, rows), model, topology, mesh)
     if what == "ask":

@@ -31,6 +31,15 @@ from vlmem_jax.trees import fitted
 from vlmem_jax.types import TileShape, Views, VisualTokens
 
 
+def unkept(vlm: VLM, mesh: Mesh | None, like: VisualTokens) -> str:
+    """Why nothing can be kept of what such a row sees; empty if it can."""
+    if mesh and batch_shards(mesh) > 1:
+        return "features are kept where rows are not split; set features=0, or mesh.data=mesh.fsdp=1"
+    if like.kept is not None or issubclass(memory_of(vlm.config.memory), See):
+        return "features are visual tokens, but the memory reads the vision tower itself; set features=0"
+    return ""
+
+
 class _Kept(NamedTuple):
     """Visual tokens of S tiles, P a tile."""
 
@@ -56,12 +65,10 @@ class Features:
         vlm, tile = generator.vlm, generator.tile
         if shape.features < shape.tiles:
             raise ValueError(f"features must hold the {shape.tiles} tiles of a prompt, got {shape.features}")
-        if generator.mesh and batch_shards(generator.mesh) > 1:
-            raise ValueError("features are kept where rows are not split; set features=0, or mesh.data=mesh.fsdp=1")
         self._programs = _compiled(vlm, generator.mesh, shape, tile)
         like = self._programs.like
-        if like.kept is not None or issubclass(memory_of(vlm.config.memory), See):
-            raise ValueError("features are visual tokens, but the memory reads the vision tower itself; set features=0")
+        if why := unkept(vlm, generator.mesh, like):
+            raise ValueError(why)
         self.seen = self.found = 0
         """Tiles that the tower saw, and that were there already."""
         self._generator, self._shape, self._lock = generator, shape, threading.Lock()

@@ -48,8 +48,19 @@ def train_flops(config: ModelConfig, samples: Iterable[tuple[int, int]], trained
 
 def prefill_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int:
     """FLOPs of reading `rows` prompts, padding included; scores of the last token alone are computed."""
-    unread = 2 * (tokens - 1) * config.decoder.width * config.decoder.vocab
-    return rows * (train_flops(config, [(tokens, tiles)], ()) - unread)
+    return decide_flops(config, rows, tokens, tiles)
+
+
+def decide_flops(
+    config: ModelConfig, rows: int, tokens: int, tiles: int, samples: int = 1, is_seen: bool = False
+) -> int:
+    """FLOPs of reading `rows` packs of so many `samples`, all alike, of whose last tokens alone scores are computed;
+    `is_seen`: what they show was seen before."""
+    alike = [(tokens // samples, tiles // samples)] * samples
+    unread = 2 * (tokens // samples - 1) * samples * config.decoder.width * config.decoder.vocab
+    if is_seen:
+        unread += tiles * (sum(config.vision.flops) + config.vision.projector_flops(config.decoder.width))
+    return rows * (train_flops(config, alike, ()) - unread)
 
 
 def decode_flops(config: ModelConfig, rows: int, tokens: int, tiles: int) -> int:
