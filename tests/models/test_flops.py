@@ -97,3 +97,11 @@ def test_text_alone_does_not_pass_the_memory():
     with_memory, without = (config(memory=memory) for memory in ("comemo", "none"))
     assert flops.train_flops(with_memory, [(64, 0)], ()) == flops.train_flops(without, [(64, 0)], ())
     assert flops.decode_flops(with_memory, 2, 64, 0) == flops.decode_flops(without, 2, 64, 0)
+
+
+def test_decisions_cost_what_their_prompts_cost_alone():
+    """But for what was seen before."""
+    settings = families.resolve({"preset": "tiny_qwen3_vl"})
+    alone = flops.prefill_flops(settings, 1, 32, 8)
+    assert flops.decide_flops(settings, 3, 64, 16, samples=2) == 6 * alone
+    assert flops.decide_flops(settings, 1, 32, 8, is_seen=True) == flops.prefill_flops(settings, 1, 32, 0)
