@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from vlmem_jax.data.geometry import ClipKey, GeometryStore
@@ -104,7 +105,8 @@ def chosen_frames(model: LoadedModel, videos: Videos, choose: Choose) -> Shown:
 def streamed(model: LoadedModel, videos: Videos) -> Shown:
     """The same where a memory has seen all frames, one after the other, and shows those that it keeps."""
     programs = _programs(model.vlm)
-    state = programs.watch(model.params, len(videos.clips))
+    everywhere = NamedSharding(model.mesh, PartitionSpec())  # as what comes out of `look`: it compiles once
+    state = jax.device_put(programs.watch(model.params, len(videos.clips)), everywhere)
     frames = len(videos.clips[0].pixels_TSSc)
     views = _views(model, videos, np.tile(np.arange(frames), (len(videos.clips), 1)))
     geometry = views.geometry
