@@ -93,9 +93,12 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
     def widest(lanes):
         return Batch.empty((lanes,), shape.text_sizes[-1], shape.tiles, known)
 
+    @functools.cache  # of rows of any number of tiles, each of which is a program of its own
+    def seen(lanes):
+        return jax.eval_shape(vlm.see, abstract, widest(lanes).views)
+
     def see(params, views):
-        like = jax.eval_shape(vlm.see, abstract, widest(len(views.segments_BM)).views)
-        return _split(fitted(vlm.see(params, views), like))
+        return _split(fitted(vlm.see(params, views), seen(len(views.segments_BM))))
 
     def first(params, text, visual, length_B):
         hidden_BD, decode = vlm.extend(params, vlm.begin(length_B, shape.capacity, shape.int8), text, visual)
@@ -171,8 +174,7 @@ def compiled(vlm: VLM, mesh: Mesh | None, shape: PoolShape, tile: TileShape) -> 
         return jax.jit(function, compiler_options=options(mesh), **how)
 
     batch, length_B = widest(1), np.ones(1, np.int32)
-    seen = jax.eval_shape(vlm.see, abstract, batch.views)
-    read = jax.eval_shape(first, abstract, prompt_text(batch.text), seen, length_B)[1]
+    read = jax.eval_shape(first, abstract, prompt_text(batch.text), seen(1), length_B)[1]
     logits_BV = jax.ShapeDtypeStruct((1, vocab), jnp.float32)
     rows = map_axes(functools.partial(_rows, shape.slots), Row(read, logits_BV, *settings(vlm, shape), length_B > 0))
     return Programs(
