@@ -15,7 +15,7 @@ def workdir(tmp_path_factory, one_device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "OTHER_STARTS", {})
         patch.setattr(compare, "TRAINED", ("thumbnail", "pooled:2"))
-        assert main(["demo", "--workdir", str(folder), "--steps-scale", "0.005", "--compare"]) == 0
+        assert main(["demo", "--workdir", str(folder), "--steps-scale", "0.001", "--compare"]) == 0
     return folder
 
 
@@ -68,7 +68,7 @@ def test_the_report_needs_no_other_file(workdir):
 
 @pytest.mark.slow
 def test_a_second_call_trains_nothing_again(workdir, capfd):
-    assert main(["demo", "--workdir", str(workdir), "--steps-scale", "0.005"]) == 0
+    assert main(["demo", "--workdir", str(workdir), "--steps-scale", "0.001"]) == 0
     printed = capfd.readouterr().out
     assert printed.count("is done") == 3 and "trains" not in printed
 

@@ -13,9 +13,10 @@ import numpy as np
 from vlmem_jax.demo.dataset import GRIDS, UNTRAINED, Asked, grid_name
 from vlmem_jax.demo.questions import opening
 from vlmem_jax.generate import LoadedModel, SamplingConfig, answers
+from vlmem_jax.models import VLM
 from vlmem_jax.models.flops import prefill_flops
 from vlmem_jax.processing.images import open_image
-from vlmem_jax.types import Batch, Sample
+from vlmem_jax.types import Batch, Sample, TileShape
 
 CHANCE = 0.1
 """Of guessing one of ten digits."""
@@ -63,12 +64,18 @@ def cost(model: LoadedModel, dataset: Path, questions: Sequence[Asked]) -> dict[
         asked = next(one for one in questions if len(one.images) == 1 and one.grid == grid)
         sample = prompt(model, dataset, asked)
         length, tiles = len(sample.tokens_T), len(sample.pixels_ISSc)
-        batch = Batch.empty((1,), length, tiles, model.processor.tile)
-        _, state = jax.eval_shape(functools.partial(model.vlm.prefill, capacity=length), model.params, batch)
-        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.cache, state.memory)))
         flops = prefill_flops(model.vlm.config, 1, length, tiles)
+        kept = _kept_bytes(model.vlm, length, tiles, model.processor.tile)
         found.append((int((sample.visual_index_T >= 0).sum()), flops, kept))
     return dict(zip(("tokens", "flops", "kv_bytes"), np.mean(found, axis=0).tolist(), strict=True))
+
+
+@functools.cache  # a comparison asks models of one kind, which differ by their parameters alone
+def _kept_bytes(vlm: VLM, length: int, tiles: int, tile: TileShape) -> int:
+    """Bytes of what is kept of a prompt of so many tokens, and of the memory that reads its tiles."""
+    batch = Batch.empty((1,), length, tiles, tile)
+    _, state = jax.eval_shape(functools.partial(vlm.prefill, capacity=length), vlm.abstract(), batch)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.cache, state.memory)))
 
 
 def tally(answered: Sequence[Answered]) -> dict[str, Any]:
