@@ -24,7 +24,7 @@ from vlmem_jax.models.flops import decode_flops, formation_flops
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.episodes import Step
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
-from vlmem_jax.rl.rows import pack_steps
+from vlmem_jax.rl.rows import RowShape, pack_steps
 from vlmem_jax.runtime.shapes import PoolShape
 from vlmem_jax.runtime.sharding import MeshConfig, make_mesh
 from vlmem_jax.types import Batch, Sample
@@ -238,8 +238,8 @@ def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, ru
     learn = jax.jit(jax.grad(lambda params, rows: loss.loss(params, rows, None)[0]))
 
     def update(steps: list[Step]) -> list[dict]:
-        rows = pack_steps(steps, [1.0] * len(steps), data, vlm, at_once=4)
-        return [learn(params, jax.tree.map(lambda x, n=n: x[n], rows)) for n in range(len(rows.beta_B))]
+        parts = pack_steps(steps, [1.0] * len(steps), data, vlm, RowShape.of(data, vlm, new), at_once=4)
+        return [learn(params, part) for part in parts]
 
     keys_E1 = keys_PG.reshape(-1, 1)
     once, apart = functools.partial(sample, prompts, keys_PG), functools.partial(sample, each, keys_E1)

@@ -44,8 +44,10 @@ def get_config(profile: str | None = None) -> ConfigDict:
             # a Qwen2.5-VL-7B-Instruct in the Hugging Face layout: start of training and tokenizer
             init="checkpoints/Qwen2.5-VL-7B-Instruct",
             tokenizer="checkpoints/Qwen2.5-VL-7B-Instruct",
-            # prompts with answers; rows of a step beside each other, what its trajectories fill
-            data=dict(train=[dict(path="data/train.jsonl", root="data/images")], rows=8, pack_tiles=4096),
+            # prompts with answers; rows beside each other, each of a prompt and some of what was drawn behind it
+            data=dict(
+                train=[dict(path="data/train.jsonl", root="data/images")], rows=8, pack_tokens=4096, pack_tiles=2048
+            ),
             optimizer=dict(name="adamw", weight_decay=0.01),
             stages=[
                 *warmup,

@@ -8,7 +8,7 @@ FORMATION = ("memory/query_builder", "memory/short", "memory/long")
 
 
 def _data(name: str) -> dict:
-    return dict(train=[dict(path=f"{DATASET}/{name}.jsonl")], rows=8, pack_tokens=384, pack_tiles=320)
+    return dict(train=[dict(path=f"{DATASET}/{name}.jsonl")], rows=8, pack_tokens=256, pack_tiles=72)
 
 
 def get_config() -> ConfigDict:

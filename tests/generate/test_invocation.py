@@ -8,7 +8,7 @@ from vlmem_jax.generate.invocation import Calls, InvocationConfig, Rule, delimit
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
 
-SPEECH = Speech(("a", "b"), (10, 12), (11, 13), (3, 5), max_invocations=4, max_states=64, start_id=0)
+SPEECH = Speech(("a", "b"), (10, 12), (11, 13), (3, 5), max_invocations=4, max_states=64, max_visual=64, start_id=0)
 DELIMITERS_V = jnp.asarray(is_delimiter([1, 2], 20))
 
 

@@ -5,7 +5,9 @@ from vlmem_jax.generate import Transcript
 from vlmem_jax.memory import Speech
 from vlmem_jax.processing import Tokenizer
 
-SPEECH = Speech(("short", "long"), (156, 158), (157, 159), (3, 5), max_invocations=4, max_states=64, start_id=0)
+SPEECH = Speech(
+    ("short", "long"), (156, 158), (157, 159), (3, 5), max_invocations=4, max_states=64, max_visual=64, start_id=0
+)
 
 
 @pytest.fixture(scope="module")

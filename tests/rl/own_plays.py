@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
+from vlmem_jax.generate import Invocation
 from vlmem_jax.rl.config import rl_config
-from vlmem_jax.rl.episodes import Episode, Played
+from vlmem_jax.rl.episodes import Episode, Played, Step
 
 DECISIONS, TURNS = 3, 2
 
@@ -64,3 +65,35 @@ class TwoTurns(Base):
 
     def reward(self, steps):
         return float(len(np.intersect1d(*(step.output_T for step in steps))))
+
+
+class MadeUp:
+    """Answers of any length, with memories of any number and from any number of states where the model has such; nobody
+    draws them."""
+
+    labels = ()
+
+    def __init__(self, experiment, stage, model):
+        self.longest, self.model = rl_config(stage).max_new_tokens, model
+
+    def play(self, actor, prompts, keys_PG, phase):
+        rng = np.random.default_rng(phase)
+        made = [[self.step(one.sample, rng) for _ in range(keys_PG.shape[1])] for one in prompts]
+        return Played(
+            [[Episode((step,), float(r), {"score": float(r)}) for r, step in enumerate(steps)] for steps in made]
+        )
+
+    def prompt(self, loaded, before):
+        return loaded.sample
+
+    def step(self, prompt, rng):
+        tokens_T = rng.integers(5, 60, rng.integers(1, self.longest)).astype(np.int32)
+        known = np.full(len(tokens_T), -5, np.float32), np.ones(len(tokens_T), bool)
+        memories, speech = [], self.model.speech
+        for place in range(2, len(tokens_T), 3) if speech else ():
+            if len(memories) < speech.max_invocations and rng.random() < 0.5:
+                kind, heard = int(rng.integers(2)), int(rng.integers(1, 20))
+                tokens_T[place - 1 : place + 1] = speech.invoke_ids[kind], speech.end_ids[kind]
+                states_LD = rng.normal(size=(heard, self.model.config.decoder.width)).astype(self.model.dtype)
+                memories.append(Invocation(kind, place, speech.lengths[kind], states_LD))
+        return Step(prompt, tokens_T, *known, stopped=True, invocations=tuple(memories))

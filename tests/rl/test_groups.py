@@ -1,7 +1,5 @@
 """A group in one row: what it gives is what rows of their own give."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +11,9 @@ from vlmem_jax.data.rows import pack_row
 from vlmem_jax.families import resolve
 from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid, sequence_positions
-from vlmem_jax.rl.groups import Answer, GroupShape, pack_group
-from vlmem_jax.train.loss import log_probs, log_probs_where
+from vlmem_jax.rl.episodes import Step
+from vlmem_jax.rl.groups import Group, pack_groups
+from vlmem_jax.train.loss import log_probs
 from vlmem_jax.types import IGNORED, Sample
 
 TOKENS = 96
@@ -63,27 +62,21 @@ def prompt_of(vlm, shown=True):
     )
 
 
-def answers():
-    rng = np.random.default_rng(1)
-    drawn_by_policy = [np.arange(length) != 2 for length in LENGTHS]  # the third token was put there
-    return [Answer(rng.integers(5, 100, len(loss)).astype(np.int32), loss) for loss in drawn_by_policy]
-
-
-def apart(vlm, prompt, tiles):
-    """The same answers in rows of their own."""
-    rows = []
-    for answer in answers():
-        count, axes = len(answer.tokens_T), prompt.positions_T.shape[1:]
-        after = np.ones((count, *axes), np.int32).cumsum(0) + prompt.positions_T.max()
-        labels_T = np.where(answer.loss_T, answer.tokens_T, IGNORED)
-        sample = dataclasses.replace(
-            prompt,
-            tokens_T=np.concatenate([prompt.tokens_T, answer.tokens_T]),
-            labels_T=np.concatenate([np.full_like(prompt.tokens_T, IGNORED), labels_T]).astype(np.int32),
-            positions_T=np.concatenate([prompt.positions_T, after]).astype(np.int32),
-            visual_index_T=np.concatenate([prompt.visual_index_T, np.full(count, -1, np.int32)]),
+def answers(prompt, seed=1):
+    """The prompt with each answer behind it."""
+    rng, samples = np.random.default_rng(seed), []
+    for count in LENGTHS:
+        drawn_by_policy = np.arange(count) != 2  # the third token was put there
+        step = Step(
+            prompt, rng.integers(5, 100, count).astype(np.int32), np.zeros(count, np.float32), drawn_by_policy, False
         )
-        rows.append(pack_row([sample], DATA, vlm.tile, TOKENS, tiles))
+        samples.append(step.sample())
+    return samples
+
+
+def apart(vlm, samples, tiles):
+    """The same answers in rows of their own."""
+    rows = [pack_row([sample], DATA, vlm.tile, TOKENS, tiles) for sample in samples]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
@@ -98,17 +91,20 @@ def scored(vlm, params, batch):
 
 
 @pytest.mark.parametrize("name, shown", [*((name, True) for name in MODELS), ("tiles", False), ("M-RoPE", False)])
-def test_a_group_has_the_log_probs_and_gradients_of_rows_of_their_own(name, shown):
+def test_groups_have_the_log_probs_and_gradients_of_rows_of_their_own(name, shown):
+    """Two of them, that share a row."""
     vlm, params = model(name)
-    prompt = prompt_of(vlm, shown)
-    tiles = max(len(prompt.pixels_ISSc), 1) + 1
-    group = pack_group(prompt, answers(), vlm, GroupShape(TOKENS, tiles), DATA)
-    gradients, logp_BT = scored(vlm, params, patches_world.one_row(group.batch))
-    wanted_gradients, wanted_BT = scored(vlm, params, apart(vlm, prompt, tiles))
-    first = len(prompt.tokens_T) - 1
-    for row, slots in enumerate(group.answers):
-        drawn_T = answers()[row].loss_T
-        own_T = wanted_BT[row, first : first + LENGTHS[row]]
+    prompts = prompt_of(vlm, shown), prompt_of(vlm, not shown)
+    groups = [Group(prompt, answers(prompt, n)) for n, prompt in enumerate(prompts)]
+    tiles = 1 + max(len(prompt.pixels_ISSc) for prompt in prompts)
+    batch, places = pack_groups(groups, DATA, vlm.tile, 2 * TOKENS, tiles)
+    gradients, logp_BT = scored(vlm, params, patches_world.one_row(batch))
+    samples = [sample for group in groups for sample in group.answers]
+    wanted_gradients, wanted_BT = scored(vlm, params, apart(vlm, samples, tiles))
+    firsts = [len(group.prompt.tokens_T) - 1 for group in groups for _ in group.answers]
+    for row, (slots, first, sample) in enumerate(zip(places, firsts, samples, strict=True)):
+        drawn_T = sample.labels_T[first + 1 :] != IGNORED
+        own_T = wanted_BT[row, first : first + len(drawn_T)]
         np.testing.assert_allclose(logp_BT[0, slots][drawn_T], own_T[drawn_T], atol=1e-5)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted_gradients))
     assert largest > 1e-2
@@ -119,52 +115,39 @@ def test_a_group_has_the_log_probs_and_gradients_of_rows_of_their_own(name, show
     )
 
 
+def one_group(vlm):
+    prompt = prompt_of(vlm)
+    batch, places = pack_groups([Group(prompt, answers(prompt))], DATA, vlm.tile, TOKENS, 4)
+    return patches_world.one_row(batch), places
+
+
 def test_an_answer_knows_nothing_of_another():
     vlm, params = model("tiles")
-    group = pack_group(prompt_of(vlm), answers(), vlm, GroupShape(TOKENS, 4), DATA)
-    batch = patches_world.one_row(group.batch)
-    changed = batch.replace(tokens_BT=batch.text.tokens_BT.at[0, group.answers[0]].add(1))
+    batch, places = one_group(vlm)
+    changed = batch.replace(tokens_BT=batch.text.tokens_BT.at[0, places[0]].add(1))
     hidden = jax.jit(vlm.hidden)
     before_BTD, after_BTD = hidden(params, batch), hidden(params, changed)
-    others = slice(group.answers[1].start, group.answers[-1].stop)
+    others = slice(places[1].start, places[-1].stop)
     np.testing.assert_array_equal(before_BTD[0, others], after_BTD[0, others])
-    assert not np.allclose(before_BTD[0, group.answers[0]], after_BTD[0, group.answers[0]])
+    assert not np.allclose(before_BTD[0, places[0]], after_BTD[0, places[0]])
 
 
-def test_only_tokens_that_count_are_scored():
-    vlm, params = model("tiles")
-    batch = pack_group(prompt_of(vlm), answers(), vlm, GroupShape(TOKENS, 4), DATA).batch
-    text = jax.tree.map(lambda x: jnp.asarray(x[None]), batch.text)
-    hidden_BTD = jax.random.normal(jax.random.key(0), (1, TOKENS, vlm.config.decoder.width))
-    counts_BT, kernel_DV = text.weights_BT > 0, vlm.head_kernel(params)
-    room = int(counts_BT.sum()) + 3
-
-    def some(hidden_BTD):
-        return log_probs_where(hidden_BTD, kernel_DV, text.targets_BT, counts_BT, room, 8)
-
-    def all_of_them(hidden_BTD):
-        return jnp.where(counts_BT, log_probs(hidden_BTD, kernel_DV, text.targets_BT, 8), 0)
-
-    np.testing.assert_allclose(some(hidden_BTD), all_of_them(hidden_BTD), atol=1e-5)
-    ours, theirs = (jax.grad(lambda x, of=of: (of(x) ** 2).sum())(hidden_BTD) for of in (some, all_of_them))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-def test_what_is_known_of_tokens_stands_where_they_are_targets():
+def test_targets_stand_where_they_are_foretold_and_each_answer_counts_as_one():
     vlm, _ = model("tiles")
-    group = pack_group(prompt_of(vlm), answers(), vlm, GroupShape(TOKENS, 4), DATA)
-    known_T = group.spread([answer.tokens_T for answer in answers()])
-    np.testing.assert_array_equal(known_T, group.batch.text.targets_BT)
-    assert group.batch.text.weights_BT.sum() == pytest.approx(len(LENGTHS))  # each answer counts as one
+    batch, places = one_group(vlm)
+    samples = answers(prompt_of(vlm))
+    for slots, sample, length in zip(places, samples, LENGTHS, strict=True):
+        labels_T = sample.labels_T[-length:]
+        np.testing.assert_array_equal(batch.text.targets_BT[0, slots], np.where(labels_T == IGNORED, 0, labels_T))
+        assert batch.text.weights_BT[0, slots].sum() == pytest.approx(1)
+    assert batch.text.weights_BT.sum() == pytest.approx(len(LENGTHS))
 
 
-def test_a_group_that_does_not_fit_is_refused():
+def test_groups_that_do_not_fit_are_refused():
     vlm, _ = model("tiles")
     prompt = prompt_of(vlm)
+    group = Group(prompt, answers(prompt))
     with pytest.raises(ValueError, match="it has 20 token slots and 3 tile slots"):
-        pack_group(prompt, answers(), vlm, GroupShape(20, 3), DATA)
+        pack_groups([group], DATA, vlm.tile, 20, 3)
     with pytest.raises(ValueError, match="must have tokens"):
-        pack_group(prompt, [Answer(np.zeros(0, np.int32), np.zeros(0, bool))], vlm, GroupShape(TOKENS, 4), DATA)
-    longer = VLM(resolve({"preset": "tiny", "memory": None, "decoder": {"ntk_factor": 2.0, "max_positions": 16}}))
-    with pytest.raises(ValueError, match="model.decoder.max_positions=16"):
-        pack_group(prompt, answers(), longer, GroupShape(TOKENS, 4), DATA)
+        pack_groups([Group(prompt, [prompt])], DATA, vlm.tile, TOKENS, 4)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.drawn import random_params
 from tests.patches_world import sample
+from tests.rl.packed import packed
 from vlmem_jax.data import DataConfig
 from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, InvocationConfig, SamplingConfig
@@ -16,7 +17,6 @@ from vlmem_jax.models import VLM
 from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
-from vlmem_jax.rl.rows import pack_steps
 from vlmem_jax.trees import flatten
 
 G, BANNED, STOP = 2, (3, 4), (1, *range(90, 100))
@@ -117,11 +117,16 @@ def test_they_do_where_the_vision_tower_forms_memories(preset):
     check_log_probabilities(vlm, params, CALLED, [trajectory for group in groups for trajectory in group])
 
 
+def with_memories(config):
+    """For rows that hold several answers, with all of their memories."""
+    return RLConfig(max_new_tokens=SAMPLING.max_new_tokens, invocation=config, row_memories=16)
+
+
 def check_log_probabilities(vlm, params, config, trajectories):
     assert vlm.config.memory.lora.dropout > 0, "which neither of them applies"
     kinds = [memory.kind for t in trajectories for memory in t.invocations]
     assert set(kinds) == {0, 1} and max(len(t.invocations) for t in trajectories) > 1
-    rows = pack_steps(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
+    rows = packed(trajectories, [1.0] * len(trajectories), DATA, vlm, config=with_memories(config))
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda x: grpo(vlm, config).log_probs(params, x), batch))
     logp_BT = np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch)))
     counts_BT = rows.batch.text.weights_BT > 0
@@ -150,7 +155,7 @@ def test_what_was_put_there_is_not_learned(vlm, drawn):
 
 def test_gradients_reach_what_forms_memories_and_nothing_goes_into_what_they_heard(vlm, params, objective, drawn):
     config, trajectories = drawn
-    rows = pack_steps(trajectories, [1.0, -1.0] * (len(trajectories) // 2), DATA, vlm, at_once=1)
+    rows = packed(trajectories, [1.0, -1.0] * (len(trajectories) // 2), DATA, vlm, config=with_memories(config))
     kinds = [set(kinds_BJ.ravel()) for kinds_BJ in rows.batch.text.formation.kinds_BJ]
     with_both = next(n for n, of_part in enumerate(kinds) if {0, 1} <= of_part)
     rows = jax.tree.map(lambda x: jnp.asarray(x)[with_both], rows)

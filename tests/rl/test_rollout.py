@@ -9,6 +9,7 @@ import pytest
 
 from tests import patches_world
 from tests.drawn import random_params
+from tests.rl.packed import packed
 from vlmem_jax.data import DataConfig
 from vlmem_jax.families import resolve
 from vlmem_jax.generate import Generator, SamplingConfig
@@ -17,7 +18,7 @@ from vlmem_jax.positions import PatchGrid
 from vlmem_jax.rl import GRPOLoss, RLConfig
 from vlmem_jax.rl.episodes import Step
 from vlmem_jax.rl.rollout import rollout_keys, rollouts
-from vlmem_jax.rl.rows import pack_steps
+from vlmem_jax.rl.rows import RowShape, pack_steps
 from vlmem_jax.types import Sample
 
 BANNED, STOP, G = (3, 4, 60), (1, 2, *range(90, 100)), 3
@@ -64,7 +65,7 @@ def drawn(request):
 
 def log_probs(vlm, params, trajectories):
     """What the trainer makes of the log-probabilities of trajectories, and the rows they are packed in."""
-    rows = pack_steps(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
+    rows = packed(trajectories, [1.0] * len(trajectories), DATA, vlm, at_once=1)
     loss = GRPOLoss(vlm, RLConfig(), chunk=32, banned_ids=BANNED)
     scored = jax.jit(lambda params, batch: jax.lax.map(lambda part: loss.log_probs(params, part), batch))
     return np.asarray(scored(params, jax.tree.map(jnp.asarray, rows.batch))), rows
@@ -98,12 +99,10 @@ def test_rows_keep_what_is_known_of_each_token(drawn):
     first, second = (max(group, key=lambda t: len(t.tokens_T)) for group in groups[:2])
     forced_T = np.arange(len(first.tokens_T)) == 0
     first = dataclasses.replace(first, loss_T=~forced_T)
-    rows = pack_steps([first, second], [0.5, -2.0], DATA, vlm, at_once=2, beta=0.1)
-    assert rows.advantage_BT.shape[:2] == (1, 2) and rows.advantage_BT.shape[2] in (64, 80)
+    rows = packed([first, second], [0.5, -2.0], DATA, vlm, at_once=2, beta=0.1)
+    assert rows.advantage_BT.shape == (1, 2, 128)
     for trajectory, advantage in ((first, 0.5), (second, -2.0)):
-        row, start = _find(rows, trajectory)
-        before = start + len(trajectory.prompt.tokens_T) - 1
-        span = slice(before, before + len(trajectory.tokens_T))
+        row, span = _find(rows, trajectory)
         kept = trajectory.loss_T
         np.testing.assert_array_equal(rows.batch.text.targets_BT[0, row, span], np.where(kept, trajectory.tokens_T, 0))
         np.testing.assert_array_equal(rows.old_logp_BT[0, row, span], np.where(kept, trajectory.logp_T, 0))
@@ -118,12 +117,14 @@ def test_rows_keep_what_is_known_of_each_token(drawn):
 
 
 def _find(rows, trajectory):
-    """Row and first slot of a trajectory."""
-    tokens_T = trajectory.sample().tokens_T
+    """Row and slots of a trajectory: the last token of its prompt, and its own but for the last."""
+    tokens_T = np.concatenate([trajectory.prompt.tokens_T[-1:], trajectory.tokens_T[:-1]])
     for row, tokens in enumerate(rows.batch.text.tokens_BT[0]):
         for start in range(len(tokens) - len(tokens_T) + 1):
-            if (tokens[start : start + len(tokens_T)] == tokens_T).all():
-                return row, start
+            span = slice(start, start + len(tokens_T))
+            is_answer = (rows.batch.text.prefix_BT[0, row, span] > 0).all()
+            if is_answer and (tokens[span] == tokens_T).all():
+                return row, span
     raise AssertionError("not in the rows")
 
 
@@ -135,36 +136,58 @@ def test_a_step_that_collapsed_is_counted_and_skipped(drawn):
     learn = jax.jit(jax.value_and_grad(objective.loss, has_aux=True), static_argnums=2)
     found = []
     for steps in ([collapsed, other], [dataclasses.replace(whole, loss_T=np.zeros_like(whole.loss_T)), other]):
-        rows = pack_steps(steps, [1.0, -1.0], DATA, vlm, at_once=1)
+        rows = packed(steps, [1.0, -1.0], DATA, vlm, at_once=1)
         found.append(learn(params, jax.tree.map(lambda x: jnp.asarray(x[0]), rows), None))
     ((loss, sums), slopes), ((alone, _), expected) = found
     assert sums["collapsed"] == pytest.approx(1) and loss == pytest.approx(alone) != 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slopes, expected)
 
 
-def test_shapes_are_few_whatever_was_drawn():
+def test_shapes_are_those_of_the_config_whatever_was_drawn():
     vlm = VLM(resolve({"preset": "tiny", "memory": None}))
-    prompt, rng = tiles(vlm, 10, 0, 0), np.random.default_rng(0)
+    prompts, rng = [tiles(vlm, 10, n, n) for n in range(3)], np.random.default_rng(0)
     shapes = set()
-    for _ in range(60):
+    for _ in range(30):
         lengths = rng.integers(1, 100, rng.integers(1, 20))
         trajectories = [
-            Step(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False) for n in lengths
+            Step(prompts[n % 3], np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool), False)
+            for n in lengths
         ]
-        rows = pack_steps(trajectories, [0.0] * len(lengths), DATA, vlm, at_once=2)
-        assert (rows.batch.text.weights_BT > 0).sum() == lengths.sum()
-        shapes.add(rows.advantage_BT.shape)
-        assert rows.batch.views.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
-    assert len(shapes) < 20
-    empty = pack_steps([], [], DATA, vlm, at_once=2)
-    assert empty.advantage_BT.shape == (1, 2, 64) and not empty.batch.text.segments_BT.any()
+        parts = pack_steps(trajectories, [0.0] * len(lengths), DATA, vlm, RowShape.of(DATA, vlm, 100), at_once=2)
+        assert sum((part.batch.text.weights_BT > 0).sum() for part in parts) == lengths.sum()
+        shapes |= {tuple(x.shape for x in jax.tree.leaves(part)) for part in parts}
+    assert len(shapes) == 1
+    empty = packed([], [], DATA, vlm, at_once=2)
+    assert empty.advantage_BT.shape == (1, 2, 128) and not empty.batch.text.segments_BT.any()
+    without = packed([], [], dataclasses.replace(DATA, pack_tiles=0), vlm)
+    assert without.batch.views.pixels_BISSc.shape[2] == 0, "text alone has no vision tower"
+
+
+def test_steps_behind_a_prompt_share_it_in_as_many_rows_as_they_need():
+    vlm = VLM(resolve({"preset": "tiny", "memory": None}))
+    prompts = [tiles(vlm, 30, 1, n) for n in range(2)]
+    counts = [20, 30, 40, 25, 5, 60]
+    steps = [
+        Step(prompts[n // 4], np.full(count, n + 5, np.int32), np.zeros(count, np.float32), np.ones(count, bool), False)
+        for n, count in enumerate(counts)
+    ]
+    rows = packed(steps, range(1, 7), DATA, vlm)
+    text = jax.tree.map(lambda x: x[:, 0], rows.batch.text)
+    prefix = 29 + vlm.tokens_per_tile
+    assert len(text.tokens_BT) == 3, "a prompt and 115 tokens fill two rows, another and 65 one"
+    for row, (segments_T, prefix_T) in enumerate(zip(text.segments_BT, text.prefix_BT, strict=True)):
+        assert (segments_T[prefix_T == 0] > 0).sum() == prefix, f"row {row} has its prompt once"
+    advantages = rows.advantage_BT[:, 0]
+    assert {n: int((advantages == n).sum()) for n in range(1, 7)} == dict(enumerate(counts, 1))
+    for row_T, targets_T in zip(advantages, text.targets_BT, strict=True):
+        np.testing.assert_array_equal(targets_T[row_T > 0], row_T[row_T > 0] + 4)
 
 
 def test_a_step_that_no_row_has_room_for_is_refused():
     vlm = VLM(resolve({"preset": "tiny", "memory": None}))
     step = Step(tiles(vlm, 29, 0, 7), np.ones(100, np.int32), np.zeros(100, np.float32), np.ones(100, bool), False)
     with pytest.raises(ValueError, match=r"has 128 tokens and 16 tiles for 129 and 0 \(sample prompt 7\); raise data"):
-        pack_steps([step], [0.0], DATA, vlm, at_once=2)
+        packed([step], [0.0], DATA, vlm, at_once=2)
 
 
 def test_keys_are_those_of_seed_stage_phase_prompt_and_sample():

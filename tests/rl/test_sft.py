@@ -12,6 +12,7 @@ import pytest
 from tests.drawn import random_params
 from tests.rl import memory_world
 from tests.rl.memory_world import FORMATION
+from tests.rl.packed import stacked
 from tests.train import world
 from tests.verbs import extended, read
 from vlmem_jax import rl
@@ -101,7 +102,7 @@ def test_the_loss_is_that_of_answers_after_a_call_in_generation(make, mesh, para
         generator = trainer_generator(task.model, params, processor, mesh)
         wanted_KP = np.array([losses_by_decoding(generator, samples, answers, kind) for kind in range(2)])
         work = task.work(0, params)
-        parts = [jax.tree.map(lambda x, n=n: x[n : n + 1], work.batch) for n in range(len(work.batch.text.tokens_BT))]
+        parts = [jax.tree.map(lambda x: x[None], part) for part in work.batch]
         total = sum(float(eval_program(task._mesh)(task.model, params, part, task.chunk)) for part in parts)
         evaluated = task.evaluate(params)
     task.close()
@@ -119,7 +120,7 @@ def test_answers_alone_are_learned(make, mesh, params):
     with jax.set_mesh(mesh):
         work = task.work(0, params)
     task.close()
-    speech, batch = task.model.speech, jax.device_get(work.batch)
+    speech, batch = task.model.speech, stacked(work.batch)
     weighted = batch.text.weights_BT > 0
     texts = [task._stream.prompts[0, n].answers[0] for n in range(6)]
     assert work.denominator == weighted.sum() == sum(len(text) + 1 for text in texts)
@@ -159,7 +160,7 @@ def test_one_kind_alone_may_be_formed(make, mesh, params):
     with jax.set_mesh(mesh):
         work = task.work(0, params)
     task.close()
-    kinds = np.asarray(work.batch.text.formation.kinds_BJ)
+    kinds = stacked(work.batch).text.formation.kinds_BJ
     assert set(kinds[kinds >= 0].tolist()) == {0} and work.numbers["memory/long"] == 0
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.drawn import random_params
 from tests.rl import world
+from tests.rl.packed import stacked
 from tests.train import world as supervised
 from vlmem_jax import rl
 from vlmem_jax.checkpoint import load_params
@@ -109,7 +110,7 @@ def test_groups_without_variance_are_dropped_and_counted(settings, mesh, params)
             task.close()
             assert work.numbers["rollout/zero_variance_groups"] == 5
             assert work.denominator == kept and len(work.sample_ids) == kept / 4
-            assert work.counts["tokens"] == (work.batch.batch.text.segments_BT > 0).sum()
+            assert work.counts["tokens"] == (stacked(work.batch).batch.text.segments_BT > 0).sum()
 
 
 def override_rl(config, **keys):
@@ -203,7 +204,7 @@ def test_the_reference_may_be_a_function_of_the_parameters(settings, mesh, param
     config = override_rl(settings(), reference="tests.rl.own:never", kl=0.1, drop_zero_variance=False)
     task = make_task(config, mesh)
     with jax.set_mesh(mesh):
-        rows = task.work(0, params).batch
+        rows = stacked(task.work(0, params).batch)
     task.close()
     allowed = config.model.decoder.vocab - len(set(task.banned_ids))
     counts = rows.batch.text.weights_BT > 0

@@ -42,12 +42,12 @@ def config(folder, rl=(), **changes):
     return world.config(folder, **{"stages": [stage], "data": data, "mesh": dict(data=1, fsdp=-1), **changes})
 
 
-def train(settings, workdir, mesh, until=None, tokens=0):
+def train(settings, workdir, mesh, until=None, tokens=0, task=GRPO):
     """Fits the first stage, from seed or where it was; gives the task. `until`: the step in which a Ctrl-C comes,
     before its rollouts or after so many tokens of them."""
     stage, keep = settings.stages[0], settings.checkpoint
     workdir.mkdir(exist_ok=True)
-    task = GRPO(settings, stage, VLM(settings.model), mesh, workdir)
+    task = task(settings, stage, VLM(settings.model), mesh, workdir)
     if until is not None:
         work = task.work
 

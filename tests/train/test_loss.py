@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmem_jax.train.loss import cross_entropy, log_probs
+from vlmem_jax.train.loss import cross_entropy, log_probs, log_probs_where
 
 B, T, D, V = 4, 13, 8, 37
 
@@ -88,6 +88,30 @@ def test_log_probabilities_do_not_depend_on_the_chunk(case, chunk):
 
     got = both(lambda h, k: log_probs(h, k, targets, chunk, banned))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, both(expected))
+
+
+@pytest.mark.parametrize("chunk", [5, 1000])
+def test_only_those_that_are_wanted_are_computed(case, chunk):
+    hidden, kernel, targets, weights = case
+    wanted = jnp.arange(T) % 3 == jnp.arange(B)[:, None] % 3
+
+    def both(function):
+        loss = lambda h, k: (jnp.sum(weights * jnp.square(logp := function(h, k))), logp)  # noqa: E731
+        gradients, logp = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, kernel)
+        return *gradients, logp
+
+    got = both(lambda h, k: log_probs_where(h, k, targets, wanted, chunk, [3]))
+    expected = both(lambda h, k: jnp.where(wanted, log_probs(h, k, targets, chunk, [3]), 0.0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+def test_chunks_of_which_none_is_wanted_have_no_logits(case):
+    hidden, kernel, targets, _ = case
+    wanted = jnp.zeros((B, T), bool).at[:, 3:7].set(True)
+    damaged = jnp.where(wanted[..., None], hidden, jnp.nan)
+    total = lambda h, k: log_probs_where(h, k, targets, wanted, 4).sum()  # noqa: E731
+    for slope in jax.grad(total, (0, 1))(damaged, kernel):
+        assert jnp.isfinite(slope).all()
 
 
 def test_log_probabilities_never_need_all_logits_at_once(case):

@@ -43,7 +43,7 @@ class DataConfig:
     pack_tokens: int = 16384
     """Token slots of a row."""
     pack_tiles: int = 48
-    """Image tile slots of a row."""
+    """Image tile slots of a row; 0: all is text."""
     max_sample_tokens: int = 8192
     """Longest sample that is used, tokens."""
     open_packs: int = 20
@@ -68,9 +68,11 @@ class DataConfig:
     """Steps that are decoded ahead, held in host memory; at least a row for every thread."""
 
     def __post_init__(self):
-        for key in ("rows", "pack_tokens", "pack_tiles", "max_sample_tokens", "open_packs", "min_frames", "prefetch"):
+        for key in ("rows", "pack_tokens", "max_sample_tokens", "open_packs", "min_frames", "prefetch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.pack_tiles < 0:
+            raise ValueError(f"pack_tiles must be at least 0, got {self.pack_tiles}")
         if self.threads < 0:
             raise ValueError(f"threads must be a number of threads, or 0 for one a core; got {self.threads}")
         if self.max_frames < self.min_frames:

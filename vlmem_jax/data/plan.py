@@ -107,7 +107,7 @@ class Plan:
         self.skipped: dict[str, str] = {}
         """Samples left out so far (`data.on_bad_sample=skip`), and why."""
         config = self.config
-        self._rows = fill_rows(self._measured(keys), config.pack_tokens, config.pack_tiles, config.open_packs)
+        self._rows = fill_rows(self._measured(keys), config.pack_tokens, max(config.pack_tiles, 1), config.open_packs)
         self._files, self._lines, self._ends = array.array("i"), array.array("i"), array.array("q", [0])
         self._used = np.zeros(2, np.int64)
         self._complete, self._hosts = False, 1
@@ -197,7 +197,7 @@ class Plan:
     def fill(self) -> dict[str, float]:
         """Fraction of the `tokens` and of the `tiles` slots of the rows made so far that hold something."""
         tokens, tiles = self._used / max(len(self), 1)
-        return {"tokens": tokens / self.config.pack_tokens, "tiles": tiles / self.config.pack_tiles}
+        return {"tokens": tokens / self.config.pack_tokens, "tiles": tiles / max(self.config.pack_tiles, 1)}
 
     def fingerprint(self, rows: int) -> int:
         """Checksum of the first `rows` rows: equal plans, equal numbers."""

@@ -168,7 +168,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
     """A warm-up and the two stages of VisMem (sec. 4) on a base, whose own parameters stay as they are."""
     N = recipe.prompts
     rollouts = {"prompts": N, "group_size": N, "rollout_rows": N * N, "max_new_tokens": ANSWER_TOKENS}
-    rollouts["drop_zero_variance"] = False  # always as many answers: fewer shapes to compile
+    rollouts["drop_zero_variance"] = False  # groups that tie are held to the reference, too
     random = to_dict(dataclasses.replace(RANDOM, anywhere=0.02))
     stages = [
         _warmup(dataset, recipe, recipe.vismem["warmup"], 6e-3, ADAM),
@@ -189,7 +189,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
             task={"kind": "grpo", **rollouts, "invocation_penalty": 0.3, "kl": 0.03},
         ),
     ]
-    data = conversations(dataset, "prompts", 256, 6 * CELLS**2, 2 * N)
+    data = conversations(dataset, "prompts", 256, 2 * CELLS**2, N)  # a row for most prompts, with all of their answers
     config = _experiment(dataset, MEMORY_KEYS, stages, data, seed=recipe.seed + 1, init=init, log_every=1)
     config.checkpoint.content = "trained"
     return config
@@ -205,7 +205,7 @@ def _warmup(
         steps,
         rate,
         data=conversations(dataset, "worked", 128, 4 * CELLS**2, 2 * N),
-        task={"kind": "memory_sft", "prompts": 4 * N, "rollout_rows": 4 * N, **task},
+        task={"kind": "memory_sft", "prompts": 4 * N, "rollout_rows": 4 * N, "row_memories": 2, **task},
         trainable=FORMING,
         optimizer=optimizer,
     )

@@ -263,6 +263,8 @@ class Speech:
     """Most of them in one answer, so that the cache has a bound."""
     max_states: int
     """Most states of the text that a memory is formed from."""
+    max_visual: int
+    """Most states of images."""
     start_id: int
     """The token that those of the memory start from."""
     tokens: dict[str, int] = dataclasses.field(default_factory=dict)

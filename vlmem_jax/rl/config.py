@@ -19,8 +19,8 @@ LOSS_WEIGHTS = {"sequence": "sample", "token": "token"}
 class RLConfig:
     """GRPO: phases of rollouts, and the steps that learn from each. The prompts are `data.train`, JSONL files.
 
-    Of `data`, a step takes rows of at most pack_tokens and pack_tiles, rows / accumulation of them at a time, and as
-    many as its trajectories fill.
+    Of `data`, a step takes rows of pack_tokens and pack_tiles, rows / accumulation of them at a time, and as many as
+    its trajectories fill: those of a prompt stand behind it in a row, as far as there is room.
     """
 
     play: str = ""
@@ -57,6 +57,8 @@ class RLConfig:
 
     invocation: InvocationConfig = InvocationConfig()
     """Who calls for a memory that speaks, in rollouts."""
+    row_memories: int = 0
+    """Memories that a row of an update has room for; 0: as many as an answer may have."""
     anywhere_from: float = 0.5
     """Part of the stage's steps after which invocation.anywhere counts."""
     base: bool = True
@@ -104,6 +106,8 @@ class RLConfig:
         for key in ("reward_threads", "prompts", "minibatches", "iterations", "rollout_rows"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.row_memories < 0:
+            raise ValueError(f"row_memories must be at least 0, got {self.row_memories}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, since trajectories are compared; got {self.group_size}")
         if self.temperature <= 0:
@@ -170,9 +174,11 @@ class MemorySFTConfig:
     """Mean of the tokens of each answer and then of answers, or of all tokens alike."""
     disabled: tuple[str, ...] = ()
     """Kinds of memory that are not formed, such as long."""
+    row_memories: int = 1
+    """Memories that a row has room for, each with an answer."""
 
     def __post_init__(self):
-        for key in ("prompts", "rollout_rows"):
+        for key in ("prompts", "rollout_rows", "row_memories"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 

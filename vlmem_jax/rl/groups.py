@@ -9,107 +9,82 @@ begin again behind the prompt, so an answer has the log-probabilities that it ha
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
 
 from vlmem_jax.data import DataConfig
 from vlmem_jax.data.rows import pack_row, sample_weight
-from vlmem_jax.models import VLM
 from vlmem_jax.types import IGNORED, Batch, Sample, TileShape
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What followed a prompt, on the host: text alone, T tokens, the one that ended it included."""
+class Group(NamedTuple):
+    """What shares a prompt, on the host."""
 
-    tokens_T: Int[np.ndarray, "T"]
-    loss_T: Bool[np.ndarray, "T"]
-    """Which tokens the policy drew; the others were put there and teach nothing."""
+    prompt: Sample
+    answers: Sequence[Sample]
+    """The prompt with each of the answers behind it; labels are the drawn tokens."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Slots of each answer."""
+        return [len(answer.tokens_T) - len(self.prompt.tokens_T) for answer in self.answers]
 
-@dataclasses.dataclass(frozen=True)
-class GroupShape:
-    """What a row has room for, whatever was drawn: every group of a stage gives arrays of one shape."""
+    @property
+    def size(self) -> tuple[int, int]:
+        """Tokens and tiles that it takes of a row."""
+        return len(self.prompt.tokens_T) - 1 + sum(self.lengths), len(self.prompt.pixels_ISSc)
 
-    tokens: int
-    """T: of the prompt and of all answers."""
-    tiles: int
-    """I."""
+    def joined(self) -> Sample:
+        """All of it as one sample, from which nothing is learned."""
+        n, each = len(self.prompt.tokens_T), [self.prompt, *self.answers]
 
+        def slots(name: str) -> np.ndarray:
+            return np.concatenate([getattr(sample, name)[n - 1 if g else 0 : -1] for g, sample in enumerate(each)])
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """A row of numpy arrays without the axis B, and where in it the answers are scored."""
-
-    batch: Batch
-    answers: tuple[slice, ...]
-    """The slots of each answer: token n of an answer is the target of slot n of its slice."""
-
-    def spread(self, values: Sequence[Shaped[np.ndarray, "..."]]) -> Float[np.ndarray, "T"]:
-        """What is known of each token of each answer, fp32, at the slots whose targets they are; zeros elsewhere, and
-        at tokens of no weight."""
-        weights_T = self.batch.text.weights_BT
-        known_T = np.zeros(weights_T.shape, np.float32)
-        for slots, value_T in zip(self.answers, values, strict=True):
-            known_T[slots] = np.where(weights_T[slots] > 0, value_T, 0)
-        return known_T
+        names = "tokens_T", "positions_T", "visual_index_T"
+        arrays = {name: slots(name) for name in names}
+        return dataclasses.replace(self.prompt, **arrays, labels_T=np.full_like(arrays["tokens_T"], IGNORED))
 
 
-def pack_group(
-    prompt: Sample,
-    answers: Sequence[Answer],
-    vlm: VLM,
-    shape: GroupShape,
-    data: DataConfig,
-    tile: TileShape | None = None,
-) -> Group:
-    """The row of a prompt and its answers, of which there may be any number that fits.
+def pack_groups(
+    groups: Sequence[Group], data: DataConfig, tile: TileShape, tokens: int, tiles: int
+) -> tuple[Batch, list[slice]]:
+    """A row of groups, as numpy arrays without the axis B, and the slots of each answer, one group after the other:
+    token n of an answer is the target of slot n of its slice.
 
-    `data.loss_weight` weights the targets of each answer. `tile`: that of the processor of the prompt, by default the
-    model's. Raises ValueError for a group that is larger than `shape`, a prompt or an answer without tokens, and where
-    the length of a sample would stretch its rotary positions (dynamic NTK), as each answer had its own then.
+    T = `tokens`, I = `tiles`. `data.loss_weight` weights the targets of each answer. Raises ValueError for groups that
+    are larger, and for a prompt or an answer without tokens.
     """
-    n, lengths = len(prompt.tokens_T), [len(answer.tokens_T) for answer in answers]
-    if not n or 0 in lengths:
-        raise ValueError(f"a prompt and each of its answers must have tokens, got {n} and {lengths}")
-    tokens, tiles = n - 1 + sum(lengths), len(prompt.pixels_ISSc)
-    where = f" (sample {prompt.name})" if prompt.name else ""
-    if tokens > shape.tokens or tiles > shape.tiles:
+    for group in groups:
+        if not len(group.prompt.tokens_T) or min(group.lengths, default=1) < 1:
+            raise ValueError(
+                "a prompt and each of its answers must have tokens, got "
+                f"{len(group.prompt.tokens_T)} and {group.lengths} (sample {group.prompt.name})"
+            )
+    sizes = np.array([group.size for group in groups]).reshape(-1, 2).sum(0)
+    if sizes[0] > tokens or sizes[1] > tiles:
         raise ValueError(
-            f"a row must hold a group, a prompt of {n} tokens and {tiles} tiles with {len(answers)} answers of "
-            f"{sum(lengths)} tokens, but it has {shape.tokens} token slots and {shape.tiles} tile slots{where}; raise "
-            "these, or draw fewer or shorter answers"
+            f"a row must hold {len(groups)} prompts with their answers, {sizes[0]} tokens and {sizes[1]} tiles, but it "
+            f"has {tokens} token slots and {tiles} tile slots; raise these, or draw fewer or shorter answers"
         )
-    c = vlm.config.decoder
-    if c.ntk_factor > 0 and n + max(lengths, default=0) > c.max_positions:
-        raise ValueError(
-            f"answers share a prompt up to model.decoder.max_positions={c.max_positions} tokens, beyond which rotary "
-            f"frequencies are those of each length, got {n} + {max(lengths)}{where}; put each answer into a row of its "
-            "own"
-        )
-    begun = dataclasses.replace(
-        prompt,
-        tokens_T=prompt.tokens_T[:-1],
-        labels_T=np.full(n - 1, IGNORED, np.int32),
-        positions_T=prompt.positions_T[:-1],
-        visual_index_T=prompt.visual_index_T[:-1],
-    )
-    row = pack_row([begun], data, tile or vlm.tile, shape.tokens, shape.tiles)
-    text = row.text
-    prefix_T, start, places = np.zeros_like(text.segments_BT), n - 1, []
-    for segment, (answer, length) in enumerate(zip(answers, lengths, strict=True), 2):
-        slots = slice(start, start + length)
-        text.tokens_BT[slots] = [prompt.tokens_T[-1], *answer.tokens_T[:-1]]
-        text.segments_BT[slots], prefix_T[slots] = segment, 1
-        text.positions_BT[start] = prompt.positions_T[-1]
-        after = prompt.positions_T.max() + 1 + np.arange(length - 1, dtype=np.int32)
-        text.positions_BT[start + 1 : slots.stop] = after if text.positions_BT.ndim == 1 else after[:, None]
-        text.visual_index_BT[start] = prompt.visual_index_T[-1]
-        text.targets_BT[slots] = np.where(answer.loss_T, answer.tokens_T, 0)
-        weight = sample_weight(data.loss_weight, int(answer.loss_T.sum()))
-        text.weights_BT[slots] = answer.loss_T * weight
-        places.append(slots)
-        start = slots.stop
-    return Group(row.replace(prefix_BT=prefix_T), tuple(places))
+    row = pack_row([group.joined() for group in groups], data, tile, tokens, tiles)
+    text, prefix_T, places = row.text, np.zeros(tokens, np.int32), []
+    shown_M = row.views.segments_BM.copy()
+    start, segments = 0, itertools.count(1)
+    for number, group in enumerate(groups, 1):
+        n, prompt_segment = len(group.prompt.tokens_T), next(segments)
+        row.views.segments_BM[shown_M == number] = prompt_segment
+        text.segments_BT[start : start + n - 1] = prompt_segment
+        start += n - 1
+        for answer, length in zip(group.answers, group.lengths, strict=True):
+            slots = slice(start, start + length)
+            text.segments_BT[slots], prefix_T[slots] = next(segments), prompt_segment
+            is_target_T = answer.labels_T[n:] != IGNORED
+            text.targets_BT[slots] = np.where(is_target_T, answer.labels_T[n:], 0)
+            text.weights_BT[slots] = is_target_T * sample_weight(data.loss_weight, int(is_target_T.sum()))
+            places.append(slots)
+            start = slots.stop
+    return row.replace(prefix_BT=prefix_T), places

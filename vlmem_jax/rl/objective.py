@@ -11,7 +11,7 @@ from vlmem_jax.models import VLM
 from vlmem_jax.rl.config import RLConfig
 from vlmem_jax.rl.loss import grpo_loss, has_collapsed
 from vlmem_jax.rl.rows import Rows
-from vlmem_jax.train.loss import log_probs
+from vlmem_jax.train.loss import log_probs_where
 from vlmem_jax.types import Batch
 
 
@@ -29,15 +29,18 @@ class GRPOLoss:
     """The tokens that alone are part of it, where steps are drawn among labels."""
 
     def log_probs(self, params: dict, batch: Batch) -> Float[Array, "B T"]:
-        """Log-probability of each target, as the sampler computes it."""
+        """Log-probability of each target that has a weight, as the sampler computes it; 0 of others."""
+        text = batch.text
         if self.labels:
             labels_K = jnp.array(self.labels, jnp.int32)
             logp_BTK = label_logp(self.model, params, batch, labels_K, jnp.ones(len(self.labels), bool))
-            return jnp.where(batch.text.targets_BT[..., None] == labels_K, logp_BTK, 0.0).sum(-1)
+            is_drawn_BTK = (text.targets_BT[..., None] == labels_K) & (text.weights_BT[..., None] > 0)
+            return jnp.where(is_drawn_BTK, logp_BTK, 0.0).sum(-1)
         hidden_BTD = self.model.hidden(params, batch)
         kernel_DV = self.model.head_kernel(params)
         rescore = functools.partial(self.model.rescore, params) if self.model.speech else None
-        return log_probs(hidden_BTD, kernel_DV, batch.text.targets_BT, self.chunk, self.banned_ids, rescore)
+        wanted_BT = text.weights_BT > 0
+        return log_probs_where(hidden_BTD, kernel_DV, text.targets_BT, wanted_BT, self.chunk, self.banned_ids, rescore)
 
     def loss(self, params: dict, rows: Rows, key: Array | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """See `grpo_loss`. Nothing is dropped at random, since nothing was when the tokens were drawn.

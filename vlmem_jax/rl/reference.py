@@ -1,6 +1,6 @@
 """What the policy is held to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.rl.objective import GRPOLoss
 from vlmem_jax.runtime.compiler import options
-from vlmem_jax.runtime.sharding import param_shardings
+from vlmem_jax.runtime.sharding import batch_sharding, param_shardings
 from vlmem_jax.scoring.rewards import imported
 from vlmem_jax.train.stages import Split, storage
 from vlmem_jax.trees import Flat, flatten, unflatten
@@ -26,10 +26,7 @@ class Reference:
         self._model, self._name = objective.model, objective.config.reference
         self._split, self._mesh, self._start = split, mesh, start
         self._copy: Flat | None = None
-        self._program = jax.jit(
-            lambda params, batch: jax.lax.map(lambda part: objective.log_probs(params, part), batch),
-            compiler_options=options(mesh),
-        )
+        self._program = jax.jit(objective.log_probs, out_shardings=batch_sharding(mesh), compiler_options=options(mesh))
 
     def begin(self, params: dict, later: bool) -> None:
         """Copies what is kept of the start of the stage, once. `later`: `params` are of another step, so those of the
@@ -49,10 +46,10 @@ class Reference:
 
         self._copy = jax.jit(copied, out_shardings={path: x.sharding for path, x in trained.items()})(trained)
 
-    def log_probs(self, params: dict, batch: Batch) -> Float[Array, "parts B T"]:
-        """Log-probability of each target; `params` are the current ones."""
+    def log_probs(self, params: dict, parts: Sequence[Batch]) -> list[Float[Array, "B T"]]:
+        """Log-probability of each target that has a weight; `params` are the current ones."""
         if self._name == "start":
             reference = unflatten({**flatten(params), **self._copy})
         else:
             reference = imported(self._name, "reference")(params)
-        return self._program(reference, batch)
+        return [self._program(reference, part) for part in parts]

@@ -19,9 +19,9 @@ from vlmem_jax.models import VLM
 from vlmem_jax.rl.config import LOSS_WEIGHTS, MemorySFTConfig, check_prompted, sft_config
 from vlmem_jax.rl.episodes import Step
 from vlmem_jax.rl.rollout import rollout_keys, rollouts, trainer_generator
-from vlmem_jax.rl.rows import flops_of, pack_steps
+from vlmem_jax.rl.rows import RowShape, counts_of, pack_steps
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
-from vlmem_jax.runtime.sharding import batch_sharding, put, shards
+from vlmem_jax.runtime.sharding import batch_sharding, put
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import StepInput
 from vlmem_jax.train.next_token import NextTokenLoss, eval_program, experiment_processor
@@ -58,6 +58,8 @@ class MemorySFT(NextTokenLoss):
         """Numbers of the kinds of memory that are formed."""
         self._at_once = self._data.rows // experiment.parts(stage, mesh)
         self._processor = experiment_processor(experiment, model)
+        heard = 2  # the call, and what it is answered behind
+        self._shape = RowShape.of(self._data, model, heard, self.config.row_memories, self._processor.tile)
         self._stream = PromptStream(
             self._processor,
             self._data,
@@ -100,30 +102,22 @@ class MemorySFT(NextTokenLoss):
             loaded = self._stream.take_same(self.config.prompts)
             kinds = np.random.default_rng([*self._seeds, step]).choice(self._kinds, size=len(loaded))
             steps = self._answers(params, loaded, kinds)
-            batch = self._rows(steps)
-            placed = put(batch, batch_sharding(self._mesh, leading=1))
-        counts = {
-            "tokens": int((batch.text.segments_BT > 0).sum()),
-            "tiles": sum(len(one.sample.pixels_ISSc) for one in loaded),
-            "slots": batch.text.tokens_BT.size,
-            **flops_of(steps, batch, self.model, self._trained),
-        }
+            parts = self._rows(steps)
+            placed = [put(part, batch_sharding(self._mesh)) for part in parts]
+        counts = counts_of(steps, len(parts) * self._at_once, self._shape, self.model, self._trained)
         numbers = {"memory/long": float(kinds.mean()), "prompts/skipped": float(len(self._stream.skipped))}
-        return StepInput(
-            placed, float(batch.text.weights_BT.sum()), [one.prompt.name for one in loaded], counts, numbers
-        )
+        weight = sum(float(part.text.weights_BT.sum()) for part in parts)
+        return StepInput(placed, weight, [one.prompt.name for one in loaded], counts, numbers)
 
     def evaluate(self, params: dict) -> dict[str, float]:
         """Mean loss on `data.eval`, weighted as in training; memories are short and long in turn."""
         losses, weight = [], 0.0
         with jax.transfer_guard("allow"):
             for loaded in self._stream.held_out(self.config.rollout_rows):
-                batch = self._rows(self._answers(params, loaded, np.resize(self._kinds, len(loaded))))
-                weight += float(batch.text.weights_BT.sum())
-                for n in range(len(batch.text.tokens_BT)):
-                    part = jax.tree.map(lambda x, n=n: x[n : n + 1], batch)
-                    part = put(part, batch_sharding(self._mesh, leading=1))
-                    losses.append(eval_program(self._mesh)(self.model, params, part, self.chunk))
+                for part in self._rows(self._answers(params, loaded, np.resize(self._kinds, len(loaded)))):
+                    weight += float(part.text.weights_BT.sum())
+                    placed = put(jax.tree.map(lambda x: x[None], part), batch_sharding(self._mesh, leading=1))
+                    losses.append(eval_program(self._mesh)(self.model, params, placed, self.chunk))
         return {"loss": float(np.sum(jax.device_get(losses)) / weight)} if losses else {}
 
     def state(self) -> dict:
@@ -150,10 +144,11 @@ class MemorySFT(NextTokenLoss):
             called = dict(rollouts(generator, samples, SamplingConfig(1), keys_P1, rows, ONE_CALL, calls, record=True))
         return [_answered(called[n][0], self._target(one.prompt)) for n, one in enumerate(loaded)]
 
-    def _rows(self, steps: Sequence[Step]) -> Batch:
-        """Numpy arrays [parts, rows, ...]."""
-        ones, shape = [1.0] * len(steps), {"split": shards("tokens", self._mesh), "tile": self._processor.tile}
-        return pack_steps(steps, ones, self._data, self.model, self._at_once, **shape).batch
+    def _rows(self, steps: Sequence[Step]) -> list[Batch]:
+        """Numpy arrays [rows, ...] of each part."""
+        ones, tile = [1.0] * len(steps), self._processor.tile
+        parts = pack_steps(steps, ones, self._data, self.model, self._shape, self._at_once, tile=tile)
+        return [part.batch for part in parts]
 
     def _target(self, prompt: Prompt) -> list[int]:
         """Ids of the first accepted answer. Raises ValueError if it holds tokens that are no text."""

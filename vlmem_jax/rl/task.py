@@ -31,9 +31,9 @@ from vlmem_jax.rl.plays import play_of
 from vlmem_jax.rl.reference import Reference
 from vlmem_jax.rl.resume import as_arrays, from_arrays
 from vlmem_jax.rl.rollout import MayStop, never, placed, rollout_keys, rollout_mesh, trainer_generator
-from vlmem_jax.rl.rows import Rows, flops_of, pack_steps
+from vlmem_jax.rl.rows import Rows, counts_of, pack_steps, row_shape
 from vlmem_jax.rl.stream import Loaded, PromptStream, check_fits
-from vlmem_jax.runtime.sharding import batch_sharding, put, shards
+from vlmem_jax.runtime.sharding import batch_sharding, put
 from vlmem_jax.scoring.rewards import Rewards, imported
 from vlmem_jax.train.config import Experiment, StageConfig
 from vlmem_jax.train.loop import StepInput
@@ -69,6 +69,7 @@ class GRPO(GRPOLoss):
         data = experiment.data_of(stage)
         self._data = dataclasses.replace(data, loss_weight=LOSS_WEIGHTS[config.loss_mean])
         self._at_once = data.rows // experiment.parts(stage, mesh)
+        self._shape = row_shape(config, data, model, self._processor.tile)
         self._rollout_mesh = rollout_mesh(config.rollout_mesh, model, mesh)
         rewards = Rewards(config.rewards)
         self._judge = Judge(config, rewards, self._processor.tokenizer)
@@ -89,7 +90,7 @@ class GRPO(GRPOLoss):
         self._step, self._drawn, self._restored = -1, 0, False
         """The last step that was worked on, how many prompts had been drawn for it, and whether the run goes on."""
         self._may_stop: MayStop = never
-        self._rows: dict[int, Rows] = {}
+        self._rows: dict[int, list[Rows]] = {}
         prompts = sum(self._stream.prompts.counts)
         phase = f"a phase samples {config.group_size} answers to each of {config.prompts} and learns from them in"
         heads = whole_heads(model, self._rollout_mesh, model.dtype.itemsize, cache=True)
@@ -112,6 +113,8 @@ class GRPO(GRPOLoss):
             longest = longest_answer(config, speech)
         except ValueError as error:
             raise ConfigError(f"{where}.task.invocation: {error}") from error
+        if 0 < config.row_memories < (most := config.invocation.budget(speech) if speech else 0):
+            raise ConfigError(f"{where}.task.row_memories must be at least {most}, of an answer with the most memories")
         if longest >= data.pack_tokens:
             more = f", with memories {longest}," if speech else ""
             raise ConfigError(
@@ -143,13 +146,7 @@ class GRPO(GRPOLoss):
         self._step, self._drawn = step, self._stream.drawn
         rows, lessons = self._rows[part], self._phases.part(part)
         steps = [step for lesson in lessons for step in lesson.steps]
-        sizes = [step.size for step in steps]
-        counts = {
-            "tokens": sum(tokens for tokens, _ in sizes),
-            "tiles": sum(tiles for _, tiles in sizes),
-            "slots": int(np.prod(rows.advantage_BT.shape)),
-            **flops_of(steps, rows.batch, self.model, self._split.trainable),
-        }
+        counts = counts_of(steps, len(rows) * self._at_once, self._shape, self.model, self._split.trainable)
         teaches = self.config.kl > 0 or any(lesson.advantage for lesson in lessons)
         by_token = self.config.loss_mean == "token"
         denominator = sum(step.weight * (int(step.loss_T.sum()) if by_token else 1) for step in steps)
@@ -231,26 +228,27 @@ class GRPO(GRPOLoss):
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
-    def _make_rows(self, part: int, params: dict, first_time: bool) -> Rows:
-        """A minibatch on the devices, with what the reference says of it."""
+    def _make_rows(self, part: int, params: dict, first_time: bool) -> list[Rows]:
+        """A minibatch on the devices, part by part, with what the reference says of it."""
         steps = [(step, lesson.advantage) for lesson in self._phases.part(part) for step in lesson.steps]
-        rows = pack_steps(
+        packed = pack_steps(
             [step for step, _ in steps],
             [advantage for _, advantage in steps],
             self._data,
             self.model,
+            self._shape,
             self._at_once,
             self._phases.beta,
-            shards("tokens", self._mesh),
-            self.config.invocation,
             self._processor.tile,
         )
-        count = int((rows.batch.text.weights_BT > 0).sum())
-        rows = put(rows, batch_sharding(self._mesh, leading=1))
+        parts = [put(part, batch_sharding(self._mesh)) for part in packed]
         if not self.config.kl:
-            return rows
-        ref_BT = self._reference.log_probs(params, rows.batch)
+            return parts
+        known = self._reference.log_probs(params, [part.batch for part in parts])
         if self.config.adaptive_kl and first_time:
-            kl = jnp.sum(k3(rows.old_logp_BT, ref_BT), where=rows.batch.text.weights_BT > 0)
-            self._phases.measured(float(kl), count)
-        return dataclasses.replace(rows, ref_logp_BT=jax.device_put(ref_BT, rows.old_logp_BT.sharding))
+            kl = sum(
+                float(jnp.sum(k3(part.old_logp_BT, ref_BT), where=part.batch.text.weights_BT > 0))
+                for part, ref_BT in zip(parts, known, strict=True)
+            )
+            self._phases.measured(kl, sum(int((part.batch.text.weights_BT > 0).sum()) for part in packed))
+        return [dataclasses.replace(part, ref_logp_BT=ref_BT) for part, ref_BT in zip(parts, known, strict=True)]

@@ -37,11 +37,13 @@ def log_probs(
     chunk: int,
     banned: Collection[int] = (),
     rescore: Callable[[Array, Array], Array] | None = None,
+    first_B: Int32[Array, "B"] | None = None,
 ) -> Float[Array, "B T"]:
     """Log-probability of each target under the softmax of all tokens that are not `banned`, in fp32.
 
     That of a banned target means nothing. `rescore(hidden, logits)` may put other logits in place of some. `chunk`
-    tokens of each row have logits at the same time, and have them made again in the backward pass.
+    tokens of each row have logits at the same time, and have them made again in the backward pass. Where no more than
+    the first `first_B` of each row are wanted, chunks behind them have none: 0.
     """
     B, T, _ = hidden_BTD.shape
     cut = _Cut.of(B, T, min(chunk, T))
@@ -59,8 +61,18 @@ def log_probs(
         is_target_SNV = jax.lax.broadcasted_iota(jnp.int32, logits_SNV.shape, 2) == targets_SN[..., None]
         return jnp.where(is_target_SNV, logits_SNV, 0.0).sum(-1) - jax.nn.logsumexp(logits_SNV, axis=-1)
 
-    xs = cut.split(hidden_BTD), cut.split(targets_BT)
-    return cut.joined(jax.lax.scan(lambda _, x: (None, part(kernel, *x)), None, xs)[1])
+    if first_B is None:
+        xs = cut.split(hidden_BTD), cut.split(targets_BT)
+        return cut.joined(jax.lax.scan(lambda _, x: (None, part(kernel, *x)), None, xs)[1])
+    is_wanted_BT = jnp.arange(T) < first_B[:, None]
+    xs = cut.split(hidden_BTD), cut.split(targets_BT), cut.split(is_wanted_BT).any((1, 2))
+
+    def part_or_none(_, x):
+        hidden_SND, targets_SN, is_wanted = x
+        none = lambda *_: jnp.zeros(targets_SN.shape, jnp.float32)  # noqa: E731
+        return None, jax.lax.cond(is_wanted, part, none, kernel, hidden_SND, targets_SN)
+
+    return cut.joined(jax.lax.scan(part_or_none, None, xs)[1])
 
 
 def log_probs_where(
@@ -68,21 +80,16 @@ def log_probs_where(
     kernel_DV: Float[Array, "D V"],
     targets_BT: Int32[Array, "B T"],
     wanted_BT: Bool[Array, "B T"],
-    most: int,
     chunk: int,
     banned: Collection[int] = (),
     rescore: Callable[[Array, Array], Array] | None = None,
 ) -> Float[Array, "B T"]:
-    """`log_probs` of the targets that are wanted, the first `most` of each row, 0 of others, which have no logits."""
-    # wanted ones first, in their order
-    place_BN = jnp.argsort(jnp.logical_not(wanted_BT), axis=1, stable=True)[:, :most]
-    chosen_BND = jnp.take_along_axis(hidden_BTD, place_BN[..., None], axis=1)
-    chosen_BN, is_wanted_BN = (jnp.take_along_axis(x, place_BN, axis=1) for x in (targets_BT, wanted_BT))
-    logp_BN = jnp.where(is_wanted_BN, log_probs(chosen_BND, kernel_DV, chosen_BN, chunk, banned, rescore), 0.0)
-    # row by row: a scatter whose indices name rows would gather the tokens of all devices
-    return jax.vmap(lambda row_T, place_N, x_N: row_T.at[place_N].set(x_N))(
-        jnp.zeros(targets_BT.shape, jnp.float32), place_BN, logp_BN
-    )
+    """`log_probs` of the targets that are wanted, 0 of others, which have no logits but to fill a chunk."""
+    place_BT = jnp.argsort(jnp.logical_not(wanted_BT), axis=1, stable=True)  # wanted ones first, in their order
+    chosen_BTD = jnp.take_along_axis(hidden_BTD, place_BT[..., None], axis=1)
+    chosen_BT = jnp.take_along_axis(targets_BT, place_BT, axis=1)
+    logp_BT = log_probs(chosen_BTD, kernel_DV, chosen_BT, chunk, banned, rescore, wanted_BT.sum(1, dtype=jnp.int32))
+    return jnp.where(wanted_BT, jnp.take_along_axis(logp_BT, jnp.argsort(place_BT, axis=1), axis=1), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.drawn import random_params
 from tests.rl import own_plays, world
+from tests.rl.packed import stacked
 from vlmem_jax.config import ConfigError, override
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
@@ -49,18 +50,19 @@ def test_each_step_of_an_episode_teaches_by_its_share(settings, mesh, name):
         places = sharding.param_shardings(mesh, task.model.abstract(), task.model.axes())
         params = jax.device_put(random_params(task.model), places)
         work = task.work(0, params)
+        rows = stacked(work.batch)
         scored = jax.jit(lambda params, batch: jax.lax.map(lambda part: task.log_probs(params, part), batch))
-        logp_BT = np.asarray(scored(params, work.batch.batch))
+        logp_BT = np.asarray(scored(params, rows.batch))
     task.close()
     count = getattr(own_plays, name).count
     lessons = task._phases.lessons
     assert len(lessons) == 8 == pytest.approx(work.denominator) and all(
         len(lesson.steps) == count for lesson in lessons
     )
-    text = work.batch.batch.text
+    text = rows.batch.text
     np.testing.assert_allclose(np.sum(text.weights_BT), 8, rtol=1e-5)
     counts_BT = np.asarray(text.weights_BT > 0)
-    np.testing.assert_allclose(logp_BT[counts_BT], np.asarray(work.batch.old_logp_BT)[counts_BT], atol=1e-5)
+    np.testing.assert_allclose(logp_BT[counts_BT], np.asarray(rows.old_logp_BT)[counts_BT], atol=1e-5)
     for lesson in lessons:
         first, second = lesson.steps[:2]
         shared = len(first.prompt.tokens_T) + len(first.tokens_T)

@@ -171,7 +171,7 @@ class VisMem(Memory):
     @classmethod
     def speech(cls, config: VisMemConfig) -> Speech:
         ids, tokens = config.token_ids, dict(zip(TOKENS, config.token_ids, strict=True))
-        limits = config.max_invocations, config.max_prompt_hidden
+        limits = config.max_invocations, config.max_prompt_hidden, config.max_visual_hidden
         return Speech(config.kinds, ids[::2], ids[1::2], config.lengths, *limits, config.start_id, tokens)
 
     @classmethod
