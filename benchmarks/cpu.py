@@ -27,6 +27,7 @@ from benchmarks.cpu_models import (
 )
 from benchmarks.cpu_rl import grpo_step, rollouts
 from benchmarks.cpu_streams import beside_answers, first_token, long_stream, several_streams, streaming
+from benchmarks.cpu_update import grpo_update
 from benchmarks.measure import command
 
 ITEMS = {
@@ -46,6 +47,7 @@ ITEMS = {
     "shared_prefill": shared_prefill,
     "rollouts": rollouts,
     "grpo_step": grpo_step,
+    "grpo_update": grpo_update,
     "forming": forming,
     "engine": engine,
     "answers_alone": answers_alone,
@@ -72,6 +74,7 @@ TOY = {
     "shared_prefill": dict(group=2, tokens=64, new=2, layers=2, width=128, runs=2),
     "rollouts": dict(group=2, count=3, slots=4, tokens=16, new=6, layers=1, width=128, runs=2),
     "grpo_step": dict(prompts=2, group=2, question=4, new=4, layers=1, width=128, steps=4),
+    "grpo_update": dict(prompt=32, answer=8, counted=2, group=4, layers=1, width=128, runs=2),
     "forming": dict(rows=2, states=16, tokens=32, layers=2, width=128, runs=2),
     "engine": dict(requests=4, answers=6, slots=2, median=4, mixed=6, width=128, runs=2),
     "answers_alone": dict(requests=14, slots=3, new=6, layers=2),

@@ -247,7 +247,7 @@ def shared_prefill(group=8, count=2, tokens=512, new=16, layers=4, width=256, ru
     apart(), jax.block_until_ready(update(steps))
     seconds = in_turns(once, apart, lambda: update(steps), runs=runs)
     what = f"rollouts of GRPO, groups of {group} answers of {new} tokens: prompts of {tokens} tokens"
-    together = "the same, of a whole step: rollouts and the update, which reads the prompt of each answer"
+    together = "the same, of a whole step: rollouts and the update, which reads each prompt once"
     whole = (seconds[:, 1] + seconds[:, 2]) / (seconds[:, 0] + seconds[:, 2])
     phase, how = list(seconds[:, 1] / seconds[:, 0]), f"{count} prompts with 8 tiles"
     return [
