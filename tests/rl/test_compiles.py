@@ -11,7 +11,7 @@ from vlmem_jax.train.config import experiment
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 SMALL = {"data.rows": 1, "data.eval": [], "eval_every": 100, "checkpoint.every": 100, "model.decoder.layers": 1}
-UPDATE = {f"jit({name})" for name in ("nothing", "accumulate", "apply", "log_probs")}
+UPDATE = {f"jit({name})" for name in ("nothing", "accumulate", "apply", "by_reference")}
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +69,4 @@ def test_the_update_of_a_warm_up_is_compiled_once(tmp_path, trained):
     config = memory_world.config(tmp_path)
     config.stages = [config.stages[0] | dict(steps=4, task=dict(kind="memory_sft", prompts=3, row_memories=2))]
     parts, first, later = trained(MemorySFT, config)
-    assert parts and UPDATE - {"jit(log_probs)"} <= set(first) and not UPDATE & set(later)
+    assert parts and UPDATE - {"jit(by_reference)"} <= set(first) and not UPDATE & set(later)

@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vlmem_jax.rl.loss import grpo_loss, has_collapsed, k3
+from vlmem_jax.rl.loss import exact_kl, grpo_loss, has_collapsed, k3
 
 ADVANTAGE = jnp.array([1.0, -1.0])
 
@@ -40,6 +41,16 @@ def test_clipped_tokens_are_those_without_gradient():
 def test_kl_is_zero_where_both_agree_and_positive_elsewhere():
     logp, ref = jnp.array([-1.0, -1.0, -1.0]), jnp.array([-1.0, -2.0, -0.5])
     assert k3(logp, ref)[0] == 0 and (k3(logp, ref)[1:] > 0).all()
+
+
+def test_of_all_labels_kl_is_what_the_estimate_by_drawn_ones_comes_to():
+    logp_K, ref_K = (jax.nn.log_softmax(jnp.array(x)) for x in ([0.3, -1.0, 2.0], [1.0, 0.5, -0.5]))
+    exact = exact_kl(logp_K, ref_K)
+    assert exact == pytest.approx(float((jnp.exp(logp_K) * k3(logp_K, ref_K)).sum()), rel=1e-5)
+    assert exact_kl(logp_K, logp_K) == 0
+    arguments = logp_K, logp_K, ref_K, jnp.zeros(3), jnp.ones(3), jnp.full(3, 0.5)
+    loss, sums = grpo_loss(*arguments, kl=jnp.full(3, exact))
+    assert loss == pytest.approx(1.5 * float(exact)) and sums["kl"] == pytest.approx(3 * float(exact))
 
 
 def test_tokens_of_no_weight_may_hold_anything():

@@ -94,6 +94,9 @@ class RLConfig:
 
     kl: float = 0.0
     """Weight beta of the KL penalty; 0: there is no reference."""
+    kl_of: Literal["drawn", "labels"] = "drawn"
+    """What it is computed of: an estimate by the tokens that were drawn (k3), or, in plays whose steps are drawn among
+    labels, exactly, of all of these."""
     reference: str = "start"
     """What KL is measured from: `start`, the trained parameters as they were at the start of the stage (a copy of these
     alone), or MODULE:FUNCTION of your own, which makes its parameters of the current ones."""

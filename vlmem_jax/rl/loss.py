@@ -16,6 +16,11 @@ def k3(logp: Tokens, ref_logp: Tokens) -> Tokens:
     return jnp.exp(difference) - difference - 1
 
 
+def exact_kl(logp_NK: Float[Array, "*N K"], ref_logp_NK: Float[Array, "*N K"]) -> Tokens:
+    """KL(policy || reference) over K labels, whose probabilities add up to 1 in both."""
+    return jnp.sum(jnp.exp(logp_NK) * _apart(logp_NK, ref_logp_NK), axis=-1)
+
+
 def grpo_loss(
     logp: Tokens,
     old_logp: Tokens,
@@ -25,17 +30,20 @@ def grpo_loss(
     beta: Tokens | float,
     clip: float = 0.2,
     clip_high: float | None = None,
+    kl: Tokens | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Sum over tokens of -weight x (min(r A, clip(r, 1 - clip, 1 + clip_high) A) - beta x k3), and sums to report.
 
     r = exp(logp - old_logp), `old_logp` that of the sampler. A weight of 1 / (its step's loss tokens) makes a
     mean per sequence, a weight of 1 one per token; tokens of weight 0 may hold anything. `clip_high` None: as `clip`.
+    `kl` may stand in place of k3.
     The sums, weighted alike: `ratio`, `clipped` (tokens whose gradient the clip stops) and `kl`.
     """
     counts = weight > 0
     logp, old_logp, ref_logp = (jnp.where(counts, x, 0.0) for x in (logp, old_logp, ref_logp))
     high = clip if clip_high is None else clip_high
-    ratio, kl = jnp.exp(_apart(logp, old_logp)), k3(logp, ref_logp)
+    ratio = jnp.exp(_apart(logp, old_logp))
+    kl = k3(logp, ref_logp) if kl is None else jnp.where(counts, kl, 0.0)
     free, bounded = ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + high) * advantage
     sums = {"ratio": ratio, "clipped": (bounded < free).astype(weight.dtype), "kl": kl}
     loss = -jnp.sum(weight * (jnp.minimum(free, bounded) - beta * kl))

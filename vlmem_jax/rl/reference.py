@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.rl.objective import GRPOLoss
@@ -26,7 +26,9 @@ class Reference:
         self._model, self._name = objective.model, objective.config.reference
         self._split, self._mesh, self._start = split, mesh, start
         self._copy: Flat | None = None
-        self._program = jax.jit(objective.log_probs, out_shardings=batch_sharding(mesh), compiler_options=options(mesh))
+        self._program = jax.jit(
+            objective.by_reference, out_shardings=batch_sharding(mesh), compiler_options=options(mesh)
+        )
 
     def begin(self, params: dict, later: bool) -> None:
         """Copies what is kept of the start of the stage, once. `later`: `params` are of another step, so those of the
@@ -46,8 +48,8 @@ class Reference:
 
         self._copy = jax.jit(copied, out_shardings={path: x.sharding for path, x in trained.items()})(trained)
 
-    def log_probs(self, params: dict, parts: Sequence[Batch]) -> list[Float[Array, "B T"]]:
-        """Log-probability of each target that has a weight; `params` are the current ones."""
+    def known(self, params: dict, parts: Sequence[Batch]) -> list[dict[str, Array]]:
+        """What it says of each part, see `GRPOLoss.by_reference`; `params` are the current ones."""
         if self._name == "start":
             reference = unflatten({**flatten(params), **self._copy})
         else:

@@ -39,6 +39,8 @@ class Rows:
     advantage_BT: Float32[Array, "... B T"]
     beta_B: Float32[Array, "... B"]
     """Weight of the KL penalty."""
+    ref_labels_BTK: Float32[Array, "... B T K"] | None = None
+    """Log-probability of each label by the reference, where KL is computed of all."""
 
 
 class RowShape(NamedTuple):

@@ -62,6 +62,11 @@ class GRPO(GRPOLoss):
         by_memory = config.invocation.banned_ids(model.speech) if model.speech else ()
         banned_ids = never_sampled(self._processor, model) + by_memory
         self._play = play_of(experiment, stage)(experiment, stage, model)
+        if config.kl_of == "labels" and not self._play.labels:
+            raise ConfigError(
+                f"config.stages.{stage.name}.task.kl_of=labels is for plays whose steps are drawn among labels; this "
+                "one draws tokens"
+            )
         super().__init__(model, config, experiment.loss_chunk, banned_ids, self._play.labels)
         self._delimiter_ids = delimiters(self._processor.tokenizer) if model.speech else ()
         self._stage, self._mesh = stage, mesh
@@ -244,11 +249,11 @@ class GRPO(GRPOLoss):
         parts = [put(part, batch_sharding(self._mesh)) for part in packed]
         if not self.config.kl:
             return parts
-        known = self._reference.log_probs(params, [part.batch for part in parts])
+        known = self._reference.known(params, [part.batch for part in parts])
+        parts = [dataclasses.replace(part, **fields) for part, fields in zip(parts, known, strict=True)]
         if self.config.adaptive_kl and first_time:
-            kl = sum(
-                float(jnp.sum(k3(part.old_logp_BT, ref_BT), where=part.batch.text.weights_BT > 0))
-                for part, ref_BT in zip(parts, known, strict=True)
-            )
-            self._phases.measured(kl, sum(int((part.batch.text.weights_BT > 0).sum()) for part in packed))
-        return [dataclasses.replace(part, ref_logp_BT=ref_BT) for part, ref_BT in zip(parts, known, strict=True)]
+            kl = [
+                jnp.sum(k3(part.old_logp_BT, part.ref_logp_BT), where=part.batch.text.weights_BT > 0) for part in parts
+            ]
+            self._phases.measured(sum(map(float, kl)), sum(int((p.batch.text.weights_BT > 0).sum()) for p in packed))
+        return parts

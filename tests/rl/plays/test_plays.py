@@ -3,13 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.drawn import random_params
-from tests.rl import own_plays, world
+from tests.rl import own, own_plays, world
 from tests.rl.packed import stacked
 from vlmem_jax.config import ConfigError, override
+from vlmem_jax.generate.score import label_logp
 from vlmem_jax.models import VLM
 from vlmem_jax.rl import GRPO
 from vlmem_jax.runtime import sharding
@@ -67,6 +69,32 @@ def test_each_step_of_an_episode_teaches_by_its_share(settings, mesh, name):
         first, second = lesson.steps[:2]
         shared = len(first.prompt.tokens_T) + len(first.tokens_T)
         assert second.prompt.tokens_T[:shared].tolist() == [*first.prompt.tokens_T, *first.tokens_T]
+
+
+def test_kl_of_decisions_may_be_that_of_all_labels(settings, mesh):
+    """Here of a policy whose reference finds all of them equally likely."""
+    config = settings("tests.rl.own_plays:Decisions", kl=0.5, kl_of="labels", reference="tests.rl.own:never")
+    task = GRPO(config, config.stages[0], VLM(config.model), mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(
+            random_params(task.model), sharding.param_shardings(mesh, task.model.abstract(), task.model.axes())
+        )
+        rows = task.work(0, params).batch[0]
+        _, sums = jax.jit(lambda params, rows: task.loss(params, rows, None))(params, rows)
+        labels_K, kept_K = jnp.array(task.labels), jnp.ones(len(task.labels), bool)
+        logp_BTK, ref_BTK = (
+            label_logp(task.model, of, rows.batch, labels_K, kept_K) for of in (params, own.never(params))
+        )
+    task.close()
+    weights_BT = rows.batch.text.weights_BT
+    expected = (weights_BT[..., None] * jnp.exp(logp_BTK) * (logp_BTK - ref_BTK)).sum()
+    assert sums["kl"] == pytest.approx(float(expected), rel=1e-4) and expected > 1e-3
+
+
+def test_kl_of_labels_is_refused_where_tokens_are_drawn(settings, mesh):
+    config = settings("tests.rl.own_plays:TwoTurns", kl_of="labels")
+    with pytest.raises(ConfigError, match="task.kl_of=labels is for plays whose steps are drawn among labels"):
+        GRPO(config, config.stages[0], VLM(config.model), mesh)
 
 
 def test_decisions_are_learned(settings, mesh, tmp_path):
