@@ -177,9 +177,9 @@ def finder(folders: Sequence[FrameFiles]) -> Callable[[Frame], Image.Image]:
     return image_of
 
 
-def engine_for(model: LoadedModel, config: AgentConfig, rows: int = 4, is_said: bool = False) -> Engine:
-    """An engine that has room for the calls of a config; `rows` are answered side by side. `is_said`: whether there are
-    subtitles.
+def engine_for(model: LoadedModel, config: AgentConfig, rows: int = 1, is_said: bool = False) -> Engine:
+    """An engine that has room for the calls of a config; `rows` are answered side by side, each with a cache of its
+    own, of which a question needs one. `is_said`: whether there are subtitles.
 
     Frames are seen once for all calls, where memory and devices allow it.
     """

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="videos, and calls, that go side by side (%(default)s)",
+        help="videos that go side by side, each with a cache (%(default)s)",
     )
     parser.add_argument(
         "--shard",
