@@ -9,20 +9,18 @@ other samples but visits their blocks, so that its count is that of the triangle
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import tpu_static
+from benchmarks import tpu_cached, tpu_static
 from benchmarks.tables import markdown
-from benchmarks.tpu_dump import Program, Span, read
+from benchmarks.tpu_dump import Program, outermost, regions
 from kernels_pallas import rotary
 from kernels_pallas.causal_attention import blocks as block_sizes
 from kernels_pallas.causal_attention import tpu
@@ -176,35 +174,12 @@ def dumped(case: CausalCase) -> tuple[Program | None, float]:
 
     Raises: RuntimeError with the compiler's last words.
     """
-    with tempfile.TemporaryDirectory(prefix="tpu_causal_") as folder:
-        worker = ["-m", "benchmarks.tpu_causal", json.dumps(dataclasses.asdict(case))]
-        done = subprocess.run(
-            [sys.executable, *worker], cwd=tpu_static.ROOT, env=tpu_static._environment(folder), capture_output=True,
-            text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{case} does not compile: {done.stderr.strip().splitlines()[-1:]}")
-        names = {
-            "causal_attention": f"causal_attention_{case.direction}",
-            "splash": f"splash_mha_{'fwd' if case.direction == 'forward' else 'dkv'}",
-        }
-        program = read(Path(folder), names[case.kernel]) if case.kernel in names else None
-        return program, float(done.stdout.splitlines()[-1])
-
-
-def _regions(program: Program) -> tuple[Span, list[Span]]:
-    """The body of a grid step, and the conditional parts in it that no other holds."""
-    body = max((s for s in program.spans if s.kind == "loop"), key=lambda s: s.size)
-    inner = [s for s in program.spans if body.start <= s.start and s.end <= body.end and 40 < s.size < 0.98 * body.size]
-    tops = _outermost(inner)
-    if len(tops) == 1 and tops[0].size > 0.9 * body.size:  # the compiler's own branch around the whole step
-        tops = _outermost([s for s in inner if s.size < tops[0].size])
-    return body, tops
-
-
-def _outermost(spans: list[Span]) -> list[Span]:
-    one_each = list({(s.start, s.end): s for s in spans}.values())
-    return [s for s in one_each if not any(o is not s and o.start <= s.start and s.end <= o.end for o in one_each)]
+    names = {
+        "causal_attention": f"causal_attention_{case.direction}",
+        "splash": f"splash_mha_{'fwd' if case.direction == 'forward' else 'dkv'}",
+    }
+    program, said = tpu_static.dumped(["benchmarks.tpu_causal"], case, names.get(case.kernel))
+    return program, float(said)
 
 
 def own_cycles(case: CausalCase, program: Program, segments: np.ndarray, prefix: np.ndarray | None) -> float:
@@ -221,13 +196,11 @@ def own_cycles(case: CausalCase, program: Program, segments: np.ndarray, prefix:
     counts = np.asarray(meeting(*padded, blocks.rows, blocks.keys).counts[0])
     real = counts[counts >= 0]
     turns, left = (real // blocks.together).sum(), (real % blocks.together).sum()
-    body, tops = _regions(program)
+    body, tops = regions(program)
     attend = max(tops, key=lambda s: s.size)
     before, after = tops[: tops.index(attend)], tops[tops.index(attend) + 1 :]
     expected = {"forward": 2, "backward": 3}[case.direction]
-    loops = _outermost(
-        [s for s in program.spans if s.kind == "loop" and attend.start < s.start and s.end <= attend.end]
-    )
+    loops = outermost([s for s in program.spans if s.kind == "loop" and attend.start < s.start and s.end <= attend.end])
     if before or len(after) != expected or len(loops) != 2:
         raise ValueError(f"{case}: unknown parts {[(s.kind, s.start, s.size) for s in tops]} and loops {loops}")
     steps = len(counts) * (2 if case.direction == "backward" else 1)
@@ -246,7 +219,7 @@ def own_cycles(case: CausalCase, program: Program, segments: np.ndarray, prefix:
 def splash_cycles(case: CausalCase, program: Program) -> float:
     """Corrected cycles of splash on a row, whatever its segments."""
     rows, keys, _ = case.blocks
-    body, tops = _regions(program)
+    body, tops = regions(program)
     work = max(tops, key=lambda s: s.size)
     q_blocks, k_blocks = case.length // rows, case.length // keys
     met = sum(k * keys < (q + 1) * rows for q in range(q_blocks) for k in range(k_blocks))
@@ -296,16 +269,19 @@ def measure(case: CausalCase) -> dict:
 
 
 def table(listed: list[dict]) -> str:
-    """Markdown; ratios are to splash with what XLA does around it, over the useful share."""
+    """Markdown; ratios are to splash with what XLA does around it, over the useful share. Decoding by itself."""
     columns = ["chip", "case", "direction", "useful share", "cycles", "splash alone", "and around it", "ratio / share"]
     columns += ["useful corr %"]
     lines = []
     for r in listed:
+        if "splash_cycles" not in r:
+            continue
         alone = r["splash_cycles"] - r["splash_around_cycles"] - r["rotation_cycles"]
         cells = [r["chip"], r["case"], r["direction"], f"{r['useful_share']:.3f}", r["cycles"], alone]
         cells += [r["splash_cycles"], f"{r['ratio'] / r['useful_share']:.2f}"]
         lines.append([*cells, tpu_static.percent(r["mxu_utilisation"])])
-    return markdown(columns, lines)
+    decoding = [r for r in listed if "splash_cycles" not in r]
+    return "\n".join(filter(None, [lines and markdown(columns, lines), decoding and tpu_cached.table(decoding)]))
 
 
 CASES = {
@@ -318,14 +294,18 @@ CASES = {
 
 
 def rows_of(chips: list[str], directions: list[str], names: list[str] | None) -> list[dict]:
-    """The rows of --json, of each case that is named, or of all. Raises ValueError for one that there is not."""
+    """The rows of --json, of each case that is named, or of all of packed rows; those of a cache have no backward.
+    Raises ValueError for one that there is not."""
     names = names or list(CASES)
     for name in names:
-        if name not in CASES:
-            raise ValueError(f"--case must be some of {', '.join(CASES)}, got {name}")
+        if name not in [*CASES, *tpu_cached.CASES]:
+            raise ValueError(f"--case must be some of {', '.join([*CASES, *tpu_cached.CASES])}, got {name}")
     found = []
-    for case in (CausalCase(name, chip, way) for chip in chips for way in directions for name in names):
-        found.append(measure(case))
+    for chip, way, name in itertools.product(chips, directions, names):
+        if name in CASES:
+            found.append(measure(CausalCase(name, chip, way)))
+        elif way == "forward":
+            found.append(tpu_cached.measure(tpu_cached.CachedCase(name, chip)))
         print(found[-1], file=sys.stderr, flush=True)
     return found
 

@@ -39,6 +39,10 @@ class Span:
     def size(self) -> int:
         return self.end - self.start
 
+    def holds(self, other: "Span") -> bool:
+        """Whether the other stands in it and is not all of it."""
+        return self.start <= other.start and other.end <= self.end and other.size < self.size
+
 
 @dataclasses.dataclass
 class Program:
@@ -84,6 +88,22 @@ class Program:
         """Spill stores in the code that runs."""
         column = UNITS.index("VSTORE:SPILL")
         return sum(units[column] for units, w in zip(self.units, weights, strict=True) if w > 0)
+
+
+def regions(program: Program) -> tuple[Span, list[Span]]:
+    """The body of a grid step, and the conditional parts in it that no other holds."""
+    body = max((s for s in program.spans if s.kind == "loop"), key=lambda s: s.size)
+    inner = [s for s in program.spans if body.start <= s.start and s.end <= body.end and 40 < s.size < 0.98 * body.size]
+    tops = outermost(inner)
+    if len(tops) == 1 and tops[0].size > 0.9 * body.size:  # the compiler's own branch around the whole step
+        tops = outermost([s for s in inner if s.size < tops[0].size])
+    return body, tops
+
+
+def outermost(spans: list[Span]) -> list[Span]:
+    """Those that no other holds."""
+    one_each = list({(s.start, s.end): s for s in spans}.values())
+    return [s for s in one_each if not any(o is not s and o.start <= s.start and s.end <= o.end for o in one_each)]
 
 
 def read(folder: Path, name: str) -> Program:

@@ -82,14 +82,22 @@ def measure(case: Case) -> Row:
 
     Raises: RuntimeError with the compiler's last words.
     """
+    program, said = dumped(["benchmarks.tpu_static", "--worker"], case, case.name)
+    return evaluate(case, program, json.loads(said))
+
+
+def dumped(module: list[str], case, name: str | None) -> tuple[Program | None, str]:
+    """The code of kernel `name`, if one is named, of a case that `python -m` of these words compiles, and the last line
+    that it prints.
+
+    Raises: RuntimeError with the compiler's last words.
+    """
     with tempfile.TemporaryDirectory(prefix="tpu_static_") as folder:
-        worker = ["-m", "benchmarks.tpu_static", "--worker", json.dumps(dataclasses.asdict(case))]
-        done = subprocess.run(
-            [sys.executable, *worker], cwd=ROOT, env=_environment(folder), capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", *module, json.dumps(dataclasses.asdict(case))]
+        done = subprocess.run(command, cwd=ROOT, env=_environment(folder), capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{case} does not compile: {done.stderr.strip().splitlines()[-1:]}")
-        return evaluate(case, read(Path(folder), case.name), json.loads(done.stdout.splitlines()[-1]))
+        return read(Path(folder), name) if name else None, done.stdout.splitlines()[-1]
 
 
 def evaluate(case: Case, program: Program, traffic: dict[str, int | None]) -> Row:
@@ -286,9 +294,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--segments", action="store_true")
     parser.add_argument("--valid", action="store_true", help="the slots in use are counted, as in a bank that fills")
     parser.add_argument(
-        "--kernel", default="memory_attention", choices=["memory_attention", "causal_attention", "splash", "flash"]
+        "--kernel",
+        default="memory_attention",
+        choices=["memory_attention", "causal_attention", "rope_dhr", "splash", "flash"],
     )
-    parser.add_argument("--case", nargs="+", help="rows of causal_attention: one, four, lognormal, group, heads64")
+    parser.add_argument(
+        "--case", nargs="+", help="of causal_attention: one, four, lognormal, group, heads64, chunk, decode"
+    )
     parser.add_argument("--blocks", type=int, nargs=3, default=())
     parser.add_argument("--alone", action="store_true", help="leave the comparison out")
     parser.add_argument("--search", action="store_true", help="try all block sizes, best first")
@@ -298,11 +310,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.worker:
         case = json.loads(args.worker)
         return _worker(Case(**case | {"blocks": tuple(case["blocks"])}))
-    if args.kernel == "causal_attention":
-        from benchmarks import tpu_causal
+    if args.kernel in ("causal_attention", "rope_dhr"):
+        from benchmarks import tpu_causal, tpu_rope
 
-        rows = tpu_causal.rows_of(args.chips, args.directions, args.case)
-        print(tpu_causal.table(rows))
+        if args.kernel == "rope_dhr":
+            rows = tpu_rope.rows_of(args.chips)
+            print(tpu_rope.table(rows))
+        else:
+            rows = tpu_causal.rows_of(args.chips, args.directions, args.case)
+            print(tpu_causal.table(rows))
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
         return
