@@ -146,7 +146,7 @@ def work_of(config: ModelConfig, asked: Sequence[Asked]) -> float:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def building(videos=8, segments=12, layers=4, width=128, slots=8, new=32, runs=3) -> list[Row]:
+def building(videos=8, segments=12, layers=2, width=64, slots=8, new=128, runs=3) -> list[Row]:
     """A whole memory against the captions of its segments alone, and many videos at once against each by itself."""
     world = World(layers, width, slots, new)
     films = [video(f"film {n}", segments) for n in range(videos)]
@@ -182,7 +182,7 @@ def building(videos=8, segments=12, layers=4, width=128, slots=8, new=32, runs=3
     ]  # fmt: skip
 
 
-def journal(segments=12, layers=4, width=128, slots=8, new=32, runs=3) -> list[Row]:
+def journal(segments=12, layers=2, width=64, slots=8, new=128, runs=3) -> list[Row]:
     """What it takes to keep each answer, as a part of a build; and a build that is there already."""
     world, shares, again = World(layers, width, slots, new), [], 0
     film = video("film", segments)
