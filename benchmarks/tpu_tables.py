@@ -21,6 +21,9 @@ from benchmarks import tpu_static
 from benchmarks.tables import markdown
 from benchmarks.tpu_kernels import SPLASH_BLOCKS, Case, flash_case, splash_case
 from benchmarks.tpu_static import Row, percent
+from kernels_pallas.lanes import LANES, up
+from vlmem_jax.nn import attention
+from vlmem_jax.nn.attention import AttentionConfig
 
 FORWARD = [
     dict(slots=256),
@@ -157,6 +160,35 @@ def banks(jobs: int) -> str:
     return markdown([*columns, "HBM / least"], map(line, listed))
 
 
+WINDOW = 64
+"""Patches of the largest window of Qwen's towers."""
+
+
+def towers(jobs: int) -> str:
+    """Attention of the vision towers as they call it on v5e: how much of the pairs that the kernel's blocks compute is
+    padding, or masked."""
+    run = attention.KERNEL_KEYS - 2 * WINDOW
+    kernel_length = functools.partial(attention.kernel_length, AttentionConfig("tpu_interpret"))
+    tile, frame = kernel_length(1025), kernel_length(729)
+    plain = functools.partial(Case, rotation="none")
+    listed = {
+        "InternViT, a tile of 1025": (1025**2, plain(queries=tile, slots=tile, head_dim=64, valid=True)),
+        "SigLIP, a frame of 729": (729**2, plain(queries=frame, slots=frame, head_dim=72, valid=True)),
+        "Qwen, windows of 64": (
+            3072 * WINDOW,
+            plain(batch=3072 // run, queries=run, slots=attention.KERNEL_KEYS, head_dim=80, segments=True),
+        ),
+    }
+    rows, lines = Measured([case for _, case in listed.values()], jobs), []
+    for name, (useful, case) in listed.items():
+        computed = case.batch * up(case.queries, case.chosen[0]) * up(case.slots, LANES)
+        size = f"{case.batch} x {case.queries} x {case.slots}"
+        wasted, lanes = percent(1 - useful / computed), percent(case.head_dim * case.together / LANES)
+        lines.append([case.chip, name, size, case.head_dim, blocks(case), wasted, lanes, round(rows[case].cycles)])
+    columns = ["chip", "tower", "rows x queries x slots", "head dim", "blocks", "wasted pairs %", "lanes in use %"]
+    return markdown([*columns, "cycles"], lines)
+
+
 COMPARED = {
     "memory_attention": {
         ("v5e", "forward", "256"): "2048 512 8; 2048 512 4; 2048 1024 2; 2048 512 2",
@@ -224,6 +256,7 @@ TABLES: dict[str, Callable[[int], str]] = {
     "units": units,
     "decode": decode,
     "banks": banks,
+    "towers": towers,
     "compared": functools.partial(compared, ["memory_attention"]),
     "others": functools.partial(compared, ["flash", "splash"]),
     "summary": summary,

@@ -106,7 +106,9 @@ def small(num_queries: int, num_heads: int, group: int, chip: str = "v5e") -> Sm
     """Blocks for T queries and few slots; queries are padded to whole blocks."""
     best = TUNED[chip]["forward, few slots"]
     rows = min(best.rows, up(num_queries, LANES))
-    heads = next(h for h in (best.heads, 2, 1) if num_heads % h == 0 and (h % group == 0 or group % h == 0))
+    most = best.heads * best.rows // rows  # fewer rows fill the units as well if there are more heads beside them
+    fit = (h for h in (16, 8, 4, 2, 1) if h <= most and num_heads % h == 0 and (h % group == 0 or group % h == 0))
+    heads = next(fit)
     return Small(min(best.q, up(num_queries, rows)), rows, heads)
 
 
