@@ -32,7 +32,7 @@ class GRPOLoss:
         """Log-probability of each target that has a weight, as the sampler computes it; 0 of others."""
         text = batch.text
         if self.labels:
-            return self._drawn(self._of_labels(params, batch), batch)
+            return self._of_drawn(self._of_labels(params, batch), batch)
         hidden_BTD = self.model.hidden(params, batch)
         kernel_DV = self.model.head_kernel(params)
         rescore = functools.partial(self.model.rescore, params) if self.model.speech else None
@@ -44,13 +44,13 @@ class GRPOLoss:
         if self.config.kl_of == "drawn":
             return {"ref_logp_BT": self.log_probs(params, batch)}
         logp_BTK = self._of_labels(params, batch)
-        return {"ref_logp_BT": self._drawn(logp_BTK, batch), "ref_labels_BTK": logp_BTK}
+        return {"ref_logp_BT": self._of_drawn(logp_BTK, batch), "ref_labels_BTK": logp_BTK}
 
     def _of_labels(self, params: dict, batch: Batch) -> Float[Array, "B T K"]:
         labels_K = jnp.array(self.labels, jnp.int32)
         return label_logp(self.model, params, batch, labels_K, jnp.ones(len(self.labels), bool))
 
-    def _drawn(self, logp_BTK: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T"]:
+    def _of_drawn(self, logp_BTK: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T"]:
         """Those of the labels that were drawn, 0 where none was."""
         is_drawn_BTK = batch.text.targets_BT[..., None] == jnp.array(self.labels, jnp.int32)
         is_drawn_BTK &= batch.text.weights_BT[..., None] > 0
@@ -66,7 +66,7 @@ class GRPOLoss:
             logp_BT = self.log_probs(params, rows.batch)
         else:
             logp_BTK = self._of_labels(params, rows.batch)
-            logp_BT, kl_BT = self._drawn(logp_BTK, rows.batch), exact_kl(logp_BTK, rows.ref_labels_BTK)
+            logp_BT, kl_BT = self._of_drawn(logp_BTK, rows.batch), exact_kl(logp_BTK, rows.ref_labels_BTK)
         known = (rows.old_logp_BT, rows.ref_logp_BT) if c.kl else (rows.old_logp_BT,)
         counted = text.segments_BT, text.weights_BT
         skipped_BT = functools.reduce(jnp.logical_or, (has_collapsed(logp_BT, x_BT, *counted) for x_BT in known))
