@@ -78,7 +78,7 @@ for chip in said:
         "long, segments": attend(QUERIES, SLOTS, segments=True),
         "few slots, head dim 64, segments": attend(512, 256, (4, 2), width=64, segments=True),
         "decode": attend(1, 1024, (4, 2), tables=True, decode=True, backward=False),
-        "packed row with a prefix": packed(2048, (4, 2)),
+        "packed row with a prefix": packed(2048, (4, 2) if chip == "v5e" else (2, 1)),
         "chunk of a prompt on a cache": cached(512, (4, 2)),
         "token on a cache": cached(1, (4, 2)),
         "rope_dhr": (turn, (shape((1, 512, 4, 128), jnp.bfloat16), shape((1, 512), jnp.int32))),
