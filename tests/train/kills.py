@@ -38,7 +38,8 @@ def child(folder: str, workdir: str) -> None:
 def start(folder: Path, workdir: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.train.kills", "--child", str(folder), str(workdir)]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | {"XLA_FLAGS": ""} | cache
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags} | cache
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
