@@ -19,6 +19,7 @@ from vlmem_jax.train.next_token import experiment_processor
 from vlmem_jax.types import Geometry
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.usefixtures("one_device")  # models/test_gradients.py has meshes
 VLM2 = {"kind": "vlm2", "heads": 4, "view_width": 6, "episodic": 3}
 
 
