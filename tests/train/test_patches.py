@@ -18,6 +18,7 @@ from vlmem_jax.train.config import experiment
 from vlmem_jax.train.next_token import experiment_processor
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.usefixtures("one_device")  # models/test_gradients.py has meshes
 
 
 @pytest.fixture(scope="module")
