@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tests import drawn
 from tests.verbs import embeddings
 from vlmem_jax.config import ConfigError
+from vlmem_jax.decoder.frequencies import of_rows
 from vlmem_jax.families import PRESETS, resolve
 from vlmem_jax.models import VLM
 from vlmem_jax.nn.attention import causal_attention
@@ -183,7 +184,7 @@ def test_scanned_groups_equal_a_plain_loop(layers, every):
         visual = vlm.see(params, batch.views)
         seen_by = modules.memory.attend(visual, batch.text.positions_BT, batch.text.segments_BT)
         x = embeddings(vlm, params, batch)
-        tables = rotation(batch.text.positions_BT, vlm._frequencies(batch.text.segments_BT))
+        tables = rotation(batch.text.positions_BT, of_rows(vlm.config.decoder, batch.text.segments_BT))
         graph, states = nnx.split(modules.decoder.layers)
 
         def core(q, k, v, tables):

@@ -14,6 +14,7 @@ from flax import nnx
 from qwen3_golden import PROMPTS
 
 from tests.verbs import embeddings, extended
+from vlmem_jax.decoder.frequencies import tables_of
 from vlmem_jax.families import qwen3_vl
 from vlmem_jax.hub.fit import from_arrays
 from vlmem_jax.hub.safetensors_io import Tensors
@@ -75,8 +76,8 @@ def test_axes_take_turns_over_the_pairs_of_a_head(prompt, model):
     assert known
     for name in known:
         arrays, [row] = prompt(name)
-        tables = model.vlm._tables(jnp.asarray(row.placed.positions_T[None]), model.vlm._frequencies_of(
-            jnp.zeros((1, 1), jnp.int32), 1))  # fmt: skip
+        positions_BTA = jnp.asarray(row.placed.positions_T[None])
+        tables = tables_of(model.vlm.config.decoder, positions_BTA, jnp.ones(positions_BTA.shape[:2], jnp.int32))
         for table, wanted in zip(tables, ("rope_cos", "rope_sin"), strict=True):
             np.testing.assert_allclose(np.concatenate([table[0]] * 2, axis=-1), arrays[wanted][0], atol=1e-5)
 

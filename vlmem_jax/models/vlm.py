@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from vlmem_jax.decoder import Decoder, Tap
+from vlmem_jax.decoder.frequencies import of_lengths, tables_of
 from vlmem_jax.memory import Attend, Decode, Frame, Memory, See, Speak, Speech, ThroughTower, TokenStart, memory_of
 from vlmem_jax.models.adapters import chosen_adapters, make_adapters
 from vlmem_jax.models.config import ModelConfig
@@ -32,7 +33,7 @@ from vlmem_jax.models.visual import deep_tap, visual_tokens
 from vlmem_jax.nn.attention import same_segment
 from vlmem_jax.nn.linear import held_dtype
 from vlmem_jax.nn.lora import Adapters
-from vlmem_jax.nn.rope import Rotation, dynamic_theta, frequencies, rotation
+from vlmem_jax.nn.rope import rotation
 from vlmem_jax.runtime.compiler import once
 from vlmem_jax.runtime.sharding import constrain, gathered, lay_out
 from vlmem_jax.trees import State, flatten, unflatten
@@ -338,7 +339,7 @@ class VLM:
         if text.formation is not None:
             latents_BJND = self._formed(modules, text, visual, key)
         x_BTD = self._spliced(modules, text, visual, latents_BJND)
-        tables = self._tables(text.positions_BT, self._frequencies(text.segments_BT))
+        tables = tables_of(self.config.decoder, text.positions_BT, text.segments_BT)
         taps = self._taps(modules, visual, visual, text.positions_BT, text.samples_BT, text.visual_index_BT)
         lora = self._adapters(modules, "decoder", adapter_B, key)
         return modules.decoder(
@@ -396,7 +397,7 @@ class VLM:
             cache=KVCache.empty(c.layers, B, capacity, c.kv_heads, c.head_dim, self.dtype, int8),
             length_B=zeros_B,
             position_B=zeros_B,
-            frequencies_BR=self._frequencies_of(lengths_B[:, None], capacity)[:, 0],
+            frequencies_BR=of_lengths(self.config.decoder, lengths_B[:, None], capacity)[:, 0],
             empty=True,
         )
         return lay_out(state)
@@ -437,7 +438,7 @@ class VLM:
         taps = self._taps(
             modules, memory, visual, positions_BT, text.segments_BT, text.visual_index_BT, place_BT if goes_on else None
         )
-        tables = self._tables(positions_BT, state.frequencies_BR[:, None])
+        tables = rotation(positions_BT, state.frequencies_BR[:, None], self.config.decoder.rope_axes)
         lora = self._adapters(modules, "decoder", adapter_B)
         hidden_BTD, cache = modules.decoder(
             x_BTD,
@@ -508,7 +509,7 @@ class VLM:
 
         def decode(x_BTD, positions_BT, segments_BT, lora):
             x_BTD = constrain(x_BTD, "batch", "tokens", None)
-            tables = rotation(positions_BT, self._frequencies(segments_BT))
+            tables = tables_of(self.config.decoder, positions_BT, segments_BT)
             return modules.decoder(x_BTD, tables, segments_BT, lora=lora, remat_policy=self.config.remat)[0]
 
         return decode
@@ -581,26 +582,3 @@ class VLM:
         if visual is not None and visual.deep_NBMD is not None:
             taps.append(deep_tap(visual, visual_index_BT))
         return taps
-
-    def _tables(self, positions_BT: Array, frequencies_BTR: Float[Array, "B #T R"]) -> Rotation:
-        return rotation(positions_BT, frequencies_BTR, self.config.decoder.rope_axes)
-
-    def _frequencies(self, segments_BT: Int32[Array, "B T"]) -> Float[Array, "B #T R"]:
-        """Rotary frequencies of each token of packed rows: those of its sample's length, whatever else is there."""
-        B, T = segments_BT.shape
-        if not self._stretches(T):
-            return self._frequencies_of(jnp.zeros((B, 1), jnp.int32), T)
-        sizes_BT = jax.vmap(lambda segments_T: jnp.bincount(segments_T, length=T + 1)[segments_T])(segments_BT)
-        return self._frequencies_of(jnp.where(segments_BT > 0, sizes_BT, 0), T)
-
-    def _frequencies_of(self, lengths_BT: Int32[Array, "B T"], longest: int) -> Float[Array, "B T R"]:
-        """Rotary frequencies of samples of these lengths, none more than `longest`."""
-        c = self.config.decoder
-        if not self._stretches(longest):
-            return jnp.broadcast_to(frequencies(c.head_dim, c.rope_theta), (*lengths_BT.shape, c.head_dim // 2))
-        theta_BT = dynamic_theta(lengths_BT, c.rope_theta, c.ntk_factor, c.max_positions, c.head_dim)
-        return frequencies(c.head_dim, theta_BT)
-
-    def _stretches(self, length: int) -> bool:
-        """Whether frequencies change with the length of samples of up to `length` tokens."""
-        return self.config.decoder.ntk_factor > 0 and length > self.config.decoder.max_positions
