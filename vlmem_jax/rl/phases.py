@@ -44,15 +44,13 @@ class Phases:
         varied_P = varied(_part(played, config.ties_by) if config.ties_by else rewards_PG)
         spread = config.advantage_std, config.advantage_eps, config.advantage_ddof, config.advantage_min_std
         advantages_PG = np.where(varied_P[:, None], group_advantages(rewards_PG, *spread), 0.0)
-        self.number, self.lessons = (
-            number,
-            [
-                Lesson(one.key, episode.steps, float(advantage))
-                for one, group, advantages, differs in zip(prompts, groups, advantages_PG, varied_P, strict=True)
-                if differs or not config.drop_zero_variance
-                for episode, advantage in zip(group, advantages, strict=True)
-            ],
-        )
+        self.lessons = [
+            Lesson(one.key, episode.steps, float(advantage))
+            for one, group, advantages, differs in zip(prompts, groups, advantages_PG, varied_P, strict=True)
+            if differs or not config.drop_zero_variance
+            for episode, advantage in zip(group, advantages, strict=True)
+        ]
+        self.number = number
         steps = [step for group in groups for episode in group for step in episode.steps]
         tokens = sum(len(step.tokens_T) for step in steps)
         self.numbers = {
