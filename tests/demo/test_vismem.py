@@ -77,7 +77,7 @@ def test_the_report_needs_no_other_file(workdir):
     page = (workdir / "report.html").read_text()
     for part in ("Accuracy on held-out", "Reinforcement", "Where invocations fall", "Answers after", "How it was made"):
         assert part in page
-    assert "http" not in page and "src=" not in page and "<link" not in page
+    assert "://" not in page and "src=" not in page and "<link" not in page
 
 
 @pytest.mark.slow
