@@ -22,7 +22,7 @@ def test_each_program_is_compiled_with_the_options_of_its_device(monkeypatch):
     engine = Engine(generator, PoolShape(slots=2, capacity=64, chunk=64, tiles=64))
     monkeypatch.setitem(OPTIONS, "cpu", {"xla_no_such_option": True})
     compiled.cache_clear()
-    score._compiled.cache_clear()
+    score.labels_program.cache_clear()
     refused = set()
 
     def described(name, program):
@@ -46,7 +46,7 @@ def test_each_program_is_compiled_with_the_options_of_its_device(monkeypatch):
     for run in each.values():
         run()
     compiled.cache_clear()
-    score._compiled.cache_clear()
+    score.labels_program.cache_clear()
     assert refused == set(Programs._fields)
 
 

@@ -189,7 +189,7 @@ def vismem_experiment(dataset: Path, recipe: VisMemRecipe, init: Path) -> Config
             task={"kind": "grpo", **rollouts, "invocation_penalty": 0.3, "kl": 0.03},
         ),
     ]
-    data = conversations(dataset, "prompts", 256, 2 * CELLS**2, N)  # a row for most prompts, with all of their answers
+    data = conversations(dataset, "prompts", 256, 2 * CELLS**2, 2 * N)  # a prompt and its answers fill about one
     config = _experiment(dataset, MEMORY_KEYS, stages, data, seed=recipe.seed + 1, init=init, log_every=1)
     config.checkpoint.content = "trained"
     return config
